@@ -47,13 +47,14 @@ from common import LABELS, LOCATIONS, MODALITIES
 
 PREVALENCE = 0.45  # of patients; the challenge's training set has 0.43
 SHARE_TWO_SERIES = 0.15  # patients who were scanned twice, each time with the same head
+SHARE_TWO_ANEURYSMS = 0.2  # of the positive patients
 
 # --- anatomy ------------------------------------------------------------------------------------------------
 # Millimetres from the vertex in the head's frame: x to the patient's left, y to the back, z up. The left half
 # of the arterial tree stands here, the right one is its mirror image; branches share a point with a parent.
 # fmt: off
-ICA_TOP, ICA_PCOM, ACA_ACOM, PCA_PCOM = (15.5, -12, -92), (14.5, -13, -96), (2, -23, -89), (10, 6, -94)
-MCA_FORK, ACA_FORK, VA_PICA = (33, -12, -91), (2.5, -37, -62), (9, 19, -139)
+ICA_TOP, ICA_PCOM, ACA_ACOM, PCA_PCOM = (15.5, -12, -92), (14.5, -13, -96), (2.5, -23, -89), (10, 6, -94)
+MCA_FORK, ACA_FORK, VA_PICA = (33, -12, -91), (4.5, -37, -62), (9, 19, -139)
 VB_JUNCTION, TIP = (0, 12, -127), (0, 4, -96)
 PAIRED = {  # name: radius at the start and at the end, points
     "ica": (2.5, 1.9, [(25, 20, -290), (26, 18, -230), (26, 12, -165), (27, 8, -138), (22, 2, -128),
@@ -66,9 +67,9 @@ PAIRED = {  # name: radius at the start and at the end, points
                                (58, 44, -66)]),
     "m2 temporal": (0.8, 0.5, [(24, -14, -90), (30, -20, -96), (40, -20, -100), (50, -12, -102)]),
     "a1": (1.2, 1.1, [ICA_TOP, (9, -18, -90), ACA_ACOM]),
-    "a2": (1.1, 1.0, [ACA_ACOM, (2.5, -30, -83), (2.5, -38, -73), ACA_FORK]),
-    "pericallosal": (0.9, 0.6, [ACA_FORK, (2.5, -28, -51), (2.5, -8, -44), (2.5, 14, -44)]),
-    "callosomarginal": (0.8, 0.5, [ACA_FORK, (3.5, -44, -52), (4, -36, -36), (4, -18, -28)]),
+    "a2": (1.1, 1.0, [ACA_ACOM, (3.5, -30, -83), (4.5, -38, -73), ACA_FORK]),
+    "pericallosal": (0.9, 0.6, [ACA_FORK, (4, -28, -51), (3.5, -8, -44), (3.5, 14, -44)]),
+    "callosomarginal": (0.8, 0.5, [ACA_FORK, (5, -44, -52), (5, -36, -36), (5, -18, -28)]),
     "pcom": (0.8, 0.8, [ICA_PCOM, (13.5, -6, -97), (12, 1, -96), PCA_PCOM]),
     "ophthalmic": (0.7, 0.5, [(12.5, -21, -102), (14, -28, -103), (19, -42, -104)]),
     "choroidal": (0.6, 0.4, [ICA_TOP, (18, -4, -92), (21, 6, -89)]),
@@ -81,7 +82,7 @@ PAIRED = {  # name: radius at the start and at the end, points
     "pica": (0.8, 0.5, [VA_PICA, (15, 24, -140), (16, 31, -134), (10, 38, -131), (5, 42, -136)]),
 }
 MIDLINE = {
-    "acom": (0.8, 0.8, [ACA_ACOM, (0, -23.6, -89), (-2, -23, -89)]),
+    "acom": (0.8, 0.8, [ACA_ACOM, (0, -23.6, -89), (-2.5, -23, -89)]),
     "basilar": (1.6, 1.6, [VB_JUNCTION, (0, 7.5, -117), (0, 5.5, -108), (0, 5, -100), TIP]),
 }
 PAIRED_VEINS = {
@@ -104,7 +105,7 @@ SITES = {  # vessel, first and last place in units of its points, direction of t
                                ("m2 superior", 1, 2.2, (0.8, -0.6, 0.2))],
     "Anterior Communicating Artery": [
         ("acom", 0.3, 1.7, (0, -0.9, 0.5)), ("acom", 0.3, 1.7, (0, -0.4, -0.9))],
-    "Anterior Cerebral Artery": [("a2", 2.9, 3, (0, -0.8, 0.6)), ("a1", 0.7, 1.3, (0.1, -0.2, 0.9))],
+    "Anterior Cerebral Artery": [("a2", 2.9, 3, (0.2, -0.8, 0.6)), ("a1", 0.7, 1.3, (0.1, -0.2, 0.9))],
     "Posterior Communicating Artery": [("ica", 11, 11, (0.4, 0.9, -0.4))],
     "Basilar Tip": [("basilar", 4, 4, (0, -0.1, 1))],
     "Other Posterior Circulation": [
@@ -141,7 +142,7 @@ def generator(seed: int, number: int, purpose: str) -> np.random.Generator:
 
 def uid(*parts: object) -> str:
     """A UID of 64 characters that depends on `parts` alone."""
-    return generate_uid(entropy_srcs=["phantom", *map(str, parts)])
+    return generate_uid(entropy_srcs=["/".join(map(str, ("phantom", *parts)))])  # else 1, 12 would be 11, 2
 
 
 # --- who is in the set: patients, series, aneurysms ---------------------------------------------------------
@@ -208,20 +209,15 @@ def plan(
     modalities = deal(seed, "modality", modalities, series) if modality == "all" else [modality] * series
     planes = deal(seed, "plane", planes, series) if plane == "mixed" else [plane] * series
     forms = ["explicit"] * series if plain else deal(seed, "form", forms, series)
-    patients = [
-        p
-        for p in range(series)
-        for _ in range(1 + (generator(seed, p, "visits").random() < SHARE_TWO_SERIES))
-    ]
+    visits = [1 + (generator(seed, p, "visits").random() < SHARE_TWO_SERIES) for p in range(series)]
+    patients = np.repeat(np.arange(series), visits).tolist()
     locations = iter(deal(seed, "location", list(LOCATIONS), 2 * series))
-    phase, golden = (
-        generator(seed, 0, "prevalence").random(),
-        0.6180339887,
-    )  # spreads positives evenly over any range
+    phase = generator(seed, 0, "prevalence").random()
     aneurysms = []
     for patient in range(series):
         rng = generator(seed, patient, "aneurysms")
-        count = int((phase + golden * patient) % 1 < PREVALENCE) * (1 + int(rng.random() < 0.2))
+        is_positive = (phase + 0.6180339887 * patient) % 1 < PREVALENCE  # golden ratio: even over any range
+        count = is_positive * (2 if rng.random() < SHARE_TWO_ANEURYSMS else 1)
         aneurysms.append(tuple(draw_aneurysm(next(locations), rng) for _ in range(count)))
     return [
         Job(seed, n, patients[n], modalities[n], planes[n], forms[n], matrix, aneurysms[patients[n]], draw)
@@ -238,10 +234,9 @@ def draw_aneurysm(location: str, rng: np.random.Generator) -> Aneurysm:
         side = int(rng.choice([-1, 1]))
     direction = np.array(direction) / np.linalg.norm(direction) + rng.normal(0, 0.25, 3)
     direction = tuple((direction / np.linalg.norm(direction) * [side or 1, 1, 1]).tolist())
-    diameter_mm = float(np.clip(6.0 * np.exp(rng.normal(0, 0.32)), 3, 9))
-    return Aneurysm(
-        location, vessel, side, rng.uniform(first, last), direction, diameter_mm, rng.uniform(0.9, 1.35)
-    )
+    diameter_mm = float(np.clip(6.0 * np.exp(rng.normal(0, 0.3)), 3, 9))
+    place, aspect = rng.uniform(first, last), rng.uniform(0.9, 1.35)
+    return Aneurysm(location, vessel, side, place, direction, diameter_mm, aspect)
 
 
 # --- the patient: a head and its vessels in the head's frame ------------------------------------------------
@@ -275,10 +270,8 @@ class Head:
 def spline(points: np.ndarray, step_mm: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
     """Catmull-Rom curve through (n, 3) points: samples (m, 3) about `step_mm` apart and their places (m,)."""
     padded = np.concatenate([2 * points[:1] - points[1:2], points, 2 * points[-1:] - points[-2:-1]])
-    places = [
-        i + np.arange(max(1, round(length / step_mm))) / max(1, round(length / step_mm))
-        for i, length in enumerate(np.linalg.norm(np.diff(points, axis=0), axis=1))
-    ]
+    counts = np.maximum(1, np.rint(np.linalg.norm(np.diff(points, axis=0), axis=1) / step_mm)).astype(int)
+    places = [i + np.arange(count) / count for i, count in enumerate(counts)]
     places = np.append(np.concatenate(places), len(points) - 1)
     index = np.minimum(places.astype(int), len(points) - 2)
     t = (places - index)[:, None]
@@ -291,7 +284,11 @@ def make_head(seed: int, patient: int, aneurysms: tuple[Aneurysm, ...]) -> Head:
     """Jittered anatomy of one patient. The aneurysms take no part in any draw."""
     rng = generator(seed, patient, "anatomy")
     scale = np.clip(rng.normal(1, 0.035, 3), 0.93, 1.07)
-    waves = rng.normal(0, 1 / 25, (5, 3)), rng.uniform(0, 2 * np.pi, 5), rng.normal(0, 1.3, (5, 3))
+    waves = (
+        rng.normal(0, 1 / 25, (5, 3)),
+        rng.uniform(0, 2 * np.pi, 5),
+        rng.normal(0, [0.6, 1.4, 1.4], (5, 3)),
+    )
     moved: dict[tuple[float, ...], np.ndarray] = {}
 
     def place(point: tuple[float, ...]) -> np.ndarray:
@@ -306,10 +303,9 @@ def make_head(seed: int, patient: int, aneurysms: tuple[Aneurysm, ...]) -> Head:
         points, steps = spline(np.array(mirrored))
         wobble = np.interp(steps, np.arange(len(template)), rng.normal(0, 0.08, len(template)))
         radii = np.interp(steps, [0, len(template) - 1], radius) * (1 + wobble) * size
-        if rng.random() < 0.4:  # a loop: the vessel leaves its course and returns within a few millimetres
-            centre = rng.uniform(0.2, 0.8) * steps[-1]
-            bump = np.exp(-0.5 * ((steps - centre) / rng.uniform(0.12, 0.25)) ** 2)
-            points = points + bump[:, None] * rng.normal(0, 2.2, 3)
+        if rng.random() < 0.4:  # a bend: leaves its course and returns to it before the next template point
+            bump = np.sin(np.pi * steps) ** 2 * (steps.astype(int) == rng.integers(len(template) - 1))
+            points = points + bump[:, None] ** 2 * rng.normal(0, 2.5, 3)
         return Tube(points, radii, steps)
 
     size = np.clip(rng.normal(1, 0.08), 0.85, 1.2)
@@ -371,66 +367,51 @@ def rotation(degrees: np.ndarray) -> np.ndarray:
 def make_scan(job: Job) -> Scan:
     """Field of view, spacing, coverage and obliqueness as scanners of that modality have them."""
     rng = generator(job.seed, job.number, "scan")
+    is_ct, is_axial = job.modality == "CTA", job.plane == "axial"
     pose = np.eye(4)
     pose[:3, :3] = rotation(np.clip(rng.normal(0, 3.5, 3), -8, 8))
     pose[:3, 3] = rng.uniform(-60, 60, 3)
     pose[2, 3] += rng.choice([0.0, 900.0, -1400.0])  # the table's zero
-    is_ct = job.modality == "CTA"
-    fov_mm = rng.uniform(212, 245)
+    # in the plane: MR may have a narrow field of view, and pixels taller than wide
+    fov_mm, is_narrow, ratio = (
+        rng.uniform(212, 245),
+        rng.random() < 0.5,
+        rng.choice([1.0, 1.2], p=[0.85, 0.15]),
+    )
     pixel_mm = fov_mm / job.matrix
-    ratio, is_narrow = rng.choice([1.0, 1.2], p=[0.85, 0.15]), rng.random() < 0.5
-    row_mm = pixel_mm if is_ct else pixel_mm * ratio
+    row_mm = pixel_mm * (1.0 if is_ct else ratio)
     rows = round(fov_mm / row_mm)
-    cols = job.matrix if is_ct or not is_narrow or job.plane == "sagittal" else round(0.84 * job.matrix)
+    cols = round(0.84 * job.matrix) if is_narrow and not is_ct and job.plane != "sagittal" else job.matrix
+    # along the normal: a small matrix gets wider spacing, but thick slices stay as they are
     low, high = {"CTA": (0.6, 1.25), "MRA": (0.5, 1.0), "MRI T2": (3, 5), "MRI T1post": (1, 3)}[job.modality]
     spacing_mm = rng.uniform(low, high) * (max(1.0, pixel_mm / 0.9) if high < 2 else 1)
-    gap = (
-        rng.choice([0.0, 0.1, 0.2], p=[0.3, 0.4, 0.3])
-        if job.modality == "MRI T2"
-        else rng.choice([0.0, -0.3], p=[0.8, 0.2])
-    )
-    has_neck, is_slab, bottom_mm, neck_mm = (
-        rng.random() < 0.3,
-        rng.random() < 0.4,
-        rng.uniform(-178, -162),
-        rng.uniform(-270, -215),
-    )
-    top_mm = rng.uniform(6, 14)
-    if job.plane == "axial":
-        row, col, centre = (1, 0, 0), (0, 1, 0), np.array([0.0, 0, 0])
-        span = (
-            neck_mm if is_ct and has_neck else bottom_mm,
-            -45 if job.modality == "MRA" and is_slab else top_mm,
-        )
+    thickness_mm = spacing_mm * rng.choice([0.8, 0.9, 1.0] if job.modality == "MRI T2" else [1.0, 1.0, 1.3])
+    has_neck, neck_mm, is_slab = rng.random() < 0.3, rng.uniform(-270, -215), rng.random() < 0.4
+    bottom_mm, top_mm = rng.uniform(-178, -162), rng.uniform(6, 14)
+    if is_axial:
+        row, col, centre = (1, 0, 0), (0, 1, 0), (0, 0, 0)
+        bottom_mm = neck_mm if is_ct and has_neck else bottom_mm
+        top_mm = (
+            -45 if job.modality == "MRA" and is_slab else top_mm
+        )  # time of flight: often the arteries alone
     elif job.plane == "coronal":
-        row, col, centre, span = (1, 0, 0), (0, 0, -1), np.array([0.0, 0, -95]), (-104, 104)
+        row, col, centre, bottom_mm, top_mm = (1, 0, 0), (0, 0, -1), (0, 0, -95), -104, 104
     else:
-        row, col, centre, span = (0, 1, 0), (0, 0, -1), np.array([0.0, 0, -95]), (-84, 84)
-    oblique = np.clip(rng.normal(0, 0 if is_ct and job.plane == "axial" else 5, 3), -9, 9)
-    turn = rotation(oblique)
+        row, col, centre, bottom_mm, top_mm = (0, 1, 0), (0, 0, -1), (0, 0, -95), -84, 84
+    turn = rotation(np.clip(rng.normal(0, 5, 3), -9, 9) * (not (is_ct and is_axial)))
+    tilt = rotation(np.array([rng.choice([0, 10, -12], p=[0.9, 0.05, 0.05]) * (is_ct and is_axial), 0, 0]))
     row, col = turn @ row, turn @ col
-    normal = np.cross(row, col)
-    tilt_deg = rng.choice([0, 10, -12], p=[0.9, 0.05, 0.05])
-    step = normal * spacing_mm
-    if is_ct and job.plane == "axial" and tilt_deg:  # a tilted gantry: the table still moves along z
-        col = rotation(np.array([tilt_deg, 0, 0])) @ col
-    if rng.random() < 0.5 and job.plane != "axial":
-        step, span = -step, span[::-1]
-        span = (-span[0], -span[1])
-    count = int(abs(span[1] - span[0]) / spacing_mm) + 1
-    axis = step / spacing_mm
-    centre[:2] += rng.uniform(-4, 4, 2)
-    centre = (pose @ [*centre, 1])[:3]
-    start = span[0] if job.plane == "axial" else min(span)
-    first = centre + axis * start
+    step = np.cross(row, col) * rng.choice([1 if is_axial else -1, 1]) * spacing_mm
+    col = tilt @ col  # a tilted gantry: the slices lean, the table still moves along z
+    offset = np.array([*rng.uniform(-4, 4, 2), 0]) + centre
+    first = (pose @ [*offset, 1])[:3] + step / spacing_mm * bottom_mm
     affine = np.eye(4)
-    affine[:3, 0], affine[:3, 1], affine[:3, 2] = step, np.array(col) * row_mm, np.array(row) * pixel_mm
+    affine[:3, :3] = np.stack([step, col * row_mm, row * pixel_mm], axis=1)
     affine[:3, 3] = first - affine[:3, 1] * (rows - 1) / 2 - affine[:3, 2] * (cols - 1) / 2
-    grey = {
-        k: v * (rng.uniform(0.85, 1.15) if k in ("artery", "vein", "noise") else 1)
-        for k, v in GREY[job.modality].items()
-    }
-    return Scan((count, rows, cols), affine, spacing_mm * (1 - gap), pose, grey)
+    shape = (int((top_mm - bottom_mm) / spacing_mm) + 1, rows, cols)
+    factors = dict(zip(("artery", "vein", "noise"), rng.uniform(0.85, 1.15, 3), strict=True))
+    grey = {name: value * factors.get(name, 1) for name, value in GREY[job.modality].items()}
+    return Scan(shape, affine, thickness_mm, pose, grey)
 
 
 # --- painting -----------------------------------------------------------------------------------------------
@@ -674,13 +655,11 @@ def write_single_frames(
     is_downward = generator(job.seed, job.number, "order").random() < 0.5
     names = []
     for k, image in enumerate(stored):
-        one = Dataset()
-        one.update(d)
-        one.SOPInstanceUID = uid(job.seed, "instance", job.number, k)
-        one.InstanceNumber = len(stored) - k if is_downward else k + 1
-        one.ImagePositionPatient = [round(v, 6) for v in (scan.affine @ [k, 0, 0, 1])[:3]]
-        save(one, image, job, folder / f"{one.SOPInstanceUID}.dcm")
-        names.append((one.SOPInstanceUID, 0))
+        d.SOPInstanceUID = uid(job.seed, "instance", job.number, k)
+        d.InstanceNumber = len(stored) - k if is_downward else k + 1
+        d.ImagePositionPatient = [round(v, 6) for v in (scan.affine @ [k, 0, 0, 1])[:3]]
+        save(d, image, job, folder / f"{d.SOPInstanceUID}.dcm")
+        names.append((d.SOPInstanceUID, 0))
     return names
 
 
@@ -782,6 +761,8 @@ def make_set(
     workers: int = 1,
 ) -> None:
     """Write a whole set below `dst`; the same arguments give the same bytes, whatever `workers` is."""
+    if matrix < 40:
+        raise ValueError(f"--matrix {matrix}: expected 40 or more, the least that OpenJPEG can encode")
     dst = Path(dst)
     jobs = plan(series, seed, matrix, modality, plane, plain, draw_aneurysms)
     (dst / "series").mkdir(parents=True, exist_ok=True)
