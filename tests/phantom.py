@@ -12,18 +12,19 @@ only an aneurysm's voxels tell its label: --no-aneurysms-drawn writes the same s
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import sys
 import time
 import zlib
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pandas as pd
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.pixels import compress
 from pydicom.sequence import Sequence
@@ -48,6 +49,22 @@ from common import LABELS, LOCATIONS, MODALITIES
 PREVALENCE = 0.45  # of patients; the challenge's training set has 0.43
 SHARE_TWO_SERIES = 0.15  # patients who were scanned twice, each time with the same head
 SHARE_TWO_ANEURYSMS = 0.2  # of the positive patients
+
+TABLE = ["SeriesInstanceUID", "PatientAge", "PatientSex", "Modality", *LABELS]  # columns of train.csv
+POINTS = ["SeriesInstanceUID", "SOPInstanceUID", "coordinates", "location"]  # and of train_localizers.csv
+FORMS = {  # transfer syntax, and how often of 20 series
+    "explicit": (ExplicitVRLittleEndian, 5),
+    "implicit": (ImplicitVRLittleEndian, 3),
+    "big endian": (ExplicitVRBigEndian, 1),
+    "deflated": (DeflatedExplicitVRLittleEndian, 1),
+    "RLE": (RLELossless, 2),
+    "JPEG 2000": (JPEG2000Lossless, 2),
+    "JPEG-LS": (JPEGLSLossless, 1),
+    "monochrome1": (ExplicitVRLittleEndian, 1),
+    "enhanced": (ExplicitVRLittleEndian, 3),
+    "enhanced JPEG 2000": (JPEG2000Lossless, 1),
+}
+ENCODERS = {JPEG2000Lossless: "pylibjpeg", JPEGLSLossless: "pyjpegls", RLELossless: "pydicom"}
 
 # --- anatomy ------------------------------------------------------------------------------------------------
 # Millimetres from the vertex in the head's frame: x to the patient's left, y to the back, z up. The left half
@@ -176,20 +193,6 @@ class Job:
     draw_aneurysms: bool
 
 
-FORMS = {  # transfer syntax, and how often of 20 series
-    "explicit": (ExplicitVRLittleEndian, 5),
-    "implicit": (ImplicitVRLittleEndian, 3),
-    "big endian": (ExplicitVRBigEndian, 1),
-    "deflated": (DeflatedExplicitVRLittleEndian, 1),
-    "RLE": (RLELossless, 2),
-    "JPEG 2000": (JPEG2000Lossless, 2),
-    "JPEG-LS": (JPEGLSLossless, 1),
-    "monochrome1": (ExplicitVRLittleEndian, 1),
-    "enhanced": (ExplicitVRLittleEndian, 3),
-    "enhanced JPEG 2000": (JPEG2000Lossless, 1),
-}
-
-
 def deal(seed: int, purpose: str, cards: list, count: int) -> list:
     """`count` cards from shuffled decks in turn: every card comes up soon, and a longer set starts alike."""
     rng = generator(seed, 0, purpose)
@@ -200,7 +203,7 @@ def deal(seed: int, purpose: str, cards: list, count: int) -> list:
 
 
 def plan(
-    series: int, seed: int, matrix: int, modality: str, plane: str, plain: bool, draw: bool
+    series: int, seed: int, matrix: int, modality: str, plane: str, plain: bool = False, draw: bool = True
 ) -> list[Job]:
     """Patients with one or two series each, their aneurysms, and how each series is acquired and stored."""
     modalities = ["CTA"] * 4 + ["MRA"] * 3 + ["MRI T2"] * 2 + ["MRI T1post"]
@@ -264,7 +267,7 @@ class Head:
     arteries: dict[tuple[str, int], Tube]
     veins: dict[tuple[str, int], Tube]
     domes: list[tuple[np.ndarray, np.ndarray, float, float]]
-    parts: list[tuple[str, np.ndarray, np.ndarray, float]] = field(default_factory=list)
+    parts: list[tuple[str, np.ndarray, np.ndarray, float]]
 
 
 def spline(points: np.ndarray, step_mm: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
@@ -284,26 +287,27 @@ def make_head(seed: int, patient: int, aneurysms: tuple[Aneurysm, ...]) -> Head:
     """Jittered anatomy of one patient. The aneurysms take no part in any draw."""
     rng = generator(seed, patient, "anatomy")
     scale = np.clip(rng.normal(1, 0.035, 3), 0.93, 1.07)
-    waves = (
+    rate, phase = (
         rng.normal(0, 1 / 25, (5, 3)),
         rng.uniform(0, 2 * np.pi, 5),
-        rng.normal(0, [0.6, 1.4, 1.4], (5, 3)),
-    )
+    )  # five waves bend the whole tree
+    height_mm = rng.normal(0, [0.6, 1.4, 1.4], (5, 3))
     moved: dict[tuple[float, ...], np.ndarray] = {}
 
     def place(point: tuple[float, ...]) -> np.ndarray:
         """A template point in this patient, always the same, so that branches stay on their parents."""
         if point not in moved:
-            bend = np.sin(waves[0] @ np.array(point) + waves[1]) @ waves[2]
+            bend = np.sin(rate @ np.array(point) + phase) @ height_mm
             moved[point] = np.array(point) * scale + bend + rng.normal(0, 0.7, 3)
         return moved[point]
 
     def grow(radius: tuple[float, float], template: list, side: int) -> Tube:
+        """A vessel on that side, its radius wobbling, some with a bend that may pass for an aneurysm."""
         mirrored = [place((side * p[0] if side else p[0], *p[1:])) for p in template]
         points, steps = spline(np.array(mirrored))
         wobble = np.interp(steps, np.arange(len(template)), rng.normal(0, 0.08, len(template)))
         radii = np.interp(steps, [0, len(template) - 1], radius) * (1 + wobble) * size
-        if rng.random() < 0.4:  # a bend: leaves its course and returns to it before the next template point
+        if rng.random() < 0.4:  # leaves its course between two template points
             bump = np.sin(np.pi * steps) ** 2 * (steps.astype(int) == rng.integers(len(template) - 1))
             points = points + bump[:, None] ** 2 * rng.normal(0, 2.5, 3)
         return Tube(points, radii, steps)
@@ -313,7 +317,15 @@ def make_head(seed: int, patient: int, aneurysms: tuple[Aneurysm, ...]) -> Head:
     arteries |= {(n, s): grow((a, b), p, s) for s in (1, -1) for n, (a, b, p) in PAIRED.items()}
     veins = {(n, 0): grow((a, b), p, 0) for n, (a, b, p) in MIDLINE_VEINS.items()}
     veins |= {(n, s): grow((a, b), p, s) for s in (1, -1) for n, (a, b, p) in PAIRED_VEINS.items()}
-    for side in (1, -1):  # hypoplasia, and infundibula: cones where a branch leaves
+    narrow_and_widen(arteries, rng)
+    parts = place_parts(scale, rng)
+    domes = [dome(a, arteries[a.vessel, a.side]) for a in aneurysms]
+    return Head(scale, arteries, veins, domes, parts)
+
+
+def narrow_and_widen(arteries: dict[tuple[str, int], Tube], rng: np.random.Generator) -> None:
+    """Hypoplastic arteries, and infundibula: cones of less than 3 mm where a branch leaves; changes the tubes."""
+    for side in (1, -1):
         for name in ("a1", "pcom", "vertebral"):
             arteries[name, side].radii *= rng.choice([1, 0.6], p=[0.8, 0.2])
         for name in INFUNDIBULA:
@@ -322,20 +334,24 @@ def make_head(seed: int, patient: int, aneurysms: tuple[Aneurysm, ...]) -> Head:
             along = np.r_[0, np.cumsum(np.linalg.norm(np.diff(tube.points, axis=0), axis=1))]
             if is_present:
                 tube.radii = np.maximum(tube.radii, width * (1 - along / (2 * length)))
+
+
+def place_parts(
+    scale: np.ndarray, rng: np.random.Generator
+) -> list[tuple[str, np.ndarray, np.ndarray, float]]:
+    """PARTS in this patient, on both sides: tissue, centre (3,), half-axes (3,), degrees turned about z."""
     parts = []
     for tissue, centre, axes, turn in PARTS:
         axes = np.array(axes) * scale * rng.normal(1, 0.06, 3)
         for side in (1, -1) if centre[0] else (1,):
             where = np.array(centre) * scale * [side, 1, 1] + rng.normal(0, 0.6, 3)
             parts.append((tissue, where, axes, side * turn))
-    return Head(scale, arteries, veins, [dome(a, arteries) for a in aneurysms], parts)
+    return parts
 
 
-def dome(
-    aneurysm: Aneurysm, arteries: dict[tuple[str, int], Tube]
-) -> tuple[np.ndarray, np.ndarray, float, float]:
+def dome(aneurysm: Aneurysm, artery: Tube) -> tuple[np.ndarray, np.ndarray, float, float]:
     """Centre, unit direction, half-width and half-length of an aneurysm that sits on its vessel's wall."""
-    on_vessel, radius = arteries[aneurysm.vessel, aneurysm.side].at(aneurysm.place)
+    on_vessel, radius = artery.at(aneurysm.place)
     direction, half = np.array(aneurysm.direction), aneurysm.diameter_mm / 2
     centre = on_vessel + direction * (0.7 * radius + 0.75 * half * aneurysm.aspect)
     return centre, direction, half, half * aneurysm.aspect
@@ -373,11 +389,8 @@ def make_scan(job: Job) -> Scan:
     pose[:3, 3] = rng.uniform(-60, 60, 3)
     pose[2, 3] += rng.choice([0.0, 900.0, -1400.0])  # the table's zero
     # in the plane: MR may have a narrow field of view, and pixels taller than wide
-    fov_mm, is_narrow, ratio = (
-        rng.uniform(212, 245),
-        rng.random() < 0.5,
-        rng.choice([1.0, 1.2], p=[0.85, 0.15]),
-    )
+    fov_mm, is_narrow = rng.uniform(212, 245), rng.random() < 0.5
+    ratio = rng.choice([1.0, 1.2], p=[0.85, 0.15])
     pixel_mm = fov_mm / job.matrix
     row_mm = pixel_mm * (1.0 if is_ct else ratio)
     rows = round(fov_mm / row_mm)
@@ -391,9 +404,8 @@ def make_scan(job: Job) -> Scan:
     if is_axial:
         row, col, centre = (1, 0, 0), (0, 1, 0), (0, 0, 0)
         bottom_mm = neck_mm if is_ct and has_neck else bottom_mm
-        top_mm = (
-            -45 if job.modality == "MRA" and is_slab else top_mm
-        )  # time of flight: often the arteries alone
+        if job.modality == "MRA" and is_slab:  # time of flight of the arteries alone
+            top_mm = -45
     elif job.plane == "coronal":
         row, col, centre, bottom_mm, top_mm = (1, 0, 0), (0, 0, -1), (0, 0, -95), -104, 104
     else:
@@ -458,9 +470,7 @@ class Canvas:
         """Paint the union of tubes: each voxel's share is that of the segment that fills it most."""
         share = np.zeros_like(self.values)
         for tube in tubes:
-            for a, b, ra, rb in zip(
-                tube.points[:-1], tube.points[1:], tube.radii[:-1], tube.radii[1:], strict=True
-            ):
+            for (a, ra), (b, rb) in pairwise(zip(tube.points, tube.radii, strict=True)):
                 box = self.box(np.array([a, b]), max(ra, rb) + self.width_mm)
                 if min(s.stop - s.start for s in box) <= 0:
                     continue
@@ -566,80 +576,79 @@ def render(head: Head, scan: Scan, job: Job) -> np.ndarray:
 # --- DICOM --------------------------------------------------------------------------------------------------
 
 
-def header(job: Job, scan: Scan) -> Dataset:
-    """What all slices of a series share."""
-    rng, is_ct = generator(job.seed, job.patient, "person"), job.modality == "CTA"
-    age, sex = int(rng.integers(25, 88)), str(rng.choice(["F", "M"]))
+def dataset(**values: object) -> Dataset:
+    """A dataset of these attributes."""
     d = Dataset()
-    d.SOPClassUID = CTImageStorage if is_ct else MRImageStorage
-    d.Modality = "CT" if is_ct else "MR"
-    d.StudyDate, d.StudyTime, d.AccessionNumber, d.ReferringPhysicianName = "20250101", "080000", "", ""
-    d.Manufacturer, d.SeriesDescription = "Phantom", f"{job.modality} {job.plane}"
-    d.PatientName, d.PatientID, d.PatientBirthDate = "", f"PHANTOM-{job.seed}-{job.patient:05d}", ""
-    d.PatientSex, d.PatientAge = sex, f"{age:03d}Y"
-    d.StudyInstanceUID = uid(job.seed, "study", job.number)
-    d.SeriesInstanceUID = uid(job.seed, "series", job.number)
-    d.FrameOfReferenceUID = uid(job.seed, "frame of reference", job.number)
-    d.StudyID, d.SeriesNumber, d.PatientPosition = "1", job.number + 1, "HFS"
-    d.SliceThickness = round(scan.thickness_mm, 4)
-    spacing = np.linalg.norm(scan.affine[:3, :3], axis=0)
-    d.PixelSpacing = [round(spacing[1], 6), round(spacing[2], 6)]
-    d.ImageOrientationPatient = [
-        round(v, 8) for v in (*scan.affine[:3, 2] / spacing[2], *scan.affine[:3, 1] / spacing[1])
-    ]
-    if not is_ct:
-        d.SpacingBetweenSlices = round(spacing[0], 4)
-        d.ScanningSequence, d.SequenceVariant, d.ScanOptions, d.MRAcquisitionType = "GR", "NONE", "", "3D"
-        d.EchoTime, d.RepetitionTime, d.EchoTrainLength = 4, 25, 1
-    else:
+    for name, value in values.items():
+        setattr(d, name, value)
+    return d
+
+
+def header(job: Job, scan: Scan) -> Dataset:
+    """What all slices of a series share, but for how grey values are stored."""
+    rng, is_ct = generator(job.seed, job.patient, "person"), job.modality == "CTA"
+    spacing_mm = np.linalg.norm(scan.affine[:3, :3], axis=0)
+    along = scan.affine[:3, :3] / spacing_mm
+    d = dataset(
+        SOPClassUID=CTImageStorage if is_ct else MRImageStorage,
+        Modality="CT" if is_ct else "MR",
+        Manufacturer="Phantom",
+        SeriesDescription=f"{job.modality} {job.plane}",
+        PatientID=f"PHANTOM-{job.seed}-{job.patient:05d}",
+        PatientAge=f"{rng.integers(25, 88):03d}Y",
+        PatientSex=str(rng.choice(["F", "M"])),
+        PatientPosition="HFS",
+        StudyInstanceUID=uid(job.seed, "study", job.number),
+        SeriesInstanceUID=uid(job.seed, "series", job.number),
+        FrameOfReferenceUID=uid(job.seed, "frame of reference", job.number),
+        SeriesNumber=job.number + 1,
+        SliceThickness=round(scan.thickness_mm, 4),
+        PixelSpacing=[round(v, 6) for v in spacing_mm[1:]],
+        ImageOrientationPatient=[round(v, 8) for v in (*along[:, 2], *along[:, 1])],
+        SamplesPerPixel=1,
+        Rows=scan.shape[1],
+        Columns=scan.shape[2],
+        PhotometricInterpretation="MONOCHROME1" if job.form == "monochrome1" else "MONOCHROME2",
+    )
+    # type 2 of the patient, study and image modules: present, may be empty (PS3.3 A.3.3, A.4.3)
+    for name in ("PatientName", "PatientBirthDate", "StudyDate", "StudyTime", "StudyID", "AccessionNumber"):
+        setattr(d, name, "")
+    if is_ct:
         d.KVP = 100
-    d.SamplesPerPixel, d.Rows, d.Columns = 1, *scan.shape[1:]
-    d.PhotometricInterpretation = "MONOCHROME1" if job.form == "monochrome1" else "MONOCHROME2"
+    else:
+        d.SpacingBetweenSlices = round(spacing_mm[0], 4)
+        d.ScanningSequence, d.SequenceVariant, d.ScanOptions = "GR", "NONE", ""
+        d.MRAcquisitionType, d.EchoTime, d.RepetitionTime, d.EchoTrainLength = "3D", 4, 25, 1
     return d
 
 
 def store(values: np.ndarray, job: Job, d: Dataset) -> np.ndarray:
-    """Stored integers (z, y, x) of grey values, in one of several ways; sets the tags of `d` that undo it."""
-    way = generator(job.seed, job.number, "storage").integers(4)
+    """Stored integers (z, y, x) of grey values, in one of four ways; adds the tags that undo it to `d`."""
+    is_ct, ways = job.modality == "CTA", ("shifted", "as is", "signed and shifted", "scaled")
+    way = ways[generator(job.seed, job.number, "storage").integers(4)]
     if job.form == "monochrome1":
-        way = 0
-    d.BitsAllocated, d.BitsStored, d.PixelRepresentation = 16, (12, 16, 16, 12)[way], (0, 1, 1, 0)[way]
-    if job.modality == "CTA":
-        if way == 1:  # HU as they are; no rescale tags at all
-            low, high, intercept = -32768, 32767, None
-        elif way == 2:  # signed and shifted
-            low, high, intercept = -32768, 32767, -1024
-        else:
-            low, high, intercept = 0, 4095, -1024
-        stored = np.clip(np.rint(values - (intercept or 0)), low, high)
-        slope = 1
-    else:
-        slope = (1, 1, None, 0.43)[way]
-        intercept = (0, 0, None, 0)[way]
-        stored = np.clip(np.rint(values / (slope or 1)), 0, 4095)
+        way = "shifted"
+    is_signed = way in ("as is", "signed and shifted")
+    slope, intercept = 0.43 if way == "scaled" and not is_ct else 1, -1024 if is_ct and way != "as is" else 0
+    stored = np.rint((values - intercept) / slope)
+    stored = np.clip(stored, -32768, 32767) if is_signed else np.clip(stored, 0, 4095)
+    d.BitsAllocated, d.BitsStored, d.PixelRepresentation = 16, 16 if is_signed else 12, int(is_signed)
     d.HighBit = d.BitsStored - 1
-    if intercept is not None:
-        d.RescaleIntercept, d.RescaleSlope, d.RescaleType = (
-            intercept,
-            slope,
-            "HU" if d.Modality == "CT" else "US",
-        )
+    if way != "as is":  # else without any rescale tag
+        d.RescaleIntercept, d.RescaleSlope, d.RescaleType = intercept, slope, "HU" if is_ct else "US"
     if job.form == "monochrome1":
-        stored = 4095 - stored
-    return stored.astype(np.int16 if d.PixelRepresentation else np.uint16)
+        stored = 4095 - stored  # low is bright: the complement within BitsStored
+    return stored.astype(np.int16 if is_signed else np.uint16)
 
 
 def save(d: Dataset, stored: np.ndarray, job: Job, path: Path) -> None:
     """Write one file: `stored` is (rows, cols), or (frames, rows, cols) for a multi-frame one."""
     syntax = FORMS[job.form][0]
     d.file_meta = FileMetaDataset()
-    d.file_meta.MediaStorageSOPClassUID, d.file_meta.MediaStorageSOPInstanceUID = (
-        d.SOPClassUID,
-        d.SOPInstanceUID,
-    )
-    if syntax.is_compressed and not syntax.is_deflated:
-        encoder = {JPEG2000Lossless: "pylibjpeg", JPEGLSLossless: "pyjpegls", RLELossless: "pydicom"}[syntax]
-        compress(d, syntax, stored, encoding_plugin=encoder, generate_instance_uid=False)
+    d.file_meta.MediaStorageSOPClassUID = d.SOPClassUID
+    d.file_meta.MediaStorageSOPInstanceUID = d.SOPInstanceUID
+    if syntax in ENCODERS:
+        compress(d, syntax, stored, encoding_plugin=ENCODERS[syntax], generate_instance_uid=False)
     else:
         d.file_meta.TransferSyntaxUID = syntax
         order = ">" if syntax == ExplicitVRBigEndian else "<"
@@ -648,76 +657,58 @@ def save(d: Dataset, stored: np.ndarray, job: Job, path: Path) -> None:
     d.save_as(path, enforce_file_format=True)
 
 
-def write_single_frames(
-    d: Dataset, stored: np.ndarray, scan: Scan, job: Job, folder: Path
-) -> list[tuple[str, int]]:
-    """A file per slice, their names in no order. Returns (SOPInstanceUID, frame) of each slice."""
+def write_frames(d: Dataset, stored: np.ndarray, scan: Scan, job: Job, folder: Path) -> list[tuple[str, int]]:
+    """Write the files of a series. Returns SOPInstanceUID and frame of each slice."""
     is_downward = generator(job.seed, job.number, "order").random() < 0.5
-    names = []
-    for k, image in enumerate(stored):
-        d.SOPInstanceUID = uid(job.seed, "instance", job.number, k)
-        d.InstanceNumber = len(stored) - k if is_downward else k + 1
-        d.ImagePositionPatient = [round(v, 6) for v in (scan.affine @ [k, 0, 0, 1])[:3]]
-        save(d, image, job, folder / f"{d.SOPInstanceUID}.dcm")
-        names.append((d.SOPInstanceUID, 0))
-    return names
+    count = len(stored)
+    order = np.arange(count)[:: -1 if is_downward else 1]  # slice of each instance or frame
+    positions = [[round(v, 6) for v in (scan.affine @ [k, 0, 0, 1])[:3]] for k in range(count)]
+    if job.form.startswith("enhanced"):
+        d.SOPInstanceUID, d.InstanceNumber, d.NumberOfFrames = uid(job.seed, "instance", job.number), 1, count
+        to_functional_groups(d, [positions[k] for k in order])
+        save(d, stored[order], job, folder / f"{d.SOPInstanceUID}.dcm")
+        return [(d.SOPInstanceUID, int(frame)) for frame in np.argsort(order)]
+    names = [
+        uid(job.seed, "instance", job.number, k) for k in range(count)
+    ]  # sorting them sorts nothing else
+    for number, k in enumerate(order):
+        d.SOPInstanceUID, d.InstanceNumber, d.ImagePositionPatient = names[k], number + 1, positions[k]
+        save(d, stored[k], job, folder / f"{names[k]}.dcm")
+    return [(name, 0) for name in names]
 
 
-def item(**values: object) -> Sequence:
-    """A sequence of one item."""
-    d = Dataset()
-    for name, value in values.items():
-        setattr(d, name, value)
-    return Sequence([d])
-
-
-def write_enhanced(
-    d: Dataset, stored: np.ndarray, scan: Scan, job: Job, folder: Path
-) -> list[tuple[str, int]]:
-    """One file with functional groups (PS3.3 C.7.6.16). Returns (SOPInstanceUID, frame) of each slice."""
-    is_downward = generator(job.seed, job.number, "order").random() < 0.5
-    order = np.arange(len(stored))[:: -1 if is_downward else 1]
+def to_functional_groups(d: Dataset, positions: list[list[float]]) -> None:
+    """Move geometry and rescale into functional groups, as enhanced CT and MR have them (PS3.3 C.7.6.16)."""
     d.SOPClassUID = EnhancedCTImageStorage if d.Modality == "CT" else EnhancedMRImageStorage
-    d.SOPInstanceUID, d.InstanceNumber, d.NumberOfFrames = (
-        uid(job.seed, "instance", job.number, 0),
-        1,
-        len(stored),
-    )
     shared = Dataset()
-    shared.PlaneOrientationSequence = item(ImageOrientationPatient=d.ImageOrientationPatient)
-    spacing = dict(PixelSpacing=d.PixelSpacing, SliceThickness=d.SliceThickness)
-    shared.PixelMeasuresSequence = item(
-        **spacing, SpacingBetweenSlices=round(np.linalg.norm(scan.affine[:3, 0]), 4)
-    )
-    if "RescaleSlope" in d:
-        names = ("RescaleIntercept", "RescaleSlope", "RescaleType")
-        shared.PixelValueTransformationSequence = item(**{n: d[n].value for n in names})
+    for group, names in (
+        ("PixelMeasuresSequence", ("PixelSpacing", "SliceThickness", "SpacingBetweenSlices")),
+        ("PlaneOrientationSequence", ("ImageOrientationPatient",)),
+        ("PixelValueTransformationSequence", ("RescaleIntercept", "RescaleSlope", "RescaleType")),
+    ):
+        values = {name: d[name].value for name in names if name in d}
+        for name in values:
+            delattr(d, name)
+        if values:
+            setattr(shared, group, Sequence([dataset(**values)]))
     d.SharedFunctionalGroupsSequence = Sequence([shared])
     frames = []
-    for number, k in enumerate(order):
-        frame = Dataset()
-        position = [round(v, 6) for v in (scan.affine @ [k, 0, 0, 1])[:3]]
-        frame.PlanePositionSequence = item(ImagePositionPatient=position)
-        frame.FrameContentSequence = item(
-            StackID="1", InStackPositionNumber=number + 1, DimensionIndexValues=[1, number + 1]
-        )
-        frames.append(frame)
+    for number, position in enumerate(positions):
+        place = dataset(ImagePositionPatient=position)
+        content = dataset(StackID="1", InStackPositionNumber=number + 1)
+        groups = {"PlanePositionSequence": Sequence([place]), "FrameContentSequence": Sequence([content])}
+        frames.append(dataset(**groups))
     d.PerFrameFunctionalGroupsSequence = Sequence(frames)
-    measures = ("PixelSpacing", "SliceThickness", "SpacingBetweenSlices", "ImageOrientationPatient")
-    for name in (*measures, "RescaleIntercept", "RescaleSlope", "RescaleType"):
-        if name in d:
-            delattr(d, name)
-    save(d, stored[order], job, folder / f"{d.SOPInstanceUID}.dcm")
-    return [(d.SOPInstanceUID, int(np.flatnonzero(order == k)[0])) for k in range(len(stored))]
+
+
+# --- the set ------------------------------------------------------------------------------------------------
 
 
 def truth(job: Job) -> list[tuple[str, np.ndarray, float]]:
     """(location, centre in LPS mm (3,), half of the diameter in mm) of every aneurysm of a series."""
-    head, scan = make_head(job.seed, job.patient, job.aneurysms), make_scan(job)
-    return [
-        (a.location, (scan.pose @ [*centre, 1])[:3], half)
-        for a, (centre, _, half, _) in zip(job.aneurysms, head.domes, strict=True)
-    ]
+    domes, pose = make_head(job.seed, job.patient, job.aneurysms).domes, make_scan(job).pose
+    centres = [((pose @ [*centre, 1])[:3], half) for centre, _, half, _ in domes]
+    return [(a.location, *found) for a, found in zip(job.aneurysms, centres, strict=True)]
 
 
 def write_series(job: Job, root: Path) -> tuple[dict, list[dict]]:
@@ -726,26 +717,17 @@ def write_series(job: Job, root: Path) -> tuple[dict, list[dict]]:
     d = header(job, scan)
     folder = root / "series" / d.SeriesInstanceUID
     folder.mkdir(parents=True, exist_ok=True)
-    row = dict(SeriesInstanceUID=d.SeriesInstanceUID, PatientAge=int(d.PatientAge[:3]))
-    row |= dict(PatientSex={"F": "Female", "M": "Male"}[d.PatientSex], Modality=job.modality)
+    names = write_frames(d, store(render(head, scan, job), job, d), scan, job, folder)
+    sex = {"F": "Female", "M": "Male"}[d.PatientSex]
     present = {a.location for a in job.aneurysms}
-    row |= {name: int(name in present) for name in LOCATIONS} | {LABELS[13]: int(bool(present))}
-    stored = store(render(head, scan, job), job, d)
-    write = write_enhanced if job.form.startswith("enhanced") else write_single_frames
-    names = write(d, stored, scan, job, folder)
+    row = dict(zip(TABLE, (d.SeriesInstanceUID, int(d.PatientAge[:3]), sex, job.modality), strict=False))
+    row |= {name: int(name in present) for name in LOCATIONS} | {LABELS[-1]: int(bool(present))}
     points = []
     for location, centre, _ in truth(job):
-        z, y, x = (np.linalg.inv(scan.affine) @ [*centre, 1])[:3]
-        name, frame = names[int(np.clip(round(z), 0, len(names) - 1))]
-        where = {"x": round(float(x), 3), "y": round(float(y), 3)}
-        where |= {"f": frame} if job.form.startswith("enhanced") else {}
-        point = dict(
-            SeriesInstanceUID=d.SeriesInstanceUID,
-            SOPInstanceUID=name,
-            coordinates=str(where),
-            location=location,
-        )
-        points.append(point)
+        z, y, x = (np.linalg.inv(scan.affine) @ [*centre, 1])[:3].tolist()
+        name, frame = names[min(max(round(z), 0), len(names) - 1)]
+        where = {"x": round(x, 3), "y": round(y, 3)} | ({"f": frame} if "NumberOfFrames" in d else {})
+        points.append(dict(zip(POINTS, (d.SeriesInstanceUID, name, str(where), location), strict=True)))
     return row, points
 
 
@@ -763,51 +745,31 @@ def make_set(
     """Write a whole set below `dst`; the same arguments give the same bytes, whatever `workers` is."""
     if matrix < 40:
         raise ValueError(f"--matrix {matrix}: expected 40 or more, the least that OpenJPEG can encode")
-    dst = Path(dst)
     jobs = plan(series, seed, matrix, modality, plane, plain, draw_aneurysms)
-    (dst / "series").mkdir(parents=True, exist_ok=True)
+    write = partial(write_series, root=Path(dst))
     if workers > 1:
         with ProcessPoolExecutor(workers) as pool:
-            results = list(pool.map(partial(write_series, root=dst), jobs))
+            results = list(pool.map(write, jobs))
     else:
-        results = [write_series(job, dst) for job in jobs]
-    write_table(
-        dst / "train.csv",
-        ["SeriesInstanceUID", "PatientAge", "PatientSex", "Modality", *LABELS],
-        [r for r, _ in results],
-    )
-    fields = ["SeriesInstanceUID", "SOPInstanceUID", "coordinates", "location"]
-    write_table(dst / "train_localizers.csv", fields, [p for _, points in results for p in points])
-
-
-def write_table(path: Path, fields: list[str], rows: list[dict]) -> None:
-    """A CSV file with a header."""
-    with open(path, "w", newline="") as f:
-        writer = csv.DictWriter(f, fields, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        results = [write(job) for job in jobs]
+    table, points = [row for row, _ in results], [point for _, points in results for point in points]
+    pd.DataFrame(table, columns=TABLE).to_csv(dst / "train.csv", index=False)
+    pd.DataFrame(points, columns=POINTS).to_csv(dst / "train_localizers.csv", index=False)
 
 
 def main() -> None:
     """Read the command line, write the set, say what was written on stderr."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--dst", type=Path, required=True, help="folder to write; made if need be")
-    parser.add_argument("--series", type=int, default=160, help="number of series (160)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything (0)")
-    parser.add_argument("--matrix", type=int, default=256, help="pixels across an image (256)")
-    parser.add_argument(
-        "--modality", choices=[*MODALITIES, "all"], default="all", help="one only, or all four (all)"
-    )
-    parser.add_argument(
-        "--plane", choices=["axial", "coronal", "sagittal", "mixed"], default="mixed", help="(mixed)"
-    )
-    parser.add_argument("--plain", action="store_true", help="single-frame, uncompressed little endian only")
-    parser.add_argument(
-        "--no-aneurysms-drawn", action="store_true", help="same labels and localizers, but no aneurysm"
-    )
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (all cores)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add, planes = parser.add_argument, ["axial", "coronal", "sagittal", "mixed"]
+    add("--dst", type=Path, required=True, help="folder to write; made if need be")
+    add("--series", type=int, default=160, help="number of series (160)")
+    add("--seed", type=int, default=0, help="of everything (0)")
+    add("--matrix", type=int, default=256, help="pixels across an image (256)")
+    add("--modality", choices=[*MODALITIES, "all"], default="all", help="one of them, or all (all)")
+    add("--plane", choices=planes, default="mixed", help="one of them, or mixed (mixed)")
+    add("--plain", action="store_true", help="single-frame, uncompressed little endian only")
+    add("--no-aneurysms-drawn", action="store_true", help="same labels and localizers, but no aneurysm")
+    add("--workers", type=int, default=os.cpu_count(), help="processes (all cores)")
     args = parser.parse_args()
     start = time.perf_counter()
     make_set(args.dst, args.series, args.seed, args.matrix, args.modality, args.plane, args.plain,

@@ -1,0 +1,64 @@
+"""Small things that several test files share: a tiny config, random labels, a cache without DICOM."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import common
+from common import LABELS, UID, Config
+
+TINY = Config(
+    model_name="test_efficientnet",
+    pretrained=False,
+    img_size=32,
+    base_slices=8,
+    roi_mm=160.0,
+    drop_path_rate=0.0,
+)
+
+
+def random_table(num: int, seed: int = 0) -> pd.DataFrame:
+    """Labels of num series: about 45 % positive with one or two locations, two series for every third
+    patient."""
+    rng = np.random.default_rng(seed)
+    labels = np.zeros((num, 14), int)
+    for i in np.flatnonzero(rng.random(num) < 0.45):
+        labels[i, rng.choice(13, size=rng.integers(1, 3), replace=False)] = 1
+        labels[i, 13] = 1
+    table = pd.DataFrame(labels, columns=list(LABELS))
+    table.insert(0, UID, [f"1.2.{i}" for i in range(num)])
+    table["Modality"] = rng.choice(common.MODALITIES, num)
+    table["patient"] = [f"p{i - (i % 3 == 1)}" for i in range(num)]
+    table["plane"] = "axial"
+    return table
+
+
+def write_cached_series(folder: Path, uid: str, cfg: Config, points: list, seed: int = 0) -> np.ndarray:
+    """A cached volume of noise with the given (label, z, y, x) points; returns the volume."""
+    shape = (cfg.base_slices, cfg.img_size, cfg.img_size)
+    volume = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    points = np.array(points, np.float32).reshape(-1, 4)
+    spacing = json.dumps([4.0, cfg.roi_mm / cfg.img_size, cfg.roi_mm / cfg.img_size])
+    common.save_volume(
+        folder / f"{uid}.safetensors",
+        volume,
+        points[:, 1:],
+        points[:, 0].astype(np.int64),
+        {"spacing_mm": spacing, "settings": common.volume_settings(cfg)},
+        sop_uids=[f"{uid}.1"],
+    )
+    return volume
+
+
+def write_cache(folder: Path, table: pd.DataFrame, cfg: Config, with_points: bool = True) -> None:
+    """What preprocess.py leaves for train.py: a volume per series, index.csv and train.csv."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, row in table.reset_index(drop=True).iterrows():
+        places = [label for label in range(13) if row[LABELS[label]]]
+        points = [(label, 2 + label % 4, 8 + label, 24 - label) for label in places]
+        write_cached_series(folder, row[UID], cfg, points if with_points else [], i)
+    index = table[[UID, "patient", "plane"]].assign(status="ok", reason="", modality="CT")
+    index.to_csv(folder / "index.csv", index=False)
+    table.drop(columns=["patient", "plane"]).to_csv(folder / "train.csv", index=False)

@@ -1,0 +1,881 @@
+"""Train one member of the ensemble: one model, one seed, one validation fold.
+
+in   --config YAML      settings (common.Config); the cache it names, filled by preprocess.py, with train.csv
+in it
+out  outputs/<model>_seed<S>_fold<F>/   best_ema.safetensors (weights and all that infer.py needs),
+metrics.json,
+     config.yaml, log.csv (a row per epoch), oof.csv (validation predictions), last/ (checkpoints for
+     --resume)
+     a locator (task: locate) adds proposals.csv: the places it would crop in its validation fold
+run  accelerate launch train.py --config configs/fold0.yaml
+     accelerate launch train.py --config configs/fold0.yaml --set seed=1 --set lr=5.0e-5 --resume
+
+Validation sees what a new patient has: no annotated crop ever, only decoys or a locator's proposals.
+exit 0 trained, 1 refused or failed (one line says why), 2 wrong usage, 143 stopped by SIGTERM after saving.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import accelerate
+import cv2
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+from accelerate.utils import broadcast_object_list, gather_object
+from torch.nn import functional as F
+
+import common
+from common import AP, LABELS, LOCATIONS, SWAP, UID, Config, SeriesDataset
+
+KEEP_CHECKPOINTS = 2  # of last/: the newest and one to fall back to
+
+
+# --- before training: what there is to train on, and every fault in it at once ------------------------------
+
+
+def load_table(cfg: Config) -> pd.DataFrame:
+    """A row per cached and labelled series: UID, patient, Modality, plane, 14 labels, fold.
+
+    Raises ValueError that lists every fault of the cache and the labels, so that one run finds them all.
+    """
+    cache, faults = Path(cfg.cache), []
+    for name, maker in (
+        ("index.csv", "python preprocess.py --src dicoms --dst"),
+        ("train.csv", "labels beside"),
+    ):
+        if not (cache / name).is_file():
+            raise ValueError(f"{cache / name}: not found; expected a cache with labels: {maker} {cache}")
+    labels = pd.read_csv(cache / "train.csv", dtype={UID: str})
+    missing = [name for name in (UID, "Modality", *LABELS) if name not in labels]
+    if missing:
+        raise ValueError(f"{cache / 'train.csv'}: columns missing: {', '.join(missing)}")
+    columns = [UID, "status", "reason", "patient", "plane"]
+    index = pd.read_csv(cache / "index.csv", dtype=dict.fromkeys(columns, str), keep_default_na=False)[
+        columns
+    ]
+
+    def fault(rows: pd.Series, what: str) -> None:
+        if len(rows):
+            faults.append(
+                f"{len(rows)} x {what}: {', '.join(map(str, rows[:3]))}{' ...' if len(rows) > 3 else ''}"
+            )
+
+    fault(labels[UID][labels[UID].duplicated()], "series listed twice in train.csv")
+    fault(labels[UID][~labels["Modality"].isin(common.MODALITIES)], f"Modality not in {common.MODALITIES}")
+    fault(labels[UID][~labels[list(LABELS)].isin([0, 1]).all(axis=1)], "label other than 0 and 1")
+    fault(
+        labels[UID][~labels[UID].isin(index[UID])], f"labelled series without a row in {cache / 'index.csv'}"
+    )
+    fault(index[UID][~index[UID].isin(labels[UID])], "cached series without labels in train.csv")
+    table = labels.drop_duplicates(UID).merge(index, on=UID)
+    failed = table[table["status"] != "ok"]
+    if len(failed):
+        say(f"{len(failed)} labelled series failed in preprocessing, left out: {', '.join(failed[UID][:3])}")
+    table = table[table["status"] == "ok"].copy()
+    table["patient"] = table["patient"].where(
+        table["patient"] != "", table[UID]
+    )  # no PatientID: one of its own
+    expected, shared, seen = common.volume_settings(cfg), [], {}
+    for uid in table[UID]:
+        path = cache / f"{common.safe_uid(uid)}.safetensors"
+        if not path.is_file():
+            faults.append(f"{path}: missing although the index calls it ok; run preprocess.py again")
+            continue
+        tensors, meta = common.load_volume(path, ["sop_hashes"])
+        found = json.loads(meta["settings"])
+        if found != expected:
+            differ = ", ".join(
+                f"{k} {found.get(k)} (config: {v})" for k, v in expected.items() if found.get(k) != v
+            )
+            raise ValueError(
+                f"{path}: made with other settings: {differ}. Preprocess again or change the config"
+            )
+        for sop in tensors["sop_hashes"].tolist():
+            if seen.setdefault(sop, uid) != uid:
+                shared.append(f"{seen[sop]} and {uid}")
+    fault(pd.Series(sorted(set(shared))), "series that share a (0008,0018) SOPInstanceUID")
+    if not faults and len(table):
+        table["fold"] = common.make_folds(table, cfg.num_folds, cfg.fold_seed).loc[table[UID]].to_numpy()
+        crossing = table.groupby("patient")["fold"].nunique()
+        fault(crossing.index[crossing > 1].to_series(), "patient in two folds")
+        sizes = table["fold"].value_counts()
+        if sizes.get(cfg.fold, 0) == 0 or len(sizes) < 2:
+            faults.append(f"{table['patient'].nunique()} patients do not fill {cfg.num_folds} folds")
+    if faults or not len(table):
+        raise ValueError(f"{cache}: cannot train:\n  " + "\n  ".join(faults or ["no series"]))
+    return table.sort_values(UID).reset_index(drop=True)
+
+
+def training_decoys(cfg: Config, table: pd.DataFrame, most: int = 512) -> np.ndarray:
+    """(M, 3) annotated places of the training folds as fractions (z, y, x) of the volume; empty without
+    crops."""
+    if not cfg.max_localizer_crops:
+        return np.zeros((0, 3))
+    places = []
+    for uid in table[UID][table["fold"] != cfg.fold]:
+        tensors, _ = common.load_volume(Path(cfg.cache) / f"{common.safe_uid(uid)}.safetensors")
+        fractions = (tensors["points"] + 0.5) / np.array(tensors["volume"].shape)
+        places.append(fractions[((fractions >= 0) & (fractions <= 1)).all(axis=1)])
+    places = np.concatenate(places)
+    if not len(places):
+        say("no annotated points in the training folds: all crop channels stay empty")
+    every = max(1, math.ceil(len(places) / most))
+    return places[::every].round(4)
+
+
+def load_proposals(cfg: Config, table: pd.DataFrame) -> dict[str, np.ndarray] | None:
+    """Places (n, 3) by series, each from the locator that held its fold out; None without `proposals`."""
+    if not cfg.proposals or not cfg.max_localizer_crops:
+        return None
+    found = {}
+    folders = [path.parent for path in sorted(Path().glob(f"{cfg.proposals}/proposals.csv"))]
+    for folder in folders:
+        own = common.load_config(folder / "config.yaml")
+        if (own.num_folds, own.fold_seed) != (cfg.num_folds, cfg.fold_seed):
+            raise ValueError(
+                f"{folder}: made with num_folds {own.num_folds}, fold_seed {own.fold_seed}; this run differs"
+            )
+        held_out = set(table[UID][table["fold"] == own.fold])
+        rows = pd.read_csv(folder / "proposals.csv", dtype={UID: str})
+        if not set(rows[UID]) <= held_out:
+            raise ValueError(
+                f"{folder}: proposals for series outside its fold; its folds were made from other data"
+            )
+        for uid, part in rows.groupby(UID):
+            found[uid] = part[["z", "y", "x"]].to_numpy()
+    absent = set(table[UID]) - set(found)
+    if absent:
+        raise ValueError(
+            f"proposals {cfg.proposals!r}: {len(folders)} locator runs cover {len(found)} of {len(table)} "
+            f"series; train every fold of the locator first (task: locate)"
+        )
+    return found
+
+
+# --- the batch ----------------------------------------------------------------------------------------------
+
+
+def augment(batch: dict[str, torch.Tensor], cfg: Config) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Apply each sample's drawn augmentation on the device: -> images (B, C, H, W) in [0, 1], labels, points.
+
+    Flip (all channels, labels swapped), then rotation, scale and shift in plane (slabs only: crops have
+    their own
+    centre), slab shift and drop-out (slabs), gain and offset (all). points (B, 8, 4) follow; label -1 is no
+    point.
+    """
+    images, labels, points = batch["image"].float() / 255, batch["labels"], batch["points"].clone()
+    flip, degrees, scale, dx, dy, gain, offset, step = batch["augment"][:, : common.NUM_AUGMENT].unbind(1)
+    keep, slabs = batch["augment"][:, common.NUM_AUGMENT :], cfg.base_slices
+    images, labels, points = flip_samples(images, labels, points, flip > 0.5)
+
+    # out(p) = in(R p / scale + shift) in [-1, 1] coordinates; a point moves by the inverse
+    angle = torch.deg2rad(degrees)
+    rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).reshape(-1, 2, 2)
+    shift = torch.stack([dx, dy], dim=1) * 2 / cfg.roi_mm
+    theta = torch.cat([rotation / scale[:, None, None], shift[:, :, None]], dim=2)
+    size = images[:, :slabs].shape
+    grid = F.affine_grid(theta, size, align_corners=False)
+    moved = F.grid_sample(images[:, :slabs], grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    extent = images.shape[-1]
+    centred = (2 * points[..., [3, 2]] + 1) / extent - 1 - shift[:, None]  # (B, 8, xy)
+    turned = torch.einsum("bpi,bij->bpj", centred, rotation) * scale[:, None, None]
+    points[..., [3, 2]] = ((turned + 1) * extent - 1) / 2
+
+    source = torch.arange(slabs, device=images.device)[None] - step[:, None].long()  # (B, Z)
+    inside = (source >= 0) & (source < slabs)
+    moved = moved.gather(1, source.clamp(0, slabs - 1)[:, :, None, None].expand(size))
+    moved = moved * (inside * keep)[:, :, None, None]
+    points[..., 1] += step[:, None]
+    images = torch.cat([moved, images[:, slabs:]], dim=1)
+    return (images * gain[:, None, None, None] + offset[:, None, None, None]).clamp(0, 1), labels, points
+
+
+def flip_samples(
+    images: torch.Tensor, labels: torch.Tensor, points: torch.Tensor, flip: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mirror the samples where flip (B,) is true: image columns, left and right labels, points and their
+    labels."""
+    swap = torch.tensor(SWAP, device=images.device)
+    images = torch.where(flip[:, None, None, None], common.mirror(images), images)
+    labels = torch.where(flip[:, None], labels[:, swap], labels)
+    mirrored = points.clone()
+    mirrored[..., 3] = images.shape[-1] - 1 - points[..., 3]
+    mirrored[..., 0] = torch.where(
+        points[..., 0] >= 0, swap[points[..., 0].long().clamp(min=0)], points[..., 0]
+    )
+    return images, labels, torch.where(flip[:, None, None], mirrored, points)
+
+
+def label_loss(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """(B,) binary cross entropy of logits (B, 14), mean over labels; targets are smoothing/2 and 1 -
+    smoothing/2."""
+    targets = labels * (1 - smoothing) + smoothing / 2
+    return F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none").mean(1)
+
+
+def map_targets(points: torch.Tensor, shape: tuple[int, int, int], spacing_mm: torch.Tensor, sigma_mm: float):
+    """(B, 13, Z, h, w) Gaussians around points (B, 8, 4: label, z, y, x in volume voxels), 1 in the nearest
+    cell.
+
+    spacing_mm (B, 3) is the volume's; cells are Locator.stride voxels wide in plane.
+    """
+    stride = common.Locator.stride
+    targets = points.new_zeros((len(points), len(LOCATIONS), *shape))
+    axes = torch.meshgrid(*(torch.arange(n, device=points.device) for n in shape), indexing="ij")
+    cells = torch.stack(axes, dim=-1) * points.new_tensor([1, stride, stride])
+    cells = cells + points.new_tensor([0, (stride - 1) / 2, (stride - 1) / 2])  # (Z, h, w, 3) voxels
+    for b, p in (points[..., 0] >= 0).nonzero().tolist():
+        label, place = int(points[b, p, 0]), points[b, p, 1:]
+        squared = (((cells - place) * spacing_mm[b]) ** 2).sum(-1)
+        bump = torch.exp(-squared / (2 * sigma_mm**2))
+        reach = spacing_mm[b] * points.new_tensor([1, stride, stride])
+        if squared.min() <= (reach**2).sum():  # the augmentation did not push it out of the volume
+            bump[tuple(int(i) for i in np.unravel_index(int(squared.argmin()), shape))] = 1
+        targets[b, label] = torch.maximum(targets[b, label], bump)
+    return targets
+
+
+def map_loss(maps: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """(B,) focal loss of heat maps (B, 13, Z, h, w) as logits, summed over cells.
+
+    Cells at 1 are positive; near ones weigh (1 - target)^4 less as negatives (CornerNet, arXiv:1808.01244,
+    eq. 1):
+    it copes with one positive in 10,000 cells.
+    """
+    maps = maps.float()
+    positive = targets == 1
+    hit = torch.sigmoid(-maps) ** 2 * F.softplus(-maps)
+    miss = (1 - targets) ** 4 * torch.sigmoid(maps) ** 2 * F.softplus(maps)
+    return torch.where(positive, hit, miss).flatten(1).sum(1)
+
+
+def sample_losses(output, labels: torch.Tensor, points: torch.Tensor, spacing_mm: torch.Tensor, cfg: Config):
+    """(B,) loss of every sample: labels, and for a locator its maps too."""
+    if cfg.task == "classify":
+        return label_loss(output, labels, cfg.label_smoothing)
+    logits, maps = output
+    targets = map_targets(points, tuple(maps.shape[2:]), spacing_mm, cfg.heatmap_sigma_mm)
+    return label_loss(logits, labels, cfg.label_smoothing) + cfg.heatmap_weight * map_loss(maps, targets)
+
+
+# --- the schedule -------------------------------------------------------------------------------------------
+
+
+def learning_rate(update: int, total: int, warmup: int, cfg: Config) -> float:
+    """Rate of update number `update` (from 0): linear warm-up to cfg.lr, then a half cosine to cfg.min_lr at
+    the end."""
+    if update < warmup:
+        return cfg.lr * (update + 1) / warmup
+    share = (update - warmup) / max(1, total - warmup)
+    return cfg.min_lr + (cfg.lr - cfg.min_lr) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
+
+
+def plan_epoch(
+    num: int, seed: int, epoch: int, batch: int, world: int, accumulation: int
+) -> list[list[list]]:
+    """Who sees what: plan[update][micro step][rank] is an array of sample indices.
+
+    Every sample comes once. The order depends on (seed, epoch) alone, so two processes of half the batch see
+    in every
+    update what one process sees. The last update shares what is left as evenly as it can; a rank may get
+    nothing.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(num)
+    plan = []
+    for start in range(0, num, batch * world * accumulation):
+        group = order[start : start + batch * world * accumulation]
+        steps = math.ceil(len(group) / (batch * world))
+        parts = np.array_split(group, steps * world)
+        plan.append([parts[step * world : (step + 1) * world] for step in range(steps)])
+    return plan
+
+
+# --- checkpoints for --resume -------------------------------------------------------------------------------
+
+
+def save_last(folder: Path, state: dict, progress: dict) -> None:
+    """Write last/<epoch>_<update>/ aside, sync, rename, then prune older ones. progress.json holds the
+    files' sums."""
+    from safetensors.torch import save
+
+    target = folder / "last" / f"{progress['epoch']:04d}_{progress['group']:06d}"
+    aside = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    sums = {}
+    for name in ("model", "ema"):
+        tensors = {k: v.detach().cpu().contiguous() for k, v in state[name].items()}
+        common.write_atomic(aside / f"{name}.safetensors", save(tensors))
+    torch.save({"optimizer": state["optimizer"], "scaler": state["scaler"]}, aside / "optimizer.pt")
+    for path in sorted(aside.iterdir()):
+        data = path.read_bytes()
+        common.write_atomic(path, data)  # torch.save does not sync
+        sums[path.name] = hashlib.sha256(data).hexdigest()
+    common.write_atomic(aside / "progress.json", json.dumps({**progress, "sha256": sums}).encode())
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(aside, target)
+    for old in sorted(p for p in (folder / "last").iterdir() if not p.name.startswith("."))[
+        :-KEEP_CHECKPOINTS
+    ]:
+        shutil.rmtree(old)
+
+
+def load_last(folder: Path) -> tuple[dict, dict] | None:
+    """State and progress of the newest checkpoint that verifies; None where there is none. Says when it
+    falls back."""
+    from safetensors.torch import load_file
+
+    checkpoints = sorted((p for p in (folder / "last").glob("[0-9]*")), reverse=True)
+    for path in checkpoints:
+        try:
+            progress = json.loads((path / "progress.json").read_text())
+            for name, expected in progress["sha256"].items():
+                if hashlib.sha256((path / name).read_bytes()).hexdigest() != expected:
+                    raise ValueError(f"{name} does not match its sum")
+        except (OSError, ValueError, KeyError) as error:
+            say(f"{path}: not usable ({error}); falling back to the one before")
+            continue
+        state = {name: load_file(path / f"{name}.safetensors") for name in ("model", "ema")}
+        return state | torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True), progress
+    if checkpoints:
+        raise ValueError(f"{folder / 'last'}: no checkpoint verifies; start again with --overwrite")
+    return None
+
+
+@contextlib.contextmanager
+def locked(folder: Path, accelerator: accelerate.Accelerator):
+    """Hold folder/.lock for the run; a second run in the same folder gets ValueError, on every rank."""
+    held = [True]
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115  held until the process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held = [False]
+    if not broadcast_object_list(held)[0]:
+        raise ValueError(
+            f"{folder}: another run is writing here; wait for it, or change seed, fold or outputs"
+        )
+    try:
+        yield
+    finally:
+        if accelerator.is_main_process:
+            lock.close()
+
+
+# --- validation ---------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def predict(
+    model: torch.nn.Module, dataset: SeriesDataset, cfg: Config, accelerator
+) -> tuple[np.ndarray, dict]:
+    """Logits (N, 14) of every item on every rank, and for a locator {uid: peaks (n, 5)} (see
+    common.find_peaks).
+
+    Raises RuntimeError unless each index arrives exactly once.
+    """
+    model.eval()
+    own = list(range(accelerator.process_index, len(dataset), accelerator.num_processes))
+    batches = [own[i : i + cfg.batch_size] for i in range(0, len(own), cfg.batch_size)]
+    rows = []
+    for batch in make_loader(dataset, batches, cfg, accelerator):
+        images = batch["image"].to(accelerator.device, non_blocking=True).float() / 255
+        with accelerator.autocast():
+            output = model(images)
+        logits, maps = output if cfg.task == "locate" else (output, None)
+        for i, index in enumerate(batch["index"].tolist()):
+            peaks = None
+            if maps is not None:
+                probs = torch.sigmoid(maps[i].float()).cpu().numpy()
+                num = max(cfg.max_localizer_crops, common.NUM_PROPOSALS)
+                peaks = common.find_peaks(probs, batch["spacing_mm"][i].numpy(), num, cfg.min_peak_mm)
+            rows.append((index, logits[i].float().cpu().numpy(), peaks))
+    rows = sorted(gather_object(rows), key=lambda row: row[0])
+    if [row[0] for row in rows] != list(range(len(dataset))):
+        raise RuntimeError(
+            f"validation saw {len(rows)} rows for {len(dataset)} series; expected each exactly once"
+        )
+    return np.stack([row[1] for row in rows]), {
+        dataset.uids[row[0]]: row[2] for row in rows if row[2] is not None
+    }
+
+
+def make_loader(
+    dataset: SeriesDataset, batches: list, cfg: Config, accelerator
+) -> torch.utils.data.DataLoader:
+    """A loader of the given index lists, in their order. Made anew each epoch, so workers see the epoch's
+    number."""
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=cfg.workers,
+        pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=quiet_worker,
+    )
+
+
+def quiet_worker(_: int) -> None:
+    """One thread per loader process: they share the cores with the training process."""
+    cv2.setNumThreads(0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def localisation(table: pd.DataFrame, peaks: dict, cfg: Config, reach_mm: float = 10.0) -> dict:
+    """How well K proposals find annotated points: recall within reach_mm and false proposals per negative
+    series.
+
+    Intervals by bootstrap over patients. A proposal counts as false where its score is at least the median
+    score of
+    the proposals that hit.
+    """
+    hits, scores, false, num_points = [], [], [], []
+    for row in table.itertuples():
+        own = peaks[getattr(row, UID)][: max(cfg.max_localizer_crops, common.NUM_PROPOSALS)]
+        tensors, meta = common.load_volume(
+            Path(cfg.cache) / f"{common.safe_uid(getattr(row, UID))}.safetensors"
+        )
+        away = (tensors["points"][:, None] - own[None, :, :3]) * np.array(json.loads(meta["spacing_mm"]))
+        near = np.linalg.norm(away, axis=2) <= reach_mm  # (points, proposals)
+        hits.append(int(near.any(axis=1).sum()))
+        num_points.append(len(near))
+        scores += own[near.any(axis=0), 3].tolist()
+        false.append(own[:, 3])
+    hits, num_points = np.array(hits), np.array(num_points)
+    threshold = float(np.median(scores)) if scores else float("nan")
+    negative = (table[LABELS[AP]] == 0).to_numpy()
+    above = np.array([(s >= threshold).sum() for s in false])
+    patients, owner = np.unique(table["patient"], return_inverse=True)
+    counts = np.random.default_rng(0).multinomial(
+        len(patients), np.full(len(patients), 1 / len(patients)), cfg.bootstrap
+    )
+    weights = counts[:, owner]  # (draws, N)
+
+    def ratio(top: np.ndarray, bottom: np.ndarray) -> list[float]:
+        """Value, low, high of sum(top) / sum(bottom)."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            draws = (weights @ top) / (weights @ bottom)
+            value = top.sum() / bottom.sum()
+        draws = draws[np.isfinite(draws)]
+        return [
+            float(value),
+            *(np.percentile(draws, [2.5, 97.5]).tolist() if len(draws) else [float("nan")] * 2),
+        ]
+
+    return {
+        "num_proposals": max(cfg.max_localizer_crops, common.NUM_PROPOSALS),
+        "recall_10mm": ratio(hits, num_points),
+        "score_threshold": threshold,
+        "false_per_negative": ratio(above * negative, negative.astype(float)),
+    }
+
+
+# --- the run ------------------------------------------------------------------------------------------------
+
+
+def train(cfg: Config, accelerator: accelerate.Accelerator, resume: bool, overwrite: bool) -> None:
+    """Everything from an empty run folder to metrics.json; see the top of the file."""
+    folder = Path(cfg.outputs) / cfg.run_name
+    is_main = accelerator.is_main_process
+    prepare_folder(folder, resume, overwrite, accelerator)
+    table = load_table(cfg)
+    held_out = table[table["fold"] == cfg.fold].reset_index(drop=True)
+    kept = table[table["fold"] != cfg.fold].reset_index(drop=True)
+    decoys, proposals = training_decoys(cfg, table), load_proposals(cfg, table)
+    dataset = SeriesDataset(cfg, kept, "train", decoys, proposals)
+    deployed = SeriesDataset(cfg, held_out, "deploy", decoys, proposals)
+    meta = {
+        "prior": kept[list(LABELS)].mean().round(6).tolist(),
+        "decoys": decoys.tolist(),
+        "fold": cfg.fold,
+        "val_uids": held_out[UID].tolist(),
+        "val_patients": sorted(held_out["patient"].unique()),
+    }
+    torch.manual_seed(cfg.seed)
+    model = common.build_model(cfg, pretrained=True).to(accelerator.device)
+    world, batch = accelerator.num_processes, cfg.batch_size
+    in_force, num_weights = effective_precision(accelerator), sum(p.numel() for p in model.parameters())
+    say(
+        f"{folder}: {len(kept)} series train, {len(held_out)} validate; {num_weights / 1e6:.1f} M parameters; {world} x "
+        f"{batch} x {cfg.accumulation} per update on {accelerator.device.type}, precision {in_force}"
+        + (f" ({cfg.precision} was asked for, which needs a GPU)" if in_force != cfg.precision else "")
+    )
+    from timm.optim import create_optimizer_v2
+    from timm.utils import ModelEmaV3
+    from timm.utils.distributed import distribute_bn
+
+    fused = in_force != "fp16"  # a fused step skipped by the scaler would not be reported as skipped
+    optimizer = create_optimizer_v2(model, "adamw", lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
+    ema = ModelEmaV3(model, decay=cfg.ema_decay, use_warmup=True, foreach=True)
+    raw = model  # shares its weights with the wrapped one below
+    if cfg.compile:
+        model = torch.compile(model)
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    progress = {
+        "epoch": 0,
+        "group": 0,
+        "updates": 0,
+        "history": [],
+        "best": None,
+        "loss_sum": 0.0,
+        "seconds": 0.0,
+    }
+    if resume and (last := load_last(folder)):
+        state, progress = last
+        raw.load_state_dict(state["model"])
+        ema.module.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        if accelerator.scaler is not None and state["scaler"]:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        say(f"resumed after epoch {progress['epoch']}, update {progress['group']} of the next")
+    if is_main:
+        common.write_atomic(
+            folder / "config.yaml", yaml.safe_dump(plain(asdict(cfg)), sort_keys=False).encode()
+        )
+    stop = StopSignal()
+    started, total = time.perf_counter() - progress["seconds"], None
+
+    def save() -> None:
+        progress["seconds"] = time.perf_counter() - started
+        if is_main:
+            scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
+            states = {"model": raw.state_dict(), "ema": ema.module.state_dict()}
+            save_last(folder, states | {"optimizer": optimizer.state_dict(), "scaler": scaler}, progress)
+        accelerator.wait_for_everyone()
+
+    while progress["epoch"] < cfg.epochs and not out_of_patience(progress, cfg):
+        epoch, epoch_start, waited = progress["epoch"], time.perf_counter(), 0.0
+        plan = plan_epoch(len(dataset), cfg.seed, epoch, batch, world, cfg.accumulation)
+        total, warmup = cfg.epochs * len(plan), max(1, round(cfg.warmup_epochs * len(plan)))
+        dataset.epoch = epoch
+        todo = plan[progress["group"] :]
+        own = [step[accelerator.process_index] for group in todo for step in group]
+        batches = [
+            part.tolist() if len(part) else [0] for part in own
+        ]  # an idle rank works along with weight 0
+        loader = iter(make_loader(dataset, batches, cfg, accelerator))
+        model.train()
+        bar = common.progress(
+            total=len(plan), initial=progress["group"], desc=f"epoch {epoch + 1}", show=is_main
+        )
+        for group in todo:
+            # torch's randomness (drop path) depends on the update alone, so a resumed run repeats it
+            torch.manual_seed(hash_seed(cfg.seed, epoch, progress["group"], accelerator.process_index))
+            lr = learning_rate(progress["updates"], total, warmup, cfg)
+            for settings in optimizer.param_groups:
+                settings["lr"] = lr
+            size = sum(len(part) for step in group for part in step)
+            for number, step in enumerate(group):
+                clock = time.perf_counter()
+                item = next(loader)
+                waited += time.perf_counter() - clock
+                item = {k: v.to(accelerator.device, non_blocking=True) for k, v in item.items()}
+                weight = world / size if len(step[accelerator.process_index]) else 0.0
+                is_last = number == len(group) - 1
+                with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
+                    images, labels, points = augment(item, cfg)
+                    with accelerator.autocast():
+                        output = model(images)
+                    losses = sample_losses(output, labels, points, item["spacing_mm"], cfg)
+                    if not torch.isfinite(losses).all():
+                        uids = [dataset.uids[i] for i in item["index"].tolist()]
+                        raise FloatingPointError(
+                            f"{folder}: loss is {losses.tolist()} in epoch {epoch + 1}, update "
+                            f"{progress['group'] + 1}, "
+                            f"series {', '.join(uids)}; lower lr or clip_grad, or look at these series"
+                        )
+                    accelerator.backward(losses.sum() * weight)
+                progress["loss_sum"] += float(losses.detach().sum()) * (weight > 0)
+            if cfg.clip_grad:
+                accelerator.clip_grad_norm_(model.parameters(), cfg.clip_grad)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            progress["group"] += 1
+            if not accelerator.optimizer_step_was_skipped:
+                progress["updates"] += 1
+                ema.update(raw, step=progress["updates"])
+            bar.update()
+            if stop.asked(accelerator):
+                save()
+                raise SystemExit(143)
+        bar.close()
+
+        if world > 1:
+            distribute_bn(ema.module, world, reduce=True)
+            distribute_bn(raw, world, reduce=True)
+        train_loss = sum(gather_object([progress["loss_sum"]])) / len(dataset)
+        logits, peaks = predict(ema.module, deployed, cfg, accelerator)
+        row = {
+            "epoch": epoch + 1,
+            "lr": lr,
+            "train_loss": train_loss,
+            **validation_row(held_out, logits, cfg),
+        }
+        row |= {
+            "seconds": time.perf_counter() - epoch_start,
+            "data_wait": waited / (time.perf_counter() - epoch_start),
+        }
+        progress["history"].append({k: round(float(v), 6) for k, v in row.items()})
+        progress |= {"epoch": epoch + 1, "group": 0, "loss_sum": 0.0}
+        say(
+            f"epoch {epoch + 1}/{cfg.epochs}: train loss {train_loss:.4f}, validation loss "
+            f"{row['val_loss']:.4f}, wAUC {row['wauc']:.4f} ({row['low']:.3f} to {row['high']:.3f}), {row['seconds']:.0f} s"
+        )
+        if is_better(row, progress["best"]):
+            progress["best"] = progress["history"][-1]
+            if is_main:
+                write_best(
+                    folder,
+                    ema.module,
+                    cfg,
+                    meta | {"epoch": epoch + 1, "wauc": row["wauc"]},
+                    held_out,
+                    logits,
+                    peaks,
+                )
+        if is_main:
+            log = pd.DataFrame(progress["history"]).to_csv(index=False)
+            common.write_atomic(folder / "log.csv", log.encode())
+        accelerator.log(progress["history"][-1], step=epoch + 1)
+        save()
+    finish(folder, cfg, accelerator, table, decoys, progress, in_force, total)
+
+
+def finish(folder, cfg, accelerator, table, decoys, progress, in_force, total) -> None:
+    """metrics.json of the best epoch, read back from its files; with annotated crops only as a diagnostic."""
+    accelerator.wait_for_everyone()
+    held_out = table[table["fold"] == cfg.fold].reset_index(drop=True)
+    oof = pd.read_csv(folder / "oof.csv", dtype={UID: str, "patient": str})
+    probs = oof[list(LABELS)].to_numpy()
+    metrics = common.score(held_out, probs, cfg.bootstrap) if accelerator.is_main_process else {}
+    if cfg.task == "classify" and len(decoys):
+        run = common.load_run(folder, accelerator.device)
+        logits, _ = predict(run.model, SeriesDataset(cfg, held_out, "oracle", decoys), cfg, accelerator)
+        oracle = common.weighted_auc(held_out[list(LABELS)].to_numpy(float), sigmoid(logits))["wauc"]
+        metrics |= {"oracle_wauc": oracle, "leak": oracle - metrics.get("wauc", float("nan"))}
+        metrics["oracle_note"] = (
+            "oracle_wauc uses annotated crops that no new patient has: a diagnostic, not a score"
+        )
+    if not accelerator.is_main_process:
+        return
+    if cfg.task == "locate":
+        rows = pd.read_csv(folder / "proposals.csv", dtype={UID: str})
+        columns = ["z", "y", "x", "score", "label"]
+        peaks = {uid: rows.loc[rows[UID] == uid, columns].to_numpy(np.float32) for uid in held_out[UID]}
+        metrics |= localisation(held_out, peaks, cfg)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if accelerator.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    metrics |= {
+        "best_epoch": progress["best"]["epoch"],
+        "epochs": progress["epoch"],
+        "history": progress["history"],
+        "seconds": round(progress["seconds"], 1),
+        "peak_memory_gb": round(peak, 3),
+        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu",
+        "precision": in_force,
+        "num_processes": accelerator.num_processes,
+        "versions": {
+            m: importlib.import_module(m).__version__ for m in ("torch", "timm", "accelerate", "numpy")
+        },
+        "finished": True,
+    }
+    common.write_atomic(folder / "metrics.json", json.dumps(clean(metrics), indent=1).encode())
+    undefined = (
+        f"; without an AUC (one class): {', '.join(metrics['undefined'])}" if metrics["undefined"] else ""
+    )
+    say(
+        f"{folder}: best epoch {metrics['best_epoch']:.0f}, wAUC {metrics['wauc']:.4f} (95 % interval "
+        f"{metrics['low']:.4f} to {metrics['high']:.4f}, {metrics['num_patients']} patients){undefined}"
+    )
+
+
+def prepare_folder(folder: Path, resume: bool, overwrite: bool, accelerator) -> None:
+    """Refuse a folder that holds a run, unless told what to do with it; --overwrite empties it."""
+    problem = [""]
+    if accelerator.is_main_process:
+        finished, begun = (folder / "metrics.json").exists(), (folder / "last").exists()
+        if overwrite:
+            for path in folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != ".lock":
+                    path.unlink()
+        elif finished:
+            problem = [f"{folder}: holds a finished run; --overwrite trains it again, or change seed or fold"]
+        elif begun and not resume:
+            problem = [
+                f"{folder}: holds an unfinished run; --resume goes on with it, --overwrite starts again"
+            ]
+    problem = broadcast_object_list(problem)
+    if problem[0]:
+        raise ValueError(problem[0])
+
+
+def write_best(
+    folder: Path, model, cfg: Config, meta: dict, held_out: pd.DataFrame, logits: np.ndarray, peaks: dict
+):
+    """best_ema.safetensors, oof.csv and for a locator proposals.csv, each atomic."""
+    columns = [UID, "patient", "Modality", "plane"]
+    oof = held_out[columns].rename(columns={"Modality": "modality"})
+    probs = pd.DataFrame(sigmoid(logits).round(7), columns=list(LABELS))
+    truth = held_out[list(LABELS)].rename(columns=lambda name: f"label {name}")
+    common.write_atomic(
+        folder / "oof.csv", pd.concat([oof, probs, truth], axis=1).to_csv(index=False).encode()
+    )
+    if peaks:
+        rows = pd.concat(
+            pd.DataFrame(p, columns=["z", "y", "x", "score", "label"]).assign(**{UID: uid})
+            for uid, p in peaks.items()
+        )
+        rows = rows[[UID, "z", "y", "x", "score", "label"]].astype({"label": int})
+        common.write_atomic(folder / "proposals.csv", rows.to_csv(index=False).encode())
+    common.save_checkpoint(folder / "best_ema.safetensors", model, cfg, meta)
+
+
+def validation_row(held_out: pd.DataFrame, logits: np.ndarray, cfg: Config) -> dict:
+    truth = held_out[list(LABELS)].to_numpy(float)
+    result = common.weighted_auc(truth, logits)
+    spread = common.bootstrap(truth, logits, held_out["patient"], cfg.bootstrap)
+    loss = label_loss(torch.from_numpy(logits), torch.from_numpy(truth).float(), cfg.label_smoothing).mean()
+    return {
+        "val_loss": float(loss),
+        "wauc": result["wauc"],
+        "low": spread["low"],
+        "high": spread["high"],
+        "auc_present": result["auc"][AP],
+    }
+
+
+def is_better(row: dict, best: dict | None) -> bool:
+    """Higher wAUC; where it is undefined (a fold with one class), lower validation loss. The first of equals
+    stays."""
+    if best is None:
+        return True
+    if math.isnan(row["wauc"]) or math.isnan(best["wauc"]):
+        return row["val_loss"] < best["val_loss"]
+    return round(row["wauc"], 6) > best["wauc"]
+
+
+def out_of_patience(progress: dict, cfg: Config) -> bool:
+    return bool(
+        cfg.patience and progress["best"] and progress["epoch"] - progress["best"]["epoch"] >= cfg.patience
+    )
+
+
+class StopSignal:
+    """Remembers SIGTERM, so that the loop can end between two updates with a checkpoint."""
+
+    def __init__(self):
+        self.received = False
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "received", True))
+
+    def asked(self, accelerator) -> bool:
+        """Whether any rank was told to stop; all ranks learn it at the same update."""
+        if accelerator.num_processes == 1:
+            return self.received
+        flag = torch.tensor([float(self.received)], device=accelerator.device)
+        return bool(accelerator.reduce(flag, "sum").item() > 0)
+
+
+def hash_seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-logits.astype(np.float64)))
+
+
+def plain(values):
+    """Tuples as lists, so that the YAML is ordinary."""
+    return json.loads(json.dumps(values))
+
+
+def clean(value):
+    """JSON has no nan: null instead."""
+    if isinstance(value, dict):
+        return {k: clean(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [clean(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def effective_precision(accelerator: accelerate.Accelerator) -> str:
+    """What really runs: fp16 asked for on a CPU is fp32 without a word from Accelerate."""
+    if accelerator.scaler is not None:
+        return "fp16"
+    return "bf16" if accelerator.native_amp and accelerator.mixed_precision == "bf16" else "no"
+
+
+def say(text: str) -> None:
+    """One line on stderr, from the main process only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", help="YAML file; without it the defaults of common.Config")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with an unfinished run")
+    parser.add_argument("--overwrite", action="store_true", help="delete what the run folder holds")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    args = parse()
+    try:
+        cfg = common.load_config(args.config, args.set)
+        if cfg.tracker and importlib.util.find_spec(cfg.tracker) is None:
+            raise ValueError(
+                f"tracker: {cfg.tracker} is not installed; pip install {cfg.tracker}, or tracker=''"
+            )
+        folder = Path(cfg.outputs) / cfg.run_name
+        accelerator = accelerate.Accelerator(
+            mixed_precision=cfg.precision,
+            log_with=cfg.tracker or None,
+            project_dir=folder if cfg.tracker else None,
+        )
+        if cfg.tracker:
+            accelerator.init_trackers("aneurysm", config={k: str(v) for k, v in asdict(cfg).items()})
+        with locked(folder, accelerator):
+            train(cfg, accelerator, args.resume, args.overwrite)
+        accelerator.end_training()
+    except (ValueError, FloatingPointError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr, flush=True)
+        return 1
+    except torch.cuda.OutOfMemoryError as error:
+        print(
+            f"train.py: out of memory ({str(error).splitlines()[0]}). Lower batch_size (and raise "
+            f"accumulation), set grad_checkpointing: true, or lower img_size",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
