@@ -259,6 +259,9 @@ class Tube:
         return centre, float(np.interp(place, self.steps, self.radii))
 
 
+Part = tuple[str, np.ndarray, np.ndarray, float]  # tissue, centre (3,), half-axes (3,), degrees about z
+
+
 @dataclass
 class Head:
     """One patient: scale of the skull, vessels, parts, domes (centre, direction, half-width, half-length)."""
@@ -267,7 +270,7 @@ class Head:
     arteries: dict[tuple[str, int], Tube]
     veins: dict[tuple[str, int], Tube]
     domes: list[tuple[np.ndarray, np.ndarray, float, float]]
-    parts: list[tuple[str, np.ndarray, np.ndarray, float]]
+    parts: list[Part]
 
 
 def spline(points: np.ndarray, step_mm: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
@@ -324,7 +327,7 @@ def make_head(seed: int, patient: int, aneurysms: tuple[Aneurysm, ...]) -> Head:
 
 
 def narrow_and_widen(arteries: dict[tuple[str, int], Tube], rng: np.random.Generator) -> None:
-    """Hypoplastic arteries, and infundibula: cones of less than 3 mm where a branch leaves; changes the tubes."""
+    """Hypoplastic arteries, and infundibula: cones under 3 mm where a branch leaves; changes the tubes."""
     for side in (1, -1):
         for name in ("a1", "pcom", "vertebral"):
             arteries[name, side].radii *= rng.choice([1, 0.6], p=[0.8, 0.2])
@@ -336,10 +339,8 @@ def narrow_and_widen(arteries: dict[tuple[str, int], Tube], rng: np.random.Gener
                 tube.radii = np.maximum(tube.radii, width * (1 - along / (2 * length)))
 
 
-def place_parts(
-    scale: np.ndarray, rng: np.random.Generator
-) -> list[tuple[str, np.ndarray, np.ndarray, float]]:
-    """PARTS in this patient, on both sides: tissue, centre (3,), half-axes (3,), degrees turned about z."""
+def place_parts(scale: np.ndarray, rng: np.random.Generator) -> list[Part]:
+    """PARTS in this patient, on both sides."""
     parts = []
     for tissue, centre, axes, turn in PARTS:
         axes = np.array(axes) * scale * rng.normal(1, 0.06, 3)
@@ -397,7 +398,7 @@ def make_scan(job: Job) -> Scan:
     cols = round(0.84 * job.matrix) if is_narrow and not is_ct and job.plane != "sagittal" else job.matrix
     # along the normal: a small matrix gets wider spacing, but thick slices stay as they are
     low, high = {"CTA": (0.6, 1.25), "MRA": (0.5, 1.0), "MRI T2": (3, 5), "MRI T1post": (1, 3)}[job.modality]
-    spacing_mm = rng.uniform(low, high) * (max(1.0, pixel_mm / 0.9) if high < 2 else 1)
+    spacing_mm = rng.uniform(low, high) * (max(1.0, pixel_mm / 0.75) if high < 2 else 1)
     thickness_mm = spacing_mm * rng.choice([0.8, 0.9, 1.0] if job.modality == "MRI T2" else [1.0, 1.0, 1.3])
     has_neck, neck_mm, is_slab = rng.random() < 0.3, rng.uniform(-270, -215), rng.random() < 0.4
     bottom_mm, top_mm = rng.uniform(-178, -162), rng.uniform(6, 14)
@@ -717,6 +718,8 @@ def write_series(job: Job, root: Path) -> tuple[dict, list[dict]]:
     d = header(job, scan)
     folder = root / "series" / d.SeriesInstanceUID
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.dcm"):  # the same series, drawn before with other options
+        old.unlink()
     names = write_frames(d, store(render(head, scan, job), job, d), scan, job, folder)
     sex = {"F": "Female", "M": "Male"}[d.PatientSex]
     present = {a.location for a in job.aneurysms}
@@ -746,6 +749,12 @@ def make_set(
     if matrix < 40:
         raise ValueError(f"--matrix {matrix}: expected 40 or more, the least that OpenJPEG can encode")
     jobs = plan(series, seed, matrix, modality, plane, plain, draw_aneurysms)
+    known = {uid(seed, "series", job.number) for job in jobs}
+    foreign = [p.name for p in Path(dst, "series").glob("*") if p.name not in known]
+    if foreign:
+        raise ValueError(
+            f"{dst}/series: {len(foreign)} series of another set; expected none. Remove {dst} first."
+        )
     write = partial(write_series, root=Path(dst))
     if workers > 1:
         with ProcessPoolExecutor(workers) as pool:
@@ -772,8 +781,11 @@ def main() -> None:
     add("--workers", type=int, default=os.cpu_count(), help="processes (all cores)")
     args = parser.parse_args()
     start = time.perf_counter()
-    make_set(args.dst, args.series, args.seed, args.matrix, args.modality, args.plane, args.plain,
-             not args.no_aneurysms_drawn, args.workers)  # fmt: skip
+    kind, draw = (args.modality, args.plane, args.plain), not args.no_aneurysms_drawn
+    try:
+        make_set(args.dst, args.series, args.seed, args.matrix, *kind, draw, args.workers)
+    except ValueError as error:
+        parser.error(str(error))
     print(f"{args.dst}: {args.series} series written in {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
 
