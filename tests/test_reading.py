@@ -342,7 +342,7 @@ def test_enhanced_frames_have_their_own_geometry_and_rescale(tmp_path):
     ]  # column 4 of 0.25 mm, row 2 of 0.5 mm, z of frame 2
 
 
-@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, RLELossless, JPEG2000Lossless])
+@pytest.mark.parametrize("syntax", SYNTAXES)
 def test_frames_of_a_stripped_multi_frame_file_are_counted_from_its_pixel_data(tmp_path, syntax):
     pixels = np.arange(3 * SIZE).reshape(3, ROWS, COLS)
     path = write(tmp_path / "m.dcm", image(pixels=pixels, NumberOfFrames=3, SpacingBetweenSlices=1.5), syntax)
