@@ -26,23 +26,22 @@ import multiprocessing.forkserver
 import os
 import re
 import signal
-import sys
 import socket
 import struct
+import sys
 import time
 import typing
 import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-from pydicom.datadict import dictionary_has_tag, dictionary_VR, tag_for_keyword
 import cv2
 import numpy as np
 import pandas as pd
 import pydicom
 import torch
 import yaml
-from pydicom.datadict import dictionary_has_tag, dictionary_VR
+from pydicom.datadict import dictionary_has_tag, dictionary_VR, tag_for_keyword
 from pydicom.dataelem import RawDataElement
 from pydicom.encaps import encapsulate
 from pydicom.pixels import get_decoder
@@ -115,6 +114,7 @@ class Config:
     drop_path_rate: float = 0.2
     drop_rate: float = 0.0
     locator_width: int = 64  # channels of the locator's merged features
+    locator_stride: int = 8  # pixels of a volume per cell of its maps: 4 | 8 | 16
     heatmap_weight: float = 1.0  # locate: weight of the map loss beside the label loss
     heatmap_sigma_mm: float = 3.0  # of the Gaussian target around a point
     ensemble_weight: float = 1.0  # of this run in infer.py's mean
@@ -157,6 +157,7 @@ class Config:
 
 
 CHOICES = {
+    "locator_stride": (4, 8, 16),
     "task": ("classify", "locate"),
     "slab_mode": ("mean", "max"),
     "crop_projection": ("mean", "max"),
@@ -290,12 +291,12 @@ def _tags(names: str) -> dict[int, tuple[str, str]]:
 
 WANTED = _tags(  # the attributes that reading uses
     "TransferSyntaxUID ImageType SOPClassUID SOPInstanceUID Modality ComplexImageComponent PatientID "
-    "PatientSex PatientAge SliceThickness EchoTime EchoNumbers SpacingBetweenSlices TriggerTime ReconstructionDiameter "
-    "DiffusionBValue SeriesInstanceUID AcquisitionNumber InstanceNumber ImagePositionPatient "
-    "ImageOrientationPatient TemporalPositionIdentifier SliceLocation StackID SamplesPerPixel "
-    "PhotometricInterpretation PlanarConfiguration NumberOfFrames Rows Columns PixelSpacing BitsAllocated "
-    "BitsStored HighBit PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit RescaleIntercept "
-    "RescaleSlope"
+    "PatientSex PatientAge SliceThickness EchoTime EchoNumbers SpacingBetweenSlices TriggerTime "
+    "ReconstructionDiameter DiffusionBValue SeriesInstanceUID AcquisitionNumber InstanceNumber "
+    "ImagePositionPatient ImageOrientationPatient TemporalPositionIdentifier SliceLocation StackID "
+    "SamplesPerPixel PhotometricInterpretation PlanarConfiguration NumberOfFrames Rows Columns PixelSpacing "
+    "BitsAllocated BitsStored HighBit PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit "
+    "RescaleIntercept RescaleSlope"
 )
 IN_FRAME = WANTED | {  # the same in a functional group (PS3.3 C.7.6.16.2), where some have another tag
     0x00089007: ("ImageType", "CS"),  # FrameType
@@ -312,11 +313,11 @@ FUNCTIONAL_GROUPS = _tags(
 BINARY = {"US": "H", "UL": "I", "FD": "d"}
 NUMBER = rb" *[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)? *"
 NUMBERS = re.compile(NUMBER + rb"(\\" + NUMBER + rb")*")
+CHARACTER_SET = re.compile(rb"[A-Z0-9_ \\]*")
 
 
 def safe_uid(uid: str) -> str:
-    """`uid` if it is one ([0-9.]{1,64}, not only dots), else a UID from its SHA-256: fit for a file
-    name."""
+    """`uid` if it is one ([0-9.]{1,64}, not only dots), else one made of its SHA-256: safe as a file name."""
     if re.fullmatch(r"[0-9.]{1,64}", uid) and uid.strip("."):
         return uid
     return "2.25." + str(int(hashlib.sha256(uid.encode(errors="replace")).hexdigest(), 16))[:38]
@@ -354,9 +355,8 @@ def find_series(root: Path) -> tuple[dict[str, list[Path]], list[tuple[Path, str
 
 
 def _one_line_errors(function: typing.Callable) -> typing.Callable:
-    """Whatever goes wrong inside becomes a ValueError of one line: what parsers raise on hostile bytes,
-    and even a decoder's own BaseException (pylibjpeg-rle: PanicException). Interrupts and exits pass
-    through."""
+    """Whatever goes wrong inside becomes a ValueError of one line: what parsers raise on hostile bytes, and
+    a decoder's own BaseException (pylibjpeg-rle: PanicException). Interrupts and exits pass through."""
 
     @functools.wraps(function)
     def wrapped(*args: object) -> object:
@@ -387,9 +387,8 @@ def read_header(path: Path) -> dict:
 
 
 def fast_header(path: Path) -> dict | None:
-    """`read_header` in 0.1 ms for plain files: little endian, single-frame. None at the slightest doubt
-    (odd VR, length or order, functional groups, a value that does not parse): then pydicom has to look
-    at it."""
+    """`read_header` in 0.1 ms for plain little-endian files. None at the slightest doubt (odd VR, length or
+    order, functional groups, a value that does not parse): then pydicom has to look at it."""
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         for limit in (2**14, 2**18, 2**22):
@@ -410,8 +409,7 @@ EXPLICIT_ELEMENT, IMPLICIT_ELEMENT = struct.Struct("<HH2sH"), struct.Struct("<HH
 
 
 def _walk_header(head: bytes) -> dict:
-    """The wanted elements before the pixel data. ValueError on doubt, struct.error if `head` is too
-    short."""
+    """The wanted elements before the pixel data. ValueError on doubt, struct.error where `head` ends."""
     if head[128:140] != b"DICM\x02\0\0\0UL\x04\0":
         raise ValueError("no file meta group length")
     position, last, explicit = 144, 0x00020000, True
@@ -439,6 +437,10 @@ def _walk_header(head: bytes) -> dict:
             position = _skip_sequence(head, value, explicit)
             continue
         position = value + length
+        if tag >> 16 == 2 and position > meta_end:
+            raise ValueError("the file meta group is longer than it says")
+        if tag == 0x00080005 and not (vr in (b"CS", b"") and CHARACTER_SET.fullmatch(head, value, position)):
+            raise ValueError("odd SpecificCharacterSet")  # pydicom may refuse the file
         if tag in WANTED:
             name, expected = WANTED[tag]
             if vr and vr.decode() != expected and (vr, expected) != (b"SS", "US"):
@@ -460,17 +462,13 @@ def _element(head: bytes, position: int, explicit: bool) -> tuple[int, bytes, in
         group, element, length = IMPLICIT_ELEMENT.unpack_from(head, position)
         return group << 16 | element, b"", length, position + 8
     group, element, vr, length = EXPLICIT_ELEMENT.unpack_from(head, position)
+    tag = group << 16 | element
     if vr in SHORT_VRS:
-        return group << 16 | element, vr, length, position + 8
+        return tag, vr, length, position + 8
     if vr in LONG_VRS and length == 0:
-        return (
-            group << 16 | element,
-            vr,
-            int.from_bytes(_slice(head, position + 8, 4), "little"),
-            position + 12,
-        )
+        return tag, vr, int.from_bytes(_slice(head, position + 8, 4), "little"), position + 12
     if group == 0xFFFE:  # items and delimiters have no VR
-        return group << 16 | element, b"", int.from_bytes(vr, "little") | length << 16, position + 8
+        return tag, b"", int.from_bytes(vr, "little") | length << 16, position + 8
     raise ValueError("odd VR")
 
 
@@ -489,15 +487,13 @@ def _skip_sequence(head: bytes, position: int, explicit: bool, depth: int = 0) -
                 break
             if tag >> 16 == 0xFFFE or position > end or (inner == UNDEFINED and vr != b"SQ"):
                 raise ValueError("odd item")
-            is_sequence = inner == UNDEFINED
-            position = (
-                _skip_sequence(head, position, explicit, depth + 1) if is_sequence else position + inner
-            )
+            position += inner
+            if inner == UNDEFINED:
+                position = _skip_sequence(head, position - inner, explicit, depth + 1)
 
 
 def parse_value(vr: str, raw: bytes, order: str) -> tuple | str | None:
-    """Numbers as a tuple, text without its padding, None if empty. ValueError if malformed. `order` of
-    bytes: "little" or "big"."""
+    """Numbers as a tuple, text unpadded, None if empty. ValueError if malformed. `order`: little or big."""
     if vr in BINARY:
         count = len(raw) // struct.calcsize("=" + BINARY[vr])
         values = struct.unpack(f"{'>' if order == 'big' else '<'}{count}{BINARY[vr]}", raw)
@@ -542,7 +538,7 @@ def slow_header(path: Path) -> dict:
         header["TransferSyntaxUID"] = syntax
         element = read(at_pixels, 12)
         tag = int.from_bytes(element[:2], order) << 16 | int.from_bytes(element[2:4], order)
-        if len(element) < 12 or tag != PIXEL_DATA:
+        if len(element) < 8 or tag != PIXEL_DATA:
             kind = header.get("Modality") or "no (0008,0060) Modality"
             raise ValueError(f"no image ({kind}): no (7FE0,0010) PixelData")
         if element[4:8] in (b"OB\0\0", b"OW\0\0", b"UN\0\0"):
@@ -595,9 +591,8 @@ def _functional_groups(dataset: pydicom.Dataset, order: str) -> list[dict] | Non
 
 @contextlib.contextmanager
 def open_unpacked(path: Path) -> typing.Iterator[tuple[typing.BinaryIO, bool]]:
-    """(`path` open for reading, whether its dataset was deflated). A gzipped or deflated file is
-    unpacked in memory (at most MAX_UNPACKED_BYTES), a deflated dataset then looks like explicit VR
-    little endian."""
+    """(`path` open for reading, whether its dataset was deflated). A gzipped or deflated file is unpacked in
+    memory, at most MAX_UNPACKED_BYTES; a deflated dataset then looks like explicit VR little endian."""
     with open(path, "rb") as file:
         head = file.read(2**16)
         file.seek(0)
@@ -640,25 +635,22 @@ def locate_frames(header: dict, size: int, read: typing.Callable[[int, int], byt
     what = f"{max(stated, 1)} frames of {rows} x {cols} pixels of {samples} x {bits} bits"
     if rows < 1 or cols < 1 or samples not in (1, 3) or bits not in (8, 16, 32) or stated < 0:
         raise ValueError(f"unreadable image: {what}; expected 1 or 3 samples of 8, 16 or 32 bits")
+    if rows * cols > MAX_FRAME_PIXELS:
+        raise ValueError(f"absurd size: {what}, limit {MAX_FRAME_PIXELS} pixels")
     frame_bytes = rows * cols * samples * bits // 8
     if header.get("PhotometricInterpretation") == "YBR_FULL_422" and length != UNDEFINED:
         frame_bytes = rows * cols * 2
     if length == UNDEFINED:
-        if header["TransferSyntaxUID"] in (IMPLICIT, EXPLICIT, BIG_ENDIAN, DEFLATED):
-            raise ValueError(
-                f"compressed, but (0002,0010) TransferSyntaxUID is {header['TransferSyntaxUID']}"
-            )
-        spans = _fragments_by_frame(stated, offset, size, read, header["TransferSyntaxUID"] == RLE)
+        syntax = header["TransferSyntaxUID"]
+        if syntax in (IMPLICIT, EXPLICIT, BIG_ENDIAN, DEFLATED):
+            raise ValueError(f"compressed pixel data, but (0002,0010) TransferSyntaxUID is {syntax}")
+        spans = _fragments_by_frame(stated, offset, size, read, syntax == RLE)
     else:
         count, there = stated or max(1, length // frame_bytes), max(0, min(length, size - offset))
-        if rows * cols <= MAX_FRAME_PIXELS and there < count * frame_bytes:
-            raise ValueError(
-                f"truncated: {there} bytes of pixel data, expected {count * frame_bytes} ({what})"
-            )
-        spans = [
-            ((offset + i * frame_bytes, frame_bytes),) for i in range(min(count, there // frame_bytes + 1))
-        ]
-    if rows * cols > MAX_FRAME_PIXELS or frame_bytes * len(spans) > MAX_PIXEL_BYTES:
+        if there < count * frame_bytes:
+            raise ValueError(f"truncated: {there} of {count * frame_bytes} bytes of pixel data ({what})")
+        spans = [((offset + i * frame_bytes, frame_bytes),) for i in range(count)]
+    if frame_bytes * len(spans) > MAX_PIXEL_BYTES:
         raise ValueError(f"absurd size: {what}, limit {MAX_PIXEL_BYTES >> 20} MiB")
     return spans
 
@@ -666,8 +658,7 @@ def locate_frames(header: dict, size: int, read: typing.Callable[[int, int], byt
 def _fragments_by_frame(
     stated: int, offset: int, size: int, read: typing.Callable[[int, int], bytes], is_rle: bool
 ) -> list[tuple]:
-    """Pieces of encapsulated pixel data by frame (PS3.5 A.4); `stated` frames, 0 where the file does not
-    say."""
+    """Pieces of encapsulated pixel data by frame (PS3.5 A.4); `stated` is 0 where no number is given."""
     fragments, starts_stream, table, first = [], [], None, 0
     while offset + 8 <= size:
         start = read(offset, 12)
@@ -690,15 +681,13 @@ def _fragments_by_frame(
         return [(fragment,) for fragment in fragments]
     if stated == 1:
         return [tuple(fragments)]
-    table = struct.unpack(f"<{len(table) // 4}I", table[: len(table) // 4 * 4])
-    in_table = [fragment[0] - 8 - first in table for fragment in fragments]
+    offsets = {int.from_bytes(table[i : i + 4], "little") for i in range(0, len(table), 4)}
+    in_table = [fragment[0] - 8 - first in offsets for fragment in fragments]
     for is_start in (in_table, starts_stream):
         starts = [i for i, start in enumerate(is_start) if start]
         if starts[:1] == [0] and stated in (0, len(starts)):
             return [tuple(fragments[i:j]) for i, j in zip(starts, [*starts[1:], None], strict=True)]
-    raise ValueError(
-        f"damaged: {len(fragments)} fragments of compressed pixel data for {stated or '?'} frames"
-    )
+    raise ValueError(f"damaged: {len(fragments)} fragments of compressed data for {stated or 'some'} frames")
 
 
 @dataclass(frozen=True)
@@ -723,8 +712,7 @@ class Frame:
 
 @dataclass
 class Series:
-    """One volume: frames sorted along +normal. Pixels are decoded when asked for, and kept until
-    `forget`."""
+    """One volume: frames sorted along +normal. Pixels are decoded when asked for, kept until `forget`."""
 
     uid: str
     modality: str  # CT or MR
@@ -736,7 +724,7 @@ class Series:
     normal: np.ndarray  # (3,)
     affine: (
         np.ndarray
-    )  # (4, 4) (z, y, x) -> LPS mm: least squares over the slices, sheared if they are tilted
+    )  # (4, 4) (z, y, x) -> LPS mm; exact for even gaps, else least squares; sheared if tilted
     spacing_mm: tuple[float, float, float]  # slice (median gap), row, column
     plane: str  # axial, coronal or sagittal: the nearest
     transfer_syntax: str
@@ -746,8 +734,8 @@ class Series:
     _stored: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     def stored(self, i: int) -> np.ndarray:
-        """(rows, cols) stored values of slice `i`, integers (do not write to them). ValueError naming
-        the file if it cannot be decoded; the volume can do without the slice."""
+        """(rows, cols) stored values of slice `i`, integers; may be read-only. ValueError naming the file if
+        it cannot be decoded; the volume can do without the slice."""
         if i not in self._stored:
             try:
                 self._stored[i] = decode(self.frames[i])
@@ -759,6 +747,7 @@ class Series:
         """Free the stored values of slice `i`, or of all."""
         if i is None:
             self._stored.clear()
+            _unpacked.cache_clear()
         else:
             self._stored.pop(i, None)
 
@@ -771,8 +760,7 @@ class Series:
         return self.frames[i].padding
 
     def values(self, i: int) -> np.ndarray:
-        """(rows, cols) float32 rescaled values of slice `i` (CT: HU); padding becomes -1024 in CT, 0 in
-        MR."""
+        """(rows, cols) float32 rescaled values of slice `i` (CT: HU). Padding: -1024 in CT, 0 in MR."""
         stored, (slope, intercept), padding = self.stored(i), self.rescale(i), self.padding(i)
         values = stored.astype(np.float32)
         values *= slope
@@ -782,12 +770,11 @@ class Series:
         return values
 
     def point(self, sop_uid: str, x: float, y: float, f: int | None = None) -> np.ndarray:
-        """(3,) LPS mm of column `x`, row `y` of an image, `f` its frame. ValueError if there is no such
-        image."""
+        """(3,) LPS mm of column `x`, row `y` of an image, `f` its frame. ValueError if it is unknown."""
         frame = self.geometry.get((sop_uid, int(f or 0)))
         if frame is None or frame.position is None:
             raise ValueError(
-                f"series {self.uid} has no image {sop_uid}, frame {int(f or 0)}, with a position"
+                f"series {self.uid}: no image {sop_uid}, frame {f or 0}, with a position of its own"
             )
         row_mm, col_mm = frame.spacing_mm
         return frame.position + x * col_mm * frame.row_dir + y * row_mm * frame.col_dir
@@ -795,37 +782,41 @@ class Series:
 
 @_one_line_errors
 def decode(frame: Frame) -> np.ndarray:
-    """(rows, cols) stored values of a frame: decompressed, colour as luminance, masked to BitsStored,
-    signed."""
+    """(rows, cols) stored values of a frame: decompressed, colour as luminance, masked to BitsStored."""
     header = frame.header
     pieces = header["spans"][frame.index]
     if header["packed"]:
-        with open_unpacked(frame.path) as (file, _):
-            data = b"".join(file.getvalue()[offset : offset + length] for offset, length in pieces)
+        unpacked = _unpacked(frame.path, os.stat(frame.path).st_mtime_ns)
+        data = b"".join(unpacked[offset : offset + length] for offset, length in pieces)
     else:
         with open(frame.path, "rb", buffering=0) as file:
             data = b"".join(os.pread(file.fileno(), length, offset) for offset, length in pieces)
     if len(data) != sum(length for _, length in pieces):
         raise ValueError("the file became shorter while it was read")
+    if header["pixel_data"][0] == "OW" and not header["little"] and len(data) == frame.rows * frame.cols:
+        data = (
+            np.frombuffer(data + bytes(len(data) % 2), "u2").byteswap().tobytes()[: len(data)]
+        )  # 8-bit in words
     allocated, high_bit = whole(header, "BitsAllocated"), whole(header, "HighBit", -1)
     bits, signed = whole(header, "BitsStored", allocated), whole(header, "PixelRepresentation") == 1
     bits = bits if 1 <= bits <= allocated else allocated
     high_bit = high_bit if bits - 1 <= high_bit < allocated else bits - 1
     if header["pixel_data"][2] != UNDEFINED and whole(header, "SamplesPerPixel", 1) == 1:
-        if not header["little"] and allocated == 8 and header["pixel_data"][0] == "OW":
-            data = (
-                np.frombuffer(data[: len(data) // 2 * 2], "u2").byteswap().tobytes()
-                + data[len(data) // 2 * 2 :]
-            )
         dtype = np.dtype(f"{'<' if header['little'] else '>'}{'i' if signed else 'u'}{allocated // 8}")
         stored = np.frombuffer(data, dtype).reshape(frame.rows, frame.cols)
         return mask_stored(stored.astype(dtype.newbyteorder("="), copy=False), bits, high_bit, signed)
     return mask_stored(_decode_with_pydicom(frame, data, bits), bits, bits - 1, signed)
 
 
+@functools.lru_cache(maxsize=1)
+def _unpacked(path: Path, _changed: int) -> memoryview:
+    """A packed file's unpacked bytes, kept until the next one so that its frames do not unpack it again."""
+    with open_unpacked(path) as (file, _):
+        return file.getbuffer()
+
+
 def mask_stored(array: np.ndarray, bits: int, high_bit: int, signed: bool) -> np.ndarray:
-    """The `bits` bits up to `high_bit` of integers, sign-extended if `signed`; other bits (overlays,
-    garbage) go."""
+    """The `bits` bits up to `high_bit`, sign-extended if `signed`; others (overlays, garbage) go."""
     size = array.dtype.itemsize * 8
     array = array.view(f"{'i' if signed else 'u'}{size // 8}")
     if bits >= size:
@@ -870,8 +861,7 @@ def _decode_with_pydicom(frame: Frame, data: bytes, bits: int) -> np.ndarray:
 
 
 def _check_stream(data: bytes, uid: str, expected: tuple[int, int, int]) -> None:
-    """Refuses a code stream of other (rows, columns, samples): 600 bytes can ask a decoder for
-    gigabytes."""
+    """Refuses a code stream of another size than stated: 600 bytes can ask a decoder for gigabytes."""
     found, start = None, data.find(b"\xff\x4f\xff\x51", 0, 4096)  # JPEG 2000: SOC, SIZ
     if uid == RLE:
         return
@@ -900,11 +890,9 @@ def _image_types(header: dict) -> list[str]:
 
 def modality_of(header: dict) -> str:
     """(0008,0060) Modality, else what (0008,0016) SOPClassUID implies, else ""."""
-    sop_class = header.get("SOPClassUID", "") + "."
-    implied = {"1.2.840.10008.5.1.4.1.1.2.": "CT", "1.2.840.10008.5.1.4.1.1.4.": "MR"}
-    return header.get("Modality") or next(
-        (m for stem, m in implied.items() if sop_class.startswith(stem)), ""
-    )
+    stem = ".".join(header.get("SOPClassUID", "").split(".")[:9])
+    implied = {"1.2.840.10008.5.1.4.1.1.2": "CT", "1.2.840.10008.5.1.4.1.1.4": "MR"}
+    return header.get("Modality") or implied.get(stem, "")
 
 
 def _refuse_what_is_no_slice(header: dict) -> None:
@@ -921,18 +909,16 @@ def _refuse_what_is_no_slice(header: dict) -> None:
 
 
 def frames_of(path: Path, header: dict) -> list[tuple[Frame, list[str]]]:
-    """The images of one file, each with what was assumed for it. ValueError if they are no slices of CT or
-    MR.
+    """The images of one file, each with what was assumed for it. ValueError if they are no CT or MR slices.
 
-    Orientation missing or not orthogonal: axial. Spacing missing: (0018,1100) ReconstructionDiameter over
-    the matrix, else 1 mm. A multi-frame file without positions by frame: from the file's position, else 0,
-    along +normal in steps of (0018,0088) SpacingBetweenSlices, else (0018,0050) SliceThickness, else the
-    row spacing.
+    Orientation missing or not orthogonal: axial. Spacing missing: (0018,1100) ReconstructionDiameter over the
+    matrix, else 1 mm. Frames without positions of their own: from the file's position, else 0, along +normal
+    in steps of (0018,0088) SpacingBetweenSlices, else (0018,0050) SliceThickness, else the row spacing.
     """
     _refuse_what_is_no_slice(header)
     frames, groups = [], header["groups"] or []
     for index in range(len(header["spans"])):
-        own = groups[0 if len(groups) == 1 else index] if len(groups) == 1 or index < len(groups) else {}
+        own = groups[index] if index < len(groups) else groups[0] if len(groups) == 1 else {}
         tags = header | own if own else header
         assumed = list(header["unreadable"])
         directions = _directions(tags.get("ImageOrientationPatient"))
@@ -948,8 +934,9 @@ def frames_of(path: Path, header: dict) -> list[tuple[Frame, list[str]]]:
         position = tags.get("ImagePositionPatient", ())
         position = np.array(position) if len(position) == 3 and max(map(abs, position)) < 1e5 else None
         if len(header["spans"]) > 1 and "ImagePositionPatient" not in own:
+            count = "" if "NumberOfFrames" in header else "number and "
             step, why = slice_step(tags, spacing[0])
-            assumed.append(f"frames without positions: placed {step:.4g} mm apart along +normal ({why})")
+            assumed.append(f"frames without {count}position placed {step:.4g} mm apart along +normal ({why})")
             position = np.zeros(3) if position is None else position
             position = position + index * step * np.cross(*directions)
         slope = tags.get("RescaleSlope", (1.0,))[0]
@@ -997,8 +984,7 @@ def _directions(orientation: tuple | None) -> np.ndarray | None:
 
 
 def _padding(tags: dict) -> tuple[int, int] | None:
-    """(0028,0120) PixelPaddingValue to (0028,0121) PixelPaddingRangeLimit, in the sign of the stored
-    values."""
+    """(0028,0120) PixelPaddingValue to (0028,0121) PixelPaddingRangeLimit, in the sign of stored values."""
     if "PixelPaddingValue" not in tags:
         return None
     first = whole(tags, "PixelPaddingValue")
@@ -1018,14 +1004,10 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
     image is kept per position (`_one_volume`). ValueError (one line) if there is no volume: mosaics,
     projections, radiographs, reports.
     """
-    if isinstance(source, list):
-        where, paths = f"{len(source)} files", source
-    else:
-        where, paths = (
-            str(source),
-            [Path(folder, name) for folder, _, names in os.walk(source) for name in names],
-        )
-        paths = paths or [Path(source)]
+    where = f"{len(source)} files" if isinstance(source, list) else str(source)
+    paths = source if isinstance(source, list) else [Path(source)]
+    if paths == [Path(where)] and paths[0].is_dir():
+        paths = [Path(folder, name) for folder, _, names in os.walk(where) for name in names]
     found, skipped, notes = [], [], []
     for path in sorted(paths, key=natural_key):
         try:
@@ -1036,12 +1018,12 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
         reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped[:3])
         raise ValueError(f"{where}: no CT or MR slice in {len(paths)} files. {reasons}")
     frames, assumed = [frame for frame, _ in found], {id(frame): texts for frame, texts in found}
-    geometry = {(frame.sop_uid, frame.index): frame for frame in reversed(frames)}
+    geometry = _by_image(frames)
     frames = _largest_group(frames, uid, where, notes)
     for text, count in collections.Counter(text for frame in frames for text in assumed[id(frame)]).items():
         notes.append(f"{text} ({count} of {len(frames)} images)")
     frames = _placed(frames, notes)
-    geometry |= {(frame.sop_uid, frame.index): frame for frame in reversed(frames)}
+    geometry |= _by_image(frames)
     frames = _one_volume(frames, notes)
     header = frames[0].header
     modality, patient = modality_of(header), header.get("PatientID", "")
@@ -1068,6 +1050,18 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
     )
 
 
+def _by_image(frames: list[Frame]) -> dict[tuple[str, int], Frame]:
+    """(SOPInstanceUID, frame index) -> image. A UID that files at several places share tells nothing:
+    left out."""
+    images: dict[tuple[str, int], Frame] = {}
+    shared = set()
+    for frame in frames:
+        first = images.setdefault((frame.sop_uid, frame.index), frame)
+        if not np.array_equal(first.position, frame.position):
+            shared.add((frame.sop_uid, frame.index))
+    return {key: frame for key, frame in images.items() if key not in shared}
+
+
 def _image_kind(frame: Frame) -> str:
     types = set(_image_types(frame.header))
     return "projection" if types & MIP_TYPES else "scout" if types & SCOUT_TYPES else "slice"
@@ -1075,7 +1069,7 @@ def _image_kind(frame: Frame) -> str:
 
 def _largest_group(frames: list[Frame], uid: str | None, where: str, notes: list[str]) -> list[Frame]:
     """The images of one stack, as `read_series` says; the others are noted."""
-    if any(frame.header.get("SeriesInstanceUID") == uid for frame in frames) and uid:
+    if uid and any(frame.header.get("SeriesInstanceUID") == uid for frame in frames):
         own = [frame for frame in frames if frame.header.get("SeriesInstanceUID", uid) == uid]
         if len(own) < len(frames):
             notes.append(f"{len(frames) - len(own)} images of other series left out")
@@ -1140,50 +1134,42 @@ def _placed(frames: list[Frame], notes: list[str]) -> list[Frame]:
         notes.append("(0020,0032) ImagePositionPatient is one and the same: (0020,1041) SliceLocation used")
         offsets = [mm - locations[0] for mm in locations]
         return [replace(f, position=f.position + mm * normal) for f, mm in zip(frames, offsets, strict=True)]
-    numbers = [_number(frame, "InstanceNumber") for frame in frames]
     if known:
         line = _line_by_number(known)
-        placed = [
-            replace(frame, position=np.array([1.0, number]) @ line)
-            if frame.position is None and number is not None and line is not None
-            else frame
-            for frame, number in zip(frames, numbers, strict=True)
-        ]
+        placed = [frame if frame.position is not None else _on_line(frame, line) for frame in frames]
         placed = [frame for frame in placed if frame.position is not None]
         notes.append(
             f"{missing} of {len(frames)} images without (0020,0032) ImagePositionPatient: "
-            f"{len(placed) - len(known)} placed by (0020,0013) InstanceNumber, {len(frames) - len(placed)} left out"
+            f"{len(frames) - len(placed)} left out, the others placed by (0020,0013) InstanceNumber"
         )
         return placed
     step, why = slice_step(frames[0].header, frames[0].spacing_mm[0])
+    numbers = [_number(frame, "InstanceNumber") for frame in frames]
     if has_locations:
         how, at = "(0020,1041) SliceLocation", locations
     elif None not in numbers and len(set(numbers)) == len(numbers):
-        how, at = (
-            f"(0020,0013) InstanceNumber times {step:.4g} mm ({why})",
-            [number * step for number in numbers],
-        )
+        how, at = f"(0020,0013) InstanceNumber times {step:.4g} mm ({why})", np.array(numbers) * step
     else:
-        how, at = (
-            f"the order of file names times {step:.4g} mm ({why})",
-            [i * step for i in range(len(frames))],
-        )
+        how, at = f"the order of file names times {step:.4g} mm ({why})", np.arange(len(frames)) * step
     notes.append(f"no (0020,0032) ImagePositionPatient: slices placed along +normal by {how}")
     return [replace(frame, position=mm * normal) for frame, mm in zip(frames, at, strict=True)]
 
 
 def _line_by_number(frames: list[Frame]) -> np.ndarray | None:
-    """(2, 3) start and step of the straight line that positions follow by InstanceNumber to 0.1 mm, else
-    None."""
-    points = [(n, frame.position) for frame in frames if (n := _number(frame, "InstanceNumber")) is not None]
-    if len({n for n, _ in points}) < 2:
+    """(2, 3) start and step of the line that positions follow by InstanceNumber to 0.1 mm, or None."""
+    numbered = [frame for frame in frames if "InstanceNumber" in frame.header]
+    design = np.array([(1.0, _number(frame, "InstanceNumber")) for frame in numbered]).reshape(-1, 2)
+    positions = np.array([frame.position for frame in numbered]).reshape(-1, 3)
+    if len(np.unique(design, axis=0)) < 2:
         return None
-    design, positions = (
-        np.array([(1.0, n) for n, _ in points]),
-        np.array([position for _, position in points]),
-    )
     line = np.linalg.lstsq(design, positions, rcond=None)[0]
     return line if np.abs(design @ line - positions).max() < 0.1 else None
+
+
+def _on_line(frame: Frame, line: np.ndarray | None) -> Frame:
+    if line is None or "InstanceNumber" not in frame.header:
+        return frame
+    return replace(frame, position=np.array([1.0, _number(frame, "InstanceNumber")]) @ line)
 
 
 def _type_order(frame: Frame) -> tuple:
@@ -1219,16 +1205,18 @@ def _one_volume(frames: list[Frame], notes: list[str]) -> list[Frame]:
         notes.append(f"{len(frames) - len(kept)} copies of images left out: same SOPInstanceUID and position")
 
     def value_of(frame: Frame, name: str) -> tuple:
-        return (
-            _type_order(frame) if name == "ImageType" else (name in frame.header, frame.header.get(name, ""))
-        )
+        if name == "ImageType":
+            return _type_order(frame)
+        return name in frame.header, frame.header.get(name, "")
 
-    for share, name in ((share, name) for share in (1.0, 0.9) for name in VOLUME_KEYS):
+    for share, name in itertools.product((1.0, 0.9), VOLUME_KEYS):
+        if len(kept) == num_places:
+            break
         values = collections.defaultdict(list)
         for p, frame in kept:
             values[value_of(frame, name)].append((p, frame))
         complete = [v for v in sorted(values) if len({p for p, _ in values[v]}) >= share * num_places]
-        if num_places < len(kept) and len(values) > 1 and complete:
+        if len(values) > 1 and complete:
             kept = values[complete[0]]
             notes.append(f"{len(values)} volumes by {name}: the first complete one kept ({len(kept)} images)")
     kept.sort(key=lambda item: (item[0], value_of(item[1], "InstanceNumber")))
@@ -1239,8 +1227,7 @@ def _one_volume(frames: list[Frame], notes: list[str]) -> list[Frame]:
 
 
 def _stack(frames: list[Frame], notes: list[str]) -> tuple[np.ndarray, np.ndarray, tuple, np.ndarray]:
-    """(normal, affine, spacing, positions along the normal) of sorted frames; gaps, tilt and bends are
-    noted."""
+    """(normal, affine, spacing, positions along the normal) of sorted frames; gaps and tilt are noted."""
     normal = np.cross(frames[0].row_dir, frames[0].col_dir)
     normal /= np.linalg.norm(normal)
     points = np.array([frame.position for frame in frames])  # (n, 3)
@@ -1271,8 +1258,7 @@ def _stack(frames: list[Frame], notes: list[str]) -> tuple[np.ndarray, np.ndarra
 
 
 def _repaired(frames: list[Frame], modality: str, notes: list[str]) -> list[Frame]:
-    """Values that the pixels contradict, put right for the whole series after a look at three of its
-    slices."""
+    """Values that the pixels contradict, put right for the whole series by a look at three slices."""
     header = frames[0].header
     signed = whole(header, "PixelRepresentation") == 1
     if modality == "CT":
@@ -1316,6 +1302,7 @@ def _is_hu(samples: list[tuple]) -> bool:
 def _has_bright_border(samples: list[np.ndarray]) -> bool:
     border = np.concatenate([edge for s in samples for edge in (s[0], s[-1], s[:, 0], s[:, -1])])
     return bool(np.median(border) > np.median(np.concatenate([s.ravel() for s in samples])))
+
 
 # --- volume -------------------------------------------------------------------------------------------------
 
@@ -1930,38 +1917,30 @@ def load_volume(
 
 
 def run_isolated(
-    function: typing.Callable,
-    items: typing.Iterable,
-    *,
-    workers: int,
-    timeout_s: float,
-    memory_gb: float,
-    prefetch: int = 2,
+    function: typing.Callable, items: typing.Iterable, *, workers: int, timeout_s: float, memory_gb: float
 ) -> typing.Iterator[tuple[typing.Any, typing.Any, str | None]]:
     """Yield (item, function(item), None), or (item, None, reason) where it failed, in the order of
     completion.
 
     Each item runs in one of `workers` processes, so that a crash of a decoder, a bomb of memory (over
     memory_gb; not enforced on macOS) or an endless loop (over timeout_s) costs that item alone; the dead
-    process is replaced. function is picklable, so top-level. Up to `prefetch` answers are fetched ahead of
-    the consumer.
+    process is replaced. They work on while the caller handles an answer. function must be picklable, so
+    top-level; close() ends all processes.
     """
     context = multiprocessing.get_context("forkserver")
-    _start_forkserver(context)
-    todo, busy = iter(items), {}  # connection -> (process, item)
+    todo, alive = iter(items), set()
+    busy: dict = {}  # connection -> (process, item)
 
-    def give(
-        connection: multiprocessing.connection.Connection | None,
-        process: multiprocessing.process.BaseProcess | None,
-    ) -> None:
-        """Hand the next item to this worker, or to a new one; without items left, let it go."""
+    def give(connection: typing.Any, process: typing.Any) -> None:
+        """Hand the next item to this worker, or to a new one (None); without items left, let it go."""
         for item in todo:
             if process is None:
+                _start_forkserver(context)
                 connection, theirs = context.Pipe()
-                process = context.Process(
-                    target=_work, args=(theirs, function, timeout_s, memory_gb), daemon=True
-                )
+                arguments = (theirs, function, timeout_s, memory_gb)
+                process = context.Process(target=_work, args=arguments, daemon=True)
                 process.start()
+                alive.add(process)
                 theirs.close()
             with contextlib.suppress(BrokenPipeError):  # it died meanwhile: recv() will tell
                 connection.send(item)
@@ -1980,23 +1959,20 @@ def run_isolated(
                     result, reason = connection.recv()
                 except (EOFError, ConnectionResetError):
                     process.join()
+                    alive.discard(process)
                     connection.close()
-                    result, reason, connection, process = (
-                        None,
-                        _why_dead(process.exitcode, timeout_s),
-                        None,
-                        None,
-                    )
+                    result, reason = None, _why_dead(process.exitcode, timeout_s)
+                    connection = process = None
                 give(connection, process)  # before the yield: it works while the caller does
                 yield item, result, reason
     finally:
-        for process, _ in busy.values():
+        for process in alive:
             process.kill()
             process.join()
 
 
 def _start_forkserver(context: multiprocessing.context.BaseContext) -> None:
-    """Start the process that workers are forked from, with this module (torch, pydicom) imported once for
+    """Start, once, the process that workers are forked from, with this module (torch, pydicom) imported for
     all."""
     context.set_forkserver_preload(["common"])
     path = os.environ.get("PYTHONPATH")
@@ -2012,7 +1988,7 @@ def _start_forkserver(context: multiprocessing.context.BaseContext) -> None:
 
 def _why_dead(exitcode: int, timeout_s: float) -> str:
     if exitcode == -signal.SIGALRM:
-        return f"took longer than {timeout_s:g} s (--timeout)"
+        return f"took longer than {timeout_s:g} s"
     if exitcode < 0:
         name = signal.Signals(-exitcode).name
         return f"worker died: killed by signal {-exitcode}, {name} (memory or decoder crash)"
@@ -2041,10 +2017,10 @@ def _work(
         try:
             answer = (function(item), None)
         except MemoryError:
-            answer = (None, f"needs more than {memory_gb:g} GB of memory (--memory-gb)")
+            answer = (None, f"needs more than {memory_gb:g} GB of memory")
         except (
             BaseException
-        ) as error:  # also pyo3's PanicException; everything a file can cause goes to the index
+        ) as error:  # pyo3's PanicException too: whatever a file causes goes into the reason
             name = "" if type(error) is ValueError else f"{type(error).__name__}: "
             answer = (None, " ".join(f"{name}{error}".split()))
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -2405,47 +2381,40 @@ class Classifier(nn.Module):
 
 
 class Locator(nn.Module):
-    """A small 2-D network shared by all slabs that draws a heat map per artery.
+    """A small 2-D network shared by all slabs that finds candidate places and names their arteries.
 
     Each slab goes through the backbone with its two neighbours as colours, so that one set of weights learns
-    what an
-    aneurysm looks like at any height. Its features at strides 4 to 16 meet at stride 8, get the place (z, y,
-    x) as three more
-    channels and one 3 x 3 x 3 convolution across slabs. A label's logit is the peak of its map, presence the
-    highest of all.
-    (B, Z, H, W) in [0, 1] -> logits (B, 14), maps (B, 13, Z, H / 8, W / 8) as logits.
+    what an aneurysm looks like at any height. Its features at strides 4 to 16 meet at cfg.locator_stride, get
+    the place (z, y, x) as a further input and one 3 x 3 x 3 convolution across slabs. One map finds (p), a
+    softmax over 13 names each cell (q): few examples teach the finding, since all arteries share it.
+    (B, Z, H, W) in [0, 1] -> logits (B, 14), maps (B, 13, Z, H / stride, W / stride): logits of p q. A label's
+    logit is the peak of its map, presence the peak of the finding map.
     """
-
-    stride = 8
 
     def __init__(self, cfg: Config, pretrained: bool):
         super().__init__()
-        width = cfg.locator_width
-        self.net = create_backbone(cfg, pretrained, in_chans=3, features_only=True)
-        reductions, channels = self.net.feature_info.reduction(), self.net.feature_info.channels()
-        self.levels = [i for i, r in enumerate(reductions) if r in (4, 8, 16)]
-        self.merge = nn.ModuleList(nn.Conv2d(channels[i], width, 1) for i in self.levels)
+        width, self.stride = cfg.locator_width, cfg.locator_stride
+        options = {"in_chans": 3, "features_only": True}
+        reductions = create_backbone(cfg, False, **options).feature_info.reduction()
+        levels = [i for i, reduction in enumerate(reductions) if reduction in (4, 8, 16)]
+        self.net = create_backbone(cfg, pretrained, out_indices=levels, **options)
+        self.merge = nn.ModuleList(nn.Conv2d(n, width, 1) for n in self.net.feature_info.channels())
         self.place = nn.Conv3d(3, width, 1)
-        self.mix = nn.Sequential(
-            nn.BatchNorm3d(width),
-            nn.SiLU(),
-            nn.Conv3d(width, width, 3, padding=1, bias=False),
-            nn.BatchNorm3d(width),
-            nn.SiLU(),
-        )
-        self.head = nn.Conv3d(width, len(LOCATIONS), 1)
-        nn.init.constant_(self.head.bias, -4.0)  # a positive cell is rare
+        mix = nn.Conv3d(width, width, 3, padding=1, bias=False)
+        self.mix = nn.Sequential(nn.BatchNorm3d(width), nn.SiLU(), mix, nn.BatchNorm3d(width), nn.SiLU())
+        self.find = nn.Conv3d(width, 1, 1)
+        self.name = nn.Conv3d(width, len(LOCATIONS), 1)
+        nn.init.constant_(self.find.bias, -4.0)  # a positive cell is rare
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         batch, slabs, height, width = images.shape
         images = (images - 0.5) / 0.5
         padded = torch.cat([images[:, :1], images, images[:, -1:]], dim=1)
         triples = torch.stack([padded[:, :-2], padded[:, 1:-1], padded[:, 2:]], dim=2)  # (B, Z, 3, H, W)
-        features = self.net(triples.flatten(0, 1))
         size = (height // self.stride, width // self.stride)
         merged = 0
-        for conv, level in zip(self.merge, self.levels, strict=True):
-            feature = conv(features[level])  # (B Z, D, h, w)
+        for conv, feature in zip(self.merge, self.net(triples.flatten(0, 1)), strict=True):
+            feature = conv(feature)  # (B Z, D, h, w) at its own stride
             if feature.shape[-1] > size[-1]:
                 feature = nn.functional.adaptive_max_pool2d(feature, size)
             elif feature.shape[-1] < size[-1]:
@@ -2454,9 +2423,11 @@ class Locator(nn.Module):
         merged = merged.unflatten(0, (batch, slabs)).transpose(1, 2)  # (B, D, Z, h, w)
         axes = [torch.linspace(-1, 1, n, device=images.device, dtype=merged.dtype) for n in (slabs, *size)]
         place = torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
-        maps = self.head(self.mix(merged + self.place(place)))
-        peaks = maps.flatten(2).amax(-1)  # (B, 13)
-        return torch.cat([peaks, peaks.amax(1, keepdim=True)], dim=1), maps
+        mixed = self.mix(merged + self.place(place))
+        found = self.find(mixed).float()
+        log_probs = nn.functional.logsigmoid(found) + self.name(mixed).float().log_softmax(1)
+        maps = log_probs - torch.log1p(-log_probs.exp().clamp(max=1 - 1e-6))
+        return torch.cat([maps.flatten(2).amax(-1), found.flatten(2).amax(-1)], dim=1), maps
 
 
 def create_backbone(cfg: Config, pretrained: bool, **options) -> nn.Module:
@@ -2507,15 +2478,14 @@ def build_model(cfg: Config, pretrained: bool = False) -> nn.Module:
     )
 
 
-def find_peaks(
-    maps: np.ndarray, spacing_mm: np.ndarray, num: int, min_mm: float, stride: int = 8
-) -> np.ndarray:
-    """The num highest places of heat maps (13, Z, h, w; probabilities), at least min_mm apart.
+def find_peaks(maps: np.ndarray, spacing_mm: np.ndarray, num: int, min_mm: float, stride: int) -> np.ndarray:
+    """The num likeliest places of heat maps (13, Z, h, w; probabilities that add up over arteries), at
+    least min_mm apart; a cell of the maps is stride pixels wide.
 
     -> (n, 5) rows of z, y, x (voxels of the volume), score, label; highest first. spacing_mm is the volume's
     (z, y, x).
     """
-    best, label = maps.max(0), maps.argmax(0)
+    best, label = maps.sum(0), maps.argmax(0)
     grid = np.stack(np.meshgrid(*(np.arange(n) for n in best.shape), indexing="ij"), axis=-1).reshape(-1, 3)
     voxels = grid * [1, stride, stride] + [0, (stride - 1) / 2, (stride - 1) / 2]
     scores, labels = best.ravel().copy(), label.ravel()

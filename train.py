@@ -29,7 +29,7 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import accelerate
@@ -42,7 +42,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch.nn import functional as F
 
 import common
-from common import AP, LABELS, LOCATIONS, SWAP, UID, Config, SeriesDataset
+from common import AP, LABELS, SWAP, UID, Config, SeriesDataset
 
 KEEP_CHECKPOINTS = 2  # of last/: the newest and one to fall back to
 
@@ -123,13 +123,13 @@ def load_table(cfg: Config) -> pd.DataFrame:
     return table.sort_values(UID).reset_index(drop=True)
 
 
-def training_decoys(cfg: Config, table: pd.DataFrame, most: int = 512) -> np.ndarray:
-    """(M, 3) annotated places of the training folds as fractions (z, y, x) of the volume; empty without
+def training_decoys(cfg: Config, kept: pd.DataFrame, most: int = 512) -> np.ndarray:
+    """(M, 3) annotated places of the training series as fractions (z, y, x) of the volume; empty without
     crops."""
     if not cfg.max_localizer_crops:
         return np.zeros((0, 3))
     places = []
-    for uid in table[UID][table["fold"] != cfg.fold]:
+    for uid in kept[UID]:
         tensors, _ = common.load_volume(Path(cfg.cache) / f"{common.safe_uid(uid)}.safetensors")
         fractions = (tensors["points"] + 0.5) / np.array(tensors["volume"].shape)
         places.append(fractions[((fractions >= 0) & (fractions <= 1)).all(axis=1)])
@@ -230,48 +230,55 @@ def label_loss(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> 
     return F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none").mean(1)
 
 
-def map_targets(points: torch.Tensor, shape: tuple[int, int, int], spacing_mm: torch.Tensor, sigma_mm: float):
-    """(B, 13, Z, h, w) Gaussians around points (B, 8, 4: label, z, y, x in volume voxels), 1 in the nearest
-    cell.
-
-    spacing_mm (B, 3) is the volume's; cells are Locator.stride voxels wide in plane.
-    """
-    stride = common.Locator.stride
-    targets = points.new_zeros((len(points), len(LOCATIONS), *shape))
-    axes = torch.meshgrid(*(torch.arange(n, device=points.device) for n in shape), indexing="ij")
-    cells = torch.stack(axes, dim=-1) * points.new_tensor([1, stride, stride])
-    cells = cells + points.new_tensor([0, (stride - 1) / 2, (stride - 1) / 2])  # (Z, h, w, 3) voxels
+def map_targets(
+    points: torch.Tensor, shape: torch.Size, stride: int, spacing_mm: torch.Tensor, sigma_mm: float
+) -> torch.Tensor:
+    """Targets of maps of that shape (B, 13, Z, h, w): Gaussians around points (B, 8, 4: label, z, y, x in
+    voxels), 1 in the cell nearest to each. spacing_mm (B, 3) is the volume's; cells are stride voxels
+    wide."""
+    targets = points.new_zeros(shape)
+    step = points.new_tensor([1, stride, stride])
+    axes = torch.meshgrid(*(torch.arange(n, device=points.device) for n in shape[2:]), indexing="ij")
+    cells = torch.stack(axes, dim=-1) * step + (step - 1) / 2  # (Z, h, w, 3) voxels
     for b, p in (points[..., 0] >= 0).nonzero().tolist():
-        label, place = int(points[b, p, 0]), points[b, p, 1:]
-        squared = (((cells - place) * spacing_mm[b]) ** 2).sum(-1)
+        away = (cells - points[b, p, 1:]) * spacing_mm[b]
+        squared = (away**2).sum(-1)
         bump = torch.exp(-squared / (2 * sigma_mm**2))
-        reach = spacing_mm[b] * points.new_tensor([1, stride, stride])
-        if squared.min() <= (reach**2).sum():  # the augmentation did not push it out of the volume
-            bump[tuple(int(i) for i in np.unravel_index(int(squared.argmin()), shape))] = 1
-        targets[b, label] = torch.maximum(targets[b, label], bump)
+        if squared.min() <= ((spacing_mm[b] * step) ** 2).sum():  # not pushed out of the volume
+            bump.view(-1)[squared.argmin()] = 1
+        map_of_label = targets[b, int(points[b, p, 0])]
+        torch.maximum(map_of_label, bump, out=map_of_label)
     return targets
 
 
 def map_loss(maps: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """(B,) focal loss of heat maps (B, 13, Z, h, w) as logits, summed over cells.
+    """(B,) loss of heat maps (B, 13, Z, h, w; logits of p q), summed over cells.
 
-    Cells at 1 are positive; near ones weigh (1 - target)^4 less as negatives (CornerNet, arXiv:1808.01244,
-    eq. 1):
-    it copes with one positive in 10,000 cells.
+    Finding: focal, where cells near a point weigh (1 - target)^4 less as negatives (CornerNet,
+    arXiv:1808.01244,
+    eq. 1), which copes with one positive in 10,000 cells. Naming: cross entropy of q in the points' cells.
     """
-    maps = maps.float()
-    positive = targets == 1
-    hit = torch.sigmoid(-maps) ** 2 * F.softplus(-maps)
-    miss = (1 - targets) ** 4 * torch.sigmoid(maps) ** 2 * F.softplus(maps)
-    return torch.where(positive, hit, miss).flatten(1).sum(1)
+    log_probs = F.logsigmoid(maps.float())
+    log_found = torch.logsumexp(log_probs, 1).clamp(max=-1e-6)  # p: the sum over arteries
+    found, target = log_found.exp(), targets.amax(1)
+    hit = -((1 - found) ** 2) * log_found
+    miss = -((1 - target) ** 4) * found**2 * torch.log1p(-found)
+    naming = (log_found[:, None] - log_probs) * (targets == 1)
+    return torch.where(target == 1, hit, miss).flatten(1).sum(1) + naming.flatten(1).sum(1)
 
 
-def sample_losses(output, labels: torch.Tensor, points: torch.Tensor, spacing_mm: torch.Tensor, cfg: Config):
-    """(B,) loss of every sample: labels, and for a locator its maps too."""
+def sample_losses(
+    output: torch.Tensor | tuple,
+    labels: torch.Tensor,
+    points: torch.Tensor,
+    spacing_mm: torch.Tensor,
+    cfg: Config,
+) -> torch.Tensor:
+    """(B,) loss of every sample: its labels, and for a locator its maps too."""
     if cfg.task == "classify":
         return label_loss(output, labels, cfg.label_smoothing)
     logits, maps = output
-    targets = map_targets(points, tuple(maps.shape[2:]), spacing_mm, cfg.heatmap_sigma_mm)
+    targets = map_targets(points, maps.shape, cfg.locator_stride, spacing_mm, cfg.heatmap_sigma_mm)
     return label_loss(logits, labels, cfg.label_smoothing) + cfg.heatmap_weight * map_loss(maps, targets)
 
 
@@ -310,7 +317,7 @@ def plan_epoch(
 # --- checkpoints for --resume -------------------------------------------------------------------------------
 
 
-def save_last(folder: Path, state: dict, progress: dict) -> None:
+def save_last(folder: Path, trainee: Trainee, scaler: torch.amp.GradScaler | None, progress: dict) -> None:
     """Write last/<epoch>_<update>/ aside, sync, rename, then prune older ones. progress.json holds the
     files' sums."""
     from safetensors.torch import save
@@ -320,10 +327,11 @@ def save_last(folder: Path, state: dict, progress: dict) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     sums = {}
-    for name in ("model", "ema"):
-        tensors = {k: v.detach().cpu().contiguous() for k, v in state[name].items()}
+    for name, module in (("model", trainee.raw), ("ema", trainee.ema.module)):
+        tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
         common.write_atomic(aside / f"{name}.safetensors", save(tensors))
-    torch.save({"optimizer": state["optimizer"], "scaler": state["scaler"]}, aside / "optimizer.pt")
+    states = {"optimizer": trainee.optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else {}}
+    torch.save(states, aside / "optimizer.pt")
     for path in sorted(aside.iterdir()):
         data = path.read_bytes()
         common.write_atomic(path, data)  # torch.save does not sync
@@ -407,7 +415,8 @@ def predict(
             if maps is not None:
                 probs = torch.sigmoid(maps[i].float()).cpu().numpy()
                 num = max(cfg.max_localizer_crops, common.NUM_PROPOSALS)
-                peaks = common.find_peaks(probs, batch["spacing_mm"][i].numpy(), num, cfg.min_peak_mm)
+                spacing_mm = batch["spacing_mm"][i].numpy()
+                peaks = common.find_peaks(probs, spacing_mm, num, cfg.min_peak_mm, cfg.locator_stride)
             rows.append((index, logits[i].float().cpu().numpy(), peaks))
     rows = sorted(gather_object(rows), key=lambda row: row[0])
     if [row[0] for row in rows] != list(range(len(dataset))):
@@ -491,17 +500,35 @@ def localisation(table: pd.DataFrame, peaks: dict, cfg: Config, reach_mm: float 
 # --- the run ------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Trainee:
+    """What one update changes: the bare model, the same wrapped for DDP and torch.compile, its EMA, the
+    optimizer."""
+
+    raw: torch.nn.Module
+    model: torch.nn.Module
+    ema: torch.nn.Module  # timm's ModelEmaV3
+    optimizer: torch.optim.Optimizer
+
+
 def train(cfg: Config, accelerator: accelerate.Accelerator, resume: bool, overwrite: bool) -> None:
     """Everything from an empty run folder to metrics.json; see the top of the file."""
     folder = Path(cfg.outputs) / cfg.run_name
-    is_main = accelerator.is_main_process
-    prepare_folder(folder, resume, overwrite, accelerator)
     table = load_table(cfg)
     held_out = table[table["fold"] == cfg.fold].reset_index(drop=True)
     kept = table[table["fold"] != cfg.fold].reset_index(drop=True)
-    decoys, proposals = training_decoys(cfg, table), load_proposals(cfg, table)
+    decoys, proposals = training_decoys(cfg, kept), load_proposals(cfg, table)
     dataset = SeriesDataset(cfg, kept, "train", decoys, proposals)
     deployed = SeriesDataset(cfg, held_out, "deploy", decoys, proposals)
+    prepare_folder(folder, resume, overwrite, accelerator)
+    trainee, progress = begin(cfg, accelerator, load_last(folder) if resume else None)
+    in_force, num_weights = effective_precision(accelerator), sum(p.numel() for p in trainee.raw.parameters())
+    say(
+        f"{folder}: {len(kept)} series train, {len(held_out)} validate; {num_weights / 1e6:.1f} M weights; "
+        f"{accelerator.num_processes} x {cfg.batch_size} x {cfg.accumulation} per update on "
+        f"{accelerator.device.type}, precision {in_force}"
+        + (f" ({cfg.precision} was asked for, which needs a GPU)" if in_force != cfg.precision else "")
+    )
     meta = {
         "prior": kept[list(LABELS)].mean().round(6).tolist(),
         "decoys": decoys.tolist(),
@@ -509,27 +536,67 @@ def train(cfg: Config, accelerator: accelerate.Accelerator, resume: bool, overwr
         "val_uids": held_out[UID].tolist(),
         "val_patients": sorted(held_out["patient"].unique()),
     }
-    torch.manual_seed(cfg.seed)
-    model = common.build_model(cfg, pretrained=True).to(accelerator.device)
-    world, batch = accelerator.num_processes, cfg.batch_size
-    in_force, num_weights = effective_precision(accelerator), sum(p.numel() for p in model.parameters())
-    say(
-        f"{folder}: {len(kept)} series train, {len(held_out)} validate; {num_weights / 1e6:.1f} M parameters; {world} x "
-        f"{batch} x {cfg.accumulation} per update on {accelerator.device.type}, precision {in_force}"
-        + (f" ({cfg.precision} was asked for, which needs a GPU)" if in_force != cfg.precision else "")
+    is_main, stop, started = (
+        accelerator.is_main_process,
+        StopSignal(),
+        time.perf_counter() - progress["seconds"],
     )
+    if is_main:
+        write_config(folder / "config.yaml", cfg)
+
+    def save() -> None:
+        progress["seconds"] = time.perf_counter() - started
+        loss_sum = sum(gather_object([progress["loss_sum"]]))
+        if is_main:
+            save_last(folder, trainee, accelerator.scaler, progress | {"loss_sum": loss_sum})
+        accelerator.wait_for_everyone()
+
+    while progress["epoch"] < cfg.epochs and not out_of_patience(progress, cfg):
+        epoch, clock = progress["epoch"] + 1, time.perf_counter()
+        lr, waited = train_epoch(cfg, accelerator, trainee, dataset, progress, stop, save)
+        train_loss = sum(gather_object([progress["loss_sum"]])) / len(dataset)
+        logits, peaks = predict(trainee.ema.module, deployed, cfg, accelerator)
+        seconds = time.perf_counter() - clock
+        row = {"epoch": epoch, "lr": lr, "train_loss": train_loss, **validation_row(held_out, logits, cfg)}
+        row = {
+            k: round(float(v), 6)
+            for k, v in (row | {"seconds": seconds, "data_wait": waited / seconds}).items()
+        }
+        progress["history"].append(row)
+        progress |= {"epoch": epoch, "group": 0, "loss_sum": 0.0}
+        say(
+            f"epoch {epoch}/{cfg.epochs}: train loss {train_loss:.4f}, validation {row['val_loss']:.4f}, "
+            f"wAUC {row['wauc']:.4f} ({row['low']:.3f} to {row['high']:.3f}), {seconds:.0f} s"
+        )
+        if is_better(row, progress["best"]):
+            progress["best"] = row
+            if is_main:
+                best = meta | {"epoch": epoch, "wauc": row["wauc"]}
+                write_best(folder, trainee.ema.module, cfg, best, held_out, logits, peaks)
+        if is_main:
+            common.write_atomic(
+                folder / "log.csv", pd.DataFrame(progress["history"]).to_csv(index=False).encode()
+            )
+        accelerator.log(row, step=epoch)
+        save()
+    finish(folder, cfg, accelerator, held_out, decoys, progress)
+
+
+def begin(cfg: Config, accelerator, last: tuple[dict, dict] | None) -> tuple[Trainee, dict]:
+    """Model, EMA and optimizer, new or from the last checkpoint, and how far the run is."""
     from timm.optim import create_optimizer_v2
     from timm.utils import ModelEmaV3
-    from timm.utils.distributed import distribute_bn
 
-    fused = in_force != "fp16"  # a fused step skipped by the scaler would not be reported as skipped
+    torch.manual_seed(cfg.seed)
+    model = raw = common.build_model(cfg, pretrained=last is None).to(accelerator.device)
+    # fp16: a fused step that the scaler skips is not reported as skipped; before torch 2.4 the CPU has none
+    version = tuple(int(n) for n in torch.__version__.split(".")[:2])
+    fused = accelerator.scaler is None and (accelerator.device.type == "cuda" or version >= (2, 4))
     optimizer = create_optimizer_v2(model, "adamw", lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
     ema = ModelEmaV3(model, decay=cfg.ema_decay, use_warmup=True, foreach=True)
-    raw = model  # shares its weights with the wrapped one below
     if cfg.compile:
         model = torch.compile(model)
     model, optimizer = accelerator.prepare(model, optimizer)
-
     progress = {
         "epoch": 0,
         "group": 0,
@@ -539,131 +606,89 @@ def train(cfg: Config, accelerator: accelerate.Accelerator, resume: bool, overwr
         "loss_sum": 0.0,
         "seconds": 0.0,
     }
-    if resume and (last := load_last(folder)):
+    if last is not None:
         state, progress = last
         raw.load_state_dict(state["model"])
         ema.module.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
-        if accelerator.scaler is not None and state["scaler"]:
+        if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
-        say(f"resumed after epoch {progress['epoch']}, update {progress['group']} of the next")
-    if is_main:
-        common.write_atomic(
-            folder / "config.yaml", yaml.safe_dump(plain(asdict(cfg)), sort_keys=False).encode()
-        )
-    stop = StopSignal()
-    started, total = time.perf_counter() - progress["seconds"], None
-
-    def save() -> None:
-        progress["seconds"] = time.perf_counter() - started
-        if is_main:
-            scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
-            states = {"model": raw.state_dict(), "ema": ema.module.state_dict()}
-            save_last(folder, states | {"optimizer": optimizer.state_dict(), "scaler": scaler}, progress)
-        accelerator.wait_for_everyone()
-
-    while progress["epoch"] < cfg.epochs and not out_of_patience(progress, cfg):
-        epoch, epoch_start, waited = progress["epoch"], time.perf_counter(), 0.0
-        plan = plan_epoch(len(dataset), cfg.seed, epoch, batch, world, cfg.accumulation)
-        total, warmup = cfg.epochs * len(plan), max(1, round(cfg.warmup_epochs * len(plan)))
-        dataset.epoch = epoch
-        todo = plan[progress["group"] :]
-        own = [step[accelerator.process_index] for group in todo for step in group]
-        batches = [
-            part.tolist() if len(part) else [0] for part in own
-        ]  # an idle rank works along with weight 0
-        loader = iter(make_loader(dataset, batches, cfg, accelerator))
-        model.train()
-        bar = common.progress(
-            total=len(plan), initial=progress["group"], desc=f"epoch {epoch + 1}", show=is_main
-        )
-        for group in todo:
-            # torch's randomness (drop path) depends on the update alone, so a resumed run repeats it
-            torch.manual_seed(hash_seed(cfg.seed, epoch, progress["group"], accelerator.process_index))
-            lr = learning_rate(progress["updates"], total, warmup, cfg)
-            for settings in optimizer.param_groups:
-                settings["lr"] = lr
-            size = sum(len(part) for step in group for part in step)
-            for number, step in enumerate(group):
-                clock = time.perf_counter()
-                item = next(loader)
-                waited += time.perf_counter() - clock
-                item = {k: v.to(accelerator.device, non_blocking=True) for k, v in item.items()}
-                weight = world / size if len(step[accelerator.process_index]) else 0.0
-                is_last = number == len(group) - 1
-                with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
-                    images, labels, points = augment(item, cfg)
-                    with accelerator.autocast():
-                        output = model(images)
-                    losses = sample_losses(output, labels, points, item["spacing_mm"], cfg)
-                    if not torch.isfinite(losses).all():
-                        uids = [dataset.uids[i] for i in item["index"].tolist()]
-                        raise FloatingPointError(
-                            f"{folder}: loss is {losses.tolist()} in epoch {epoch + 1}, update "
-                            f"{progress['group'] + 1}, "
-                            f"series {', '.join(uids)}; lower lr or clip_grad, or look at these series"
-                        )
-                    accelerator.backward(losses.sum() * weight)
-                progress["loss_sum"] += float(losses.detach().sum()) * (weight > 0)
-            if cfg.clip_grad:
-                accelerator.clip_grad_norm_(model.parameters(), cfg.clip_grad)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            progress["group"] += 1
-            if not accelerator.optimizer_step_was_skipped:
-                progress["updates"] += 1
-                ema.update(raw, step=progress["updates"])
-            bar.update()
-            if stop.asked(accelerator):
-                save()
-                raise SystemExit(143)
-        bar.close()
-
-        if world > 1:
-            distribute_bn(ema.module, world, reduce=True)
-            distribute_bn(raw, world, reduce=True)
-        train_loss = sum(gather_object([progress["loss_sum"]])) / len(dataset)
-        logits, peaks = predict(ema.module, deployed, cfg, accelerator)
-        row = {
-            "epoch": epoch + 1,
-            "lr": lr,
-            "train_loss": train_loss,
-            **validation_row(held_out, logits, cfg),
-        }
-        row |= {
-            "seconds": time.perf_counter() - epoch_start,
-            "data_wait": waited / (time.perf_counter() - epoch_start),
-        }
-        progress["history"].append({k: round(float(v), 6) for k, v in row.items()})
-        progress |= {"epoch": epoch + 1, "group": 0, "loss_sum": 0.0}
-        say(
-            f"epoch {epoch + 1}/{cfg.epochs}: train loss {train_loss:.4f}, validation loss "
-            f"{row['val_loss']:.4f}, wAUC {row['wauc']:.4f} ({row['low']:.3f} to {row['high']:.3f}), {row['seconds']:.0f} s"
-        )
-        if is_better(row, progress["best"]):
-            progress["best"] = progress["history"][-1]
-            if is_main:
-                write_best(
-                    folder,
-                    ema.module,
-                    cfg,
-                    meta | {"epoch": epoch + 1, "wauc": row["wauc"]},
-                    held_out,
-                    logits,
-                    peaks,
-                )
-        if is_main:
-            log = pd.DataFrame(progress["history"]).to_csv(index=False)
-            common.write_atomic(folder / "log.csv", log.encode())
-        accelerator.log(progress["history"][-1], step=epoch + 1)
-        save()
-    finish(folder, cfg, accelerator, table, decoys, progress, in_force, total)
+        if not accelerator.is_main_process:
+            progress["loss_sum"] = 0.0  # the saved one is the sum over ranks
+        say(f"resumed after epoch {progress['epoch']} and {progress['group']} updates of the next")
+    return Trainee(raw, model, ema, optimizer), progress
 
 
-def finish(folder, cfg, accelerator, table, decoys, progress, in_force, total) -> None:
+def train_epoch(
+    cfg: Config, accelerator, trainee: Trainee, dataset: SeriesDataset, progress: dict, stop, save
+) -> tuple[float, float]:
+    """The updates of one epoch from progress["group"] on; -> the last rate and the seconds spent waiting for
+    data.
+
+    Raises FloatingPointError at a loss that is not finite, SystemExit(143) after SIGTERM with all saved.
+    """
+    epoch, rank, world = progress["epoch"], accelerator.process_index, accelerator.num_processes
+    plan = plan_epoch(len(dataset), cfg.seed, epoch, cfg.batch_size, world, cfg.accumulation)
+    total, warmup = cfg.epochs * len(plan), max(1, round(cfg.warmup_epochs * len(plan)))
+    todo, lr, waited = plan[progress["group"] :], 0.0, 0.0
+    own = [step[rank] for group in todo for step in group]
+    dataset.epoch = epoch
+    batches = [part.tolist() if len(part) else [0] for part in own]  # an idle rank works along with weight 0
+    loader = iter(make_loader(dataset, batches, cfg, accelerator))
+    trainee.model.train()
+    bar = common.progress(len(plan), progress["group"], f"epoch {epoch + 1}", accelerator.is_main_process)
+    for group in todo:
+        # torch's randomness (drop path) depends on the update alone, so a resumed run repeats it
+        torch.manual_seed(hash_seed(cfg.seed, epoch, progress["group"], rank))
+        lr = learning_rate(progress["updates"], total, warmup, cfg)
+        for settings in trainee.optimizer.param_groups:
+            settings["lr"] = lr
+        size = sum(len(part) for step in group for part in step)
+        for step in group:
+            clock = time.perf_counter()
+            item = {k: v.to(accelerator.device, non_blocking=True) for k, v in next(loader).items()}
+            waited += time.perf_counter() - clock
+            # DDP averages over ranks; every sample of the update shall weigh 1 / size
+            weight = world / size if len(step[rank]) else 0.0
+            with contextlib.nullcontext() if step is group[-1] else accelerator.no_sync(trainee.model):
+                images, labels, points = augment(item, cfg)
+                with accelerator.autocast():
+                    output = trainee.model(images)
+                losses = sample_losses(output, labels, points, item["spacing_mm"], cfg)
+                if not torch.isfinite(losses).all():
+                    raise FloatingPointError(
+                        f"loss is {losses.tolist()} in epoch {epoch + 1}, update {progress['group'] + 1}, "
+                        f"series {', '.join(dataset.uids[i] for i in item['index'].tolist())}; "
+                        f"lower lr or clip_grad, or look at these series"
+                    )
+                accelerator.backward(losses.sum() * weight)
+            progress["loss_sum"] += float(losses.detach().sum()) * (weight > 0)
+        if cfg.clip_grad:
+            accelerator.clip_grad_norm_(trainee.model.parameters(), cfg.clip_grad)
+        trainee.optimizer.step()
+        trainee.optimizer.zero_grad(set_to_none=True)
+        progress["group"] += 1
+        if not accelerator.optimizer_step_was_skipped:
+            progress["updates"] += 1
+            trainee.ema.update(trainee.raw, step=progress["updates"])
+        bar.update()
+        if stop.asked(accelerator):
+            save()
+            raise SystemExit(143)
+    bar.close()
+    if world > 1:  # BatchNorm statistics differ between ranks
+        from timm.utils.distributed import distribute_bn
+
+        distribute_bn(trainee.ema.module, world, reduce=True)
+        distribute_bn(trainee.raw, world, reduce=True)
+    return lr, waited
+
+
+def finish(
+    folder: Path, cfg: Config, accelerator, held_out: pd.DataFrame, decoys: np.ndarray, progress: dict
+) -> None:
     """metrics.json of the best epoch, read back from its files; with annotated crops only as a diagnostic."""
     accelerator.wait_for_everyone()
-    held_out = table[table["fold"] == cfg.fold].reset_index(drop=True)
     oof = pd.read_csv(folder / "oof.csv", dtype={UID: str, "patient": str})
     probs = oof[list(LABELS)].to_numpy()
     metrics = common.score(held_out, probs, cfg.bootstrap) if accelerator.is_main_process else {}
@@ -692,7 +717,7 @@ def finish(folder, cfg, accelerator, table, decoys, progress, in_force, total) -
         "seconds": round(progress["seconds"], 1),
         "peak_memory_gb": round(peak, 3),
         "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu",
-        "precision": in_force,
+        "precision": effective_precision(accelerator),
         "num_processes": accelerator.num_processes,
         "versions": {
             m: importlib.import_module(m).__version__ for m in ("torch", "timm", "accelerate", "numpy")
@@ -766,6 +791,11 @@ def validation_row(held_out: pd.DataFrame, logits: np.ndarray, cfg: Config) -> d
     }
 
 
+def write_config(path: Path, cfg: Config) -> None:
+    values = json.loads(json.dumps(asdict(cfg)))  # tuples as lists, so that the YAML is ordinary
+    common.write_atomic(path, yaml.safe_dump(values, sort_keys=False).encode())
+
+
 def is_better(row: dict, best: dict | None) -> bool:
     """Higher wAUC; where it is undefined (a fold with one class), lower validation loss. The first of equals
     stays."""
@@ -803,11 +833,6 @@ def hash_seed(*numbers: int) -> int:
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-logits.astype(np.float64)))
-
-
-def plain(values):
-    """Tuples as lists, so that the YAML is ordinary."""
-    return json.loads(json.dumps(values))
 
 
 def clean(value):
@@ -867,7 +892,9 @@ def main() -> int:
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr, flush=True)
         return 1
-    except torch.cuda.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
         print(
             f"train.py: out of memory ({str(error).splitlines()[0]}). Lower batch_size (and raise "
             f"accumulation), set grad_checkpointing: true, or lower img_size",

@@ -248,18 +248,18 @@ def test_proposals_stand_where_decoys_would(tmp_path):
 def test_peaks_come_highest_first_and_far_enough_apart():
     maps = np.zeros((13, 8, 4, 4), np.float32)
     maps[3, 2, 1, 1], maps[3, 2, 1, 2], maps[9, 7, 3, 0] = 0.9, 0.8, 0.5
-    peaks = common.find_peaks(maps, np.array([4.0, 1.0, 1.0]), num=3, min_mm=10.0)
+    peaks = common.find_peaks(maps, np.array([4.0, 1.0, 1.0]), num=3, min_mm=10.0, stride=8)
     assert peaks[:, 3:].tolist() == pytest.approx(np.array([[0.9, 3], [0.5, 9]]))  # 0.8 lies 8 mm from 0.9
     assert peaks[0, :3].tolist() == [2, 8 + 3.5, 8 + 3.5]
 
 
-def test_locator_presence_is_the_highest_of_its_maps():
+def test_locator_maps_add_up_to_its_finding_and_peak_at_its_logits():
     cfg = replace(TINY, task="locate", max_localizer_crops=0)
     logits, maps = common.build_model(cfg).eval()(torch.rand(2, 8, 32, 32))
     assert maps.shape == (2, 13, 8, 4, 4) and logits.shape == (2, 14)
-    assert torch.equal(logits[:, :13], maps.flatten(2).amax(-1)) and torch.equal(
-        logits[:, 13], maps.flatten(1).amax(1)
-    )
+    assert torch.equal(logits[:, :13], maps.flatten(2).amax(-1))
+    found = torch.sigmoid(maps).sum(1).flatten(1).amax(1)
+    assert torch.allclose(found, torch.sigmoid(logits[:, 13]), atol=1e-6) and found.std() > 0
 
 
 @pytest.mark.parametrize("task", ["classify", "locate"])

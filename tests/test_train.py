@@ -160,7 +160,7 @@ def test_map_targets_are_one_at_the_points_cell_and_fall_off_in_millimetres():
     points = torch.full((1, 8, 4), -1.0)
     points[0, 0] = torch.tensor([5.0, 2.0, 11.5, 19.5])  # the centre of cell (2, 1, 2) at stride 8
     spacing = torch.tensor([[4.0, 1.0, 1.0]])
-    targets = train.map_targets(points, (8, 4, 4), spacing, sigma_mm=4.0)
+    targets = train.map_targets(points, (1, 13, 8, 4, 4), 8, spacing, sigma_mm=4.0)
     assert targets[0, 5, 2, 1, 2] == 1 and (targets == 1).sum() == 1 and targets[0, 4].sum() == 0
     assert targets[0, 5, 3, 1, 2].item() == pytest.approx(math.exp(-0.5)) == targets[0, 5, 1, 1, 2].item()
     assert targets[0, 5, 2, 1, 3].item() == pytest.approx(math.exp(-0.5 * 4))
