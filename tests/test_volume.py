@@ -1,0 +1,449 @@
+"""make_volume: every pixel's place in millimetres, what a slab is made of, and which part of the head is
+kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from common import (
+    Config,
+    canonical_grid,
+    find_head,
+    line_weights,
+    make_volume,
+    resize_exactly,
+    slab_weights,
+    slice_spans,
+    to_lps,
+    to_voxel,
+)
+
+CFG = Config(base_slices=16, img_size=100, roi_mm=200.0, roi_top_mm=160.0)
+R, L, A, P, S, I = (
+    np.array(v, float) for v in ([-1, 0, 0], [1, 0, 0], [0, -1, 0], [0, 1, 0], [0, 0, 1], [0, 0, -1])
+)
+
+
+@dataclass
+class StandIn:
+    """What make_volume needs of a Series, with its stored values at hand and a record of what was decoded."""
+
+    frames: list
+    normal: np.ndarray
+    spacing_mm: tuple[float, float, float]
+    images: list
+    modality: str = "CT"
+    rescales: list = field(default_factory=list)
+    pad: tuple[int, int] | None = None
+    broken: frozenset = frozenset()
+    decoded: set = field(default_factory=set)
+
+    def stored(self, i: int) -> np.ndarray:
+        if i in self.broken:
+            raise ValueError(f"slice {i} is broken")
+        self.decoded.add(i)
+        return self.images[i]
+
+    def rescale(self, i: int) -> tuple[float, float]:
+        return self.rescales[i] if self.rescales else (1.0, 0.0)
+
+    def padding(self, i: int) -> tuple[int, int] | None:
+        return self.pad
+
+    def forget(self, i: int | None = None) -> None:
+        pass
+
+
+def scan(
+    values, row_dir, col_dir, shape, spacing_mm, centre=(0, 0, 0), shear=(0, 0, 0), modality="CT", at=None
+):
+    """A series that samples values(points (..., 3) in LPS mm); row_dir is the direction of a growing column
+    index. Slice k lies at k * spacing (or at[k]) along the normal and drifts by shear mm per mm."""
+    normal = np.cross(row_dir, col_dir)
+    at = np.arange(shape[0]) * spacing_mm[0] if at is None else np.asarray(at, float)
+    at = at - (at[0] + at[-1]) / 2
+    rows = (np.arange(shape[1]) - (shape[1] - 1) / 2) * spacing_mm[1]
+    columns = (np.arange(shape[2]) - (shape[2] - 1) / 2) * spacing_mm[2]
+    frames, images = [], []
+    for mm in at:
+        middle = np.asarray(centre, float) + mm * (normal + np.asarray(shear, float))
+        points = (
+            middle + rows[:, None, None] * col_dir + columns[None, :, None] * row_dir
+        )  # (rows, columns, 3)
+        images.append(np.rint(values(points)).astype(np.int16))
+        frames.append(
+            SimpleNamespace(
+                position=points[0, 0], row_dir=row_dir, col_dir=col_dir, rows=shape[1], cols=shape[2]
+            )
+        )
+    return StandIn(frames, normal, spacing_mm, images, modality)
+
+
+def head(points: np.ndarray, centre=(0, 0, 0)) -> np.ndarray:
+    """An ellipsoid of 40 HU in air, 150 mm wide, 190 mm long, 200 mm high."""
+    inside = (((points - np.asarray(centre)) / (75, 95, 100)) ** 2).sum(axis=-1) < 1
+    return np.where(inside, 40.0, -1000.0)
+
+
+def rotate(vector: np.ndarray, axis: int, degrees: float) -> np.ndarray:
+    turn = np.deg2rad(degrees)
+    a, b = (i for i in range(3) if i != axis)
+    result = vector.copy()
+    result[a], result[b] = (
+        vector[a] * np.cos(turn) - vector[b] * np.sin(turn),
+        vector[a] * np.sin(turn) + vector[b] * np.cos(turn),
+    )
+    return result
+
+
+# --- weights, worked by hand --------------------------------------------------------------------------------
+
+
+def test_slabs_weigh_slices_by_their_overlap():
+    spans = np.array([[0.0, 1.0], [1.0, 2.0], [2.0, 4.0]])
+    weights, is_hole = slab_weights(spans, np.array([0.0, 1.5, 3.0, 4.0]))
+    expected = [[2 / 3, 1 / 3, 0], [0, 1 / 3, 2 / 3], [0, 0, 1]]
+    np.testing.assert_allclose(weights, expected)
+    assert not is_hole.any()
+
+
+def test_every_slice_counts_in_full_when_slabs_divide_the_stack():
+    centres = np.cumsum([0.0, 1.0, 0.7, 1.1, 1.0, 1.3, 0.9, 1.0])
+    spans = slice_spans(centres, 1.0)
+    edges = np.linspace(spans.min(), spans.max(), 4)
+    weights, _ = slab_weights(spans, edges)
+    used_mm = (weights * np.diff(edges)[:, None]).sum(axis=0)
+    np.testing.assert_allclose(used_mm, np.diff(spans).ravel())
+
+
+def test_a_slice_reaches_to_the_midpoints_but_not_across_a_hole():
+    spans = slice_spans(np.array([0.0, 1.0, 2.0, 4.0]), 9.0)
+    np.testing.assert_allclose(spans, [[-0.5, 0.5], [0.5, 1.5], [1.5, 2.75], [3.25, 4.5]])
+    np.testing.assert_allclose(slice_spans(np.array([7.0]), 3.0), [[5.5, 8.5]])
+
+
+def test_a_slab_without_slices_is_interpolated_between_its_neighbours():
+    spans = slice_spans(np.array([0.0, 1.0, 2.0, 6.0, 7.0]), 1.0)
+    weights, is_hole = slab_weights(spans, np.array([-0.5, 2.5, 3.5, 4.5, 7.5]))
+    assert is_hole.tolist() == [
+        False,
+        False,
+        True,
+        False,
+    ]  # 3.5..4.5; 2.5..3.5 still has some of the slice at 2
+    np.testing.assert_allclose(weights[2], [0, 0, 0.5, 0.5, 0])
+
+
+def test_line_weights_interpolate_and_hold_at_the_ends():
+    weights = line_weights(np.array([0.0, 2.0, 4.0]), np.array([-1.0, 0.5, 3.0, 9.0]))
+    np.testing.assert_allclose(weights, [[1, 0, 0], [0.75, 0.25, 0], [0, 0.5, 0.5], [0, 0, 1]])
+
+
+def test_resizing_is_exact_from_the_first_edge_on():
+    image = np.arange(16, dtype=np.float32).reshape(4, 4)
+    half = resize_exactly(image, np.array([0.5, 0.5]), (2, 2))
+    np.testing.assert_allclose(half, [[2.5, 4.5], [10.5, 12.5]])
+    row = np.array(
+        [[0.0, 3.0, 6.0, 9.0, 12.0]], np.float32
+    )  # pixels of 2 to pixels of 3: 0..3 holds 0 and half of 3
+    shrunk = resize_exactly(row.repeat(4, axis=0), np.array([0.5, 2 / 3]), (2, 3))
+    np.testing.assert_allclose(shrunk, [[1.0, 5.0, 10.0]] * 2, rtol=1e-6)
+    grown = resize_exactly(
+        row.repeat(4, axis=0), np.array([0.5, 2.0]), (2, 6)
+    )  # one axis shrinks, the other grows
+    np.testing.assert_allclose(grown, [[0.0, 0.75, 2.25, 3.75, 5.25, 6.75]] * 2, rtol=1e-6)
+
+
+# --- geometry -----------------------------------------------------------------------------------------------
+
+ORIENTATIONS = {
+    "axial": (L, P),
+    "axial, feet up": (R, P),
+    "axial, prone": (R, A),
+    "axial, rows and columns swapped": (P, L),
+    "coronal": (L, I),
+    "coronal, from behind": (R, I),
+    "sagittal": (P, I),
+    "sagittal, from the right": (A, I),
+    "sagittal, head down": (P, S),
+    "oblique axial": tuple(rotate(rotate(v, 0, 18), 2, 9) for v in (L, P)),
+    "oblique sagittal": tuple(rotate(rotate(v, 1, -14), 2, 11) for v in (P, I)),
+}
+BLOB = np.array([-21.0, 13.0, 27.0])  # LPS mm
+
+
+def blob(points: np.ndarray) -> np.ndarray:
+    return head(points) + 600 * np.exp(-((points - BLOB) ** 2).sum(axis=-1) / (2 * 5.0**2))
+
+
+def brightest_place(voxels: np.ndarray) -> np.ndarray:
+    """Centre of mass (z, y, x) of what is brighter than half of the maximum."""
+    bright = np.where(voxels > voxels.max() / 2, voxels, 0).astype(float)
+    return np.array([(index * bright).sum() / bright.sum() for index in np.indices(bright.shape)])
+
+
+@pytest.mark.parametrize("name", ORIENTATIONS)
+def test_a_blob_lies_where_its_millimetres_say(name):
+    row_dir, col_dir = ORIENTATIONS[name]
+    volume = make_volume(scan(blob, row_dir, col_dir, (70, 96, 88), (3.3, 2.5, 2.5)), CFG)
+    assert volume.voxels.shape == (16, 100, 100)
+    assert volume.voxels.dtype == np.uint8
+    assert volume.voxels.max() > 150
+    np.testing.assert_allclose(brightest_place(volume.voxels), to_voxel(BLOB, volume.affine)[0], atol=0.5)
+
+
+@pytest.mark.parametrize("degrees", [-20, 14])
+def test_gantry_tilt_is_put_upright(degrees):
+    shear = np.tan(np.deg2rad(degrees)) * P
+    series = scan(blob, L, P, (110, 120, 96), (2.0, 2.2, 2.2), shear=shear)
+    volume = make_volume(series, CFG)
+    directions = volume.affine[:3, :3] / np.linalg.norm(volume.affine[:3, :3], axis=0)
+    np.testing.assert_allclose(directions.T @ directions, np.eye(3), atol=1e-9)
+    np.testing.assert_allclose(brightest_place(volume.voxels), to_voxel(BLOB, volume.affine)[0], atol=0.5)
+
+
+@pytest.mark.parametrize("name", ORIENTATIONS)
+def test_axes_grow_upwards_backwards_and_to_the_left(name):
+    volume = make_volume(scan(head, *ORIENTATIONS[name], (50, 64, 64), (4.0, 3.6, 3.6)), CFG)
+    z, y, x = volume.affine[:3, :3].T
+    assert np.dot(z, S) > 0.9 * np.linalg.norm(z)
+    assert np.dot(y, P) > 0.9 * np.linalg.norm(y)
+    assert np.dot(x, L) > 0.9 * np.linalg.norm(x)
+    assert volume.spacing_mm[1:] == pytest.approx((2.0, 2.0))
+
+
+def test_voxels_and_millimetres_are_inverse():
+    volume = make_volume(scan(head, *ORIENTATIONS["oblique axial"], (50, 64, 64), (4.0, 3.6, 3.6)), CFG)
+    voxels = np.array([[0.0, 0.0, 0.0], [3.5, 20.0, 77.0]])
+    np.testing.assert_allclose(to_voxel(to_lps(voxels, volume.affine), volume.affine), voxels, atol=1e-9)
+
+
+def test_non_square_pixels_keep_a_head_round():
+    def ball(points):
+        return np.where((points**2).sum(axis=-1) < 70**2, 600.0, -1000.0)
+
+    volume = make_volume(scan(ball, L, P, (80, 60, 180), (2.0, 4.0, 1.4)), CFG)
+    middle = volume.voxels[round(to_voxel(np.zeros(3), volume.affine)[0, 0])] > 127
+    height_mm, width_mm = (np.ptp(np.flatnonzero(middle.any(axis=1 - axis))) * 2.0 for axis in (0, 1))
+    assert height_mm == pytest.approx(width_mm, abs=4)
+    assert width_mm == pytest.approx(140, abs=4)
+
+
+# --- the region ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["axial", "coronal", "sagittal", "oblique sagittal"])
+@pytest.mark.parametrize("modality", ["CT", "MR"])
+def test_the_box_starts_at_the_top_of_the_head_and_is_centred_on_it(name, modality):
+    centre = np.array([12.0, -18.0, -15.0])
+
+    def values(points):
+        return head(points, centre) + (1000 + np.abs(points.sum(axis=-1)) % 9 if modality == "MR" else 0)
+
+    series = scan(values, *ORIENTATIONS[name], (100, 100, 100), (2.6, 2.6, 2.6), modality=modality)
+    volume = make_volume(series, CFG)
+    middle = to_lps(np.array([15.5, 49.5, 49.5]), volume.affine)[0]  # of the box's upper side
+    assert volume.notes == []
+    assert volume.spacing_mm[0] == pytest.approx(10.0)  # 160 mm in 16 slabs
+    top = centre + S * 100
+    if name == "oblique sagittal":
+        assert np.linalg.norm(middle - top) < 25  # the axes lean, so does the box
+    else:
+        np.testing.assert_allclose(middle[:2], top[:2], atol=4)
+        assert middle[2] == pytest.approx(top[2], abs=5)
+
+
+def test_table_and_headrest_are_no_head():
+    def values(points):
+        x, y = points[..., 0], points[..., 1]
+        table = (np.abs(y - 115) < 3) & (np.abs(x) < 120)  # reaches above the head
+        headrest = (np.abs(np.hypot(x, y + 20) - 118) < 4) & (y > 40)
+        return np.where(table | headrest, 100.0, head(points - (0, 0, -40)))
+
+    series = scan(values, L, P, (160, 128, 128), (2.0, 2.2, 2.2))
+    top, y, x = find_head(canonical_grid(series))
+    assert top == pytest.approx(60, abs=4)
+    assert (y, x) == pytest.approx((0, 0), abs=4)
+
+
+def test_shoulders_do_not_move_the_box():
+    def values(points):
+        x, y, z = np.moveaxis(points, -1, 0)
+        body = ((x - 30) / 200) ** 2 + ((y - 40) / 100) ** 2 < 1
+        neck = np.hypot(x, y - 20) < 55
+        return np.where((z < -180) & body | (z < 0) & (z > -200) & neck, 40.0, head(points))
+
+    top, y, x = find_head(canonical_grid(scan(values, L, P, (110, 130, 130), (4.0, 3.4, 3.4))))
+    assert top == pytest.approx(100, abs=5)
+    assert (y, x) == pytest.approx((0, 0), abs=5)
+
+
+def test_a_short_scan_keeps_what_it_has():
+    volume = make_volume(scan(head, L, P, (32, 64, 64), (2.0, 3.6, 3.6)), CFG)  # 64 mm through the middle
+    assert volume.spacing_mm[0] * 16 == pytest.approx(64)
+    assert (volume.voxels.max(axis=(1, 2)) > 0).all()
+
+
+def test_without_a_head_the_whole_scan_is_taken_and_noted():
+    series = scan(lambda points: np.full(points.shape[:-1], -1000.0), L, P, (20, 32, 32), (2.0, 6.0, 6.0))
+    volume = make_volume(series, CFG)
+    assert "head not found" in volume.notes[0]
+    assert volume.spacing_mm[0] * 16 == pytest.approx(40)
+
+
+def test_slices_outside_of_the_region_are_not_decoded():
+    series = scan(lambda points: head(points, (0, 0, 60)), L, P, (400, 32, 32), (1.0, 7.0, 7.0))  # top at 160
+    volume = make_volume(series, CFG)
+    inside = {i for i in range(400) if 5 < 160 - (i - 199.5) < 155}
+    assert inside <= series.decoded
+    assert len(series.decoded - inside) <= 30
+    assert volume.spacing_mm[0] == pytest.approx(10)
+
+
+# --- intensities --------------------------------------------------------------------------------------------
+
+
+def stack(images: np.ndarray, modality: str = "CT", at=None) -> StandIn:
+    """Axial slices of 2 mm, each of one value (n,), pixels of 2 mm, as large as the box of CFG."""
+    series = scan(lambda p: np.zeros(p.shape[:-1]), L, P, (len(images), 100, 100), (2.0, 2.0, 2.0), at=at)
+    series.images = [np.full((100, 100), value, np.int16) for value in images]
+    series.modality = modality
+    return series
+
+
+def test_a_slab_is_the_mean_of_its_windowed_slices():
+    values = np.array([0, 310, 600, 2000, -500, 60, 120, 120])
+    volume = make_volume(stack(values), replace(CFG, base_slices=4))
+    expected = [155, 600, 30, 120]  # of 0..600, every slice clipped before the mean
+    found = np.median(volume.voxels, axis=(1, 2))
+    assert found.tolist() == [int(v / 600 * 255 + 0.5) for v in expected]
+
+
+def test_a_slab_may_be_the_maximum():
+    values = np.array([0, 310, 600, 2000, -500, 60, 120, 120])
+    volume = make_volume(stack(values), replace(CFG, base_slices=4, slab_mode="max"))
+    assert np.median(volume.voxels, axis=(1, 2)).tolist() == [132, 255, 26, 51]
+
+
+@pytest.mark.parametrize("name", ["axial", "coronal", "sagittal"])
+def test_all_planes_give_the_same_volume(name):
+    def values(points):
+        waves = np.sin(points[..., 0] / 17) + np.cos(points[..., 1] / 23) + np.sin(points[..., 2] / 19)
+        return np.where(head(points) > 0, 300 + 90 * waves, -1000.0)
+
+    axial, other = (
+        make_volume(
+            scan(values, *ORIENTATIONS[plane], (110, 110, 110), (2.0, 2.0, 2.0)), replace(CFG, img_size=64)
+        )
+        for plane in ("axial", name)
+    )
+    np.testing.assert_allclose(axial.affine, other.affine, atol=1.5)
+    difference = np.abs(axial.voxels.astype(int) - other.voxels)
+    assert np.median(difference[axial.voxels > 50]) <= 3
+    assert np.mean(difference > 25) < 0.05  # edges, because the boxes differ by a fraction of a voxel
+
+
+@pytest.mark.parametrize("name", ["axial", "sagittal"])
+def test_the_maximum_keeps_a_thin_bright_layer(name):
+    def values(points):
+        return np.where(np.abs(points[..., 2] - 21) < 1.1, 600.0, head(points))
+
+    series = scan(values, *ORIENTATIONS[name], (110, 110, 110), (2.0, 2.0, 2.0))
+    mean, largest = (
+        make_volume(series, replace(CFG, slab_mode=mode)).voxels.max() for mode in ("mean", "max")
+    )
+    assert mean < 120
+    assert largest == 255
+
+
+def test_missing_slices_are_filled_by_position_and_noted():
+    values = np.array([0, 0, 0, 0, 600, 600, 600, 600])
+    at = [0, 2, 4, 6, 40, 42, 44, 46]  # 32 mm of nothing in between
+    volume = make_volume(stack(values, at=at), replace(CFG, base_slices=12))
+    found = np.median(volume.voxels, axis=(1, 2))
+    assert "slabs lie where slices are missing" in volume.notes[-1]
+    assert found[0] == 0
+    assert found[-1] == 255
+    assert (np.diff(found) >= 0).all()
+    assert found[6] == pytest.approx(128 + 255 * 2 / 34, abs=8)  # slab 6 has its middle at 25 of 6..40 mm
+
+
+def test_mr_percentiles_belong_to_the_series():
+    values = np.array([100, 100, 100, 100, 300, 300, 300, 300, 500, 500, 500, 500])
+    volume = make_volume(stack(values, "MR"), replace(CFG, base_slices=6, mr_percentiles=(0.0, 100.0)))
+    assert np.median(volume.voxels, axis=(1, 2)).tolist() == [0, 0, 128, 128, 255, 255]
+
+
+def test_each_mr_slice_has_its_own_rescale():
+    series = stack(np.array([100, 100, 300, 300, 500, 500]), "MR")
+    cfg = replace(CFG, base_slices=6, mr_percentiles=(0.0, 100.0))
+    plain = make_volume(series, cfg).voxels
+    slopes = [1.0, 2.0, 0.5, 4.0, 0.25, 5.0]
+    series.rescales = [(slope, 7.0) for slope in slopes]
+    series.images = [
+        ((image.astype(float) - 7) / slope).astype(np.float32)
+        for image, slope in zip(series.images, slopes, strict=True)
+    ]
+    np.testing.assert_allclose(make_volume(series, cfg).voxels.astype(int), plain, atol=1)  # rounding
+
+
+def test_a_negative_slope_turns_the_picture():
+    series = stack(np.array([100, 100, 300, 300, 500, 500]), "MR")
+    cfg = replace(CFG, base_slices=3, mr_percentiles=(0.0, 100.0))
+    series.rescales = [(-1.0, 600.0)] * 6
+    assert np.median(make_volume(series, cfg).voxels, axis=(1, 2)).tolist() == [255, 128, 0]
+
+
+@pytest.mark.parametrize("modality", ["CT", "MR"])
+def test_padding_is_dark_whatever_its_value_means(modality):
+    series = stack(np.array([500] * 8), modality)
+    for image in series.images:
+        image[:, :50] = 3000  # as bright as bone, were it not padding
+        image[0, 50:] = 100
+    series.pad = (3000, 3000)
+    volume = make_volume(series, replace(CFG, base_slices=4))
+    middle = round(to_voxel(np.zeros(3), volume.affine)[0, 2])  # padding lies to the patient's right of it
+    assert 20 < middle < 60
+    assert (volume.voxels[:, :, : middle - 2] == 0).all()
+    assert (volume.voxels[:, 5:90, middle + 2 : middle + 45] > 200).all()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.uint32])
+def test_every_storage_type_gives_the_same_volume(dtype):
+    series = stack(np.array([0, 40, 80, 120, 160, 200, 240, 250]))
+    expected = make_volume(series, CFG).voxels
+    series.images = [image.astype(dtype) for image in series.images]
+    np.testing.assert_array_equal(make_volume(series, CFG).voxels, expected)
+
+
+# --- damage -------------------------------------------------------------------------------------------------
+
+
+def test_a_slice_that_cannot_be_decoded_is_left_out_and_noted():
+    series = replace(stack(np.array([310] * 40)), broken=frozenset({11, 12}))
+    volume = make_volume(series, CFG)
+    assert volume.notes[-1] == "2 slices left out, they cannot be decoded: slice 11 is broken"
+    assert (np.median(volume.voxels, axis=(1, 2)) == 132).all()
+
+
+def test_a_series_with_many_broken_slices_is_refused():
+    with pytest.raises(ValueError, match="is broken"):
+        make_volume(replace(stack(np.array([310] * 40)), broken=frozenset(range(5, 40, 6))), CFG)
+    with pytest.raises(ValueError, match="slice 0 is broken"):
+        make_volume(replace(stack(np.array([310])), broken=frozenset({0})), CFG)
+
+
+def test_one_slice_is_a_volume():
+    volume = make_volume(stack(np.array([310])), CFG)
+    assert volume.spacing_mm[0] * 16 == pytest.approx(2.0)
+    assert (np.median(volume.voxels, axis=(1, 2)) == 132).all()
+
+
+def test_absurd_pixel_spacing_is_refused():
+    series = scan(head, L, P, (4, 64, 64), (2.0, 1e-5, 1e-5))
+    with pytest.raises(ValueError, match="PixelSpacing"):
+        make_volume(series, CFG)
