@@ -1,9 +1,10 @@
 """Turn DICOM series into fixed-size cached volumes.
 
-in   --src DIR    any tree of DICOM files; train.csv and train_localizers.csv in it or beside it where there
-are labels out  --dst DIR    <SeriesInstanceUID>.safetensors: volume uint8 (Z, H, W), annotated points and
-their labels;
-                  index.csv: a row per series, failures with their reason; train.csv: a copy of the labels
+in   --src DIR    any tree of DICOM files; where there are labels, with train.csv and train_localizers.csv in
+                  it or beside it
+out  --dst DIR    <SeriesInstanceUID>.safetensors: volume uint8 (Z, H, W), annotated points and their labels;
+                  index.csv: a row per series, failures with their reason; train.csv: a copy of the labels;
+                  <uid>.failed.json and seconds.csv: what the index is rebuilt from besides the volumes
 run  python preprocess.py --src dicoms --dst cache
 
 Run it again at any time: finished series are kept, failed and changed ones are done (again), the index is
@@ -11,8 +12,10 @@ rebuilt from the folder. Several machines share one destination: torchrun, accel
 are recognised by their environment, --shard 0/4 ... 3/4 works everywhere. A series that crashes a decoder,
 hangs (--timeout) or needs too much memory (--memory-gb) costs only itself.
 
-exit code  0 all well   3 finished, some series failed (named here and in index.csv)   1 nothing could be done
-  2 wrong usage
+exit code  0  all well
+           1  nothing could be done
+           2  wrong usage
+           3  finished, some series failed: named on stderr and in index.csv
 """
 
 from __future__ import annotations
@@ -101,6 +104,8 @@ def read_labels(path: Path) -> pd.DataFrame:
     ][:5]
     if faults:
         raise ValueError(f"{path}: {'; '.join(faults)}")
+    if "PatientAge" in table:
+        table["PatientAge"] = pd.to_numeric(table["PatientAge"], errors="coerce")  # for the index alone
     return table.set_index(table[UID].map(safe_uid))
 
 
@@ -439,6 +444,7 @@ def jobs(
             skip()
             continue
         row = table.loc[uid] if table is not None and uid in table.index else {}
+        age, sex = row.get("PatientAge"), str(row.get("PatientSex"))[:1]
         yield {
             "uid": uid,
             "files": series[uid],
@@ -446,8 +452,8 @@ def jobs(
             "source": source,
             "cfg": args.cfg,
             "dst": args.dst,
-            "age": str(row.get("PatientAge", "")),
-            "sex": str(row.get("PatientSex", "")),
+            "age": "" if pd.isna(age) else f"{float(age):.0f}",
+            "sex": sex if sex in ("F", "M") else "",
         }
 
 

@@ -183,13 +183,13 @@ def spin(steps: int) -> float:
 def in_workers(function: Callable, items: list, workers: int) -> tuple[float, list]:
     """(seconds per item, results) in so many processes; the first item of each, with its imports, does not
     count."""
-    answers = run_isolated(function, items, workers=workers, timeout_s=600, memory_gb=4)
-    results = [next(answers)[1] for _ in range(workers)]
-    start = time.perf_counter()
-    for _, result, reason in answers:
+    results, start = [], 0.0
+    for _, result, reason in run_isolated(function, items, workers=workers, timeout_s=600, memory_gb=4):
         if reason:
             raise RuntimeError(reason)
         results.append(result)
+        if len(results) == workers:
+            start = time.perf_counter()
     return (time.perf_counter() - start) / (len(items) - workers), results
 
 
@@ -233,18 +233,21 @@ def bench_packed(root: Path, slices: int, size: int, repeats: int) -> None:
 
 
 def bench_scaling(folder: Path, repeats: int) -> None:
-    """Table of what a second worker gains, and a worker's memory."""
+    """Table of what a second worker gains, in turn with a pure computation; and a worker's memory."""
+    jobs = {"volumes": (volume_of, folder), "a pure computation": (spin, 3_000_000)}
+    gains: dict[str, list[float]] = {name: [] for name in jobs}
+    peak_mib = 0
+    for number in range(repeats):
+        for name, (function, item) in jobs.items():
+            one, results = in_workers(function, [item] * 9, 1)
+            two, _ = in_workers(function, [item] * 18, 2)
+            gains[name].append(one / two)
+            peak_mib = max(peak_mib, *results) if function is volume_of else peak_mib
+        say(f"round {number + 1} of {repeats}")
     print("\n| work | items per second, 2 processes against 1 |\n|---|---|")
-    for name, function, item in (("volumes", volume_of, folder), ("a pure computation", spin, 5_000_000)):
-        gains = []
-        for number in range(repeats):
-            (one, results), (two, _) = (in_workers(function, [item] * 8, workers) for workers in (1, 2))
-            gains.append(one / two)
-            say(f"{name}: round {number + 1} of {repeats}")
-        print(f"| {name} | {spread(gains, '.2f')} |")
-        if function is volume_of:
-            peak = max(results)
-    print(f"\nPeak memory of a worker, imports included: {peak} MiB")
+    for name, values in gains.items():
+        print(f"| {name} | {spread(values, '.2f')} |")
+    print(f"\nPeak memory of a worker, imports included: {peak_mib} MiB")
 
 
 def bench_preprocess(args: argparse.Namespace) -> None:
