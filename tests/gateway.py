@@ -1,0 +1,117 @@
+"""A stand-in for the challenge's server and gateway, as strict as the real one is described to be.
+
+in   --data DIR   a folder per series, as below `series/`; --strip keeps the 25 tags of the hidden test
+out  --out CSV    SeriesInstanceUID and the 14 probabilities that the script under test answered
+run  python tests/gateway.py --data dicoms/series --out answers.csv -- infer.py --serve --outputs "outputs/*"
+
+It runs the script with a package `kaggle_evaluation` that exists for this process only. A series is copied
+into KAGGLE_SHARED and `predict` called from another thread, as a gRPC server does. Its answer is checked, and
+that the folder was emptied and made again. An exception in `predict`, a wrong answer or a late start ends the
+run with code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import runpy
+import shutil
+import sys
+import time
+import types
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+import pydicom
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import LABELS, UID
+
+START_LIMIT_S, CALL_LIMIT_S = 15 * 60, 30 * 60
+KEPT_TAGS = (
+    *("BitsAllocated", "BitsStored", "Columns", "FrameOfReferenceUID", "HighBit", "ImageOrientationPatient"),
+    *("ImagePositionPatient", "InstanceNumber", "Modality", "PatientID", "PhotometricInterpretation"),
+    *("PixelRepresentation", "PixelSpacing", "PlanarConfiguration", "RescaleIntercept", "RescaleSlope"),
+    *("RescaleType", "Rows", "SOPClassUID", "SOPInstanceUID", "SamplesPerPixel", "SliceThickness"),
+    *("SpacingBetweenSlices", "StudyInstanceUID", "TransferSyntaxUID"),
+)
+
+
+def strip_tags(source: Path, target: Path) -> None:
+    """Copy a DICOM file with the tags of the hidden test alone, and its pixels."""
+    dataset = pydicom.dcmread(source)
+    for element in list(dataset):
+        if element.keyword not in KEPT_TAGS and element.keyword != "PixelData":
+            del dataset[element.tag]
+    dataset.save_as(target)
+
+
+def check_answer(answer: object) -> list[float]:
+    """The 14 probabilities of a one-row frame. Raises ValueError naming what is wrong with it."""
+    if not isinstance(answer, pd.DataFrame) or list(answer.columns) != list(LABELS) or len(answer) != 1:
+        raise ValueError(f"predict returned {answer!r}; expected a frame of one row and the 14 labels")
+    row = [float(value) for value in answer.iloc[0]]
+    if not all(0 <= value <= 1 for value in row):
+        raise ValueError(f"predict returned {row}; expected probabilities")
+    return row
+
+
+def play(predict: Callable, data: Path, out: Path, strip: bool, started: float) -> None:
+    """Send every series, one at a time, and write the answers."""
+    shared, rows = Path(os.environ["KAGGLE_SHARED"]), []
+    if time.monotonic() - started > START_LIMIT_S:
+        raise TimeoutError(f"the server was not up within {START_LIMIT_S} s")
+    if not isinstance(predict, types.FunctionType) or predict.__name__ != "predict":
+        raise ValueError(f"the endpoint is {predict!r}; expected a plain function named predict")
+    with ThreadPoolExecutor(1) as thread:
+        for folder in sorted(path for path in data.iterdir() if path.is_dir()):
+            target = shared / folder.name
+            target.mkdir(parents=True)
+            for path in sorted(folder.iterdir()):
+                if strip and path.suffix == ".dcm":
+                    strip_tags(path, target / path.name)
+                else:
+                    shutil.copy(path, target)
+            limit_s = CALL_LIMIT_S if rows else None  # the first call may take longer
+            answer = thread.submit(predict, str(target)).result(timeout=limit_s)
+            rows.append([folder.name, *check_answer(answer)])
+            if not shared.is_dir() or list(shared.iterdir()):
+                raise ValueError(f"{shared} was not emptied and made again after {folder.name}")
+    pd.DataFrame(rows, columns=[UID, *LABELS]).to_csv(out, index=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--strip", action="store_true", help="keep only the hidden test's 25 tags")
+    parser.add_argument("script", nargs="+", help="-- infer.py --serve ...")
+    args = parser.parse_args()
+    started = time.monotonic()
+
+    class RSNAInferenceServer:
+        def __init__(self, *endpoints: Callable):
+            (self.predict,) = endpoints
+
+        def run_local_gateway(self) -> None:
+            play(self.predict, args.data, args.out, args.strip, started)
+
+        serve = run_local_gateway  # the real one waits for a gateway in another container
+
+    package = types.ModuleType("kaggle_evaluation")
+    package.__path__ = []
+    package.__spec__ = types.SimpleNamespace(name="kaggle_evaluation", submodule_search_locations=[])
+    module = types.ModuleType("kaggle_evaluation.rsna_inference_server")
+    module.RSNAInferenceServer = RSNAInferenceServer
+    package.rsna_inference_server = module
+    sys.modules |= {package.__name__: package, module.__name__: module}
+    sys.argv = args.script
+    runpy.run_path(args.script[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
