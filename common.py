@@ -1523,8 +1523,8 @@ def _window_size(grid: Grid, box: Box) -> tuple[int, int]:
     """Pixels along the image axes that cover the box, and one more."""
     axes = list(grid.image_axes)
     size = np.ceil(np.array(box.shape)[axes] * box.steps[axes] / grid.steps - 1e-6).astype(int) + 1
-    if size.max() > 20_000:
-        raise ValueError(f"(0028,0030) PixelSpacing {grid.steps.min():g} mm: expected at least 0.01 mm")
+    if size.max() > 8192:
+        raise ValueError(f"(0028,0030) PixelSpacing {grid.steps.min():g} mm: expected at least 0.03 mm")
     return tuple(int(length) for length in size)
 
 
@@ -1532,12 +1532,12 @@ def _overlap(grid: Grid, k: int, box: Box, size: tuple[int, int]) -> tuple[tuple
     """Slices of image k and of a window of `size` pixels at the box's lower edge, where the two overlap. The
     slice's own position counts, to a whole pixel, so gantry tilt is corrected."""
     source, target = [], []
-    starts = np.rint((box.low[list(grid.image_axes)] - grid.edges[k]) / grid.steps)
-    for start, length, wanted in zip(starts.astype(int), grid.shape, size, strict=True):
-        first = min(max(int(start), 0), length)
-        last = max(min(int(start) + wanted, length), first)
+    for side, axis in enumerate(grid.image_axes):
+        start = round(float((box.low[axis] - grid.edges[k, side]) / grid.steps[side]))
+        first = min(max(start, 0), grid.shape[side])
+        last = max(min(start + size[side], grid.shape[side]), first)
         source.append(slice(first, last))
-        target.append(slice(first - int(start), last - int(start)) if last > first else slice(0, 0))
+        target.append(slice(first - start, last - start) if last > first else slice(0, 0))
     return tuple(source), tuple(target)
 
 
@@ -1748,14 +1748,16 @@ def _small_slice(grid: Grid, k: int, factors: np.ndarray) -> np.ndarray:
     i = int(grid.order[k])
     slope, intercept = grid.series.rescale(i)
     rows, columns = (max(1, length // factor) for length, factor in zip(grid.shape, factors, strict=True))
-    values = grid.image(k)[: rows * factors[0], : columns * factors[1]].astype(np.float32)
+    values = grid.image(k)[: rows * factors[0], : columns * factors[1]]
+    if values.dtype not in (np.uint8, np.int16, np.uint16):  # what OpenCV resizes as it is
+        values = values.astype(np.float32)
     padding = grid.series.padding(i)
     if padding is not None:
         is_padding = (values >= padding[0]) & (values <= padding[1])
         kept = values[~is_padding] if not is_padding.all() else values
-        values[is_padding] = kept.min() if slope > 0 else kept.max()
-    values = cv2.resize(values, (columns, rows), interpolation=cv2.INTER_AREA)
-    return values * np.float32(slope) + np.float32(intercept)
+        values = np.where(is_padding, kept.min() if slope > 0 else kept.max(), values)
+    small = cv2.resize(np.ascontiguousarray(values), (columns, rows), interpolation=cv2.INTER_AREA)
+    return small.astype(np.float32) * np.float32(slope) + np.float32(intercept)
 
 
 def _dark_tissue(values: np.ndarray) -> float:
