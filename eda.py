@@ -104,13 +104,13 @@ def peek(path: Path) -> tuple[dict, list[tuple]]:
             shape = np.array(volume.get_shape())
             slab = volume[int(shape[0]) // 2]
             points, labels = file.get_tensor("points"), file.get_tensor("point_labels")
-        step = np.array(json.loads(meta["spacing_mm"]))
+        step, _, settings = np.array(json.loads(meta["spacing_mm"])), meta["affine"], meta["settings"]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         return {"broken": f"{type(error).__name__}: {error}"}, []
     inside = ((points >= -0.5) & (points <= shape - 0.5)).all(axis=1)
     z, y, x = ((points - (shape - 1) / 2) * step).T  # mm from the centre
     bright = float(slab[slab > 0].mean()) if slab.any() else 0.0
-    row = {"slab_mm": step[0], "pixel_mm": step[2], "brightness": bright, "settings": meta.get("settings")}
+    row = {"slab_mm": step[0], "pixel_mm": step[2], "brightness": bright, "settings": settings}
     row |= {"slab": f"{shape} {zlib.crc32(slab)}" if bright else None}  # to find the same image again
     return row, list(zip(labels.tolist(), inside, x, y, shape[0] / 2 * step[0] - z, strict=True))
 
@@ -181,11 +181,10 @@ def data_section(table: pd.DataFrame, points: pd.DataFrame) -> str:
             parts.append(
                 nothing("These volumes differ in their settings: train.py will refuse them together.")
             )
-    parts.append(grid(count_figures(table, kinds)))
-    if len(labelled):
-        parts += [grid(label_figures(labelled, points, kinds)), cooccurrence_table(labelled)]
-    else:
-        parts.append(nothing("No labels: train.csv is neither in the cache nor in or beside the source."))
+    figures = label_figures(labelled, points, kinds) if len(labelled) else []
+    parts.append(grid(count_figures(table, kinds) + figures))
+    no_labels = nothing("No labels: train.csv is neither in the cache nor in or beside the source.")
+    parts.append(cooccurrence_table(labelled) if len(labelled) else no_labels)
     if len(ok):
         parts += [grid(shape_figures(ok, kinds)), medians_table(ok, kinds)]
     return section("data", "The data", *parts)
@@ -319,10 +318,13 @@ def images_section(table: pd.DataFrame, points: pd.DataFrame, cache: Path, src: 
     if not len(ok):
         return section("images", "The images", nothing("No readable volume in the cache."))
     marked = ok[UID].isin(points[UID][points["inside"].astype(bool)])
-    chosen = ok.assign(marked=marked).sort_values(["marked", UID], ascending=[False, True])
+    usual = ok.groupby(["modality", "plane"])["num_slices"].transform("median")
+    chosen = ok.assign(odd=(ok["num_slices"] - usual).abs(), unmarked=~marked).sort_values(
+        ["unmarked", "odd", UID]
+    )
     chosen = chosen.drop_duplicates(["modality", "plane"]).sort_values(["modality", "plane"])[:MOST_EXAMPLES]
     intro = (
-        "A series per modality and plane, with an annotated aneurysm where there is one. The patient's "
+        "A usual series per modality and plane, with an annotated aneurysm where there is one. The patient's "
         "right is on the left of a picture, as radiologists look at it. Rings: annotated places. Blue: the "
         "box that the model sees."
     )
@@ -532,7 +534,7 @@ def points_section(table: pd.DataFrame, points: pd.DataFrame, cache: Path) -> st
         for a, b, k in points[[u, v, "label"]].itertuples(index=False):
             shape = {"L": "square", "R": "triangle"}.get(side_of(k), "circle")
             at = place(np.clip(a, *side), np.clip(b, *sorted(v_range)))
-            body.append(marker(*at, ARTERY[k], shape, LOCATIONS[k]))
+            body.append(marker(*at, ARTERY[k], shape, LOCATIONS[k], 1 if len(points) < 300 else 0.6))
         figures.append(figure(name, "", "".join(body), size))
     keys = [(k, "circle", ARTERIES[k]) for k in sorted({ARTERY[k] for k in points["label"]})]
     keys += [
@@ -731,10 +733,9 @@ def training_figures(groups: dict[str, list[dict]]) -> list[str]:
             figures.append(nothing(f"{title} No run has a log of it."))
             continue
         last = max(5.0, *(curve[2].max() for curve in curves))
-        values = np.concatenate([curve[3] for curve in curves])
-        top, chance = (
-            (1.0, ((0, 0.5), (last, 0.5))) if column == "wauc" else (np.nanpercentile(values, 98) * 1.1, None)
-        )
+        values = np.concatenate([curve[3][np.isfinite(curve[3])] for curve in curves])
+        usual = float(np.percentile(values, 98)) if len(values) else 1.0  # the first steps may be far above
+        top, chance = (1.0, ((0, 0.5), (last, 0.5))) if column == "wauc" else (max(1.1 * usual, 1e-6), None)
         figures.append(
             lines(title, caption, curves, (0, last), (0, top), "epoch", title.lower()[:-1], chance)
         )
@@ -1006,7 +1007,7 @@ def axes(
     rows: names for y = 0.5, 1.5 ... instead of numbers.
     """
     (width, height), top, bottom = size, 8, 38
-    left = 14 + 6.3 * max(map(len, rows)) if rows else 46
+    left = 14 + 6.3 * max(map(len, rows)) if rows else 52
     middle, floor = (left + width - right) / 2, height - bottom
 
     def place(u: float, v: float) -> tuple[float, float]:
@@ -1053,11 +1054,12 @@ def picture(uri: str, one: tuple, other: tuple) -> str:
     return f'<image href="{uri}" {corners_of(one, other)} preserveAspectRatio="none"/>'
 
 
-def marker(x: float, y: float, colour: int | str, shape: str, tip: str = "") -> str:
+def marker(x: float, y: float, colour: int | str, shape: str, tip: str = "", scale: float = 1) -> str:
     """A circle, square or triangle with a tooltip."""
     sides, reach = {"circle": (24, 4.0), "square": (4, 5.0), "triangle": (3, 5.4)}[shape]
     turn = math.pi / 4 if sides == 4 else -math.pi / 2
     angles = [turn + 2 * math.pi * i / sides for i in range(sides)]
+    reach *= scale
     outline = " ".join(f"{x + reach * math.cos(a):.1f},{y + reach * math.sin(a):.1f}" for a in angles)
     return f'<polygon class="s{colour} mark" points="{outline}"><title>{esc(tip)}</title></polygon>'
 
@@ -1084,6 +1086,8 @@ def squares(names: Iterable[str]) -> list[tuple[int, str, str]]:
 
 def bars(title: str, caption: str, rows: Sequence[tuple], kinds: list[str]) -> str:
     """Horizontal bars of (name, {modality: count}, words at the end), stacked by modality."""
+    if not rows:
+        return nothing(f"{title} No series.")
     names = [name if len(name) < 26 else f"{name[:24]}…" for name, *_ in rows]
     most = max([int(parts.sum()) for _, parts, _ in rows] + [1])
     most *= 1 + 0.035 * max(len(text) for *_, text in rows)  # room for the words
@@ -1106,7 +1110,8 @@ def histogram(
     title: str, caption: str, values: pd.Series, groups: pd.Series, kinds: list[str], unit: str, band=None
 ):
     """Stacked by modality; of 200 values or more, the outer 0.5 % stand in the outer bars. band: shaded."""
-    groups, values = groups[values.notna()], values.dropna().astype(float)
+    values = values.astype(float)
+    groups, values = groups[np.isfinite(values)], values[np.isfinite(values)]
     if not len(values):
         return nothing(f"{title} No series states it.")
     low, high = np.percentile(values, [0.5, 99.5] if len(values) >= 200 else [0, 100])
@@ -1182,7 +1187,7 @@ def pane(
 
     marks: rings at (row, column, name); box: two corners (row, column); cross: (row, column); all in pixels.
     """
-    unit = 240 / (image.shape[1] * steps[1])  # of the drawing, per mm
+    unit = min(240 / (image.shape[1] * steps[1]), 720 / (image.shape[0] * steps[0]))  # of the drawing, per mm
     height, width = image.shape[0] * steps[0] * unit, image.shape[1] * steps[1] * unit
     pixels = (max(1, round(width * 1.4)), max(1, round(height * 1.4)))
     small = cv2.resize(np.ascontiguousarray(image), pixels, interpolation=cv2.INTER_AREA)

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -295,6 +296,27 @@ def test_text_from_files_is_escaped(tmp_path):
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
 
 
+def test_odd_values_break_no_chart(tmp_path):
+    """Nothing but zeros, nan or infinity; an image one pixel wide; one epoch; no row at all."""
+    write_outputs(tmp_path, [f"1.{i}" for i in range(8)])
+    for name, row in (("net_seed0_fold0", "1,0,nan,inf"), ("net_seed0_fold1", "1,0,,")):
+        (tmp_path / name / "log.csv").write_text(f"epoch,train_loss,val_loss,wauc\n{row}\n")
+    runs, faults = eda.read_runs(tmp_path)
+    assert len(runs) == 2 and not faults
+    figures = eda.training_figures({"net": runs})
+    values = pd.Series([np.inf, np.nan, 3.0])
+    figures.append(eda.histogram("One.", "", values, pd.Series(["CTA"] * 3), ["CTA"], "mm"))
+    figures.append(eda.histogram("None.", "", values[:2], pd.Series(["CTA"] * 2), ["CTA"], "mm"))
+    figures.append(eda.bars("No bars.", "", [], []))
+    figures += [
+        eda.pane("thin", np.zeros((4000, 1), np.uint8), (1.0, 0.1)),
+        eda.pane("flat", np.zeros((1, 9)), (1, 1)),
+    ]
+    page = Page("".join(figures))
+    assert "nan" not in "".join(figures) and "inf" not in "".join(figures)
+    assert page.text.count("No series") == 2 and "CTA: 1" in page.text
+
+
 # --- its figures against hand-counted values ----------------------------------------------------------------
 
 
@@ -529,6 +551,19 @@ def test_a_vessel_mask_lands_on_the_voxels_that_it_marks():
     mask = np.zeros((8, 6, 4), bool)  # i, j, k = x, y, z of the same grid
     mask[7, 2, 1] = mask[0, 5, 3] = True
     assert np.argwhere(eda.mask_voxels(mask, ras, affine, shape)).tolist() == [[1, 2, 7], [3, 5, 0]]
+
+
+def test_vessel_masks_are_drawn_where_nibabel_is_installed(tmp_path, monkeypatch):
+    write_set(tmp_path / "cache", [{"uid": "1.1"}, {"uid": "1.2"}])
+    (tmp_path / "segmentations").mkdir()
+    (tmp_path / "segmentations" / "1.2_vessels.nii.gz").write_bytes(b"")
+    table, _ = eda.read_table(tmp_path / "cache", tmp_path)
+    monkeypatch.setitem(sys.modules, "nibabel", None)
+    assert "pip install nibabel" in eda.masks_part(table, tmp_path / "cache", tmp_path)
+    image = types.SimpleNamespace(dataobj=np.ones((4, 4, 4)), affine=np.diag([-1.0, -1, 1, 1]))
+    monkeypatch.setitem(sys.modules, "nibabel", types.SimpleNamespace(load=lambda path: image))
+    part = Page(eda.masks_part(table, tmp_path / "cache", tmp_path / "series"))
+    assert part.tags.count("image") == 3 and "vessels of …1.2" in part.text
 
 
 # --- opened in a browser ------------------------------------------------------------------------------------
