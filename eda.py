@@ -53,6 +53,16 @@ MEASURES = {  # columns of the table, with title and unit
     "slab_mm": ("Slab of the volume", "mm"),
     "brightness": ("Mean brightness of the middle slab", "0 to 255"),
 }
+RUN_METRICS = {  # keys of metrics.json, with titles
+    "wauc": "wAUC of single runs",
+    "oracle_wauc": "oracle wAUC",
+    "leak": "leak",
+    "recall_10mm": "points found within 10 mm",
+    "false_per_negative": "false places per negative",
+    "seconds": "seconds a run",
+    "peak_memory_gb": "peak memory (GB)",
+    "precision": "precision",
+}
 MOST_EXAMPLES, MOST_OUTLIERS, MOST_HARD, MOST_ROWS = 12, 12, 6, 1000  # bounds that keep the page small
 NUMBER_OR_TAG = re.compile(r"\([0-9a-f]{4},[0-9a-f]{4}\)|(?<!\w)[-+]?\d[\d.]*(?:e[-+]?\d+)?")
 VIEWS = ((1, "Coronal projection"), (2, "Sagittal projection"))  # axis of (z, y, x) along which one looks
@@ -205,9 +215,7 @@ def count_figures(table: pd.DataFrame, kinds: list[str]) -> list[str]:
     """Series by modality, plane, sex and age."""
     kind, ages = table["modality"], table["age"].dropna()
     turned = share(table["plane"].isin(["sagittal", "coronal"])[table["status"] == "ok"])
-    by_kind = (
-        "One model sees them all with the same weights: the rarer a kind, the less of its look is learnt."
-    )
+    by_kind = "One model sees them all with the same weights: of a rare kind it learns little."
     by_plane = (
         f"Volumes are always cut into axial slabs. {turned} of the series were acquired in another plane; "
         "there a slab takes a strip of every original slice."
@@ -264,9 +272,7 @@ def shape_figures(ok: pd.DataFrame, kinds: list[str]) -> list[str]:
         figures.append(histogram(f"{title}.", meaning, ok[name], kind, kinds, unit, band))
     size = ok["rows"].map("{:.0f}".format) + " × " + ok["cols"].map("{:.0f}".format)
     same = "Rows × columns, resampled to equal millimetres in both directions, never stretched."
-    packed = (
-        "How the files pack pixels. Compressed ones take longer to read but, unless lossy, look the same."
-    )
+    packed = "How files pack pixels. Compressed ones take longer to read but, unless lossy, look the same."
     syntaxes = counted(ok["transfer_syntax"].map(syntax_name), kind)[:10]
     figures.append(bars("Matrix size.", same, counted(size, kind)[:10], kinds))
     return [*figures, bars("Transfer syntax.", packed, syntaxes, kinds)]
@@ -303,9 +309,7 @@ def cooccurrence_table(labelled: pd.DataFrame) -> str:
             cells.append(f'<td class="{kind}" style="--depth:{depth}%">{count or "·"}</td>')
         rows.append("".join(cells))
     head = "".join(f'<th scope="col">{name}</th>' for name in ("", *SHORT[:AP]))
-    caption = (
-        "Locations found together, in series. Framed: all with the location; darker: a larger share of them."
-    )
+    caption = "Locations found together, in series. Framed: all with the location; darker: more of them."
     body = f"<thead><tr>{head}</tr></thead><tbody><tr>{'</tr><tr>'.join(rows)}</tr></tbody>"
     return f'<p class="caption">{caption}</p>' + scrolling(f'<table class="heat">{body}</table>')
 
@@ -443,9 +447,10 @@ def project(volume: np.ndarray, axis: int) -> np.ndarray:
 def plane(title: str, volume: np.ndarray, steps, axis: int, corners=None, points=(), names=()) -> str:
     """A pane of a volume (z, y, x) along an axis, head up; corners (2, 3) of a box and points in voxels."""
     (down, across), image = [a for a in range(3) if a != axis], project(volume, axis)
-    flip = (
-        (lambda row: len(image) - 1 - row) if axis else (lambda row: row)
-    )  # z grows upwards, rows downwards
+
+    def flip(row: float) -> float:
+        return len(image) - 1 - row if axis else row  # z grows upwards, rows downwards
+
     marks = [(flip(point[down]), point[across], name) for point, name in zip(points, names, strict=True)]
     box = None if corners is None else [(flip(corner[down]), corner[across]) for corner in corners]
     return pane(title, image[::-1] if axis else image, [steps[down], steps[across]], marks, box)
@@ -458,9 +463,8 @@ def contact_sheet(volume: np.ndarray, step: np.ndarray, points: np.ndarray, name
     sheet, body = np.zeros(size[::-1], np.uint8), []
     for z, slab in enumerate(volume):
         top, left = z // columns * tile, z % columns * tile
-        sheet[top : top + tile, left : left + tile] = cv2.resize(
-            slab, (tile, tile), interpolation=cv2.INTER_AREA
-        )
+        small = cv2.resize(slab, (tile, tile), interpolation=cv2.INTER_AREA)
+        sheet[top : top + tile, left : left + tile] = small
         depth = (len(volume) - 0.5 - z) * step[0]
         body.append(words(left + 4, top + tile - 5, f"{z}: {depth:.0f} mm", kind="on"))
     for point, name in zip(points, names, strict=True):
@@ -468,8 +472,8 @@ def contact_sheet(volume: np.ndarray, step: np.ndarray, points: np.ndarray, name
         if 0 <= z < len(volume):
             body.append(ring(z % columns * tile + x, z // columns * tile + y, name))
     caption = "Every slab of the volume with its number and its depth below the top of the box."
-    picture = f'<image href="{data_uri(sheet)}" width="{size[0]}" height="{size[1]}"/>'
-    return scrolling(figure("All slabs.", caption, picture + "".join(body), size, "wide"), "sheet")
+    drawing = picture(data_uri(sheet), (0, 0), size) + "".join(body)
+    return scrolling(figure("All slabs.", caption, drawing, size, "wide"), "sheet")
 
 
 def masks_part(ok: pd.DataFrame, cache: Path, src: Path) -> str:
@@ -481,10 +485,8 @@ def masks_part(ok: pd.DataFrame, cache: Path, src: Path) -> str:
         import nibabel
     except ImportError:
         return nothing("Vessel masks are there but not shown: pip install nibabel reads them.")
-    panes, paths = (
-        [],
-        {re.split(r"[^0-9.]|\.nii", path.name)[0]: path for path in sorted(folder.rglob("*.nii*"))},
-    )
+    panes = []
+    paths = {re.split(r"[^0-9.]|\.nii", path.name)[0]: path for path in sorted(folder.rglob("*.nii*"))}
     for uid in [uid for uid in ok[UID] if uid in paths][:4]:
         volume, _, _, step, affine, _ = read_volume(uid, cache)
         image = nibabel.load(paths[uid])
@@ -701,11 +703,9 @@ def results_section(outputs: Path, cache: Path, readable: set[str]) -> str:
 def interval(result: dict, name: str) -> str:
     """`0.712 (0.65 to 0.77)`; a dash where undefined."""
     value, low, high = (math.nan if result.get(key) is None else result[key] for key in (name, "low", "high"))
-    return (
-        "–"
-        if math.isnan(value)
-        else f"{value:.3f}" + ("" if math.isnan(low) else f" ({low:.2f} to {high:.2f})")
-    )
+    if math.isnan(value):
+        return "–"
+    return f"{value:.3f}" + ("" if math.isnan(low) else f" ({low:.2f} to {high:.2f})")
 
 
 def training_figures(groups: dict[str, list[dict]]) -> list[str]:
@@ -714,21 +714,16 @@ def training_figures(groups: dict[str, list[dict]]) -> list[str]:
         "train_loss": ("Training loss.", "Falls while the network fits the training series."),
         "val_loss": (
             "Validation loss.",
-            "Patients held out. If it rises while the other falls: learning by heart.",
+            "Patients held out. Rising while the other falls: learning by heart.",
         ),
-        "wauc": (
-            "Validation wAUC.",
-            "Patients held out, without annotated crops, as new ones come. Dashed: chance.",
-        ),
+        "wauc": ("Validation wAUC.", "Patients held out, without annotated crops. Dashed: chance."),
     }
     figures = []
     for column, (title, caption) in captions.items():
         curves = []
-        for number, (name, members) in enumerate(groups.items()):
-            logs = [run["log"] for run in members if {column, "epoch"} <= set(run["log"])]
-            curves += [
-                (number, name, log["epoch"].to_numpy(float), log[column].to_numpy(float)) for log in logs
-            ]
+        for colour, (name, members) in enumerate(groups.items()):
+            for log in (run["log"] for run in members if {column, "epoch"} <= set(run["log"])):
+                curves.append((colour, name, log["epoch"].to_numpy(float), log[column].to_numpy(float)))
         if not curves:
             figures.append(nothing(f"{title} No run has a log of it."))
             continue
@@ -770,18 +765,6 @@ def ablation_table(groups: dict[str, list[dict]], scores: dict[str, dict]) -> st
     return html_table(caption, rows)
 
 
-RUN_METRICS = {
-    "wauc": "wAUC of single runs",
-    "oracle_wauc": "oracle wAUC",
-    "leak": "leak",
-    "recall_10mm": "points found within 10 mm",
-    "false_per_negative": "false places per negative",
-    "seconds": "seconds a run",
-    "peak_memory_gb": "peak memory (GB)",
-    "precision": "precision",
-}
-
-
 def spread(values: Iterable) -> str:
     """`mean (lowest to highest)` of the numbers that are known; words as they are."""
     values = [value for value in values if value is not None and value == value]  # nan is not equal to itself
@@ -795,24 +778,16 @@ def score_figures(whole: pd.DataFrame, result: dict, pooled: dict[str, pd.DataFr
     """AUC per label with intervals; ROC, precision and calibration of Aneurysm Present."""
     from sklearn.metrics import average_precision_score, precision_recall_curve, roc_curve
 
-    undefined = (
-        f" Only one class, so no AUC: {', '.join(result['undefined'])}." if result["undefined"] else ""
-    )
-    meaning = (
-        f"Dot: AUC; line: 95 % interval; n: positive series. A line across 0.5 may be chance.{undefined}"
-    )
+    meaning = "Dot: AUC; line: 95 % interval; n: positive series. A line across 0.5 may be chance."
+    if result["undefined"]:
+        meaning += f" Only one class, so no AUC: {', '.join(result['undefined'])}."
     rows = [(SHORT[k], result["per_label"][name]) for k, name in enumerate(LABELS)]
     figures = [dots("AUC per label.", meaning, rows)]
     present, guess = f"label {LABELS[AP]}", LABELS[AP]
     tables = {"all runs": whole, **(pooled if len(pooled) > 1 else {})}
-    both = [
-        (name, rows[present], rows[guess]) for name, rows in tables.items() if rows[present].nunique() == 2
-    ]
+    both = [(name, t[present], t[guess]) for name, t in tables.items() if t[present].nunique() == 2]
     if not both:
-        return [
-            *figures,
-            nothing("ROC, precision and calibration: Aneurysm Present has only one class here."),
-        ]
+        return [*figures, nothing("ROC, precision, calibration: Aneurysm Present has only one class here.")]
     base, rocs, recalls = float(whole[present].mean()), [], []
     for colour, (name, truth, probs) in enumerate(both, start=-1):  # -1, the last colour: all runs together
         (out, hit, _), (precision, recall, _) = roc_curve(truth, probs), precision_recall_curve(truth, probs)
@@ -823,9 +798,8 @@ def score_figures(whole: pd.DataFrame, result: dict, pooled: dict[str, pd.DataFr
     called = f"Of series called positive, the share that is: on average {average:.3f}. Dashed: prevalence."
     found, false, unit = "found: share of positives", "false alarms: share of negatives", (0, 1)
     roc = lines("ROC of Aneurysm Present.", alarms, rocs, unit, unit, false, found, ((0, 0), (1, 1)))
-    recall = lines(
-        "Precision and recall.", called, recalls, unit, unit, found, "precision", ((0, base), (1, base))
-    )
+    chance = ((0, base), (1, base))
+    recall = lines("Precision and recall.", called, recalls, unit, unit, found, "precision", chance)
     return [*figures, roc, recall, calibration(whole[present].to_numpy(float), whole[guess].to_numpy(float))]
 
 
@@ -860,14 +834,13 @@ def by_table(result: dict) -> str:
 def hard_part(whole: pd.DataFrame, runs: list[dict], cache: Path, readable: set[str]) -> str:
     """The highest-scored negatives and lowest-scored positives, and where a locator looks in them."""
     proposals = pd.concat([run["proposals"].assign(folder=run["folder"]) for run in runs])
-    negative, rows, loaded = whole[f"label {LABELS[AP]}"] == 0, whole.sort_values([LABELS[AP], UID]), {}
+    rows, loaded = whole.sort_values([LABELS[AP], UID]), {}
+    negative = rows[f"label {LABELS[AP]}"] == 0
     hard = {
         "Highest-scored negatives": rows[negative].iloc[::-1][:MOST_HARD],
         "Lowest-scored positives": rows[~negative][:MOST_HARD],
     }
-    no_heat = (
-        "No locator among the runs, so no heat maps: shown is the slab of the first point, or the middle one."
-    )
+    no_heat = "No locator among the runs, so no heat maps; shown: the slab of the first point, or the middle."
     parts = [] if len(proposals) else [nothing(no_heat)]
     for title, chosen in hard.items():
         panes = []
@@ -948,11 +921,10 @@ def submission_section(path: Path, table: pd.DataFrame | None) -> str:
         low, middle, high = probs[name].quantile([0.05, 0.5, 0.95])
         row = {"label": name, "5 % of series below": f"{low:.3f}", "median": f"{middle:.3f}"}
         stats.append(row | {"95 % below": f"{high:.3f}", "mean": f"{probs[name].mean():.3f}"})
-    shown = histogram(
-        "Aneurysm Present.", "As handed in.", probs[LABELS[AP]], kind, ordered(kind), "probability"
-    )
-    table = html_table("Predicted probabilities", stats)
-    return section("submission", title, f"<p>{esc(text)}</p>", grid([shown]), table)
+    present = probs[LABELS[AP]]
+    shown = histogram("Aneurysm Present.", "As handed in.", present, kind, ordered(kind), "probability")
+    stats = html_table("Predicted probabilities", stats)
+    return section("submission", title, f"<p>{esc(text)}</p>", grid([shown]), stats)
 
 
 # --- small charts: inline SVG, coloured by the page's style -------------------------------------------------
@@ -994,9 +966,8 @@ def ticks(low: float, high: float) -> list[float]:
     low, high = sorted((low, high))
     power = 10.0 ** math.floor(math.log10((high - low) / 5))
     step = power * next(m for m in (1, 2, 5, 10) if power * m * 5 >= (high - low) * 0.999)
-    return [
-        round(i * step, 10) for i in range(math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6) + 1)
-    ]
+    first, last = math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6)
+    return [round(i * step, 10) for i in range(first, last + 1)]
 
 
 def axes(
@@ -1023,10 +994,9 @@ def axes(
         parts += [stroke("grid", (left, at), (width - right, at)), words(left - 5, at + 4, f"{v:g}", "end")]
     parts += [words(left - 6, place(0, i + 0.5)[1] + 4, name, "end") for i, name in enumerate(rows)]
     parts.append(words(middle, height - 6, x_name, "middle"))
-    turned = (
-        f'<g transform="translate(11 {(top + floor) / 2}) rotate(-90)">{words(0, 0, y_name, "middle")}</g>'
-    )
-    return "".join([*parts, turned]), place
+    parts.append(f'<g transform="translate(11 {(top + floor) / 2}) rotate(-90)">')
+    parts.append(f"{words(0, 0, y_name, 'middle')}</g>")
+    return "".join(parts), place
 
 
 def words(x: float, y: float, text: str, anchor: str = "start", kind: str = "") -> str:
@@ -1035,9 +1005,8 @@ def words(x: float, y: float, text: str, anchor: str = "start", kind: str = "") 
 
 
 def stroke(kind: str, start: tuple, end: tuple) -> str:
-    return (
-        f'<line class="{kind}" x1="{start[0]:.1f}" y1="{start[1]:.1f}" x2="{end[0]:.1f}" y2="{end[1]:.1f}"/>'
-    )
+    (x1, y1), (x2, y2) = start, end
+    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
 def corners_of(one: tuple, other: tuple) -> str:
@@ -1081,7 +1050,7 @@ def figure(
 
 
 def squares(names: Iterable[str]) -> list[tuple[int, str, str]]:
-    return [(number % 8, "square", name) for number, name in enumerate(names)]
+    return [(colour % 8, "square", name) for colour, name in enumerate(names)]
 
 
 def bars(title: str, caption: str, rows: Sequence[tuple], kinds: list[str]) -> str:
@@ -1096,11 +1065,11 @@ def bars(title: str, caption: str, rows: Sequence[tuple], kinds: list[str]) -> s
     body = [frame]
     for i, (name, parts, text) in enumerate(rows):
         end = 0
-        for number, kind in enumerate(kinds):
+        for colour, kind in enumerate(kinds):
             start, end = end, end + int(parts.get(kind, 0))
             if end > start:
                 tip = f"{name}, {kind}: {end - start}"
-                body.append(area(f"s{number % 8}", place(start, i + 0.15), place(end, i + 0.85), tip))
+                body.append(area(f"s{colour % 8}", place(start, i + 0.15), place(end, i + 0.85), tip))
         x, y = place(end, i + 0.5)
         body.append(words(x + 5, y + 4, text))
     return figure(title, caption, "".join(body), size, keys=squares(kinds))
@@ -1125,10 +1094,10 @@ def histogram(
     frame, place = axes((low, high), (0, most), unit, "series")
     body = [area("band", place(band[0], 0), place(band[1], most), f"{band[0]} to {band[1]}")] if band else []
     body.append(frame)
-    for number, i in np.argwhere(counts):
-        count, top = counts[number, i], tops[number, i]
-        tip = f"{kinds[number]}: {count} from {edges[i]:.3g} to {edges[i + 1]:.3g}"
-        body.append(area(f"s{number % 8} bar", place(edges[i], top - count), place(edges[i + 1], top), tip))
+    for k, i in np.argwhere(counts):
+        count, top = counts[k, i], tops[k, i]
+        tip = f"{kinds[k]}: {count} from {edges[i]:.3g} to {edges[i + 1]:.3g}"
+        body.append(area(f"s{k % 8} bar", place(edges[i], top - count), place(edges[i + 1], top), tip))
     return figure(title, caption, "".join(body), keys=squares(kinds))
 
 
@@ -1229,11 +1198,8 @@ def html_table(caption: str, rows: Sequence[dict]) -> str:
         body.append(f"<tr>{''.join(cells)}</tr>")
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
     title = f'<p class="caption">{esc(caption)}</p>' if caption else ""
-    return (
-        title
-        + scrolling(table)
-        + nothing(f"and {len(rows) - MOST_ROWS} more" if len(rows) > MOST_ROWS else "")
-    )
+    more = nothing(f"and {len(rows) - MOST_ROWS} more") if len(rows) > MOST_ROWS else ""
+    return title + scrolling(table) + more
 
 
 def section(name: str, title: str, *parts: str) -> str:
@@ -1296,10 +1262,8 @@ def page(sections: Sequence[str]) -> str:
     title = "Intracranial aneurysms: data and results"
     wide = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     head = f'<meta charset="utf-8">{wide}<title>{title}</title><style>{STYLE}</style>'
-    top = (
-        f"<header><h1>{title}</h1><p>Research software, not a medical device.</p></header><nav>{links}</nav>"
-    )
-    body = f"{top}\n<main>{''.join(sections)}</main>"
+    top = f"<header><h1>{title}</h1><p>Research software, not a medical device.</p></header>"
+    body = f"{top}<nav>{links}</nav>\n<main>{''.join(sections)}</main>"
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
 
 
