@@ -10,7 +10,6 @@ Importing this file does no work: no seeding, no logging set-up, no device probe
 
 from __future__ import annotations
 
-import ast
 import collections
 import contextlib
 import difflib
@@ -2347,10 +2346,7 @@ class SeriesDataset(torch.utils.data.Dataset):
                 return stack_crops(volume, np.zeros((0, 3)), spacing_mm, cfg)
             if dropped:
                 places = places[:0]
-            if found is not None and proposed:
-                places = found
-            else:
-                places = places[rng.permutation(len(places))]
+            places = found if found is not None and proposed else places[rng.permutation(len(places))]
         places = places[:num]
         fill = choose_decoys(self.decoys, volume.shape, num - len(places), rng)
         places = np.concatenate([places, fill])
@@ -2386,8 +2382,8 @@ class Locator(nn.Module):
     """A small 2-D network shared by all slabs that finds candidate places and names their arteries.
 
     Each slab goes through the backbone with its two neighbours as colours, so that one set of weights learns
-    what an aneurysm looks like at any height. Its features at strides 4 to 16 meet at cfg.locator_stride, get
-    the place (z, y, x) as a further input and one 3 x 3 x 3 convolution across slabs. One map finds (p), a
+    what an aneurysm looks like at any height. Its features at strides 4 to 16 meet at locator_stride, get the
+    place (z, y, x) as a further input and one 3 x 3 x 3 convolution across slabs. One map finds (p), a
     softmax over 13 names each cell (q): few examples teach the finding, since all arteries share it.
     (B, Z, H, W) in [0, 1] -> logits (B, 14), maps (B, 13, Z, H / stride, W / stride): logits of p q. A label's
     logit is the peak of its map, presence the peak of the finding map.
@@ -2468,16 +2464,15 @@ def create_backbone(cfg: Config, pretrained: bool, **options) -> nn.Module:
             raise
         raise ValueError(
             f"pretrained weights of {cfg.model_name} could not be loaded ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}). Give a local file (pretrained: PATH.safetensors) or pretrained: false"
+            f"{' '.join(str(error).split())[:200]}). Give a local file (pretrained: PATH.safetensors) or "
+            f"pretrained: false"
         ) from error
 
 
 def build_model(cfg: Config, pretrained: bool = False) -> nn.Module:
     """The Classifier or Locator of a config; random weights unless pretrained."""
     model = Locator(cfg, pretrained) if cfg.task == "locate" else Classifier(cfg, pretrained)
-    return (
-        model.to(memory_format=torch.channels_last) if cfg.channels_last and cfg.task == "classify" else model
-    )
+    return model.to(memory_format=torch.channels_last) if cfg.channels_last else model
 
 
 def find_peaks(maps: np.ndarray, spacing_mm: np.ndarray, num: int, min_mm: float, stride: int) -> np.ndarray:
