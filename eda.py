@@ -874,7 +874,12 @@ def hard_panes(row: dict, proposals: pd.DataFrame, loaded: dict, cache: Path) ->
         warm = cv2.resize(relative**2, volume.shape[:0:-1])[..., None]  # squared: peaks, not their feet
         colour = cv2.applyColorMap((warm * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)
         mixed = (volume[z][..., None] * (1 - 0.7 * warm) + colour * 0.7 * warm).astype(np.uint8)
-        panes.append(pane(f"The same with the heat map; hottest {heat.max():.2f}", mixed, step[1:], marks))
+        panes.append(
+            pane(f"The same with the heat map; hottest {number(heat.max())}", mixed, step[1:], marks)
+        )
+    if len(points) and not near:  # it looks elsewhere
+        there, (_, y, x) = int(np.clip(round(float(points[0][0])), 0, len(volume) - 1)), points[0]
+        panes.append(pane(f"The annotated place, slab {there}", volume[there], step[1:], [(y, x, names[0])]))
     return panes
 
 
