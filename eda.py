@@ -884,7 +884,7 @@ def hard_panes(row: dict, proposals: pd.DataFrame, loaded: dict, cache: Path) ->
 
 
 def heat_map(volume: np.ndarray, folder: Path, loaded: dict) -> np.ndarray | None:
-    """(Z, h, w) highest probability of the locator's 13 maps; None if it cannot be loaded.
+    """(Z, h, w) probability of an aneurysm: the sum of the locator's 13 maps; None if it cannot be loaded.
 
     loaded remembers models by folder, or why there is none.
     """
@@ -899,7 +899,7 @@ def heat_map(volume: np.ndarray, folder: Path, loaded: dict) -> np.ndarray | Non
         return None
     with torch.inference_mode():
         _, maps = loaded[folder](torch.from_numpy(volume)[None].float() / 255)
-    return maps[0].sigmoid().amax(0).numpy()
+    return maps[0].sigmoid().sum(0).numpy()
 
 
 # --- section: the submission --------------------------------------------------------------------------------
