@@ -2472,7 +2472,9 @@ def create_backbone(cfg: Config, pretrained: bool, **options) -> nn.Module:
 def build_model(cfg: Config, pretrained: bool = False) -> nn.Module:
     """The Classifier or Locator of a config; random weights unless pretrained."""
     model = Locator(cfg, pretrained) if cfg.task == "locate" else Classifier(cfg, pretrained)
-    return model.to(memory_format=torch.channels_last) if cfg.channels_last else model
+    if cfg.channels_last:
+        model.net.to(memory_format=torch.channels_last)  # 2-D weights only: a locator has 3-D ones beside
+    return model
 
 
 def find_peaks(maps: np.ndarray, spacing_mm: np.ndarray, num: int, min_mm: float, stride: int) -> np.ndarray:

@@ -83,7 +83,10 @@ def load_table(cfg: Config) -> pd.DataFrame:
     fault(
         labels[UID][~labels[UID].isin(index[UID])], f"labelled series without a row in {cache / 'index.csv'}"
     )
-    fault(index[UID][~index[UID].isin(labels[UID])], "cached series without labels in train.csv")
+    fault(
+        index[UID][(index["status"] == "ok") & ~index[UID].isin(labels[UID])],
+        "cached series without labels in train.csv",
+    )
     table = labels.drop_duplicates(UID).merge(index, on=UID)
     failed = table[table["status"] != "ok"]
     if len(failed):
