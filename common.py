@@ -2316,7 +2316,7 @@ class SeriesDataset(torch.utils.data.Dataset):
         if self.mode != "deploy":
             num = min(len(tensors["points"]), MAX_POINTS)
             points[:num, 0], points[:num, 1:] = tensors["point_labels"][:num], tensors["points"][:num]
-        image = volume
+        image = volume.copy()  # safetensors' own memory is read-only
         if cfg.max_localizer_crops:
             image = np.concatenate([volume, self._crops(uid, volume, points, spacing_mm, rng)])
         return {
@@ -2385,7 +2385,8 @@ class Locator(nn.Module):
     what an aneurysm looks like at any height. Its features at strides 4 to 16 meet at locator_stride, get the
     place (z, y, x) as a further input and one 3 x 3 x 3 convolution across slabs. One map finds (p), a
     softmax over 13 names each cell (q): few examples teach the finding, since all arteries share it.
-    (B, Z, H, W) in [0, 1] -> logits (B, 14), maps (B, 13, Z, H / stride, W / stride): logits of p q. A label's
+    (B, Z, H, W) in [0, 1] -> logits (B, 14), maps (B, 13, Z, H / stride, W / stride): logits of p q. A
+    label's
     logit is the peak of its map, presence the peak of the finding map.
     """
 

@@ -830,6 +830,13 @@ class StopSignal:
         return bool(accelerator.reduce(flag, "sum").item() > 0)
 
 
+def use_cores(accelerator: accelerate.Accelerator) -> None:
+    """`accelerate launch` gives a single CPU process one thread (OMP_NUM_THREADS=1): let it use all cores."""
+    launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ
+    if launched and accelerator.device.type == "cpu" and accelerator.num_processes == 1:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
 def hash_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
@@ -889,6 +896,7 @@ def main() -> int:
         )
         if cfg.tracker:
             accelerator.init_trackers("aneurysm", config={k: str(v) for k, v in asdict(cfg).items()})
+        use_cores(accelerator)
         with locked(folder, accelerator):
             train(cfg, accelerator, args.resume, args.overwrite)
         accelerator.end_training()
