@@ -85,6 +85,10 @@ def find_source(src: Path) -> Source:
         if not series:
             found = f"{len(strays)} files that are no DICOM images" if strays else "no files"
             raise ValueError(f"{src}: {found}; expected DICOM files at any depth, or a cache")
+        strays = [stray for stray in strays if stray[0].suffix != ".csv"]  # tables of labels and points
+        if strays:
+            (path, reason), more = strays[0], f", and {len(strays) - 1} more files" if strays[1:] else ""
+            say(f"{path} belongs to no series ({reason}){more}")
         return Source(False, series, {})
     failed = {}
     if (src / "index.csv").is_file():

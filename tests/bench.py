@@ -1,6 +1,8 @@
 """Measure this project against what people use and against the floor, on one machine, in one run.
 
 in   preprocess    nothing: writes its own series into a temporary folder
+     train         nothing: the same, from noise
+     infer         nothing: the same, and members with random weights
 out  Markdown tables on stdout; progress on stderr
 run  python tests/bench.py preprocess
 
@@ -11,13 +13,16 @@ rounds [smallest, largest]. One process, one thread, files in the page cache, un
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -31,6 +36,8 @@ import torch
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless, generate_uid
 
+import common
+import infer
 from common import Config, make_volume, read_series, run_isolated
 
 CTA_LOW, CTA_HIGH = 0.0, 600.0
@@ -267,6 +274,270 @@ def bench_preprocess(args: argparse.Namespace) -> None:
         bench_scaling(head, args.repeats)
 
 
+# --- infer --------------------------------------------------------------------------------------------------
+
+
+def write_members(outputs: Path, num: int, **settings) -> None:
+    """num runs with random weights, as train.py leaves them."""
+    for fold in range(num):
+        cfg = Config(fold=fold, num_folds=max(num, 2), pretrained=False, **settings)
+        decoys = np.random.default_rng(fold).random((100, 3)).tolist()
+        meta = {"prior": [0.1] * 14, "decoys": decoys, "fold": fold, "val_uids": []}
+        (outputs / cfg.run_name).mkdir(parents=True)
+        model = common.build_model(cfg)
+        common.save_checkpoint(outputs / cfg.run_name / "best_ema.safetensors", model, cfg, meta)
+
+
+def load_members(outputs: Path, *options: str) -> tuple[infer.Ensemble, argparse.Namespace]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    args = infer.parse_arguments(["--src", "bench", "--outputs", f"{outputs}/*", *options])
+    args.precision = "fp16" if device == "cuda" else "no"
+    return infer.load_ensemble(args, torch.device(device), None), args
+
+
+def stream(
+    ensemble: infer.Ensemble,
+    args: argparse.Namespace,
+    files: list[Path],
+    num: int,
+    ready: tuple | None = None,
+) -> dict:
+    """infer.py's loop: seconds per series after the first, of it in the members; memory in MiB after each.
+
+    ready: what reading gives, if the loop is to be measured without it.
+    """
+    answered, forward_s, memory = [], [], []
+    predict, read = infer.predict_series, infer.read_all
+
+    def timed(*arguments) -> tuple:
+        result = predict(*arguments)
+        forward_s.append(sum(result[1]))
+        return result
+
+    def keep(answer: infer.Answer) -> None:
+        answered.append(time.perf_counter())
+        memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20)
+        if answer.reason:
+            raise RuntimeError(answer.reason)
+
+    infer.predict_series = timed
+    if ready:
+        infer.read_all = lambda source, uids, *_: ((uid, ready, None) for uid in uids)
+    try:
+        source = infer.Source(False, {f"1.{i}": files for i in range(num)}, {})
+        infer.answer_all(ensemble, source, sorted(source.series), args, keep)
+    finally:
+        infer.predict_series, infer.read_all = predict, read
+    return {
+        "wall": (answered[-1] - answered[0]) / (num - 1),
+        "forward": sum(forward_s[1:]) / (num - 1),
+        "memory": memory,
+    }
+
+
+def split_reading(files: list[Path], cfg: Config) -> tuple[float, float, float]:
+    """Seconds for the headers, for decoding, and for the rest of make_volume, in one process."""
+    decode, spent = common.decode, []
+
+    def timed(frame: common.Frame) -> np.ndarray:
+        start = time.perf_counter()
+        image = decode(frame)
+        spent.append(time.perf_counter() - start)
+        return image
+
+    common.decode = timed
+    try:
+        _, headers, volume = infer.read_dicom(("1.2", files), [cfg])
+    finally:
+        common.decode = decode
+    return headers, sum(spent), volume - sum(spent)
+
+
+def bench_infer(args: argparse.Namespace) -> None:
+    load = os.getloadavg()[0]
+    cv2.setNumThreads(1)
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)  # the other core reads
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        write_ct(root / "series", args.slices, args.size, 160 / args.slices)
+        files = sorted((root / "series").iterdir())
+        settings = {"model_name": args.model, "img_size": args.img_size}
+        write_members(root / "members", args.members, **settings)
+        ensemble, options = load_members(root / "members")
+        if args.tta:
+            options.tta = True
+        cfg, voters = ensemble.configs[0], ensemble.members
+        ready = infer.read_dicom(("1.2", files), ensemble.configs)
+        images = [infer.make_image(member, "1.2", ready[0][0], None) for member in voters]
+
+        def bare() -> float:
+            """The members' forward passes alone, on ready images, each answer fetched."""
+            start = time.perf_counter()
+            for _ in range(args.series):
+                for member, image in zip(voters, images, strict=True):
+                    infer.look(ensemble, member, image, options.tta)
+            return (time.perf_counter() - start) / args.series
+
+        def notebook_flow() -> float:
+            """Read all, preprocess as notebooks do, then a forward per fold (and view): nothing overlaps."""
+            start = time.perf_counter()
+            for _ in range(args.series):
+                slabs = np.stack([cv2.resize(slab, cfg_size) for slab in notebook(root / "series")])
+                image = np.concatenate([slabs, images[0][len(slabs) :]])
+                for member in voters:
+                    infer.look(ensemble, member, image, False)
+                    if options.tta:
+                        infer.look(ensemble, member, np.ascontiguousarray(image[..., ::-1]), False)
+            return (time.perf_counter() - start) / args.series
+
+        cfg_size = (cfg.img_size, cfg.img_size)
+        names = {
+            "bare": "bare forward of the members",
+            "loop": "infer.py with volumes at hand: crops, queue, mean of members",
+            "ours": "infer.py from DICOM, reading in the background",
+            "notebook": "notebook flow",
+        }
+        found: dict[str, list] = {name: [] for name in (*names, "rest", "reading")}
+        for number in range(args.repeats + 1):
+            ours = stream(ensemble, options, files, args.series)
+            one = {"bare": bare(), "ours": ours["wall"], "rest": ours["wall"] - ours["forward"]}
+            one["loop"] = stream(ensemble, options, files, args.series, ready)["wall"]
+            one |= {"notebook": notebook_flow(), "reading": split_reading(files, cfg)}
+            if number:
+                for name, value in one.items():
+                    found[name].append(value)
+            say(f"round {number} of {args.repeats}")
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, one thread"
+        print(
+            f"\n{args.members} x {args.model}, {args.img_size} px, {options.precision}, mirrored view "
+            f"{'on' if options.tta else 'off'}, {device}; {args.slices} x {args.size} x {args.size} CT, "
+            f"{options.workers} reading process(es), {args.series} series a round; "
+            f"load of the machine before it {load:.1f} on {os.cpu_count()} cores\n"
+        )
+        print("| seconds per series | | of the bare forward |\n|---|---|---|")
+        for name, text in names.items():
+            share = spread(ratios(found[name], found["bare"]), ".2f")
+            print(f"| {text} | {spread(found[name])} | {share} |")
+        print(
+            f"| of infer.py: waiting for a volume, and all beside the members | {spread(found['rest'])} | |"
+        )
+        for name, values in zip(
+            ("headers", "decoding", "volume"), zip(*found["reading"], strict=True), strict=True
+        ):
+            print(f"| in the background: {name} | {spread(list(values))} | |")
+        hours = statistics.median(found["ours"]) * 2500 / 3600
+        print(f"\n2,500 such series would take {hours:.2f} h of the 12 h that the challenge gives.")
+
+        small = root / "small"
+        write_ct(small, 60, 128, 2.6)
+        write_members(root / "tiny", 1, model_name="test_efficientnet", img_size=64)
+        memory = stream(*load_members(root / "tiny"), sorted(small.iterdir()), 200)["memory"]
+        print(
+            f"\nMemory of the parent after 20, 100 and 200 series: {memory[19]:.0f}, {memory[99]:.0f}, "
+            f"{memory[199]:.0f} MiB."
+        )
+
+
+# --- train --------------------------------------------------------------------------------------------------
+
+
+class Loops:
+    """This project's epoch and a bare one, on the same model, series and batches."""
+
+    def __init__(self, cache: Path, args: argparse.Namespace):
+        import accelerate
+        import conftest
+
+        import train
+
+        self.cfg = replace(
+            Config(),
+            cache=str(cache),
+            model_name=args.model,
+            img_size=args.img_size,
+            pretrained=False,
+            precision=args.precision,
+            workers=args.workers,
+            batch_size=args.batch,
+            epochs=1000,
+            channels_last=True,
+        )
+        self.table = conftest.random_table(args.series)
+        if not (cache / "index.csv").exists():
+            conftest.write_cache(cache, self.table, self.cfg)
+        self.train, self.accelerator = train, accelerate.Accelerator(mixed_precision=args.precision)
+        decoys = np.random.default_rng(0).random((50, 3))
+        self.dataset = common.SeriesDataset(self.cfg, self.table, "train", decoys)
+        self.trainee, self.progress = train.begin(self.cfg, self.accelerator, None)
+        self.stop, self.waits = train.StopSignal(), []
+        self.bare = common.build_model(self.cfg).to(self.accelerator.device).train()
+        self.optimizer = torch.optim.AdamW(self.bare.parameters(), fused=True)
+        items = [self.dataset[i] for i in range(args.batch)]
+        self.images = torch.stack([item["image"] for item in items]).to(self.accelerator.device).float() / 255
+        self.labels = torch.stack([item["labels"] for item in items]).to(self.accelerator.device)
+
+    def wait(self) -> None:
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def run_bare(self) -> None:
+        """Forward, backward, AdamW on one batch that stays on the device: no data, EMA or augmentation."""
+        for _ in range(math.ceil(len(self.dataset) / self.cfg.batch_size)):
+            with self.accelerator.autocast():
+                logits = self.bare(self.images)
+            torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), self.labels).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.wait()
+
+    def run_ours(self) -> None:
+        start = time.perf_counter()
+        args = (self.cfg, self.accelerator, self.trainee, self.dataset, self.progress, self.stop, None)
+        _, waited = self.train.train_epoch(*args)
+        self.wait()
+        self.progress |= {"group": 0, "epoch": self.progress["epoch"] + 1}
+        self.waits.append(waited / (time.perf_counter() - start))
+
+
+def bench_train(args: argparse.Namespace) -> None:
+    """The training loop against a bare one; with --only, one of them alone and its peak memory on stdout."""
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder) / "cache"
+        loops = Loops(cache, args)
+        candidates = {"bare": loops.run_bare, "ours": loops.run_ours}
+        if args.only:
+            rounds({args.only: candidates[args.only]}, 1)
+            on_gpu = loops.accelerator.device.type == "cuda"
+            peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else 0
+            print(peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+            return
+        seconds = rounds(candidates, args.repeats)
+    peaks = {}
+    for name in candidates:
+        command = [sys.executable, *sys.argv, "--only", name]
+        peaks[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    steps = math.ceil(args.series / args.batch)
+    print(
+        f"| {args.model}, 35 x {args.img_size} px, batch {args.batch} | s per update | of bare | "
+        "peak MiB | of bare |"
+    )
+    print("|---|---|---|---|---|")
+    names = {
+        "bare": "bare forward, backward, AdamW",
+        "ours": "train.py's epoch: + data, augmentation, EMA, Accelerate",
+    }
+    for name, title in names.items():
+        own = [value / steps for value in seconds[name]]
+        ratio = spread(ratios(seconds[name], seconds["bare"]), ".2f")
+        print(
+            f"| {title} | {spread(own)} | {ratio} | {peaks[name]:.0f} | {peaks[name] / peaks['bare']:.2f} |"
+        )
+    print(
+        f"\nShare of time waiting on data: {spread(loops.waits, '.3f')} with {args.workers} loader processes."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -278,6 +549,26 @@ def main() -> None:
     command.add_argument("--packed", type=int, default=40, help="slices of each compressed series")
     command.add_argument("--repeats", type=int, default=5)
     command.set_defaults(run=bench_preprocess)
+    command = commands.add_parser("train", help="this training loop against a bare one")
+    command.add_argument("--model", default="maxvit_rmlp_pico_rw_256")
+    command.add_argument("--img-size", type=int, default=256)
+    command.add_argument("--batch", type=int, default=2)
+    command.add_argument("--series", type=int, default=16, help="per round")
+    command.add_argument("--workers", type=int, default=0)
+    command.add_argument("--precision", default="no")
+    command.add_argument("--repeats", type=int, default=5)
+    command.add_argument("--only", choices=("bare", "ours"), help=argparse.SUPPRESS)
+    command.set_defaults(run=bench_train)
+    command = commands.add_parser("infer", help="DICOM to probabilities, with random members")
+    command.add_argument("--model", default="maxvit_rmlp_pico_rw_256")
+    command.add_argument("--img-size", type=int, default=256)
+    command.add_argument("--members", type=int, default=5)
+    command.add_argument("--tta", action="store_true")
+    command.add_argument("--slices", type=int, default=200)
+    command.add_argument("--size", type=int, default=512)
+    command.add_argument("--series", type=int, default=12, help="per round")
+    command.add_argument("--repeats", type=int, default=3)
+    command.set_defaults(run=bench_infer)
     args = parser.parse_args()
     args.run(args)
 
