@@ -784,7 +784,7 @@ def validation_row(held_out: pd.DataFrame, logits: np.ndarray, cfg: Config) -> d
     truth = held_out[list(LABELS)].to_numpy(float)
     result = common.weighted_auc(truth, logits)
     spread = common.bootstrap(truth, logits, held_out["patient"], cfg.bootstrap)
-    loss = label_loss(torch.from_numpy(logits), torch.from_numpy(truth).float(), cfg.label_smoothing).mean()
+    loss = label_loss(torch.tensor(logits), torch.tensor(truth).float(), cfg.label_smoothing).mean()
     return {
         "val_loss": float(loss),
         "wauc": result["wauc"],

@@ -1,0 +1,136 @@
+"""The whole way, as a user goes it: DICOM -> cache -> two folds -> submission -> report; and what the README
+says."""
+
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from phantom import make_set
+
+import common
+from common import AP, LABELS, UID
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "model_name": "test_efficientnet",
+    "pretrained": False,
+    "img_size": 64,
+    "base_slices": 16,
+    "num_folds": 2,
+    "epochs": 1,
+    "workers": 0,
+    "bootstrap": 100,
+}
+
+
+def run(folder: Path, *command: str, code: int = 0, **environment: str) -> str:
+    """stdout of a command in folder, as the README writes it; `accelerate` and `python` are those of this
+    test."""
+    programs = {
+        "python": [sys.executable],
+        "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
+    }
+    words = [str(ROOT / word) if word.endswith(".py") else word for word in command[1:]]
+    done = subprocess.run(
+        [*programs[command[0]], *words],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stderr
+    return done.stdout
+
+
+def test_the_three_commands_lead_from_dicom_to_a_submission_and_a_report(tmp_path):
+    make_set(tmp_path / "dicoms", series=16, seed=0, matrix=48)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    run(tmp_path, "python", "preprocess.py", "--src", "dicoms", "--dst", "cache", "--config", "tiny.yaml")
+    run(tmp_path, "accelerate", "launch", "train.py", "--config", "tiny.yaml")
+    run(tmp_path, "accelerate", "launch", "train.py", "--config", "tiny.yaml", "--set", "fold=1")
+    text = run(tmp_path, "python", "infer.py")
+    table = pd.read_csv(io.StringIO(text), dtype={UID: str})
+    assert list(table.columns) == [UID, *LABELS]
+    known = pd.read_csv(tmp_path / "dicoms/train.csv", dtype={UID: str})
+    assert sorted(table[UID]) == sorted(known[UID])
+    assert table[list(LABELS)].to_numpy().min() >= 0 and table[list(LABELS)].to_numpy().max() <= 1
+    from_dicom = pd.read_csv(
+        io.StringIO(run(tmp_path, "python", "infer.py", "--src", "dicoms")), dtype={UID: str}
+    )
+    assert from_dicom.equals(table)  # the same bytes in, the same probabilities out
+    page = run(tmp_path, "python", "eda.py")
+    assert page.lstrip().lower().startswith("<!doctype html") and len(page) > 20_000
+
+
+def test_the_documented_train_command_starts_from_hub_weights_found_on_the_disk(tmp_path):
+    """`accelerate launch train.py --config configs/fold0.yaml` without a network: one line says what to
+    do."""
+    make_set(tmp_path / "dicoms", series=10, seed=0, matrix=40, plain=True)
+    run(tmp_path, "python", "preprocess.py", "--src", "dicoms", "--dst", "cache")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--config", "configs/fold0.yaml"],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert "pretrained weights of maxvit_base_tf_384 could not be loaded" in last
+    assert "pretrained: PATH.safetensors" in last and "Traceback" not in done.stderr
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def test_every_command_of_the_readme_parses():
+    """Scripts exist, their options are known to --help, configs exist, make targets too."""
+    commands, helps = readme_commands(), {}
+    assert len(commands) >= 8
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    for command in commands:
+        words = shlex.split(command, comments=True)
+        if words[0] == "make":
+            assert words[1] in targets, command
+        script = next((word for word in words if word.endswith(".py")), None)
+        if script is None:
+            continue
+        assert (ROOT / script).is_file(), command
+        if script not in helps:
+            helps[script] = run(ROOT, "python", script, "--help") if script != "tests/bench.py" else ""
+        own = words[words.index(script) + 1 :]
+        for word in own:
+            if word.startswith("--") and helps[script]:
+                assert word.split("=")[0] in helps[script], f"{command}: {word}"
+            if word.startswith("configs/") and "$" not in word:
+                assert (ROOT / word).is_file(), command
+        for i, word in enumerate(own):
+            if word == "--set" and "$" not in own[i + 1]:
+                common.load_config(None, [own[i + 1]])
+
+
+@pytest.mark.skipif(not (ROOT / "demo/control.csv").is_file(), reason="needs the outcome of `make demo`")
+def test_the_demo_learned_aneurysms_and_nothing_else():
+    """On held-out heads presence is found; on the same heads with the aneurysms erased it is not."""
+    truth = pd.read_csv(ROOT / "demo/held_out/train.csv", dtype={UID: str}).set_index(UID)
+    lows, highs = {}, {}
+    for name in ("submission", "control"):
+        table = pd.read_csv(ROOT / f"demo/{name}.csv", dtype={UID: str})
+        labels = truth.loc[table[UID], list(LABELS)].to_numpy(float)
+        assert 30 <= labels[:, AP].sum() <= 70 and len(table) == 100
+        spread = common.bootstrap(labels, table[list(LABELS)].to_numpy(), table[UID])
+        lows[name], highs[name] = np.array(spread["per_label"][AP])
+    assert lows["submission"] > 0.5
+    assert lows["control"] < 0.5 < highs["control"] < 0.75
