@@ -876,10 +876,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    if "RANK" in os.environ:
-        # gloo's thread may still hold a tensor; freeing it aborts a Python that is ending, and the launcher
-        # then kills the main process too (1 of 8 runs, torch 2.13): end without Python's own tidying up
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    common.leave(main())

@@ -916,10 +916,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    if "RANK" in os.environ:
-        # gloo's thread may abort a Python that is ending, and the launcher then kills the main process before
-        # it has written metrics.json: end without Python's own tidying up
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    common.leave(main())
