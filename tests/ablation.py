@@ -55,9 +55,11 @@ def train(row: str, seed: int, fold: int, threads: int) -> None:
 
 
 def results(row: str, seeds: int) -> tuple[list[dict], pd.DataFrame, np.ndarray]:
-    """metrics.json and out-of-fold probabilities (seeds, N, 14) of fold 0, and the table that they belong
-    to."""
-    folders = [next((ROOT / "ablation" / row).glob(f"*_seed{seed}_fold0")) for seed in range(seeds)]
+    """metrics.json and out-of-fold probabilities (seeds, N, 14) of finished runs of fold 0, their table."""
+    folders = [f for seed in range(seeds) for f in (ROOT / "ablation" / row).glob(f"*_seed{seed}_fold0")]
+    folders = [folder for folder in folders if (folder / "metrics.json").exists()]
+    if not folders:
+        raise ValueError(f"ablation/{row}: no finished run; run this script without --table")
     metrics = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
     tables = [pd.read_csv(folder / "oof.csv", dtype={UID: str, "patient": str}) for folder in folders]
     probs = np.stack([table.set_index(UID).loc[tables[0][UID], list(LABELS)].to_numpy() for table in tables])
@@ -73,6 +75,7 @@ def line(name: str, table: pd.DataFrame, probs: np.ndarray, metrics: list[dict] 
     oracle = [m["oracle_wauc"] for m in metrics or [] if m.get("oracle_wauc") is not None]
     cells = [
         name,
+        str(len(probs)),
         f"{np.mean(own):.3f} ({min(own):.3f} to {max(own):.3f})",
         f"{together['wauc']:.3f} ({spread['low']:.3f} to {spread['high']:.3f})",
         f"{together['auc'][common.AP]:.3f}",
@@ -82,15 +85,8 @@ def line(name: str, table: pd.DataFrame, probs: np.ndarray, metrics: list[dict] 
     return f"| {' | '.join(cells)} |"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument(
-        "--jobs", type=int, default=2, help="runs at a time; each gets its share of the cores"
-    )
-    args = parser.parse_args()
+def train_all(seeds: int, num_jobs: int) -> None:
+    """Phantoms, cache, and every run that is not finished, num_jobs at a time."""
     if not (ROOT / "ablation/dicoms/train.csv").exists():
         options = ["--matrix", "128", "--modality", "CTA", "--plane", "axial", "--plain"]
         call("tests/phantom.py", "--dst", "ablation/dicoms", "--series", "400", "--seed", "0", *options)
@@ -103,30 +99,46 @@ def main() -> int:
         "--config",
         "configs/demo.yaml",
     )
-    threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
+    threads = max(1, len(os.sched_getaffinity(0)) // num_jobs)
     # seed 0 of the locator needs both folds: each proposes for the series that it held out
     locators = [("e_locator", 0, 0), ("e_locator", 0, 1)] + [
-        ("e_locator", seed, 0) for seed in range(1, args.seeds)
+        ("e_locator", seed, 0) for seed in range(1, seeds)
     ]
-    others = [(row, seed, 0) for row in ROWS if row[0] in "abc" for seed in range(args.seeds)]
-    proposed = [("d_proposals", seed, 0) for seed in range(args.seeds)]
-    for jobs in (locators[:2], locators[2:] + others + proposed):
-        with ThreadPoolExecutor(args.jobs) as pool:
+    others = [(row, seed, 0) for row in ROWS if row[0] in "abc" for seed in range(seeds)]
+    proposed = [("d_proposals", seed, 0) for seed in range(seeds)]
+    for jobs in (locators[:2], others + proposed + locators[2:]):
+        with ThreadPoolExecutor(num_jobs) as pool:
             list(pool.map(lambda job: train(*job, threads), jobs))
-    print("| row | wAUC, mean of seeds (range) | of their mean (95 %) | AUC presence | oracle wAUC | leak |")
-    print("|---|---|---|---|---|---|")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="runs at a time; each gets its share of the cores"
+    )
+    parser.add_argument("--table", action="store_true", help="train nothing, print what is finished")
+    args = parser.parse_args()
+    if not args.table:
+        train_all(args.seeds, args.jobs)
+    print("| row | seeds | wAUC, mean (range) | of their mean (95 %) | AUC presence | oracle wAUC | leak |")
+    print("|---|---|---|---|---|---|---|")
     found = {row: results(row, args.seeds) for row in ROWS}
     for row, name in ROWS.items():
         metrics, table, probs = found[row]
         print(line(name, table, probs, metrics))
     (_, table, with_crops), (_, other, located) = found["d_proposals"], found["e_locator"]
     assert table[UID].equals(other[UID])
+    num = min(len(with_crops), len(located))
+    with_crops, located = with_crops[:num], located[:num]
     print(line("(f) mean of (d) and (e), 1 : 10", table, (with_crops + 10 * located) / 11, None))
     recall = [m["recall_10mm"][0] for m in found["e_locator"][0]]
     false = [m["false_per_negative"][0] for m in found["e_locator"][0]]
     print(
         f"\nLocator: recall within 10 mm among 3 proposals {np.mean(recall):.2f}, false ones per negative "
-        f"series {np.mean(false):.2f}; {len(table)} validation series, {args.seeds} seeds."
+        f"series {np.mean(false):.2f}; {len(table)} validation series, {len(recall)} seeds."
     )
     return 0
 
