@@ -667,9 +667,10 @@ def score_answers(answers: list[Answer], labels: Path, src: Path) -> str:
     table["plane"] = [index["plane"].get(uid) or "unknown" for uid in uids]
     table["Modality"] = table.get("Modality", "unknown")
     result = common.score(table, np.array([answer.probs for answer in scored]))
+    patients = f"{result['num_patients']} patients" if len(index) else "unknown patients (each counts as one)"
     lines = [
         f"wAUC {result['wauc']:.4f} (95 % interval {result['low']:.4f} to {result['high']:.4f}, "
-        f"{result['draws_used']} draws); {len(scored)} series of {result['num_patients']} patients, "
+        f"{result['draws_used']} draws); {len(scored)} series of {patients}, "
         f"{sum(bool(answer.reason) for answer in scored)} answered by the prior, "
         f"{len(answers) - len(scored)} without labels left out",
         f"{'label':<45}{'AUC':>7}{'low':>8}{'high':>8}{'positives':>11}",

@@ -59,7 +59,8 @@ def results(row: str, seeds: int) -> tuple[list[dict], pd.DataFrame, np.ndarray]
     folders = [f for seed in range(seeds) for f in (ROOT / "ablation" / row).glob(f"*_seed{seed}_fold0")]
     folders = [folder for folder in folders if (folder / "metrics.json").exists()]
     if not folders:
-        raise ValueError(f"ablation/{row}: no finished run; run this script without --table")
+        print(f"ablation/{row}: no finished run, left out", file=sys.stderr)
+        return [], pd.DataFrame(), np.zeros((0, 0, 14))
     metrics = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
     tables = [pd.read_csv(folder / "oof.csv", dtype={UID: str, "patient": str}) for folder in folders]
     probs = np.stack([table.set_index(UID).loc[tables[0][UID], list(LABELS)].to_numpy() for table in tables])
@@ -128,18 +129,21 @@ def main() -> int:
     found = {row: results(row, args.seeds) for row in ROWS}
     for row, name in ROWS.items():
         metrics, table, probs = found[row]
-        print(line(name, table, probs, metrics))
-    (_, table, with_crops), (_, other, located) = found["d_proposals"], found["e_locator"]
-    assert table[UID].equals(other[UID])
+        if metrics:
+            print(line(name, table, probs, metrics))
+    (_, table, with_crops), (located_metrics, other, located) = found["d_proposals"], found["e_locator"]
     num = min(len(with_crops), len(located))
-    with_crops, located = with_crops[:num], located[:num]
-    print(line("(f) mean of (d) and (e), 1 : 10", table, (with_crops + 10 * located) / 11, None))
-    recall = [m["recall_10mm"][0] for m in found["e_locator"][0]]
-    false = [m["false_per_negative"][0] for m in found["e_locator"][0]]
-    print(
-        f"\nLocator: recall within 10 mm among 3 proposals {np.mean(recall):.2f}, false ones per negative "
-        f"series {np.mean(false):.2f}; {len(table)} validation series, {len(recall)} seeds."
-    )
+    if num:
+        assert table[UID].equals(other[UID])
+        together = (with_crops[:num] + 10 * located[:num]) / 11
+        print(line("(f) mean of (d) and (e), 1 : 10", table, together, None))
+    if located_metrics:
+        recall = np.mean([m["recall_10mm"][0] for m in located_metrics])
+        false = np.mean([m["false_per_negative"][0] for m in located_metrics])
+        print(
+            f"\nLocator: recall within 10 mm among 3 proposals {recall:.2f}, false ones per negative series "
+            f"{false:.2f}; {len(other)} validation series."
+        )
     return 0
 
 
