@@ -469,10 +469,12 @@ class Loops:
         self.train, self.accelerator = train, accelerate.Accelerator(mixed_precision=args.precision)
         decoys = np.random.default_rng(0).random((50, 3))
         self.dataset = common.SeriesDataset(self.cfg, self.table, "train", decoys)
-        self.trainee, self.progress = train.begin(self.cfg, self.accelerator, None)
         self.stop, self.waits = train.StopSignal(), []
-        self.bare = common.build_model(self.cfg).to(self.accelerator.device).train()
-        self.optimizer = torch.optim.AdamW(self.bare.parameters(), fused=True)
+        if args.only != "bare":  # the peak memory of one shall not hold the other's weights
+            self.trainee, self.progress = train.begin(self.cfg, self.accelerator, None)
+        if args.only != "ours":
+            self.bare = common.build_model(self.cfg).to(self.accelerator.device).train()
+            self.optimizer = torch.optim.AdamW(self.bare.parameters(), fused=True)
         items = [self.dataset[i] for i in range(args.batch)]
         self.images = torch.stack([item["image"] for item in items]).to(self.accelerator.device).float() / 255
         self.labels = torch.stack([item["labels"] for item in items]).to(self.accelerator.device)
