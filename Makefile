@@ -1,6 +1,6 @@
 # make demo    phantoms -> cache -> two small models -> submission.csv, report.html and a score on held-out series
 # make test    the tests (10 minutes on two cores)      make lint    ruff      make clean    what the demo wrote
-# make ablation    the README's table of crops (half an hour on two cores)
+# make ablation    the README's table of crops; can be stopped and run again
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin

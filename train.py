@@ -461,7 +461,7 @@ def localisation(table: pd.DataFrame, peaks: dict, cfg: Config, reach_mm: float 
     """
     hits, scores, false, num_points = [], [], [], []
     for row in table.itertuples():
-        own = peaks[getattr(row, UID)][: max(cfg.max_localizer_crops, common.NUM_PROPOSALS)]
+        own = peaks[getattr(row, UID)]
         tensors, meta = common.load_volume(
             Path(cfg.cache) / f"{common.safe_uid(getattr(row, UID))}.safetensors"
         )
