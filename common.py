@@ -1,10 +1,8 @@
-"""What the scripts share: labels, settings, the one path from DICOM to a tensor, the dataset, the models,
-the metric.
+"""What the scripts share: labels, settings, the one path from DICOM to a tensor, the dataset, models, metric.
 
-Reads top to bottom: labels -> Config -> read_series -> make_volume -> cache -> folds and metric -> dataset
--> models -> checkpoints.
-Space is LPS millimetres (x to the patient's left, y to the back, z to the head); voxels are indexed (z, y,
-x).
+Reads top to bottom: labels -> Config -> read_series -> make_volume -> cache -> pool -> folds and metric ->
+dataset -> models -> checkpoints. Space is LPS millimetres (x to the patient's left, y to the back, z to the
+head); voxels are indexed (z, y, x).
 Importing this file does no work: no seeding, no logging set-up, no device probe, no download.
 """
 
@@ -77,8 +75,8 @@ UID = "SeriesInstanceUID"
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of every script, with its default. YAML overrides it, `--set key=value` overrides
-    YAML."""
+    """Every setting of every script, with its default. YAML overrides it, `--set key=value`
+    overrides YAML."""
 
     # what to train, on what
     task: str = "classify"  # classify: slabs + crops -> 14 logits; locate: heat maps over slabs -> 14 logits
@@ -354,8 +352,8 @@ def find_series(root: Path) -> tuple[dict[str, list[Path]], list[tuple[Path, str
 
 
 def _one_line_errors(function: typing.Callable) -> typing.Callable:
-    """Whatever goes wrong inside becomes a ValueError of one line: what parsers raise on hostile bytes, and
-    a decoder's own BaseException (pylibjpeg-rle: PanicException). Interrupts and exits pass through."""
+    """Whatever goes wrong inside becomes a ValueError of one line: what parsers raise on hostile bytes, and a
+    decoder's own BaseException (pylibjpeg-rle: PanicException). Interrupts and exits pass through."""
 
     @functools.wraps(function)
     def wrapped(*args: object) -> object:
@@ -625,8 +623,8 @@ def locate_frames(header: dict, size: int, read: typing.Callable[[int, int], byt
     `read(offset, length)` gives some. ValueError if the image is absurd or the file too short.
 
     Without (0028,0008) NumberOfFrames, native frames are counted from the length of the pixel data,
-    compressed ones from the offset table or the fragments that start a code stream (RLE: every fragment is
-    a frame).
+    compressed ones from the offset table or the fragments that start a code stream (RLE: every fragment is a
+    frame).
     """
     rows, cols, bits = whole(header, "Rows"), whole(header, "Columns"), whole(header, "BitsAllocated")
     samples, stated = whole(header, "SamplesPerPixel", 1), whole(header, "NumberOfFrames")
@@ -997,11 +995,11 @@ def _padding(tags: dict) -> tuple[int, int] | None:
 def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
     """One volume from a folder of any depth, or from a list of files.
 
-    Files are recognised by content. Images of series `uid` are used if there are any, else all. The volume
-    is the largest group (by positions) of CT or MR images that agree in series, size, orientation (1e-3)
-    and pixel spacing (1e-3 relative); scouts and projections (MIP) only where nothing else is there. One
-    image is kept per position (`_one_volume`). ValueError (one line) if there is no volume: mosaics,
-    projections, radiographs, reports.
+    Files are recognised by content. Images of series `uid` are used if there are any, else all. The volume is
+    the largest group (by positions) of CT or MR images that agree in series, size, orientation (1e-3) and
+    pixel spacing (1e-3 relative); scouts and projections (MIP) only where nothing else is there. One image is
+    kept per position (`_one_volume`). ValueError (one line) if there is no volume: mosaics, projections,
+    radiographs, reports.
     """
     where = f"{len(source)} files" if isinstance(source, list) else str(source)
     paths = source if isinstance(source, list) else [Path(source)]
@@ -1050,8 +1048,8 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
 
 
 def _by_image(frames: list[Frame]) -> dict[tuple[str, int], Frame]:
-    """(SOPInstanceUID, frame index) -> image. A UID that files at several places share tells nothing:
-    left out."""
+    """(SOPInstanceUID, frame index) -> image. A UID that files at several places share tells nothing: left
+    out."""
     images: dict[tuple[str, int], Frame] = {}
     shared = set()
     for frame in frames:
@@ -1117,10 +1115,10 @@ def _number(frame: Frame, name: str) -> float | None:
 
 
 def _placed(frames: list[Frame], notes: list[str]) -> list[Frame]:
-    """Every frame with a position. Where (0020,0032) ImagePositionPatient is missing or all the same, in
-    this order: on the straight line that the other slices follow by InstanceNumber; at (0020,1041)
-    SliceLocation; at (0020,0013) InstanceNumber, else the rank of the file name, times `slice_step`; the
-    last three along +normal. Each is noted."""
+    """Every frame with a position. Where (0020,0032) ImagePositionPatient is missing or all the same, in this
+    order: on the straight line that the other slices follow by InstanceNumber; at (0020,1041) SliceLocation;
+    at (0020,0013) InstanceNumber, else the rank of the file name, times `slice_step`; the last three along
+    +normal. Each is noted."""
     normal = np.cross(frames[0].row_dir, frames[0].col_dir)
     known = [frame for frame in frames if frame.position is not None]
     missing = len(frames) - len(known)
@@ -1188,8 +1186,8 @@ def _one_volume(frames: list[Frame], notes: list[str]) -> list[Frame]:
     """One frame per position, sorted along +normal.
 
     Copies (same SOPInstanceUID, frame and position) go first. Then, while positions are shared, each
-    attribute of VOLUME_KEYS in turn: if one of its values occurs at every position (second round: at 90 %
-    of them), the images with the first such value stay (magnitude before phase, absent before small before
+    attribute of VOLUME_KEYS in turn: if one of its values occurs at every position (second round: at 90 % of
+    them), the images with the first such value stay (magnitude before phase, absent before small before
     large). What still shares a position is settled by the lowest InstanceNumber.
     """
     at = np.array([frame.position for frame in frames]) @ np.cross(frames[0].row_dir, frames[0].col_dir)
@@ -1289,9 +1287,9 @@ def _repaired(frames: list[Frame], modality: str, notes: list[str]) -> list[Fram
 
 
 def _is_hu(samples: list[tuple]) -> bool:
-    """Whether stored CT values are HU: 5 % of the pixels (padding aside) are air near -1000, and of
-    those above 300 less than half lie at 1024 +- 100, where soft tissue would be if 1024 were still to
-    be subtracted."""
+    """Whether stored CT values are HU: 5 % of the pixels (padding aside) are air near -1000, and of those
+    above 300 less than half lie at 1024 +- 100, where soft tissue would be if 1024 were still to be
+    subtracted."""
     values = np.concatenate([s[(s < p[0]) | (s > p[1])] if p else s.ravel() for s, p in samples])
     high = values[values > 300]
     has_air = ((values > -1050) & (values < -950)).sum() > 0.05 * values.size
@@ -1323,8 +1321,8 @@ class Volume:
 
 @dataclass(frozen=True)
 class Box:
-    """The region of interest in canonical millimetres: lower edges, mm per voxel and voxels along (z, y,
-    x)."""
+    """The region of interest in canonical millimetres: lower edges, mm per voxel and voxels along
+    (z, y, x)."""
 
     low: np.ndarray
     steps: np.ndarray
@@ -1826,8 +1824,8 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files of write_atomic whose process is gone; files of other machines after a
-    day."""
+    """Delete the temporary files of write_atomic whose process is gone; files of other machines
+    after a day."""
     for path in folder.glob(".*.tmp"):
         *_, host, pid, _ = path.name.rsplit(".", 3)
         with contextlib.suppress(FileNotFoundError):  # another process may tidy up as well
@@ -2046,8 +2044,8 @@ def progress(total: int, initial: int = 0, desc: str = "", show: bool = True) ->
 
 def leave(code: int) -> typing.NoReturn:
     """End a script with this exit code. One of several ranks ends without Python's own tidying up: gloo's
-    thread
-    may still hold a tensor and abort (1 of 8 runs), and the launcher then kills the main process as well."""
+    thread may still hold a tensor and abort (1 of 8 runs), and the launcher then kills the main process as
+    well."""
     if "RANK" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -2094,8 +2092,7 @@ def weighted_ranks_auc(truth: np.ndarray, scores: np.ndarray, weights: np.ndarra
     """AUC of one column for many weightings of its rows: truth (N,), scores (N,), weights (D, N) -> (D,).
 
     The share of (positive, negative) pairs in the right order, ties counted half (Mann-Whitney U); nan where
-    a
-    weighting leaves one class empty. One sort serves all D weightings.
+    a weighting leaves one class empty. One sort serves all D weightings.
     """
     order = np.argsort(scores, kind="stable")
     truth, scores, weights = truth[order] > 0.5, scores[order], weights[:, order]
@@ -2116,8 +2113,8 @@ def column_aucs(labels: np.ndarray, probs: np.ndarray, weights: np.ndarray) -> n
 
 
 def combine_aucs(aucs: np.ndarray) -> np.ndarray:
-    """wAUC (D,) of AUCs (D, 14): half `Aneurysm Present`, half the mean of the defined locations; nan
-    without either."""
+    """wAUC (D,) of AUCs (D, 14): half `Aneurysm Present`, half the mean of the defined locations; nan without
+    either."""
     defined = ~np.isnan(aucs[:, :AP])
     with np.errstate(invalid="ignore", divide="ignore"):
         locations = np.where(defined, aucs[:, :AP], 0).sum(1) / defined.sum(1)
@@ -2139,40 +2136,61 @@ def weighted_auc(labels: np.ndarray, probs: np.ndarray) -> dict:
     }
 
 
-def bootstrap(
-    labels: np.ndarray, probs: np.ndarray, patients: typing.Sequence, draws: int = 2000, seed: int = 0
-) -> dict:
-    """95 % percentile interval of wAUC and of every AUC, drawing patients with replacement.
+def bootstrap_aucs(
+    labels: np.ndarray, probs: np.ndarray, patients: typing.Sequence, draws: int, seed: int = 0
+) -> np.ndarray:
+    """(draws, 14) AUCs of samples of the patients with replacement; the same seed draws the same samples."""
+    weights = patient_weights(patients, draws, seed)
+    return np.concatenate([column_aucs(labels, probs, block) for block in weights])
 
-    A draw in which `Aneurysm Present` or a location that the data defines loses a class is skipped for wAUC,
-    so that
-    every draw averages the same columns; draws_used says how many remain. -> low, high, draws_used,
-    per_label (14, 2).
-    """
+
+def patient_weights(
+    patients: typing.Sequence, draws: int, seed: int = 0, block: int = 250
+) -> typing.Iterator[np.ndarray]:
+    """How often each row counts (block, N) when patients are drawn with replacement, in blocks that stay
+    small."""
     _, patient = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
-    num = patient.max() + 1
-    rng = np.random.default_rng(seed)
-    aucs = []
-    for start in range(0, draws, 250):  # in blocks: (250, N) weights stay small for thousands of series
-        counts = rng.multinomial(num, np.full(num, 1 / num), size=min(250, draws - start))
-        aucs.append(column_aucs(labels, probs, counts[:, patient].astype(float)))
-    aucs = np.concatenate(aucs)
-    whole = column_aucs(labels, probs, np.ones((1, len(labels))))[0]
-    kept = ~np.isnan(aucs[:, ~np.isnan(whole)]).any(1)
-    wauc = combine_aucs(aucs[kept])
-    wauc = wauc[~np.isnan(wauc)]
+    num, rng = patient.max() + 1, np.random.default_rng(seed)
+    for start in range(0, draws, block):
+        counts = rng.multinomial(num, np.full(num, 1 / num), size=min(block, draws - start))
+        yield counts[:, patient].astype(float)
 
-    def interval(values: np.ndarray) -> list[float]:
-        values = values[~np.isnan(values)]
-        return [float(v) for v in np.percentile(values, [2.5, 97.5])] if len(values) else [float("nan")] * 2
 
+def interval(values: np.ndarray) -> list[float]:
+    """The 95 % percentile interval [low, high] of the values that are defined."""
+    values = values[np.isfinite(values)]
+    return np.percentile(values, [2.5, 97.5]).tolist() if len(values) else [float("nan")] * 2
+
+
+def drawn_wauc(aucs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """wAUC (D,) of drawn AUCs (D, 14); nan for a draw in which a column that the data defines loses a class,
+    so that every draw averages the same columns."""
+    defined = (labels.min(0) < 0.5) & (labels.max(0) > 0.5)
+    return np.where(np.isnan(aucs[:, defined]).any(1), np.nan, combine_aucs(aucs))
+
+
+def bootstrap(labels: np.ndarray, probs: np.ndarray, patients: typing.Sequence, draws: int = 2000) -> dict:
+    """95 % intervals of wAUC and of every AUC over patients: low, high, draws_used, per_label (14, 2)."""
+    aucs = bootstrap_aucs(labels, probs, patients, draws)
+    wauc = drawn_wauc(aucs, labels)
     low, high = interval(wauc)
+    used = int(np.isfinite(wauc).sum())
     return {
         "low": low,
         "high": high,
-        "draws_used": len(wauc),
+        "draws_used": used,
         "per_label": [interval(column) for column in aucs.T],
     }
+
+
+def compare(
+    labels: np.ndarray, probs: np.ndarray, base: np.ndarray, patients: typing.Sequence, draws: int = 2000
+) -> list[float]:
+    """wAUC of probs less that of base, both (N, 14) of the same series: [difference, low, high], where every
+    draw of patients scores both."""
+    drawn = [drawn_wauc(bootstrap_aucs(labels, p, patients, draws), labels) for p in (probs, base)]
+    difference = weighted_auc(labels, probs)["wauc"] - weighted_auc(labels, base)["wauc"]
+    return [difference, *interval(drawn[0] - drawn[1])]
 
 
 def score(table: pd.DataFrame, probs: np.ndarray, draws: int = 2000) -> dict:
@@ -2230,9 +2248,8 @@ def draw_augmentation(cfg: Config, rng: np.random.Generator) -> np.ndarray:
 
 def cut_crop(volume: np.ndarray, point: np.ndarray, spacing_mm: np.ndarray, cfg: Config) -> np.ndarray:
     """Crop channel (img_size, img_size) uint8 around point (z, y, x) voxels of volume (Z, H, W): a square of
-    crop_mm,
-    projected over the slabs within +- crop_depth_mm (at least the nearest one); outside of the volume is
-    0."""
+    crop_mm, projected over the slabs within +- crop_depth_mm (at least the nearest one); outside of the
+    volume is 0."""
     z, y, x = (float(v) for v in point)
     reach = cfg.crop_depth_mm / float(spacing_mm[0])
     nearest = int(np.clip(round(z), 0, len(volume) - 1))
@@ -2271,8 +2288,7 @@ def deployed_crops(
     cfg: Config,
 ) -> np.ndarray:
     """(K, H, W) uint8 crops for a patient without annotations: the locator's proposals (n, 3) voxels, best
-    first, then
-    decoys, which depend on the UID alone. Training's validation and infer.py both come here."""
+    first, then decoys, which depend on the UID alone. Training's validation and infer.py both come here."""
     places = np.zeros((0, 3)) if proposals is None else np.asarray(proposals)[: cfg.max_localizer_crops]
     rng = np.random.default_rng(zlib.crc32(uid.encode()))
     fill = choose_decoys(decoys, volume.shape, cfg.max_localizer_crops - len(places), rng)
@@ -2292,11 +2308,9 @@ class SeriesDataset(torch.utils.data.Dataset):
     augment.
 
     mode "train": annotated crops, decoys and proposals in the shares that the config sets; "deploy": what a
-    new patient
-    has, proposals or decoys, and the annotated points are not even read; "oracle": annotated crops, a
-    diagnostic only.
-    Everything random is a pure function of (seed, epoch, index). points: rows of (label, z, y, x) voxels, -1
-    where none.
+    new patient has, proposals or decoys, and the annotated points are not even read; "oracle": annotated
+    crops, a diagnostic only. Everything random is a pure function of (seed, epoch, index). points: rows of
+    (label, z, y, x) voxels, -1 where none.
     """
 
     def __init__(
@@ -2395,10 +2409,9 @@ class Locator(nn.Module):
     Each slab goes through the backbone with its two neighbours as colours, so that one set of weights learns
     what an aneurysm looks like at any height. Its features at strides 4 to 16 meet at locator_stride, get the
     place (z, y, x) as a further input and one 3 x 3 x 3 convolution across slabs. One map finds (p), a
-    softmax over 13 names each cell (q): few examples teach the finding, since all arteries share it.
-    (B, Z, H, W) in [0, 1] -> logits (B, 14), maps (B, 13, Z, H / stride, W / stride): logits of p q. A
-    label's
-    logit is the peak of its map, presence the peak of the finding map.
+    softmax over 13 names each cell (q): few examples teach the finding, since all arteries share it. (B, Z,
+    H, W) in [0, 1] -> logits (B, 14), maps (B, 13, Z, H / stride, W / stride): logits of p q. A label's logit
+    is the peak of its map, presence the peak of the finding map.
     """
 
     def __init__(self, cfg: Config, pretrained: bool):
@@ -2490,8 +2503,8 @@ def build_model(cfg: Config, pretrained: bool = False) -> nn.Module:
 
 
 def find_peaks(maps: np.ndarray, spacing_mm: np.ndarray, num: int, min_mm: float, stride: int) -> np.ndarray:
-    """The num likeliest places of heat maps (13, Z, h, w; probabilities that add up over arteries), at
-    least min_mm apart; a cell of the maps is stride pixels wide.
+    """The num likeliest places of heat maps (13, Z, h, w; probabilities that add up over arteries), at least
+    min_mm apart; a cell of the maps is stride pixels wide.
 
     -> (n, 5) rows of z, y, x (voxels of the volume), score, label; highest first. spacing_mm is the volume's
     (z, y, x).

@@ -315,8 +315,8 @@ def predict_series(
     tta: bool,
     late: Callable[[], bool] = lambda: False,
 ) -> tuple[np.ndarray, list[float], dict]:
-    """probs (14,), each voter's seconds, and {name: (image, logits, maps)} of voters and of their locators.
-    A locator that votes and proposes runs once. Once it is late no further member starts."""
+    """probs (14,), each voter's seconds, and {name: (image, logits, maps)} of voters and of their locators. A
+    locator that votes and proposes runs once. Once it is late no further member starts."""
     seen, counted, seconds = {}, [], []
 
     def ask(member: Member) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

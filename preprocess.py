@@ -458,8 +458,8 @@ def jobs(
 
 
 def preprocess(args: argparse.Namespace) -> int:
-    """The whole run; exit code. Raises ValueError (input that cannot be right) and OSError (disk) for
-    main."""
+    """The whole run; exit code. Raises ValueError (input that cannot be right) and OSError (disk)
+    for main."""
     start = time.perf_counter()
     labels_path, points_path = find_table(args.src, LABEL_TABLE), find_table(args.src, POINT_TABLE)
     table = read_labels(labels_path) if labels_path else None

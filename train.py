@@ -1,12 +1,10 @@
 """Train one member of the ensemble: one model, one seed, one validation fold.
 
-in   --config YAML      settings (common.Config); the cache it names, filled by preprocess.py, with train.csv
-in it
-out  outputs/<model>_seed<S>_fold<F>/   best_ema.safetensors (weights and all that infer.py needs),
-metrics.json,
-     config.yaml, log.csv (a row per epoch), oof.csv (validation predictions), last/ (checkpoints for
-     --resume)
-     a locator (task: locate) adds proposals.csv: the places it would crop in its validation fold
+in   --config YAML   settings (common.Config); the cache it names, filled by preprocess.py, with train.csv
+out  outputs/<model>_seed<S>_fold<F>/
+                     best_ema.safetensors (weights and all that infer.py needs), metrics.json, config.yaml,
+                     log.csv (a row per epoch), oof.csv (validation predictions), last/ (for --resume);
+                     of a locator (task: locate) proposals.csv: where it would crop in its validation fold
 run  accelerate launch train.py --config configs/fold0.yaml
      accelerate launch train.py --config configs/fold0.yaml --set seed=1 --set lr=5.0e-5 --resume
 
@@ -44,6 +42,7 @@ from torch.nn import functional as F
 import common
 from common import AP, LABELS, SWAP, UID, Config, SeriesDataset
 
+ORACLE_NOTE = "oracle_wauc uses annotated crops that no new patient has: a diagnostic, not a score"
 KEEP_CHECKPOINTS = 2  # of last/: the newest and one to fall back to
 
 
@@ -178,36 +177,35 @@ def load_proposals(cfg: Config, table: pd.DataFrame) -> dict[str, np.ndarray] | 
 def augment(batch: dict[str, torch.Tensor], cfg: Config) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Apply each sample's drawn augmentation on the device: -> images (B, C, H, W) in [0, 1], labels, points.
 
-    Flip (all channels, labels swapped), then rotation, scale and shift in plane (slabs only: crops have
-    their own
-    centre), slab shift and drop-out (slabs), gain and offset (all). points (B, 8, 4) follow; label -1 is no
-    point.
+    Flip (all channels, labels swapped), slab shift and drop-out, rotation, scale and shift in plane (slabs
+    only: crops have their own centre), gain and offset (all). What only moves bytes happens before they
+    become floats. points (B, 8, 4) follow; label -1 is no point.
     """
-    images, labels, points = batch["image"].float() / 255, batch["labels"], batch["points"].clone()
     flip, degrees, scale, dx, dy, gain, offset, step = batch["augment"][:, : common.NUM_AUGMENT].unbind(1)
     keep, slabs = batch["augment"][:, common.NUM_AUGMENT :], cfg.base_slices
-    images, labels, points = flip_samples(images, labels, points, flip > 0.5)
+    images, labels, points = flip_samples(batch["image"], batch["labels"], batch["points"], flip > 0.5)
+
+    source = torch.arange(slabs, device=images.device)[None] - step[:, None].long()  # (B, Z)
+    kept = ((source >= 0) & (source < slabs)) * keep
+    rows = torch.arange(len(images), device=images.device)[:, None]
+    moved = images[rows, source.clamp(0, slabs - 1)] * kept[:, :, None, None].to(images.dtype)
+    points[..., 1] += step[:, None]
 
     # out(p) = in(R p / scale + shift) in [-1, 1] coordinates; a point moves by the inverse
     angle = torch.deg2rad(degrees)
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).reshape(-1, 2, 2)
     shift = torch.stack([dx, dy], dim=1) * 2 / cfg.roi_mm
     theta = torch.cat([rotation / scale[:, None, None], shift[:, :, None]], dim=2)
-    size = images[:, :slabs].shape
-    grid = F.affine_grid(theta, size, align_corners=False)
-    moved = F.grid_sample(images[:, :slabs], grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    grid = F.affine_grid(theta, moved.shape, align_corners=False)
+    moved = F.grid_sample(moved.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     extent = images.shape[-1]
     centred = (2 * points[..., [3, 2]] + 1) / extent - 1 - shift[:, None]  # (B, 8, xy)
     turned = torch.einsum("bpi,bij->bpj", centred, rotation) * scale[:, None, None]
     points[..., [3, 2]] = ((turned + 1) * extent - 1) / 2
 
-    source = torch.arange(slabs, device=images.device)[None] - step[:, None].long()  # (B, Z)
-    inside = (source >= 0) & (source < slabs)
-    moved = moved.gather(1, source.clamp(0, slabs - 1)[:, :, None, None].expand(size))
-    moved = moved * (inside * keep)[:, :, None, None]
-    points[..., 1] += step[:, None]
-    images = torch.cat([moved, images[:, slabs:]], dim=1)
-    return (images * gain[:, None, None, None] + offset[:, None, None, None]).clamp(0, 1), labels, points
+    images = torch.cat([moved, images[:, slabs:].float()], dim=1)
+    images.mul_(gain[:, None, None, None] / 255).add_(offset[:, None, None, None]).clamp_(0, 1)
+    return images, labels, points
 
 
 def flip_samples(
@@ -237,8 +235,8 @@ def map_targets(
     points: torch.Tensor, shape: torch.Size, stride: int, spacing_mm: torch.Tensor, sigma_mm: float
 ) -> torch.Tensor:
     """Targets of maps of that shape (B, 13, Z, h, w): Gaussians around points (B, 8, 4: label, z, y, x in
-    voxels), 1 in the cell nearest to each. spacing_mm (B, 3) is the volume's; cells are stride voxels
-    wide."""
+    voxels), 1 in the cell nearest to each. spacing_mm (B, 3) is the volume's; cells are stride voxels wide.
+    """
     targets = points.new_zeros(shape)
     step = points.new_tensor([1, stride, stride])
     axes = torch.meshgrid(*(torch.arange(n, device=points.device) for n in shape[2:]), indexing="ij")
@@ -258,8 +256,8 @@ def map_loss(maps: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """(B,) loss of heat maps (B, 13, Z, h, w; logits of p q), summed over cells.
 
     Finding: focal, where cells near a point weigh (1 - target)^4 less as negatives (CornerNet,
-    arXiv:1808.01244,
-    eq. 1), which copes with one positive in 10,000 cells. Naming: cross entropy of q in the points' cells.
+    arXiv:1808.01244, eq. 1), which copes with one positive in 10,000 cells. Naming: cross entropy of q in the
+    points' cells.
     """
     log_probs = F.logsigmoid(maps.float())
     log_found = torch.logsumexp(log_probs, 1).clamp(max=-1e-6)  # p: the sum over arteries
@@ -303,9 +301,8 @@ def plan_epoch(
     """Who sees what: plan[update][micro step][rank] is an array of sample indices.
 
     Every sample comes once. The order depends on (seed, epoch) alone, so two processes of half the batch see
-    in every
-    update what one process sees. The last update shares what is left as evenly as it can; a rank may get
-    nothing.
+    in every update what one process sees. The last update shares what is left as evenly as it can; a rank may
+    get nothing.
     """
     order = np.random.default_rng([seed, epoch]).permutation(num)
     plan = []
@@ -321,8 +318,8 @@ def plan_epoch(
 
 
 def save_last(folder: Path, trainee: Trainee, scaler: torch.amp.GradScaler | None, progress: dict) -> None:
-    """Write last/<epoch>_<update>/ aside, sync, rename, then prune older ones. progress.json holds the
-    files' sums."""
+    """Write last/<epoch>_<update>/ aside, sync, rename, then prune older ones. progress.json holds the files'
+    sums."""
     from safetensors.torch import save
 
     target = folder / "last" / f"{progress['epoch']:04d}_{progress['group']:06d}"
@@ -349,8 +346,8 @@ def save_last(folder: Path, trainee: Trainee, scaler: torch.amp.GradScaler | Non
 
 
 def load_last(folder: Path) -> tuple[dict, dict] | None:
-    """State and progress of the newest checkpoint that verifies; None where there is none. Says when it
-    falls back."""
+    """State and progress of the newest checkpoint that verifies; None where there is none. Says when it falls
+    back."""
     from safetensors.torch import load_file
 
     checkpoints = sorted((p for p in (folder / "last").glob("[0-9]*")), reverse=True)
@@ -452,51 +449,40 @@ def quiet_worker(_: int) -> None:
 
 
 def localisation(table: pd.DataFrame, peaks: dict, cfg: Config, reach_mm: float = 10.0) -> dict:
-    """How well K proposals find annotated points: recall within reach_mm and false proposals per negative
-    series.
+    """How well K proposals find annotated points, each value with its 95 % interval over patients.
 
-    Intervals by bootstrap over patients. A proposal counts as false where its score is at least the median
-    score of
-    the proposals that hit.
+    recall_10mm is the share of points with a proposal within reach_mm. false_per_negative counts, in a
+    negative series, the proposals that score at least score_threshold: there half of all points are still
+    found (nan where K proposals find fewer), so that locators are compared at one recall.
     """
-    hits, scores, false, num_points = [], [], [], []
+    best = []  # of each series: the highest score near each of its points, -inf where none
     for row in table.itertuples():
         own = peaks[getattr(row, UID)]
-        tensors, meta = common.load_volume(
-            Path(cfg.cache) / f"{common.safe_uid(getattr(row, UID))}.safetensors"
-        )
+        path = Path(cfg.cache) / f"{common.safe_uid(getattr(row, UID))}.safetensors"
+        tensors, meta = common.load_volume(path)
         away = (tensors["points"][:, None] - own[None, :, :3]) * np.array(json.loads(meta["spacing_mm"]))
         near = np.linalg.norm(away, axis=2) <= reach_mm  # (points, proposals)
-        hits.append(int(near.any(axis=1).sum()))
-        num_points.append(len(near))
-        scores += own[near.any(axis=0), 3].tolist()
-        false.append(own[:, 3])
-    hits, num_points = np.array(hits), np.array(num_points)
-    threshold = float(np.median(scores)) if scores else float("nan")
+        best.append(np.where(near, own[:, 3], -np.inf).max(axis=1, initial=-np.inf))
+    scores = np.sort(np.concatenate(best))[::-1]
+    threshold = scores[math.ceil(len(scores) / 2) - 1] if len(scores) else -np.inf
+    threshold = float(threshold) if np.isfinite(threshold) else float("nan")
     negative = (table[LABELS[AP]] == 0).to_numpy()
-    above = np.array([(s >= threshold).sum() for s in false])
-    patients, owner = np.unique(table["patient"], return_inverse=True)
-    counts = np.random.default_rng(0).multinomial(
-        len(patients), np.full(len(patients), 1 / len(patients)), cfg.bootstrap
-    )
-    weights = counts[:, owner]  # (draws, N)
+    false = np.array([(peaks[uid][:, 3] >= threshold).sum() for uid in table[UID]])
+    weights = np.concatenate(list(common.patient_weights(table["patient"], cfg.bootstrap)))  # (draws, N)
 
     def ratio(top: np.ndarray, bottom: np.ndarray) -> list[float]:
         """Value, low, high of sum(top) / sum(bottom)."""
         with np.errstate(invalid="ignore", divide="ignore"):
-            draws = (weights @ top) / (weights @ bottom)
-            value = top.sum() / bottom.sum()
-        draws = draws[np.isfinite(draws)]
-        return [
-            float(value),
-            *(np.percentile(draws, [2.5, 97.5]).tolist() if len(draws) else [float("nan")] * 2),
-        ]
+            return [float(top.sum() / bottom.sum()), *common.interval((weights @ top) / (weights @ bottom))]
 
+    false = false * negative if np.isfinite(threshold) else np.full(len(table), np.nan)
     return {
         "num_proposals": max(cfg.max_localizer_crops, common.NUM_PROPOSALS),
-        "recall_10mm": ratio(hits, num_points),
+        "recall_10mm": ratio(
+            np.array([np.isfinite(b).sum() for b in best]), np.array([len(b) for b in best])
+        ),
         "score_threshold": threshold,
-        "false_per_negative": ratio(above * negative, negative.astype(float)),
+        "false_per_negative": ratio(false, negative.astype(float)),
     }
 
 
@@ -582,7 +568,7 @@ def train(cfg: Config, accelerator: accelerate.Accelerator, resume: bool, overwr
             )
         accelerator.log(row, step=epoch)
         save()
-    finish(folder, cfg, accelerator, held_out, decoys, progress)
+    finish(folder, cfg, accelerator, held_out, decoys, proposals, progress)
 
 
 def begin(cfg: Config, accelerator, last: tuple[dict, dict] | None) -> tuple[Trainee, dict]:
@@ -646,7 +632,7 @@ def train_epoch(
         lr = learning_rate(progress["updates"], total, warmup, cfg)
         for settings in trainee.optimizer.param_groups:
             settings["lr"] = lr
-        size = sum(len(part) for step in group for part in step)
+        size, seen = sum(len(part) for step in group for part in step), []
         for step in group:
             clock = time.perf_counter()
             item = {k: v.to(accelerator.device, non_blocking=True) for k, v in next(loader).items()}
@@ -658,14 +644,8 @@ def train_epoch(
                 with accelerator.autocast():
                     output = trainee.model(images)
                 losses = sample_losses(output, labels, points, item["spacing_mm"], cfg)
-                if not torch.isfinite(losses).all():
-                    raise FloatingPointError(
-                        f"loss is {losses.tolist()} in epoch {epoch + 1}, update {progress['group'] + 1}, "
-                        f"series {', '.join(dataset.uids[i] for i in item['index'].tolist())}; "
-                        f"lower lr or clip_grad, or look at these series"
-                    )
                 accelerator.backward(losses.sum() * weight)
-            progress["loss_sum"] += float(losses.detach().sum()) * (weight > 0)
+            seen.append((losses.detach(), item["index"], weight > 0))
         if cfg.clip_grad:
             accelerator.clip_grad_norm_(trainee.model.parameters(), cfg.clip_grad)
         trainee.optimizer.step()
@@ -674,6 +654,14 @@ def train_epoch(
         if not accelerator.optimizer_step_was_skipped:
             progress["updates"] += 1
             trainee.ema.update(trainee.raw, step=progress["updates"])
+        for losses, index, counts in seen:  # here the device is waited for, once an update
+            if not torch.isfinite(losses).all():
+                raise FloatingPointError(
+                    f"loss is {losses.tolist()} in epoch {epoch + 1}, update {progress['group']}, "
+                    f"series {', '.join(dataset.uids[i] for i in index.tolist())}; "
+                    f"lower lr or clip_grad, or look at these series"
+                )
+            progress["loss_sum"] += float(losses.sum()) * counts
         bar.update()
         if stop.asked(accelerator):
             save()
@@ -688,21 +676,35 @@ def train_epoch(
 
 
 def finish(
-    folder: Path, cfg: Config, accelerator, held_out: pd.DataFrame, decoys: np.ndarray, progress: dict
+    folder: Path,
+    cfg: Config,
+    accelerator,
+    held_out: pd.DataFrame,
+    decoys: np.ndarray,
+    proposals: dict | None,
+    progress: dict,
 ) -> None:
     """metrics.json of the best epoch, read back from its files; with annotated crops only as a diagnostic."""
     accelerator.wait_for_everyone()
     oof = pd.read_csv(folder / "oof.csv", dtype={UID: str, "patient": str})
     probs = oof[list(LABELS)].to_numpy()
+    truth, patients = held_out[list(LABELS)].to_numpy(float), held_out["patient"]
     metrics = common.score(held_out, probs, cfg.bootstrap) if accelerator.is_main_process else {}
-    if cfg.task == "classify" and len(decoys):
+    # what the same weights score with other crops: "oracle" has the annotated ones
+    others = {"oracle": len(decoys) > 0, "deploy": proposals is not None} if cfg.task == "classify" else {}
+    for mode in [name for name, wanted in others.items() if wanted]:
         run = common.load_run(folder, accelerator.device)
-        logits, _ = predict(run.model, SeriesDataset(cfg, held_out, "oracle", decoys), cfg, accelerator)
-        oracle = common.weighted_auc(held_out[list(LABELS)].to_numpy(float), sigmoid(logits))["wauc"]
-        metrics |= {"oracle_wauc": oracle, "leak": oracle - metrics.get("wauc", float("nan"))}
-        metrics["oracle_note"] = (
-            "oracle_wauc uses annotated crops that no new patient has: a diagnostic, not a score"
-        )
+        logits, _ = predict(run.model, SeriesDataset(cfg, held_out, mode, decoys), cfg, accelerator)
+        if accelerator.is_main_process:
+            other = sigmoid(logits)
+            spread = common.bootstrap(truth, other, patients, cfg.bootstrap)
+            value = [common.weighted_auc(truth, other)["wauc"], spread["low"], spread["high"]]
+            if mode == "oracle":
+                leak = common.compare(truth, other, probs, patients, cfg.bootstrap)
+                metrics |= {"oracle_wauc": value, "leak": leak, "oracle_note": ORACLE_NOTE}
+            else:
+                gain = common.compare(truth, probs, other, patients, cfg.bootstrap)
+                metrics |= {"wauc_without_proposals": value, "gain_of_proposals": gain}
     if not accelerator.is_main_process:
         return
     if cfg.task == "locate":

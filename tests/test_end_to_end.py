@@ -71,8 +71,8 @@ def test_the_three_commands_lead_from_dicom_to_a_submission_and_a_report(tmp_pat
 
 
 def test_the_documented_train_command_starts_from_hub_weights_found_on_the_disk(tmp_path):
-    """`accelerate launch train.py --config configs/fold0.yaml` without a network: one line says what to
-    do."""
+    """`accelerate launch train.py --config configs/fold0.yaml` without a network: one line says
+    what to do."""
     make_set(tmp_path / "dicoms", series=10, seed=0, matrix=40, plain=True)
     run(tmp_path, "python", "preprocess.py", "--src", "dicoms", "--dst", "cache")
     (tmp_path / "configs").symlink_to(ROOT / "configs")

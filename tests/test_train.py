@@ -264,7 +264,9 @@ def test_a_run_leaves_what_users_expect(undisturbed, cache):
     truth = held_out[list(LABELS)].to_numpy(float)
     assert metrics["wauc"] == pytest.approx(common.weighted_auc(truth, oof[list(LABELS)].to_numpy())["wauc"])
     assert metrics["low"] <= metrics["wauc"] <= metrics["high"] and metrics["precision"] == "no"
-    assert metrics["leak"] == pytest.approx(metrics["oracle_wauc"] - metrics["wauc"])
+    assert metrics["leak"][0] == pytest.approx(metrics["oracle_wauc"][0] - metrics["wauc"])
+    assert metrics["leak"][1] <= metrics["leak"][0] <= metrics["leak"][2]
+    assert "wauc_without_proposals" not in metrics  # there were none
     assert set(metrics["undefined"]) == {n for n in LABELS if held_out[n].nunique() < 2}
     assert len(metrics["history"]) == 3 == len(pd.read_csv(undisturbed / "log.csv"))
     meta = common.load_run(undisturbed).meta
@@ -381,10 +383,14 @@ def test_locator_learns_writes_proposals_and_a_classifier_uses_them(cache, tmp_p
     assert rows.groupby(UID).size().max() == metrics["num_proposals"] == 3
     value, low, high = metrics["recall_10mm"]
     assert 0 <= low <= value <= high <= 1
+    assert (metrics["score_threshold"] is None) == (value < 0.5)
     classifier = replace(
         locator, task="classify", max_localizer_crops=2, proposals="outputs/locator_*_seed0_fold*"
     )
     run(tmp_path, classifier)
+    metrics = json.loads((tmp_path / "outputs/test_efficientnet_seed0_fold0/metrics.json").read_text())
+    gain, without = metrics["gain_of_proposals"], metrics["wauc_without_proposals"]
+    assert gain[0] == pytest.approx(metrics["wauc"] - without[0]) and gain[1] <= gain[0] <= gain[2]
     refused = run(tmp_path, replace(classifier, num_folds=4, seed=1), code=1)
     assert "num_folds 2" in refused
 
