@@ -183,7 +183,8 @@ def augment(batch: dict[str, torch.Tensor], cfg: Config) -> tuple[torch.Tensor, 
     """
     flip, degrees, scale, dx, dy, gain, offset, step = batch["augment"][:, : common.NUM_AUGMENT].unbind(1)
     keep, slabs = batch["augment"][:, common.NUM_AUGMENT :], cfg.base_slices
-    images, labels, points = flip_samples(batch["image"], batch["labels"], batch["points"], flip > 0.5)
+    images, extent = batch["image"], batch["image"].shape[-1]
+    crops, labels, points = flip_samples(images[:, slabs:], batch["labels"], batch["points"], flip > 0.5)
 
     source = torch.arange(slabs, device=images.device)[None] - step[:, None].long()  # (B, Z)
     kept = ((source >= 0) & (source < slabs)) * keep
@@ -191,19 +192,21 @@ def augment(batch: dict[str, torch.Tensor], cfg: Config) -> tuple[torch.Tensor, 
     moved = images[rows, source.clamp(0, slabs - 1)] * kept[:, :, None, None].to(images.dtype)
     points[..., 1] += step[:, None]
 
-    # out(p) = in(R p / scale + shift) in [-1, 1] coordinates; a point moves by the inverse
+    # out(p) = mirror(in)(R p / scale + shift) in [-1, 1] coordinates; a point moves by the inverse
     angle = torch.deg2rad(degrees)
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).reshape(-1, 2, 2)
     shift = torch.stack([dx, dy], dim=1) * 2 / cfg.roi_mm
     theta = torch.cat([rotation / scale[:, None, None], shift[:, :, None]], dim=2)
-    grid = F.affine_grid(theta, moved.shape, align_corners=False)
+    mirrored = torch.stack([1 - 2 * flip, torch.ones_like(flip)], dim=1)[
+        :, :, None
+    ]  # the slabs' flip costs nothing
+    grid = F.affine_grid(theta * mirrored, moved.shape, align_corners=False)
     moved = F.grid_sample(moved.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    extent = images.shape[-1]
     centred = (2 * points[..., [3, 2]] + 1) / extent - 1 - shift[:, None]  # (B, 8, xy)
     turned = torch.einsum("bpi,bij->bpj", centred, rotation) * scale[:, None, None]
     points[..., [3, 2]] = ((turned + 1) * extent - 1) / 2
 
-    images = torch.cat([moved, images[:, slabs:].float()], dim=1)
+    images = torch.cat([moved, crops.float()], dim=1)
     images.mul_(gain[:, None, None, None] / 255).add_(offset[:, None, None, None]).clamp_(0, 1)
     return images, labels, points
 
