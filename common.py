@@ -110,7 +110,7 @@ class Config:
     pretrained: bool | str = True  # true: from the hub | PATH.safetensors | false: from scratch
     drop_path_rate: float = 0.2
     drop_rate: float = 0.0
-    locator_width: int = 64  # channels of the locator's merged features
+    locator_width: int = 32  # channels of the locator's merged features
     locator_stride: int = 8  # pixels of a volume per cell of its maps: 4 | 8 | 16
     heatmap_weight: float = 1.0  # locate: weight of the map loss beside the label loss
     heatmap_sigma_mm: float = 3.0  # of the Gaussian target around a point
@@ -2435,8 +2435,10 @@ class Locator(nn.Module):
         padded = torch.cat([images[:, :1], images, images[:, -1:]], dim=1)
         triples = torch.stack([padded[:, :-2], padded[:, 1:-1], padded[:, 2:]], dim=2)  # (B, Z, 3, H, W)
         size = (height // self.stride, width // self.stride)
+        few = not self.training and images.device.type == "cpu"  # 4 slabs stay in the cache: 1.5 times faster
+        parts = [self.net(part) for part in triples.flatten(0, 1).split(4 if few else batch * slabs)]
         merged = 0
-        for conv, feature in zip(self.merge, self.net(triples.flatten(0, 1)), strict=True):
+        for conv, feature in zip(self.merge, map(torch.cat, zip(*parts, strict=True)), strict=True):
             feature = conv(feature)  # (B Z, D, h, w) at its own stride
             if feature.shape[-1] > size[-1]:
                 feature = nn.functional.adaptive_max_pool2d(feature, size)

@@ -1,7 +1,7 @@
 """Train the rows of the ablation on phantoms and print their table: do localizer crops help a new patient?
 
 in   configs/ablation/*.yaml; phantoms and cache are made in ablation/ where they are missing
-out  stdout: a Markdown table; ablation/<row>/...: the runs. Finished runs are kept, so it can be run again.
+out  stdout: Markdown tables; ablation/<row>/...: the runs. Finished runs are kept, so it can be run again.
 run  python tests/ablation.py --seeds 3 --jobs 2
 """
 
@@ -27,7 +27,10 @@ ROWS = {
     "c_regularised": "(c) + drop-out and off-switch",
     "d_proposals": "(d) + the locator's proposals as crops",
     "e_locator": "(e) the locator alone",
+    "f_combined": "(f) mean of (d) and (e)",
 }
+PAIRS = (("b_crops", "a_slabs"), ("c_regularised", "b_crops"), ("d_proposals", "a_slabs"))
+PAIRS += (("e_locator", "d_proposals"), ("f_combined", "e_locator"))
 
 
 def call(*command: str, threads: int = 0) -> None:
@@ -41,17 +44,25 @@ def train(row: str, seed: int, fold: int, threads: int) -> None:
     config = f"configs/ablation/{row}.yaml"
     cfg = common.load_config(ROOT / config, [f"seed={seed}", f"fold={fold}"])
     if not (ROOT / cfg.outputs / cfg.run_name / "metrics.json").exists():
-        call(
-            "train.py",
-            "--config",
-            config,
-            "--set",
-            f"seed={seed}",
-            "--set",
-            f"fold={fold}",
-            "--resume",
-            threads=threads,
-        )
+        settings = ["--set", f"seed={seed}", "--set", f"fold={fold}"]
+        call("train.py", "--config", config, *settings, "--resume", threads=threads)
+
+
+def train_all(seeds: int, num_jobs: int) -> None:
+    """Phantoms, cache, and every run that is not finished, num_jobs at a time."""
+    if not (ROOT / "ablation/dicoms/train.csv").exists():
+        options = ["--matrix", "128", "--modality", "CTA", "--plane", "axial", "--plain"]
+        call("tests/phantom.py", "--dst", "ablation/dicoms", "--series", "1600", "--seed", "0", *options)
+    if not (ROOT / "ablation/cache/index.csv").exists():
+        folders = ["--src", "ablation/dicoms", "--dst", "ablation/cache"]
+        call("preprocess.py", *folders, "--config", "configs/demo.yaml")
+    threads = max(1, len(os.sched_getaffinity(0)) // num_jobs)
+    # seed 0 of the locator needs both folds: each proposes for the series that it held out
+    locators = [("e_locator", seed, 0) for seed in range(seeds)] + [("e_locator", 0, 1)]
+    classifiers = [(row, seed, 0) for row in ROWS if row[0] in "abcd" for seed in range(seeds)]
+    for jobs in (locators, classifiers):
+        with ThreadPoolExecutor(num_jobs) as pool:
+            list(pool.map(lambda job: train(*job, threads), jobs))
 
 
 def results(row: str, seeds: int) -> tuple[list[dict], pd.DataFrame, np.ndarray]:
@@ -67,49 +78,30 @@ def results(row: str, seeds: int) -> tuple[list[dict], pd.DataFrame, np.ndarray]
     return metrics, tables[0], probs
 
 
-def line(name: str, table: pd.DataFrame, probs: np.ndarray, metrics: list[dict] | None) -> str:
-    """A row of the table. The interval is of the mean prediction of all seeds, by bootstrap over patients."""
-    truth = table[[f"label {label}" for label in LABELS]].to_numpy(float)
+def mean_metric(metrics: list[dict], name: str, form: str) -> str:
+    """Mean over seeds of a value, its low and its high end, where metrics.json has it."""
+    found = [m[name] for m in metrics if m.get(name)]
+    if not found:
+        return "–"
+    value, low, high = (format(number, form) for number in np.mean(found, axis=0))
+    return f"{value} ({low} to {high})"
+
+
+def line(name: str, truth: np.ndarray, patients: pd.Series, probs: np.ndarray, metrics: list[dict]) -> str:
+    """A row of the table: the interval of wAUC is of the mean prediction of all seeds."""
     own = [common.weighted_auc(truth, p)["wauc"] for p in probs]
-    spread = common.bootstrap(truth, probs.mean(0), table["patient"])
+    spread = common.bootstrap(truth, probs.mean(0), patients)
     together = common.weighted_auc(truth, probs.mean(0))
-    oracle = [m["oracle_wauc"] for m in metrics or [] if m.get("oracle_wauc") is not None]
     cells = [
         name,
         str(len(probs)),
         f"{np.mean(own):.3f} ({min(own):.3f} to {max(own):.3f})",
         f"{together['wauc']:.3f} ({spread['low']:.3f} to {spread['high']:.3f})",
         f"{together['auc'][common.AP]:.3f}",
-        f"{np.mean(oracle):.3f}" if oracle else "–",
-        f"{np.mean(oracle) - np.mean(own):+.3f}" if oracle else "–",
+        mean_metric(metrics, "oracle_wauc", ".3f"),
+        mean_metric(metrics, "leak", "+.3f"),
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def train_all(seeds: int, num_jobs: int) -> None:
-    """Phantoms, cache, and every run that is not finished, num_jobs at a time."""
-    if not (ROOT / "ablation/dicoms/train.csv").exists():
-        options = ["--matrix", "128", "--modality", "CTA", "--plane", "axial", "--plain"]
-        call("tests/phantom.py", "--dst", "ablation/dicoms", "--series", "400", "--seed", "0", *options)
-    call(
-        "preprocess.py",
-        "--src",
-        "ablation/dicoms",
-        "--dst",
-        "ablation/cache",
-        "--config",
-        "configs/demo.yaml",
-    )
-    threads = max(1, len(os.sched_getaffinity(0)) // num_jobs)
-    # seed 0 of the locator needs both folds: each proposes for the series that it held out
-    locators = [("e_locator", 0, 0), ("e_locator", 0, 1)] + [
-        ("e_locator", seed, 0) for seed in range(1, seeds)
-    ]
-    others = [(row, seed, 0) for row in ROWS if row[0] in "abc" for seed in range(seeds)]
-    proposed = [("d_proposals", seed, 0) for seed in range(seeds)]
-    for jobs in (locators[:2], others + proposed + locators[2:]):
-        with ThreadPoolExecutor(num_jobs) as pool:
-            list(pool.map(lambda job: train(*job, threads), jobs))
 
 
 def main() -> int:
@@ -124,26 +116,30 @@ def main() -> int:
     args = parser.parse_args()
     if not args.table:
         train_all(args.seeds, args.jobs)
+    found = {row: results(row, args.seeds) for row in ROWS if row != "f_combined"}
+    probs = {row: found[row][2] for row in found}
+    num = min(len(probs["d_proposals"]), len(probs["e_locator"]))
+    probs["f_combined"] = (probs["d_proposals"][:num] + probs["e_locator"][:num]) / 2 if num else np.zeros(0)
+    table = next((table for _, table, _ in found.values() if len(table)), None)
+    if table is None:
+        return 1
+    assert all(other[UID].equals(table[UID]) for _, other, _ in found.values() if len(other))
+    truth, patients = table[[f"label {label}" for label in LABELS]].to_numpy(float), table["patient"]
+    print(f"{len(table)} validation series of {patients.nunique()} patients.\n")
     print("| row | seeds | wAUC, mean (range) | of their mean (95 %) | AUC presence | oracle wAUC | leak |")
     print("|---|---|---|---|---|---|---|")
-    found = {row: results(row, args.seeds) for row in ROWS}
     for row, name in ROWS.items():
-        metrics, table, probs = found[row]
-        if metrics:
-            print(line(name, table, probs, metrics))
-    (_, table, with_crops), (located_metrics, other, located) = found["d_proposals"], found["e_locator"]
-    num = min(len(with_crops), len(located))
-    if num:
-        assert table[UID].equals(other[UID])
-        together = (with_crops[:num] + 10 * located[:num]) / 11
-        print(line("(f) mean of (d) and (e), 1 : 10", table, together, None))
-    if located_metrics:
-        recall = np.mean([m["recall_10mm"][0] for m in located_metrics])
-        false = np.mean([m["false_per_negative"][0] for m in located_metrics])
-        print(
-            f"\nLocator: recall within 10 mm among 3 proposals {recall:.2f}, false ones per negative series "
-            f"{false:.2f}; {len(other)} validation series."
-        )
+        if len(probs[row]):
+            print(line(name, truth, patients, probs[row], found[row][0] if row in found else []))
+    print("\n| difference in wAUC, mean predictions | 95 % |\n|---|---|")
+    for row, base in PAIRS:
+        if len(probs[row]) and len(probs[base]):
+            value, low, high = common.compare(truth, probs[row].mean(0), probs[base].mean(0), patients)
+            print(f"| ({row[0]}) less ({base[0]}): {value:+.3f} | {low:+.3f} to {high:+.3f} |")
+    gain = mean_metric(found["d_proposals"][0], "gain_of_proposals", "+.3f")
+    print(f"\nGain of (d) by its proposals: {gain}.")
+    for title, key in (("recall within 10 mm", "recall_10mm"), ("false per negative", "false_per_negative")):
+        print(f"Locator, {title}: {mean_metric(found['e_locator'][0], key, '.2f')}.")
     return 0
 
 

@@ -429,6 +429,7 @@ def bench_infer(args: argparse.Namespace) -> None:
         hours = statistics.median(found["ours"]) * 2500 / 3600
         print(f"\n2,500 such series would take {hours:.2f} h of the 12 h that the challenge gives.")
 
+        print_locator_share(ensemble.device, args.repeats)
         small = root / "small"
         write_ct(small, 60, 128, 2.6)
         write_members(root / "tiny", 1, model_name="test_efficientnet", img_size=64)
@@ -437,6 +438,27 @@ def bench_infer(args: argparse.Namespace) -> None:
             f"\nMemory of the parent after 20, 100 and 200 series: {memory[19]:.0f}, {memory[99]:.0f}, "
             f"{memory[199]:.0f} MiB."
         )
+
+
+def print_locator_share(device: torch.device, repeats: int) -> None:
+    """What a locator adds to one MaxViT-B member: forward passes at 384 px, with the peaks of its maps."""
+    root = Path(__file__).parents[1] / "configs"
+    locator, member = (common.load_config(root / f"{name}.yaml") for name in ("locator", "fold0"))
+    models = [common.build_model(cfg).eval().to(device) for cfg in (locator, member)]
+    image = torch.rand(1, member.in_chans, member.img_size, member.img_size, device=device)
+    spacing_mm = np.array([5.0, 0.5, 0.5])
+
+    def locate() -> None:
+        maps = torch.sigmoid(models[0](image[:, : locator.base_slices])[1][0]).cpu().numpy()
+        common.find_peaks(maps, spacing_mm, 3, locator.min_peak_mm, locator.locator_stride)
+
+    with torch.inference_mode():
+        seconds = rounds({"locator": locate, "member": lambda: models[1](image).cpu()}, repeats)
+    share = spread(ratios(seconds["locator"], seconds["member"]), ".2f")
+    print(
+        f"\nThe locator ({locator.model_name}) takes {spread(seconds['locator'])} s a series, {share} of one "
+        f"{member.model_name} member's {spread(seconds['member'])} s (forward, {member.img_size} px, fp32)."
+    )
 
 
 # --- train --------------------------------------------------------------------------------------------------
