@@ -228,6 +228,7 @@ def _typed(key: str, value: object, where: str) -> object:
     elif type(value) in (typing.get_args(kind) or (kind,)):  # bool is no int here
         return value
     hint = " (YAML reads 1e-4 as text: write 1.0e-4)" if kind is float and isinstance(value, str) else ""
+    hint = ' (YAML reads no as False: write "no" with its quotes)' if kind is str and value is False else hint
     expected = getattr(kind, "__name__", str(kind)) if kind in (int, float, bool, str) else str(kind)
     raise ValueError(f"{where}: {key} is {value!r}, expected {expected}{hint}")
 

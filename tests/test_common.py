@@ -50,9 +50,12 @@ def test_every_config_of_the_project_loads(path):
     [
         ("img_sise: 96", "unknown setting 'img_sise'; the nearest is 'img_size'"),
         ("lr: 1e-4", "expected float (YAML reads 1e-4 as text: write 1.0e-4)"),
+        (
+            "precision: no",
+            'precision is False, expected str (YAML reads no as False: write "no" with its quotes)',
+        ),
         ("epochs: 3.5", "epochs is 3.5, expected int"),
         ("epochs: true", "epochs is True, expected int"),
-        ("precision: no", "precision is False, expected str"),
         ("precision: fp8", "expected one of 'fp16', 'bf16', 'no'"),
         ("p_flip: 1.5", "expected a share between 0 and 1"),
         ("fold: 5", "expected 0 to 4"),
