@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import glob
 import hashlib
 import importlib.util
 import json
@@ -147,7 +148,7 @@ def load_proposals(cfg: Config, table: pd.DataFrame) -> dict[str, np.ndarray] | 
     if not cfg.proposals or not cfg.max_localizer_crops:
         return None
     found = {}
-    folders = [path.parent for path in sorted(Path().glob(f"{cfg.proposals}/proposals.csv"))]
+    folders = [path.parent for path in sorted(map(Path, glob.glob(f"{cfg.proposals}/proposals.csv")))]
     for folder in folders:
         own = common.load_config(folder / "config.yaml")
         if (own.num_folds, own.fold_seed) != (cfg.num_folds, cfg.fold_seed):

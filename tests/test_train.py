@@ -385,7 +385,10 @@ def test_locator_learns_writes_proposals_and_a_classifier_uses_them(cache, tmp_p
     assert 0 <= low <= value <= high <= 1
     assert (metrics["score_threshold"] is None) == (value < 0.5)
     classifier = replace(
-        locator, task="classify", max_localizer_crops=2, proposals="outputs/locator_*_seed0_fold*"
+        locator,
+        task="classify",
+        max_localizer_crops=2,
+        proposals=str(tmp_path / "outputs/locator_*_seed0_fold*"),
     )
     run(tmp_path, classifier)
     metrics = json.loads((tmp_path / "outputs/test_efficientnet_seed0_fold0/metrics.json").read_text())
