@@ -104,6 +104,7 @@ class Config:
     p_global_localizer_off: float = 0.10  # share of series and epochs with all crop channels zero
     p_proposal: float = 0.50  # with a locator: share of series and epochs that see its proposals instead
     proposals: str = ""  # glob of locator runs (all folds), "" for none: outputs/locator_*_seed0_fold*
+    locator_scores: bool = True  # with proposals: the locator's 14 logits join the classifier's
     min_peak_mm: float = 10.0  # proposals lie at least this far apart
     # the model
     model_name: str = "maxvit_base_tf_384"  # any timm name; for task locate the backbone of the locator
@@ -146,6 +147,11 @@ class Config:
     @property
     def in_chans(self) -> int:
         return self.base_slices + self.max_localizer_crops
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether the classifier wants a locator's logits beside its image."""
+        return self.task == "classify" and bool(self.proposals) and self.locator_scores
 
     @property
     def run_name(self) -> str:
@@ -2304,9 +2310,17 @@ def stack_crops(volume: np.ndarray, places: np.ndarray, spacing_mm: np.ndarray, 
     return crops
 
 
+@dataclass(frozen=True)
+class Proposal:
+    """What the locator that held a series out says of it."""
+
+    places: np.ndarray  # (n, 3) voxels z, y, x; highest first
+    logits: np.ndarray  # (14,)
+
+
 class SeriesDataset(torch.utils.data.Dataset):
     """Items of a cache: image uint8 (base_slices + K, H, W), labels float32 (14,), index, points (8, 4),
-    augment.
+    augment, scores float32 (14,; the locator's logits, 0 without one).
 
     mode "train": annotated crops, decoys and proposals in the shares that the config sets; "deploy": what a
     new patient has, proposals or decoys, and the annotated points are not even read; "oracle": annotated
@@ -2320,7 +2334,7 @@ class SeriesDataset(torch.utils.data.Dataset):
         table: pd.DataFrame,
         mode: str,
         decoys: np.ndarray,
-        proposals: dict[str, np.ndarray] | None = None,
+        proposals: dict[str, Proposal] | None = None,
         epoch: int = 0,
     ):
         if mode not in ("train", "deploy", "oracle"):
@@ -2343,8 +2357,10 @@ class SeriesDataset(torch.utils.data.Dataset):
             num = min(len(tensors["points"]), MAX_POINTS)
             points[:num, 0], points[:num, 1:] = tensors["point_labels"][:num], tensors["points"][:num]
         image = volume.copy()  # safetensors' own memory is read-only
+        found = self.proposals.get(uid) if self.proposals else None
         if cfg.max_localizer_crops:
-            image = np.concatenate([volume, self._crops(uid, volume, points, spacing_mm, rng)])
+            proposed = found.places if found else None
+            image = np.concatenate([volume, self._crops(uid, volume, points, proposed, spacing_mm, rng)])
         return {
             "image": torch.from_numpy(np.ascontiguousarray(image)),
             "labels": torch.tensor(self.labels[index]),
@@ -2352,13 +2368,19 @@ class SeriesDataset(torch.utils.data.Dataset):
             "points": torch.from_numpy(points),
             "spacing_mm": torch.from_numpy(spacing_mm.astype(np.float32)),
             "augment": torch.from_numpy(draw_augmentation(cfg, rng)),
+            "scores": torch.tensor(found.logits if found else np.zeros(len(LABELS)), dtype=torch.float32),
         }
 
     def _crops(
-        self, uid: str, volume: np.ndarray, points: np.ndarray, spacing_mm: np.ndarray, rng
+        self,
+        uid: str,
+        volume: np.ndarray,
+        points: np.ndarray,
+        found: np.ndarray | None,
+        spacing_mm: np.ndarray,
+        rng: np.random.Generator,
     ) -> np.ndarray:
         cfg, num = self.cfg, self.cfg.max_localizer_crops
-        found = self.proposals.get(uid) if self.proposals is not None else None
         if self.mode == "deploy":
             return deployed_crops(volume, spacing_mm, uid, self.decoys, found, cfg)
         places = points[points[:, 0] >= 0, 1:]
@@ -2392,16 +2414,25 @@ def mirror(images: torch.Tensor) -> torch.Tensor:
 
 class Classifier(nn.Module):
     """A timm backbone that takes slabs and crops as channels: (B, base_slices + K, H, W) in [0, 1] -> logits
-    (B, 14)."""
+    (B, 14).
+
+    With a locator its logits (B, 14) go through a linear layer and are added. That layer begins as the
+    identity, so that the backbone learns what the locator misses.
+    """
 
     def __init__(self, cfg: Config, pretrained: bool):
         super().__init__()
         self.net = create_backbone(cfg, pretrained, in_chans=cfg.in_chans, num_classes=len(LABELS))
         if cfg.grad_checkpointing:
             self.net.set_grad_checkpointing()
+        self.scores = nn.Linear(len(LABELS), len(LABELS)) if cfg.has_scores else None
+        if self.scores is not None:
+            nn.init.eye_(self.scores.weight)
+            nn.init.zeros_(self.scores.bias)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.net((images - 0.5) / 0.5)
+    def forward(self, images: torch.Tensor, scores: torch.Tensor | None = None) -> torch.Tensor:
+        logits = self.net((images - 0.5) / 0.5)
+        return logits if self.scores is None else logits + self.scores(scores)
 
 
 class Locator(nn.Module):

@@ -234,14 +234,18 @@ def load_ensemble(args: argparse.Namespace, device: torch.device, cached: dict |
             f"--outputs {args.outputs}: none of {len(folders)} folders is a usable run of train.py; "
             "expected <model>_seed<S>_fold<F>/best_ema.safetensors"
         )
-    without = []
     for member in members:
-        cfg = member.run.cfg
-        if cfg.task == "classify" and cfg.proposals and cfg.max_localizer_crops:
+        if member.run.cfg.task == "classify" and member.run.cfg.proposals:
             member.locator = find_locator(member, load, args.oof)
-            without += [] if member.locator else [member.name]
-    if without:
-        say(f"decoys instead of proposals, as their fold's locator is missing: {', '.join(without)}")
+    without = [m for m in members if not m.locator and m.run.cfg.task == "classify" and m.run.cfg.proposals]
+    blind = [member.name for member in without if member.run.cfg.has_scores]
+    if blind:
+        say(f"left out: {', '.join(blind)}: their fold's locator, whose scores they take, is missing")
+        members = [member for member in members if member.name not in blind]
+    if decoyed := [member.name for member in without if member.name not in blind]:
+        say(f"decoys instead of proposals, as their fold's locator is missing: {', '.join(decoyed)}")
+    if not members:
+        raise ValueError(f"--outputs {args.outputs}: no member is left; put the locators' folders beside them")
     members.sort(key=lambda m: (m.run.cfg.task != "locate", -m.run.cfg.ensemble_weight, m.name))
     distinct: dict[str, Config] = {}
     for member in filter(None, [*members, *(m.locator for m in members)]):
@@ -280,16 +284,22 @@ def make_image(member: Member, uid: str, volume: Volume, maps: np.ndarray | None
 
 
 @torch.inference_mode()
-def look(ensemble: Ensemble, member: Member, image: np.ndarray, tta: bool) -> tuple[np.ndarray, np.ndarray]:
+def look(
+    ensemble: Ensemble, member: Member, image: np.ndarray, tta: bool, scores: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Logits (1 or 2 views, 14) of an image (C, H, W) uint8; of a locator also the first view's heat maps
-    (13, Z, h, w) as probabilities, else none (0,)."""
+    (13, Z, h, w) as probabilities, else none (0,). scores (14,) are the logits of the member's locator."""
     images = torch.from_numpy(image)[None].to(ensemble.device).float() / 255
     if tta:
         images = torch.cat([images, common.mirror(images)])
     if member.run.cfg.channels_last:
         images = images.to(memory_format=torch.channels_last)
+    inputs = [images]
+    if member.run.cfg.has_scores:
+        views = np.stack([scores, scores[SWAP]])[: len(images)]
+        inputs.append(torch.from_numpy(views).to(ensemble.device))
     with torch.autocast(ensemble.device.type, ensemble.dtype, enabled=ensemble.dtype is not None):
-        output = member.run.model(images)
+        output = member.run.model(*inputs)
     logits, maps = output if member.run.cfg.task == "locate" else (output, images.new_zeros(1, 0))
     return logits.float().cpu().numpy(), torch.sigmoid(maps[0].float()).cpu().numpy()
 
@@ -321,9 +331,11 @@ def predict_series(
 
     def ask(member: Member) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if member.name not in seen:
-            maps = ask(member.locator)[2] if member.locator else None
+            scores = maps = None
+            if member.locator:
+                _, (scores, *_), maps = ask(member.locator)
             image = make_image(member, uid, volumes[member.volume], maps)
-            seen[member.name] = image, *look(ensemble, member, image, tta)
+            seen[member.name] = image, *look(ensemble, member, image, tta, scores)
         return seen[member.name]
 
     for member in voters:

@@ -41,7 +41,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch.nn import functional as F
 
 import common
-from common import AP, LABELS, SWAP, UID, Config, SeriesDataset
+from common import AP, LABELS, SWAP, UID, Config, Proposal, SeriesDataset
 
 ORACLE_NOTE = "oracle_wauc uses annotated crops that no new patient has: a diagnostic, not a score"
 KEEP_CHECKPOINTS = 2  # of last/: the newest and one to fall back to
@@ -143,9 +143,9 @@ def training_decoys(cfg: Config, kept: pd.DataFrame, most: int = 512) -> np.ndar
     return places[::every].round(4)
 
 
-def load_proposals(cfg: Config, table: pd.DataFrame) -> dict[str, np.ndarray] | None:
-    """Places (n, 3) by series, each from the locator that held its fold out; None without `proposals`."""
-    if not cfg.proposals or not cfg.max_localizer_crops:
+def load_proposals(cfg: Config, table: pd.DataFrame) -> dict[str, Proposal] | None:
+    """Places and logits by series, each from the locator that held its fold out; None without `proposals`."""
+    if not cfg.proposals:
         return None
     found = {}
     folders = [path.parent for path in sorted(map(Path, glob.glob(f"{cfg.proposals}/proposals.csv")))]
@@ -161,8 +161,10 @@ def load_proposals(cfg: Config, table: pd.DataFrame) -> dict[str, np.ndarray] | 
             raise ValueError(
                 f"{folder}: proposals for series outside its fold; its folds were made from other data"
             )
+        probs = pd.read_csv(folder / "oof.csv", dtype={UID: str}).set_index(UID)[list(LABELS)]
         for uid, part in rows.groupby(UID):
-            found[uid] = part[["z", "y", "x"]].to_numpy()
+            own_probs = probs.loc[uid].to_numpy(float).clip(1e-9, 1 - 1e-9)
+            found[uid] = Proposal(part[["z", "y", "x"]].to_numpy(), np.log(own_probs / (1 - own_probs)))
     absent = set(table[UID]) - set(found)
     if absent:
         raise ValueError(
@@ -226,6 +228,11 @@ def flip_samples(
         points[..., 0] >= 0, swap[points[..., 0].long().clamp(min=0)], points[..., 0]
     )
     return images, labels, torch.where(flip[:, None, None], mirrored, points)
+
+
+def inputs(images: torch.Tensor, scores: torch.Tensor, cfg: Config) -> tuple[torch.Tensor, ...]:
+    """What the model's forward takes: a classifier with a locator gets that one's logits (B, 14) as well."""
+    return (images, scores) if cfg.has_scores else (images,)
 
 
 def label_loss(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
@@ -412,7 +419,7 @@ def predict(
     for batch in make_loader(dataset, batches, cfg, accelerator):
         images = batch["image"].to(accelerator.device, non_blocking=True).float() / 255
         with accelerator.autocast():
-            output = model(images)
+            output = model(*inputs(images, batch["scores"].to(accelerator.device), cfg))
         logits, maps = output if cfg.task == "locate" else (output, None)
         for i, index in enumerate(batch["index"].tolist()):
             peaks = None
@@ -645,8 +652,10 @@ def train_epoch(
             weight = world / size if len(step[rank]) else 0.0
             with contextlib.nullcontext() if step is group[-1] else accelerator.no_sync(trainee.model):
                 images, labels, points = augment(item, cfg)
+                flipped = item["augment"][:, :1] > 0.5
+                scores = torch.where(flipped, item["scores"][:, SWAP], item["scores"])
                 with accelerator.autocast():
-                    output = trainee.model(images)
+                    output = trainee.model(*inputs(images, scores, cfg))
                 losses = sample_losses(output, labels, points, item["spacing_mm"], cfg)
                 accelerator.backward(losses.sum() * weight)
             seen.append((losses.detach(), item["index"], weight > 0))
@@ -698,7 +707,8 @@ def finish(
     others = {"oracle": len(decoys) > 0, "deploy": proposals is not None} if cfg.task == "classify" else {}
     for mode in [name for name, wanted in others.items() if wanted]:
         run = common.load_run(folder, accelerator.device)
-        logits, _ = predict(run.model, SeriesDataset(cfg, held_out, mode, decoys), cfg, accelerator)
+        shown = proposals if mode == "oracle" else None  # the locator's scores stay, its places do not
+        logits, _ = predict(run.model, SeriesDataset(cfg, held_out, mode, decoys, shown), cfg, accelerator)
         if accelerator.is_main_process:
             other = sigmoid(logits)
             spread = common.bootstrap(truth, other, patients, cfg.bootstrap)
@@ -771,10 +781,11 @@ def write_best(
     """best_ema.safetensors, oof.csv and for a locator proposals.csv, each atomic."""
     columns = [UID, "patient", "Modality", "plane"]
     oof = held_out[columns].rename(columns={"Modality": "modality"})
-    probs = pd.DataFrame(sigmoid(logits).round(7), columns=list(LABELS))
+    probs = pd.DataFrame(sigmoid(logits), columns=list(LABELS))
     truth = held_out[list(LABELS)].rename(columns=lambda name: f"label {name}")
     common.write_atomic(
-        folder / "oof.csv", pd.concat([oof, probs, truth], axis=1).to_csv(index=False).encode()
+        folder / "oof.csv",
+        pd.concat([oof, probs, truth], axis=1).to_csv(index=False, float_format="%.12g").encode(),
     )
     if peaks:
         rows = pd.concat(

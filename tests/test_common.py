@@ -237,9 +237,10 @@ def test_proposals_stand_where_decoys_would(tmp_path):
     uid = table[UID][0]
     volume = write_cached_series(tmp_path, uid, cfg, [])
     places = np.array([[2.0, 8.0, 8.0], [5.0, 20.0, 20.0]])
-    crops = common.SeriesDataset(cfg, table, "deploy", np.full((1, 3), 0.4), {uid: places})[0]["image"][
-        8:
-    ].numpy()
+    proposals = {uid: common.Proposal(places, np.arange(14.0))}
+    item = common.SeriesDataset(cfg, table, "deploy", np.full((1, 3), 0.4), proposals)[0]
+    crops = item["image"][8:].numpy()
+    assert item["scores"].tolist() == list(range(14))
     for k, place in enumerate(places):
         assert (crops[k] == common.cut_crop(volume, place, np.array([4.0, 5.0, 5.0]), cfg)).all()
     assert crops[2].any()
@@ -263,6 +264,15 @@ def test_locator_maps_add_up_to_its_finding_and_peak_at_its_logits():
     assert torch.equal(logits[:, :13], maps.flatten(2).amax(-1))
     found = torch.sigmoid(maps).sum(1).flatten(1).amax(1)
     assert torch.allclose(found, torch.sigmoid(logits[:, 13]), atol=1e-6) and found.std() > 0
+
+
+def test_a_classifier_adds_to_the_logits_of_its_locator():
+    cfg = replace(TINY, proposals="outputs/locator_*")
+    model = common.build_model(cfg).eval()
+    images, scores = torch.rand(2, cfg.in_chans, 32, 32), torch.randn(2, 14)
+    own = model.net((images - 0.5) / 0.5)
+    assert own.std() > 0 and torch.allclose(model(images, scores), own + scores, atol=1e-6)
+    assert common.build_model(replace(cfg, locator_scores=False)).scores is None
 
 
 @pytest.mark.parametrize("task", ["classify", "locate"])

@@ -177,18 +177,20 @@ def test_rows_are_the_weighted_mean_of_what_validation_computes(work, reference)
         if cfg.proposals:
             locator = runs[f"locator_test_efficientnet_seed0_fold{cfg.fold}"].model
             with torch.no_grad():
-                _, maps = locator(torch.from_numpy(tensors["volume"])[None].float() / 255)
+                scores, maps = locator(torch.from_numpy(tensors["volume"])[None].float() / 255)
             spacing_mm = np.array(json.loads(meta["spacing_mm"]))
             peaks = common.find_peaks(torch.sigmoid(maps[0]).numpy(), spacing_mm, 3, cfg.min_peak_mm, 8)
-            found = {uid: peaks[:, :3]}
+            found = {uid: common.Proposal(peaks[:, :3], scores[0].numpy())}
             assert len(peaks) == 3
         crops = {} if cfg.task == "classify" else {"max_localizer_crops": 0}
         rows = labels[labels[UID] == uid]
         decoys = np.array(run_.meta["decoys"])
         dataset = SeriesDataset(replace(cfg, **crops), rows, "deploy", decoys, found)
-        image = dataset[0]["image"][None].float() / 255
+        image, scores = dataset[0]["image"][None].float() / 255, dataset[0]["scores"][None]
+        views = [(image, scores), (image.flip(-1), scores[:, SWAP])]
+        assert cfg.has_scores == bool(scores.any())
         with torch.no_grad():
-            outputs = [run_.model(view) for view in (image, image.flip(-1))]
+            outputs = [run_.model(*(view if cfg.has_scores else view[:1])) for view in views]
         logits = [output[0] if isinstance(output, tuple) else output for output in outputs]
         probs = [torch.sigmoid(own)[0].numpy() for own in logits]
         total += cfg.ensemble_weight * (probs[0] + probs[1][SWAP]) / 2
@@ -283,12 +285,15 @@ def test_locators_stand_first_and_propose_for_their_own_fold(work):
 
 
 def test_members_without_their_locator_or_with_other_volumes_are_named(work, tmp_path, capsys):
-    write_run(tmp_path / "outputs", 0, ["1.2"], fold=2, proposals="outputs/locator_*_seed0_fold*")
+    proposals = "outputs/locator_*_seed0_fold*"
+    write_run(tmp_path / "outputs", 0, ["1.2"], fold=2, proposals=proposals, locator_scores=False)
+    write_run(tmp_path / "outputs", 0, ["1.2"], fold=3, proposals=proposals)
     write_run(tmp_path / "outputs", 1, ["1.2"], seed=1, base_slices=6)
     args = arguments(work, "--outputs", str(tmp_path / "outputs/*"))
     (member,) = infer.load_ensemble(args, torch.device("cpu"), common.volume_settings(BASE)).members
     said = capsys.readouterr().err
-    assert member.locator is None and "decoys instead of proposals" in said
+    assert member.run.cfg.fold == 2 and member.locator is None and "decoys instead of proposals" in said
+    assert "seed0_fold3: their fold's locator, whose scores they take, is missing" in said
     assert "test_efficientnet_seed1_fold0: needs other volumes: base_slices 6 (cache: 8)" in said
     both = infer.load_ensemble(args, torch.device("cpu"), None)
     assert sorted(cfg.base_slices for cfg in both.configs) == [6, 8]

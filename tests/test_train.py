@@ -349,6 +349,7 @@ def test_two_processes_follow_one_and_resume_to_the_same_bits(cache, tmp_path):
     process = start(folders[2], half, processes=2)
     while not list((folders[2] / "outputs").glob("*/last/0001*")) and process.poll() is None:
         time.sleep(0.02)
+    time.sleep(np.random.default_rng().uniform(0, 1))  # anywhere in the second epoch or its end
     os.killpg(process.pid, signal.SIGKILL)
     subprocess.run(
         ["pkill", "-KILL", "-f", str(folders[2])], check=False
@@ -359,6 +360,30 @@ def test_two_processes_follow_one_and_resume_to_the_same_bits(cache, tmp_path):
         run(folders[2], half, "--resume", processes=2)
     name = Path("outputs") / "test_vit_seed0_fold0"
     assert_same_run(folders[2] / name, folders[1] / name)
+
+
+def test_accumulated_batches_follow_one_large_batch(cache, tmp_path):
+    """30 series in updates of 4 end with one of 2: also that one weighs right."""
+    cfg = replace(QUICK, cache=str(cache), model_name="test_vit", epochs=2, ema_decay=0.9, clip_grad=0.0)
+    logs = []
+    for name, own in (("whole", cfg), ("parts", replace(cfg, batch_size=1, accumulation=4))):
+        (tmp_path / name).mkdir()
+        run(tmp_path / name, own)
+        logs.append(pd.read_csv(tmp_path / name / "outputs" / "test_vit_seed0_fold0" / "log.csv"))
+    assert logs[0]["lr"].tolist() == logs[1]["lr"].tolist()
+    for name in ("train_loss", "val_loss"):
+        assert logs[0][name].to_numpy() == pytest.approx(logs[1][name].to_numpy(), abs=1e-4)
+
+
+def test_out_of_memory_says_which_settings_to_lower(monkeypatch, capsys, tmp_path):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(train, "train", full)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--set", f"outputs={tmp_path}", "--set", "precision='no'"])
+    assert train.main() == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert all(name in line for name in ("batch_size", "accumulation", "grad_checkpointing", "img_size"))
 
 
 def test_a_second_run_in_the_same_folder_is_refused(cache, tmp_path):
@@ -392,6 +417,12 @@ def test_locator_learns_writes_proposals_and_a_classifier_uses_them(cache, tmp_p
     )
     run(tmp_path, classifier)
     metrics = json.loads((tmp_path / "outputs/test_efficientnet_seed0_fold0/metrics.json").read_text())
+    table = train.load_table(classifier)
+    found = train.load_proposals(classifier, table)
+    oof = pd.concat(pd.read_csv(p, dtype={UID: str}) for p in tmp_path.glob("outputs/locator_*/oof.csv"))
+    probs = oof.set_index(UID)[list(LABELS)].loc[list(found)].to_numpy()
+    assert train.sigmoid(np.stack([p.logits for p in found.values()])) == pytest.approx(probs, abs=1e-9)
+    assert len(found) == len(table) == 40
     gain, without = metrics["gain_of_proposals"], metrics["wauc_without_proposals"]
     assert gain[0] == pytest.approx(metrics["wauc"] - without[0]) and gain[1] <= gain[0] <= gain[2]
     refused = run(tmp_path, replace(classifier, num_folds=4, seed=1), code=1)
