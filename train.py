@@ -521,6 +521,8 @@ def train(cfg: Config, accelerator: accelerate.Accelerator, resume: bool, overwr
     dataset = SeriesDataset(cfg, kept, "train", decoys, proposals)
     deployed = SeriesDataset(cfg, held_out, "deploy", decoys, proposals)
     prepare_folder(folder, resume, overwrite, accelerator)
+    if cfg.tracker:  # only now: --overwrite has emptied the folder
+        accelerator.init_trackers("aneurysm", config={k: str(v) for k, v in asdict(cfg).items()})
     trainee, progress = begin(cfg, accelerator, load_last(folder) if resume else None)
     in_force, num_weights = effective_precision(accelerator), sum(p.numel() for p in trainee.raw.parameters())
     say(
@@ -911,8 +913,6 @@ def main() -> int:
             log_with=cfg.tracker or None,
             project_dir=folder if cfg.tracker else None,
         )
-        if cfg.tracker:
-            accelerator.init_trackers("aneurysm", config={k: str(v) for k, v in asdict(cfg).items()})
         use_cores(accelerator)
         with locked(folder, accelerator):
             train(cfg, accelerator, args.resume, args.overwrite)
