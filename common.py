@@ -2095,6 +2095,11 @@ def make_folds(table: pd.DataFrame, num_folds: int, seed: int) -> pd.Series:
     return pd.Series(by_patient.loc[table["patient"]].to_numpy(), index=table[UID], name="fold")
 
 
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Probabilities (float64) of logits of any shape."""
+    return 1 / (1 + np.exp(-np.clip(logits.astype(np.float64), -80, 80)))
+
+
 def weighted_ranks_auc(truth: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """AUC of one column for many weightings of its rows: truth (N,), scores (N,), weights (D, N) -> (D,).
 

@@ -245,7 +245,7 @@ def load_ensemble(args: argparse.Namespace, device: torch.device, cached: dict |
     if decoyed := [member.name for member in without if member.name not in blind]:
         say(f"decoys instead of proposals, as their fold's locator is missing: {', '.join(decoyed)}")
     if not members:
-        raise ValueError(f"--outputs {args.outputs}: no member is left; put the locators' folders beside them")
+        raise ValueError(f"--outputs {args.outputs}: no member is left; put their locators beside them")
     members.sort(key=lambda m: (m.run.cfg.task != "locate", -m.run.cfg.ensemble_weight, m.name))
     distinct: dict[str, Config] = {}
     for member in filter(None, [*members, *(m.locator for m in members)]):
@@ -309,12 +309,8 @@ def combine(logits: list[np.ndarray], weights: list[float], mean: str) -> np.nda
     swapped back, then weighted mean of the members; of probabilities or (mean "logits") of logits."""
     views = [np.stack([own[0], own[1][SWAP]]) if len(own) == 2 else own for own in logits]
     if mean == "logits":
-        return sigmoid(np.average([view.mean(0) for view in views], axis=0, weights=weights))
-    return np.average([sigmoid(view).mean(0) for view in views], axis=0, weights=weights)
-
-
-def sigmoid(logits: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-np.clip(logits.astype(np.float64), -80, 80)))
+        return common.sigmoid(np.average([view.mean(0) for view in views], axis=0, weights=weights))
+    return np.average([common.sigmoid(view).mean(0) for view in views], axis=0, weights=weights)
 
 
 def predict_series(

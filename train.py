@@ -712,7 +712,7 @@ def finish(
         shown = proposals if mode == "oracle" else None  # the locator's scores stay, its places do not
         logits, _ = predict(run.model, SeriesDataset(cfg, held_out, mode, decoys, shown), cfg, accelerator)
         if accelerator.is_main_process:
-            other = sigmoid(logits)
+            other = common.sigmoid(logits)
             spread = common.bootstrap(truth, other, patients, cfg.bootstrap)
             value = [common.weighted_auc(truth, other)["wauc"], spread["low"], spread["high"]]
             if mode == "oracle":
@@ -783,7 +783,7 @@ def write_best(
     """best_ema.safetensors, oof.csv and for a locator proposals.csv, each atomic."""
     columns = [UID, "patient", "Modality", "plane"]
     oof = held_out[columns].rename(columns={"Modality": "modality"})
-    probs = pd.DataFrame(sigmoid(logits), columns=list(LABELS))
+    probs = pd.DataFrame(common.sigmoid(logits), columns=list(LABELS))
     truth = held_out[list(LABELS)].rename(columns=lambda name: f"label {name}")
     common.write_atomic(
         folder / "oof.csv",
@@ -858,10 +858,6 @@ def use_cores(accelerator: accelerate.Accelerator) -> None:
 
 def hash_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def sigmoid(logits: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-logits.astype(np.float64)))
 
 
 def clean(value):

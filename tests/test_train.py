@@ -291,7 +291,7 @@ def test_validation_logits_do_not_depend_on_annotated_points(undisturbed, cache,
         logits.append(train.predict(loaded.model, dataset, cfg, accelerator)[0])
     assert np.array_equal(*logits) and logits[0].std() > 0
     reported = pd.read_csv(undisturbed / "oof.csv")[list(LABELS)].to_numpy()
-    assert train.sigmoid(logits[0]) == pytest.approx(reported, abs=1e-5)
+    assert common.sigmoid(logits[0]) == pytest.approx(reported, abs=1e-5)
 
 
 def test_killed_runs_resume_to_the_same_bits(undisturbed, cache, tmp_path):
@@ -421,7 +421,7 @@ def test_locator_learns_writes_proposals_and_a_classifier_uses_them(cache, tmp_p
     found = train.load_proposals(classifier, table)
     oof = pd.concat(pd.read_csv(p, dtype={UID: str}) for p in tmp_path.glob("outputs/locator_*/oof.csv"))
     probs = oof.set_index(UID)[list(LABELS)].loc[list(found)].to_numpy()
-    assert train.sigmoid(np.stack([p.logits for p in found.values()])) == pytest.approx(probs, abs=1e-9)
+    assert common.sigmoid(np.stack([p.logits for p in found.values()])) == pytest.approx(probs, abs=1e-9)
     assert len(found) == len(table) == 40
     gain, without = metrics["gain_of_proposals"], metrics["wauc_without_proposals"]
     assert gain[0] == pytest.approx(metrics["wauc"] - without[0]) and gain[1] <= gain[0] <= gain[2]
