@@ -147,10 +147,17 @@ def load_proposals(cfg: Config, table: pd.DataFrame) -> dict[str, Proposal] | No
     """Places and logits by series, each from the locator that held its fold out; None without `proposals`."""
     if not cfg.proposals:
         return None
-    found = {}
+    found, by_fold = {}, {}
     folders = [path.parent for path in sorted(map(Path, glob.glob(f"{cfg.proposals}/proposals.csv")))]
     for folder in folders:
+        if not (folder / "metrics.json").exists():
+            raise ValueError(f"{folder}: this locator is not finished; go on with it (--resume) first")
         own = common.load_config(folder / "config.yaml")
+        if by_fold.setdefault(own.fold, folder) != folder:
+            raise ValueError(
+                f"proposals {cfg.proposals!r}: {by_fold[own.fold]} and {folder} hold out the same fold; "
+                f"expected one locator per fold, for example outputs/locator_*_seed0_fold*"
+            )
         if (own.num_folds, own.fold_seed) != (cfg.num_folds, cfg.fold_seed):
             raise ValueError(
                 f"{folder}: made with num_folds {own.num_folds}, fold_seed {own.fold_seed}; this run differs"

@@ -26,11 +26,18 @@ ROWS = {
     "b_crops": "(b) + localizer crops",
     "c_regularised": "(c) + drop-out and off-switch",
     "d_proposals": "(d) + the locator's proposals as crops",
+    "d_scores": "(d+) + the locator's logits",
     "e_locator": "(e) the locator alone",
-    "f_combined": "(f) mean of (d) and (e)",
+    "f_combined": "(f) mean of (d+) and (e)",
 }
-PAIRS = (("b_crops", "a_slabs"), ("c_regularised", "b_crops"), ("d_proposals", "a_slabs"))
-PAIRS += (("e_locator", "d_proposals"), ("f_combined", "e_locator"))
+PAIRS = (
+    ("b_crops", "a_slabs"),
+    ("c_regularised", "b_crops"),
+    ("d_proposals", "a_slabs"),
+    ("d_scores", "a_slabs"),
+    ("d_scores", "e_locator"),
+    ("f_combined", "e_locator"),
+)
 
 
 def call(*command: str, threads: int = 0) -> None:
@@ -118,8 +125,8 @@ def main() -> int:
         train_all(args.seeds, args.jobs)
     found = {row: results(row, args.seeds) for row in ROWS if row != "f_combined"}
     probs = {row: found[row][2] for row in found}
-    num = min(len(probs["d_proposals"]), len(probs["e_locator"]))
-    probs["f_combined"] = (probs["d_proposals"][:num] + probs["e_locator"][:num]) / 2 if num else np.zeros(0)
+    num = min(len(probs["d_scores"]), len(probs["e_locator"]))
+    probs["f_combined"] = (probs["d_scores"][:num] + probs["e_locator"][:num]) / 2 if num else np.zeros(0)
     table = next((table for _, table, _ in found.values() if len(table)), None)
     if table is None:
         return 1
@@ -135,9 +142,12 @@ def main() -> int:
     for row, base in PAIRS:
         if len(probs[row]) and len(probs[base]):
             value, low, high = common.compare(truth, probs[row].mean(0), probs[base].mean(0), patients)
-            print(f"| ({row[0]}) less ({base[0]}): {value:+.3f} | {low:+.3f} to {high:+.3f} |")
-    gain = mean_metric(found["d_proposals"][0], "gain_of_proposals", "+.3f")
-    print(f"\nGain of (d) by its proposals: {gain}.")
+            names = " less ".join(ROWS[name].split()[0] for name in (row, base))
+            print(f"| {names}: {value:+.3f} | {low:+.3f} to {high:+.3f} |")
+    print()
+    for row in ("d_proposals", "d_scores"):
+        gain = mean_metric(found[row][0], "gain_of_proposals", "+.3f")
+        print(f"Gain of {ROWS[row].split()[0]} by its proposals, against decoys: {gain}.")
     for title, key in (("recall within 10 mm", "recall_10mm"), ("false per negative", "false_per_negative")):
         print(f"Locator, {title}: {mean_metric(found['e_locator'][0], key, '.2f')}.")
     return 0

@@ -4,6 +4,7 @@ way."""
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -425,8 +426,13 @@ def test_locator_learns_writes_proposals_and_a_classifier_uses_them(cache, tmp_p
     assert len(found) == len(table) == 40
     gain, without = metrics["gain_of_proposals"], metrics["wauc_without_proposals"]
     assert gain[0] == pytest.approx(metrics["wauc"] - without[0]) and gain[1] <= gain[0] <= gain[2]
-    refused = run(tmp_path, replace(classifier, num_folds=4, seed=1), code=1)
-    assert "num_folds 2" in refused
+    assert "num_folds 2" in run(tmp_path, replace(classifier, num_folds=4, seed=1), code=1)
+    other = folder.with_name("locator_test_efficientnet_seed1_fold0")
+    shutil.copytree(folder, other)
+    both = replace(classifier, seed=1, proposals=str(tmp_path / "outputs/locator_*"))
+    assert "hold out the same fold" in run(tmp_path, both, code=1)
+    (folder / "metrics.json").unlink()
+    assert "not finished" in run(tmp_path, replace(classifier, seed=1), code=1)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_series(cache, tmp_path):
