@@ -109,8 +109,8 @@ class Config:
     # the model
     model_name: str = "maxvit_base_tf_384"  # any timm name; for task locate the backbone of the locator
     pretrained: bool | str = True  # true: from the hub | PATH.safetensors | false: from scratch
-    drop_path_rate: float = 0.2
-    drop_rate: float = 0.0
+    drop_path_rate: float = 0.2  # where the model has it
+    drop_rate: float = 0.0  # of a classifier's head
     locator_width: int = 32  # channels of the locator's merged features
     locator_stride: int = 8  # pixels of a volume per cell of its maps: 4 | 8 | 16
     heatmap_weight: float = 1.0  # locate: weight of the map loss beside the label loss
@@ -167,6 +167,10 @@ CHOICES = {
     "precision": ("fp16", "bf16", "no"),
     "tracker": ("", "tensorboard", "wandb"),
 }
+POSITIVE = {  # other numbers may be 0, none may be negative
+    *("num_folds", "base_slices", "img_size", "roi_mm", "roi_top_mm", "crop_mm", "min_peak_mm"),
+    *("locator_width", "heatmap_sigma_mm", "epochs", "batch_size", "accumulation", "lr", "bootstrap"),
+}
 VOLUME_SETTINGS = (
     "base_slices",
     "img_size",
@@ -193,7 +197,10 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
         key, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"--set {text}: expected key=value, for example --set lr=1.0e-4")
-        values[key.strip()] = (yaml.safe_load(value), "--set")
+        try:
+            values[key.strip()] = (yaml.safe_load(value) if value.strip() else "", "--set")
+        except yaml.YAMLError:
+            raise ValueError(f"--set {text}: not a YAML value; quote it: --set '{key}=\"...\"'") from None
     return _checked({key: _typed(key, value, where) for key, (value, where) in values.items()})
 
 
@@ -228,9 +235,10 @@ def _typed(key: str, value: object, where: str) -> object:
     kind = types[key]
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if kind == tuple[float, float] and isinstance(value, list | tuple) and len(value) == 2:
-        if all(isinstance(v, int | float) and not isinstance(v, bool) for v in value):
-            return tuple(float(v) for v in value)
+    if kind == tuple[float, float]:
+        numbers = value if isinstance(value, list | tuple) and len(value) == 2 else [""]
+        if all(isinstance(v, int | float) and not isinstance(v, bool) for v in numbers):
+            return tuple(float(v) for v in numbers)
     elif type(value) in (typing.get_args(kind) or (kind,)):  # bool is no int here
         return value
     hint = " (YAML reads 1e-4 as text: write 1.0e-4)" if kind is float and isinstance(value, str) else ""
@@ -246,23 +254,18 @@ def _checked(values: dict) -> Config:
             raise ValueError(
                 f"{key} is {getattr(cfg, key)!r}, expected one of {', '.join(map(repr, choices))}"
             )
-    positive = (
-        "base_slices",
-        "img_size",
-        "roi_mm",
-        "roi_top_mm",
-        "crop_mm",
-        "epochs",
-        "batch_size",
-        "num_folds",
-    )
-    for key in positive:
-        if getattr(cfg, key) <= 0:
-            raise ValueError(f"{key} is {getattr(cfg, key)}, expected more than 0")
+    for key, value in asdict(cfg).items():
+        if isinstance(value, int | float) and value < (0 if key not in POSITIVE else 1e-12):
+            least = "more than 0" if key in POSITIVE else "0 or more"
+            raise ValueError(f"{key} is {value}, expected {least}")
     shares = [f.name for f in fields(Config) if f.name.startswith("p_")] + ["label_smoothing", "drop_rate"]
     for key in shares:
         if not 0 <= getattr(cfg, key) <= 1:
             raise ValueError(f"{key} is {getattr(cfg, key)}, expected a share between 0 and 1")
+    if cfg.task == "locate" and cfg.max_localizer_crops:
+        raise ValueError(
+            f"max_localizer_crops is {cfg.max_localizer_crops}, expected 0: task locate takes slabs alone"
+        )
     if not 0 <= cfg.fold < cfg.num_folds:
         raise ValueError(
             f"fold is {cfg.fold}, expected 0 to {cfg.num_folds - 1} (num_folds is {cfg.num_folds})"
@@ -2237,7 +2240,7 @@ def score(table: pd.DataFrame, probs: np.ndarray, draws: int = 2000) -> dict:
 
 # --- dataset ------------------------------------------------------------------------------------------------
 
-NUM_PROPOSALS = 3  # places a locator names at the least
+NUM_PROPOSALS = 3  # places that a locator names in a series
 MAX_POINTS = 8  # annotated points an item carries (the data has at most 5 a series)
 NUM_AUGMENT = 8  # flip, degrees, scale, dx mm, dy mm, gain, offset, slab shift; then one keep flag per slab
 
@@ -2458,6 +2461,8 @@ class Locator(nn.Module):
         reductions = create_backbone(cfg, False, **options).feature_info.reduction()
         levels = [i for i, reduction in enumerate(reductions) if reduction in (4, 8, 16)]
         self.net = create_backbone(cfg, pretrained, out_indices=levels, **options)
+        if cfg.grad_checkpointing:
+            self.net.set_grad_checkpointing()
         self.merge = nn.ModuleList(nn.Conv2d(n, width, 1) for n in self.net.feature_info.channels())
         self.place = nn.Conv3d(3, width, 1)
         mix = nn.Conv3d(width, width, 3, padding=1, bias=False)
@@ -2516,13 +2521,13 @@ def create_backbone(cfg: Config, pretrained: bool, **options) -> nn.Module:
         options["pretrained_cfg_overlay"] = {"file": cfg.pretrained}
     wants = bool(pretrained and cfg.pretrained)
     try:
-        try:
-            return timm.create_model(cfg.model_name, pretrained=wants, **options)
-        except TypeError as error:
-            if "img_size" not in str(error):
-                raise
-            options.pop("img_size")  # convolutional networks take any size
-            return timm.create_model(cfg.model_name, pretrained=wants, **options)
+        while True:
+            try:
+                return timm.create_model(cfg.model_name, pretrained=wants, **options)
+            except TypeError as error:  # convolutional networks take any img_size, a few no drop_path_rate
+                unknown = [name for name in ("img_size", "drop_path_rate") if f"'{name}'" in str(error)]
+                if not any(options.pop(name, None) is not None for name in unknown):
+                    raise
     except (OSError, RuntimeError) as error:
         if not wants:
             raise
@@ -2560,6 +2565,12 @@ def find_peaks(maps: np.ndarray, spacing_mm: np.ndarray, num: int, min_mm: float
     return np.array(peaks, dtype=np.float32).reshape(-1, 5)
 
 
+def propose(maps: np.ndarray, spacing_mm: np.ndarray, cfg: Config) -> np.ndarray:
+    """The peaks (n, 5) of find_peaks that the locator of cfg proposes; spacing_mm (z, y, x) of the volume."""
+    apart_mm, stride = cfg.min_peak_mm, cfg.locator_stride
+    return find_peaks(maps, spacing_mm.astype(np.float32), NUM_PROPOSALS, apart_mm, stride)
+
+
 # --- checkpoint ---------------------------------------------------------------------------------------------
 
 
@@ -2571,7 +2582,7 @@ class Run:
     folder: Path
     model: nn.Module
     cfg: Config
-    meta: dict  # labels, prior (14,), decoys (M, 3), fold, val_uids, val_patients, epoch, wauc
+    meta: dict  # labels, prior (14,), decoys (M, 3), fold, val_uids, epoch, wauc
 
 
 def save_checkpoint(path: Path, model: nn.Module, cfg: Config, meta: dict) -> None:

@@ -275,9 +275,7 @@ def make_image(member: Member, uid: str, volume: Volume, maps: np.ndarray | None
     if cfg.task == "locate" or not cfg.max_localizer_crops:
         return volume.voxels
     if maps is not None:
-        num, apart_mm = cfg.max_localizer_crops, cfg.min_peak_mm
-        stride = member.locator.run.cfg.locator_stride
-        proposals = common.find_peaks(maps, spacing_mm.astype(np.float32), num, apart_mm, stride)[:, :3]
+        proposals = common.propose(maps, spacing_mm, member.locator.run.cfg)[:, :3]
     decoys = np.array(member.run.meta["decoys"]).reshape(-1, 3)
     crops = common.deployed_crops(volume.voxels, spacing_mm, uid, decoys, proposals, cfg)
     return np.concatenate([volume.voxels, crops])

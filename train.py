@@ -20,6 +20,7 @@ import fcntl
 import glob
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -28,7 +29,7 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import accelerate
@@ -38,6 +39,7 @@ import pandas as pd
 import torch
 import yaml
 from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
 from torch.nn import functional as F
 
 import common
@@ -95,24 +97,27 @@ def load_table(cfg: Config) -> pd.DataFrame:
     table["patient"] = table["patient"].where(
         table["patient"] != "", table[UID]
     )  # no PatientID: one of its own
-    expected, shared, seen = common.volume_settings(cfg), [], {}
+    expected, other, shared, seen = common.volume_settings(cfg), {}, [], {}
     for uid in table[UID]:
         path = cache / f"{common.safe_uid(uid)}.safetensors"
         if not path.is_file():
             faults.append(f"{path}: missing although the index calls it ok; run preprocess.py again")
             continue
-        tensors, meta = common.load_volume(path, ["sop_hashes"])
-        found = json.loads(meta["settings"])
+        try:
+            tensors, meta = common.load_volume(path, ["sop_hashes"])
+            found = json.loads(meta["settings"])
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            faults.append(f"{path}: not readable ({error}); delete it and run preprocess.py again")
+            continue
         if found != expected:
-            differ = ", ".join(
-                f"{k} {found.get(k)} (config: {v})" for k, v in expected.items() if found.get(k) != v
-            )
-            raise ValueError(
-                f"{path}: made with other settings: {differ}. Preprocess again or change the config"
-            )
+            other.setdefault(json.dumps(found), []).append(uid)
         for sop in tensors["sop_hashes"].tolist():
             if seen.setdefault(sop, uid) != uid:
                 shared.append(f"{seen[sop]} and {uid}")
+    for found, uids in other.items():
+        pairs = [(key, json.loads(found).get(key), value) for key, value in expected.items()]
+        differ = ", ".join(f"{key} {own} (config: {value})" for key, own, value in pairs if own != value)
+        fault(pd.Series(uids), f"made with other settings: {differ}; preprocess again or change the config")
     fault(pd.Series(sorted(set(shared))), "series that share a (0008,0018) SOPInstanceUID")
     if not faults and len(table):
         table["fold"] = common.make_folds(table, cfg.num_folds, cfg.fold_seed).loc[table[UID]].to_numpy()
@@ -133,8 +138,8 @@ def training_decoys(cfg: Config, kept: pd.DataFrame, most: int = 512) -> np.ndar
         return np.zeros((0, 3))
     places = []
     for uid in kept[UID]:
-        tensors, _ = common.load_volume(Path(cfg.cache) / f"{common.safe_uid(uid)}.safetensors")
-        fractions = (tensors["points"] + 0.5) / np.array(tensors["volume"].shape)
+        tensors, _ = common.load_volume(Path(cfg.cache) / f"{common.safe_uid(uid)}.safetensors", ["points"])
+        fractions = (tensors["points"] + 0.5) / [cfg.base_slices, cfg.img_size, cfg.img_size]
         places.append(fractions[((fractions >= 0) & (fractions <= 1)).all(axis=1)])
     places = np.concatenate(places)
     if not len(places):
@@ -162,6 +167,8 @@ def load_proposals(cfg: Config, table: pd.DataFrame) -> dict[str, Proposal] | No
             raise ValueError(
                 f"{folder}: made with num_folds {own.num_folds}, fold_seed {own.fold_seed}; this run differs"
             )
+        if common.volume_settings(own) != common.volume_settings(cfg):
+            raise ValueError(f"{folder}: its volumes have other settings; expected those of this run")
         held_out = set(table[UID][table["fold"] == own.fold])
         rows = pd.read_csv(folder / "proposals.csv", dtype={UID: str})
         if not set(rows[UID]) <= held_out:
@@ -344,22 +351,22 @@ def save_last(folder: Path, trainee: Trainee, scaler: torch.amp.GradScaler | Non
     aside = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    sums = {}
+    optimizer = io.BytesIO()
+    states = {"optimizer": trainee.optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else {}}
+    torch.save(states, optimizer)
+    files, sums = {"optimizer.pt": optimizer.getvalue()}, {}
     for name, module in (("model", trainee.raw), ("ema", trainee.ema.module)):
         tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-        common.write_atomic(aside / f"{name}.safetensors", save(tensors))
-    states = {"optimizer": trainee.optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else {}}
-    torch.save(states, aside / "optimizer.pt")
-    for path in sorted(aside.iterdir()):
-        data = path.read_bytes()
-        common.write_atomic(path, data)  # torch.save does not sync
-        sums[path.name] = hashlib.sha256(data).hexdigest()
+        files[f"{name}.safetensors"] = save(tensors)
+    for name, data in files.items():
+        common.write_atomic(aside / name, data)
+        sums[name] = hashlib.sha256(data).hexdigest()
     common.write_atomic(aside / "progress.json", json.dumps({**progress, "sha256": sums}).encode())
     shutil.rmtree(target, ignore_errors=True)
     os.rename(aside, target)
-    for old in sorted(p for p in (folder / "last").iterdir() if not p.name.startswith("."))[
-        :-KEEP_CHECKPOINTS
-    ]:
+    done = sorted((folder / "last").glob("[0-9]*"))
+    half_written = (folder / "last").glob(".*.tmp")  # by a run that was killed
+    for old in [*done[:-KEEP_CHECKPOINTS], *half_written]:
         shutil.rmtree(old)
 
 
@@ -400,6 +407,8 @@ def locked(folder: Path, accelerator: accelerate.Accelerator):
         raise ValueError(
             f"{folder}: another run is writing here; wait for it, or change seed, fold or outputs"
         )
+    if not all(gather_object([(folder / ".lock").exists()])):
+        raise ValueError(f"{folder}: not seen by every process; several machines need one shared folder")
     try:
         yield
     finally:
@@ -432,14 +441,18 @@ def predict(
             peaks = None
             if maps is not None:
                 probs = torch.sigmoid(maps[i].float()).cpu().numpy()
-                num = max(cfg.max_localizer_crops, common.NUM_PROPOSALS)
-                spacing_mm = batch["spacing_mm"][i].numpy()
-                peaks = common.find_peaks(probs, spacing_mm, num, cfg.min_peak_mm, cfg.locator_stride)
+                peaks = common.propose(probs, batch["spacing_mm"][i].numpy(), cfg)
             rows.append((index, logits[i].float().cpu().numpy(), peaks))
     rows = sorted(gather_object(rows), key=lambda row: row[0])
     if [row[0] for row in rows] != list(range(len(dataset))):
         raise RuntimeError(
             f"validation saw {len(rows)} rows for {len(dataset)} series; expected each exactly once"
+        )
+    broken = [dataset.uids[index] for index, logits, _ in rows if not np.isfinite(logits).all()]
+    if broken:
+        raise FloatingPointError(
+            f"validation: logits of {len(broken)} of {len(rows)} series are not finite, first {broken[0]}; "
+            f"lower lr, or set precision: 'no'"
         )
     return np.stack([row[1] for row in rows]), {
         dataset.uids[row[0]]: row[2] for row in rows if row[2] is not None
@@ -463,7 +476,7 @@ def make_loader(
 def quiet_worker(_: int) -> None:
     """One thread per loader process: they share the cores with the training process."""
     cv2.setNumThreads(0)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent saves first, then ends its workers
 
 
 def localisation(table: pd.DataFrame, peaks: dict, cfg: Config, reach_mm: float = 10.0) -> dict:
@@ -477,7 +490,7 @@ def localisation(table: pd.DataFrame, peaks: dict, cfg: Config, reach_mm: float 
     for row in table.itertuples():
         own = peaks[getattr(row, UID)]
         path = Path(cfg.cache) / f"{common.safe_uid(getattr(row, UID))}.safetensors"
-        tensors, meta = common.load_volume(path)
+        tensors, meta = common.load_volume(path, ["points"])
         away = (tensors["points"][:, None] - own[None, :, :3]) * np.array(json.loads(meta["spacing_mm"]))
         near = np.linalg.norm(away, axis=2) <= reach_mm  # (points, proposals)
         best.append(np.where(near, own[:, 3], -np.inf).max(axis=1, initial=-np.inf))
@@ -495,7 +508,7 @@ def localisation(table: pd.DataFrame, peaks: dict, cfg: Config, reach_mm: float 
 
     false = false * negative if np.isfinite(threshold) else np.full(len(table), np.nan)
     return {
-        "num_proposals": max(cfg.max_localizer_crops, common.NUM_PROPOSALS),
+        "num_proposals": common.NUM_PROPOSALS,
         "recall_10mm": ratio(
             np.array([np.isfinite(b).sum() for b in best]), np.array([len(b) for b in best])
         ),
@@ -527,10 +540,18 @@ def train(cfg: Config, accelerator: accelerate.Accelerator, resume: bool, overwr
     decoys, proposals = training_decoys(cfg, kept), load_proposals(cfg, table)
     dataset = SeriesDataset(cfg, kept, "train", decoys, proposals)
     deployed = SeriesDataset(cfg, held_out, "deploy", decoys, proposals)
-    prepare_folder(folder, resume, overwrite, accelerator)
-    if cfg.tracker:  # only now: --overwrite has emptied the folder
+    refuse_used_folder(folder, resume, overwrite, accelerator)
+    own = identity(cfg, kept, held_out, accelerator.num_processes)
+    last = load_last(folder) if resume else None
+    if last:
+        refuse_other_run(folder, last[1].get("identity", {}), own)
+    trainee, progress = begin(cfg, accelerator, last)
+    progress["identity"] = own
+    if overwrite and accelerator.is_main_process:  # not before the new run has been able to begin
+        empty_folder(folder)
+    accelerator.wait_for_everyone()
+    if cfg.tracker:
         accelerator.init_trackers("aneurysm", config={k: str(v) for k, v in asdict(cfg).items()})
-    trainee, progress = begin(cfg, accelerator, load_last(folder) if resume else None)
     in_force, num_weights = effective_precision(accelerator), sum(p.numel() for p in trainee.raw.parameters())
     say(
         f"{folder}: {len(kept)} series train, {len(held_out)} validate; {num_weights / 1e6:.1f} M weights; "
@@ -543,7 +564,6 @@ def train(cfg: Config, accelerator: accelerate.Accelerator, resume: bool, overwr
         "decoys": decoys.tolist(),
         "fold": cfg.fold,
         "val_uids": held_out[UID].tolist(),
-        "val_patients": sorted(held_out["patient"].unique()),
     }
     is_main, stop, started = (
         accelerator.is_main_process,
@@ -562,15 +582,14 @@ def train(cfg: Config, accelerator: accelerate.Accelerator, resume: bool, overwr
 
     while progress["epoch"] < cfg.epochs and not out_of_patience(progress, cfg):
         epoch, clock = progress["epoch"] + 1, time.perf_counter()
-        lr, waited = train_epoch(cfg, accelerator, trainee, dataset, progress, stop, save)
+        waited = train_epoch(cfg, accelerator, trainee, dataset, progress, stop, save)
         train_loss = sum(gather_object([progress["loss_sum"]])) / len(dataset)
         logits, peaks = predict(trainee.ema.module, deployed, cfg, accelerator)
         seconds = time.perf_counter() - clock
-        row = {"epoch": epoch, "lr": lr, "train_loss": train_loss, **validation_row(held_out, logits, cfg)}
-        row = {
-            k: round(float(v), 6)
-            for k, v in (row | {"seconds": seconds, "data_wait": waited / seconds}).items()
-        }
+        row = {"epoch": epoch, "lr": progress["lr"], "train_loss": train_loss}
+        row |= validation_row(held_out, logits, cfg)
+        row |= {"seconds": seconds, "data_wait": waited / seconds}
+        row = {key: round(float(value), 6) for key, value in row.items()}
         progress["history"].append(row)
         progress |= {"epoch": epoch, "group": 0, "loss_sum": 0.0}
         say(
@@ -610,6 +629,7 @@ def begin(cfg: Config, accelerator, last: tuple[dict, dict] | None) -> tuple[Tra
         "epoch": 0,
         "group": 0,
         "updates": 0,
+        "lr": 0.0,  # of the last update
         "history": [],
         "best": None,
         "loss_sum": 0.0,
@@ -630,16 +650,15 @@ def begin(cfg: Config, accelerator, last: tuple[dict, dict] | None) -> tuple[Tra
 
 def train_epoch(
     cfg: Config, accelerator, trainee: Trainee, dataset: SeriesDataset, progress: dict, stop, save
-) -> tuple[float, float]:
-    """The updates of one epoch from progress["group"] on; -> the last rate and the seconds spent waiting for
-    data.
+) -> float:
+    """The updates of one epoch from progress["group"] on; -> the seconds spent waiting for data.
 
     Raises FloatingPointError at a loss that is not finite, SystemExit(143) after SIGTERM with all saved.
     """
     epoch, rank, world = progress["epoch"], accelerator.process_index, accelerator.num_processes
     plan = plan_epoch(len(dataset), cfg.seed, epoch, cfg.batch_size, world, cfg.accumulation)
     total, warmup = cfg.epochs * len(plan), max(1, round(cfg.warmup_epochs * len(plan)))
-    todo, lr, waited = plan[progress["group"] :], 0.0, 0.0
+    todo, waited = plan[progress["group"] :], 0.0
     own = [step[rank] for group in todo for step in group]
     dataset.epoch = epoch
     batches = [part.tolist() if len(part) else [0] for part in own]  # an idle rank works along with weight 0
@@ -649,9 +668,9 @@ def train_epoch(
     for group in todo:
         # torch's randomness (drop path) depends on the update alone, so a resumed run repeats it
         torch.manual_seed(hash_seed(cfg.seed, epoch, progress["group"], rank))
-        lr = learning_rate(progress["updates"], total, warmup, cfg)
+        progress["lr"] = learning_rate(progress["updates"], total, warmup, cfg)
         for settings in trainee.optimizer.param_groups:
-            settings["lr"] = lr
+            settings["lr"] = progress["lr"]
         size, seen = sum(len(part) for step in group for part in step), []
         for step in group:
             clock = time.perf_counter()
@@ -689,12 +708,12 @@ def train_epoch(
             save()
             raise SystemExit(143)
     bar.close()
-    if world > 1:  # BatchNorm statistics differ between ranks
+    if world > 1:  # rank 0's BatchNorm statistics count, as in DDP's forward and in a checkpoint
         from timm.utils.distributed import distribute_bn
 
-        distribute_bn(trainee.ema.module, world, reduce=True)
-        distribute_bn(trainee.raw, world, reduce=True)
-    return lr, waited
+        distribute_bn(trainee.ema.module, world, reduce=False)
+        distribute_bn(trainee.raw, world, reduce=False)
+    return waited
 
 
 def finish(
@@ -709,6 +728,7 @@ def finish(
     """metrics.json of the best epoch, read back from its files; with annotated crops only as a diagnostic."""
     accelerator.wait_for_everyone()
     oof = pd.read_csv(folder / "oof.csv", dtype={UID: str, "patient": str})
+    assert oof[UID].tolist() == held_out[UID].tolist()
     probs = oof[list(LABELS)].to_numpy()
     truth, patients = held_out[list(LABELS)].to_numpy(float), held_out["patient"]
     metrics = common.score(held_out, probs, cfg.bootstrap) if accelerator.is_main_process else {}
@@ -716,8 +736,8 @@ def finish(
     others = {"oracle": len(decoys) > 0, "deploy": proposals is not None} if cfg.task == "classify" else {}
     for mode in [name for name, wanted in others.items() if wanted]:
         run = common.load_run(folder, accelerator.device)
-        shown = proposals if mode == "oracle" else None  # the locator's scores stay, its places do not
-        logits, _ = predict(run.model, SeriesDataset(cfg, held_out, mode, decoys, shown), cfg, accelerator)
+        kept = {u: replace(p, places=p.places[:0]) for u, p in (proposals or {}).items()}  # its scores alone
+        logits, _ = predict(run.model, SeriesDataset(cfg, held_out, mode, decoys, kept), cfg, accelerator)
         if accelerator.is_main_process:
             other = common.sigmoid(logits)
             spread = common.bootstrap(truth, other, patients, cfg.bootstrap)
@@ -762,26 +782,49 @@ def finish(
     )
 
 
-def prepare_folder(folder: Path, resume: bool, overwrite: bool, accelerator) -> None:
-    """Refuse a folder that holds a run, unless told what to do with it; --overwrite empties it."""
+def refuse_used_folder(folder: Path, resume: bool, overwrite: bool, accelerator) -> None:
+    """ValueError, on every rank, for a folder that holds a run, unless the user said what to do with it."""
     problem = [""]
-    if accelerator.is_main_process:
-        finished, begun = (folder / "metrics.json").exists(), (folder / "last").exists()
-        if overwrite:
-            for path in folder.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path)
-                elif path.name != ".lock":
-                    path.unlink()
-        elif finished:
+    if accelerator.is_main_process and not overwrite:
+        if (folder / "metrics.json").exists():
             problem = [f"{folder}: holds a finished run; --overwrite trains it again, or change seed or fold"]
-        elif begun and not resume:
+        elif (folder / "last").exists() and not resume:
             problem = [
                 f"{folder}: holds an unfinished run; --resume goes on with it, --overwrite starts again"
             ]
     problem = broadcast_object_list(problem)
     if problem[0]:
         raise ValueError(problem[0])
+
+
+def empty_folder(folder: Path) -> None:
+    """Delete all that an earlier run left, but for the lock that this one holds."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
+
+
+def identity(cfg: Config, kept: pd.DataFrame, held_out: pd.DataFrame, num_processes: int) -> dict:
+    """What a resumed run must share with the run that it goes on with: settings, processes, series of each
+    part."""
+    free = ("cache", "outputs", "workers", "tracker", "ensemble_weight")
+    settings = {key: value for key, value in json.loads(json.dumps(asdict(cfg))).items() if key not in free}
+    parts = {"training series": kept, "validation series": held_out}
+    sums = {name: hashlib.sha256(" ".join(part[UID]).encode()).hexdigest() for name, part in parts.items()}
+    return settings | {"processes": num_processes} | sums
+
+
+def refuse_other_run(folder: Path, begun: dict, now: dict) -> None:
+    """ValueError where a resumed run would differ from the one that it goes on with."""
+    changed = [key for key in now if begun.get(key) != now[key]]
+    differ = [f"{key} {str(begun.get(key))[:40]} (now {str(now[key])[:40]})" for key in changed]
+    if differ:
+        raise ValueError(
+            f"{folder}: cannot resume, the run was begun with {', '.join(differ)}; "
+            f"resume with the same, or start again with --overwrite"
+        )
 
 
 def write_best(
@@ -897,8 +940,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting"
     )
-    parser.add_argument("--resume", action="store_true", help="go on with an unfinished run")
-    parser.add_argument("--overwrite", action="store_true", help="delete what the run folder holds")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--resume", action="store_true", help="go on with an unfinished run, if there is one")
+    either.add_argument("--overwrite", action="store_true", help="delete what the run folder holds")
     return parser.parse_args(arguments)
 
 
@@ -920,6 +964,8 @@ def main() -> int:
         with locked(folder, accelerator):
             train(cfg, accelerator, args.resume, args.overwrite)
         accelerator.end_training()
+    except SystemExit as stopped:  # by SIGTERM, with all saved
+        return stopped.code
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr, flush=True)
         return 1

@@ -50,7 +50,11 @@ def train(row: str, seed: int, fold: int, threads: int) -> None:
     """One run, unless it is finished."""
     config = f"configs/ablation/{row}.yaml"
     cfg = common.load_config(ROOT / config, [f"seed={seed}", f"fold={fold}"])
-    if not (ROOT / cfg.outputs / cfg.run_name / "metrics.json").exists():
+    folder = ROOT / cfg.outputs / cfg.run_name
+    if (folder / "metrics.json").exists():
+        if common.load_config(folder / "config.yaml") != cfg:
+            raise ValueError(f"{folder}: made with other settings than {config} has now; delete it first")
+    else:
         settings = ["--set", f"seed={seed}", "--set", f"fold={fold}"]
         call("train.py", "--config", config, *settings, "--resume", threads=threads)
 
@@ -60,9 +64,8 @@ def train_all(seeds: int, num_jobs: int) -> None:
     if not (ROOT / "ablation/dicoms/train.csv").exists():
         options = ["--matrix", "128", "--modality", "CTA", "--plane", "axial", "--plain"]
         call("tests/phantom.py", "--dst", "ablation/dicoms", "--series", "1600", "--seed", "0", *options)
-    if not (ROOT / "ablation/cache/index.csv").exists():
-        folders = ["--src", "ablation/dicoms", "--dst", "ablation/cache"]
-        call("preprocess.py", *folders, "--config", "configs/demo.yaml")
+    folders = ["--src", "ablation/dicoms", "--dst", "ablation/cache"]
+    call("preprocess.py", *folders, "--config", "configs/demo.yaml")  # keeps what is there
     threads = max(1, len(os.sched_getaffinity(0)) // num_jobs)
     # seed 0 of the locator needs both folds: each proposes for the series that it held out
     locators = [("e_locator", seed, 0) for seed in range(seeds)] + [("e_locator", 0, 1)]
@@ -87,7 +90,7 @@ def results(row: str, seeds: int) -> tuple[list[dict], pd.DataFrame, np.ndarray]
 
 def mean_metric(metrics: list[dict], name: str, form: str) -> str:
     """Mean over seeds of a value, its low and its high end, where metrics.json has it."""
-    found = [m[name] for m in metrics if m.get(name)]
+    found = [m[name] for m in metrics if m.get(name) and None not in m[name]]
     if not found:
         return "–"
     value, low, high = (format(number, form) for number in np.mean(found, axis=0))

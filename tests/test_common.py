@@ -58,6 +58,10 @@ def test_every_config_of_the_project_loads(path):
         ("epochs: true", "epochs is True, expected int"),
         ("precision: fp8", "expected one of 'fp16', 'bf16', 'no'"),
         ("p_flip: 1.5", "expected a share between 0 and 1"),
+        ("accumulation: 0", "accumulation is 0, expected more than 0"),
+        ("max_localizer_crops: -1", "expected 0 or more"),
+        ("ct_window: 600.0", "ct_window is 600.0, expected"),
+        ("task: locate", "max_localizer_crops is 3, expected 0: task locate takes slabs alone"),
         ("fold: 5", "expected 0 to 4"),
         ("- fold", "found a list"),
         ("a: [", "not valid YAML"),
@@ -79,6 +83,9 @@ def test_set_overrides_yaml_and_yaml_its_base(tmp_path):
     )
     assert (cfg.lr, cfg.epochs, cfg.seed, cfg.ct_window) == (1e-3, 6, 3, (0.0, 500.0))
     assert cfg.pretrained == "w.safetensors" and cfg.batch_size == Config().batch_size
+    assert common.load_config(None, ["tracker="]).tracker == ""
+    with pytest.raises(ValueError, match="not a YAML value; quote it"):
+        common.load_config(None, ["proposals=*_seed0"])
 
 
 # --- folds and the metric -----------------------------------------------------------------------------------
@@ -277,19 +284,18 @@ def test_a_classifier_adds_to_the_logits_of_its_locator():
 
 @pytest.mark.parametrize("task", ["classify", "locate"])
 def test_a_checkpoint_rebuilds_its_model(tmp_path, task):
-    cfg = replace(TINY, task=task)
+    cfg = replace(TINY, task=task, max_localizer_crops=0 if task == "locate" else 3)
     model = common.build_model(cfg).eval()
     meta = {
         "prior": [0.1] * 14,
         "decoys": [],
         "fold": 0,
         "val_uids": ["1.2"],
-        "val_patients": ["p"],
         "epoch": 1,
     }
     common.save_checkpoint(tmp_path / "best_ema.safetensors", model, cfg, meta)
     run = common.load_run(tmp_path)
-    images = torch.rand(1, cfg.base_slices if task == "locate" else cfg.in_chans, 32, 32)
+    images = torch.rand(1, cfg.in_chans, 32, 32)
     ours, theirs = model(images), run.model(images)
     assert torch.equal(ours[0] if task == "locate" else ours, theirs[0] if task == "locate" else theirs)
     assert run.cfg == cfg and run.meta["val_uids"] == ["1.2"]
@@ -321,6 +327,33 @@ def test_pretrained_weights_come_from_a_local_file_with_the_stem_adapted(tmp_pat
 def test_an_unknown_model_is_refused_with_near_names():
     with pytest.raises(ValueError, match="maxvit_base_tf_384"):
         common.build_model(replace(TINY, model_name="maxvit_base_384"))
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "densenet121"])  # the latter knows no drop_path_rate
+def test_networks_that_lack_a_setting_are_built_without_it(name):
+    assert common.build_model(replace(TINY, model_name=name))(torch.rand(2, 11, 32, 32)).shape == (2, 14)
+
+
+@pytest.mark.parametrize("task", ["classify", "locate"])
+def test_gradient_checkpointing_changes_memory_not_gradients(task):
+    cfg = replace(TINY, task=task, max_localizer_crops=0, drop_rate=0.0)
+    torch.manual_seed(0)
+    plain, frugal = common.build_model(cfg), common.build_model(replace(cfg, grad_checkpointing=True))
+    frugal.load_state_dict(plain.state_dict())
+    images, gradients, saved = torch.rand(2, 8, 32, 32), [], []
+    for model in (plain, frugal):
+        saved.append(0)
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            saved[-1] += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = model.train()(images)
+        (output if task == "classify" else output[0]).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert gradients[0].abs().sum() > 0 and torch.allclose(*gradients, atol=1e-4)
+    assert saved[1] < 0.9 * saved[0]
 
 
 def test_importing_common_loads_neither_timm_nor_matplotlib():

@@ -66,7 +66,7 @@ def write_run(outputs: Path, weights: int, val_uids: list[str], **settings) -> N
         if cfg.task == "locate":
             model.find.bias.fill_(-1.0)
     meta = {"prior": np.linspace(0.1, 0.4, 14).tolist(), "fold": cfg.fold, "val_uids": val_uids}
-    meta |= {"decoys": np.random.default_rng(weights).random((20, 3)).tolist(), "val_patients": []}
+    meta |= {"decoys": np.random.default_rng(weights).random((20, 3)).tolist()}
     (outputs / cfg.run_name).mkdir(parents=True)
     common.save_checkpoint(outputs / cfg.run_name / "best_ema.safetensors", model, cfg, meta)
 
@@ -110,6 +110,7 @@ def work(tmp_path_factory) -> Path:
             val_uids,
             fold=fold,
             task="locate",
+            max_localizer_crops=0,
             locator_width=8,
             ensemble_weight=0.5,
         )
@@ -182,10 +183,9 @@ def test_rows_are_the_weighted_mean_of_what_validation_computes(work, reference)
             peaks = common.find_peaks(torch.sigmoid(maps[0]).numpy(), spacing_mm, 3, cfg.min_peak_mm, 8)
             found = {uid: common.Proposal(peaks[:, :3], scores[0].numpy())}
             assert len(peaks) == 3
-        crops = {} if cfg.task == "classify" else {"max_localizer_crops": 0}
         rows = labels[labels[UID] == uid]
         decoys = np.array(run_.meta["decoys"])
-        dataset = SeriesDataset(replace(cfg, **crops), rows, "deploy", decoys, found)
+        dataset = SeriesDataset(cfg, rows, "deploy", decoys, found)
         image, scores = dataset[0]["image"][None].float() / 255, dataset[0]["scores"][None]
         views = [(image, scores), (image.flip(-1), scores[:, SWAP])]
         assert cfg.has_scores == bool(scores.any())

@@ -25,7 +25,7 @@ import train
 from common import LABELS, UID
 
 ROOT = Path(__file__).parents[1]
-QUICK = replace(TINY, epochs=3, batch_size=4, num_folds=4, precision="no", workers=0, bootstrap=50, lr=1e-3)
+QUICK = replace(TINY, epochs=8, batch_size=4, num_folds=4, precision="no", workers=0, bootstrap=50, lr=1e-3)
 
 
 def write_config(folder: Path, cfg: common.Config) -> Path:
@@ -206,6 +206,7 @@ def test_every_fault_of_the_data_is_reported_at_once(tmp_path):
     (tmp_path / f"{table[UID][5]}.safetensors").unlink()
     path = tmp_path / f"{table[UID][6]}.safetensors"
     path.write_bytes((tmp_path / f"{table[UID][7]}.safetensors").read_bytes())  # the same images twice
+    (tmp_path / f"{table[UID][8]}.safetensors").write_bytes(b"cut short")
     with pytest.raises(ValueError) as error:
         train.load_table(replace(QUICK, cache=str(tmp_path)))
     for complaint in (
@@ -215,13 +216,14 @@ def test_every_fault_of_the_data_is_reported_at_once(tmp_path):
         "9.9",
         f"without labels in train.csv: {table[UID][4]}",
         f"{table[UID][5]}.safetensors: missing",
+        f"{table[UID][8]}.safetensors: not readable",
         f"SOPInstanceUID: {table[UID][6]} and {table[UID][7]}",
     ):
         assert complaint in str(error.value), complaint
 
 
 def test_a_cache_of_other_settings_is_refused(cache):
-    with pytest.raises(ValueError, match=r"other settings: roi_mm 160.0 \(config: 150.0\)"):
+    with pytest.raises(ValueError, match=r"40 x made with other settings: roi_mm 160.0 \(config: 150.0\)"):
         train.load_table(replace(QUICK, cache=str(cache), roi_mm=150.0))
 
 
@@ -269,11 +271,11 @@ def test_a_run_leaves_what_users_expect(undisturbed, cache):
     assert metrics["leak"][1] <= metrics["leak"][0] <= metrics["leak"][2]
     assert "wauc_without_proposals" not in metrics  # there were none
     assert set(metrics["undefined"]) == {n for n in LABELS if held_out[n].nunique() < 2}
-    assert len(metrics["history"]) == 3 == len(pd.read_csv(undisturbed / "log.csv"))
+    assert len(metrics["history"]) == 8 == len(pd.read_csv(undisturbed / "log.csv"))
     meta = common.load_run(undisturbed).meta
     assert meta["val_uids"] == held_out[UID].tolist()
     kept = table[table["fold"] != 0]
-    assert not set(kept["patient"]) & set(meta["val_patients"])
+    assert not set(kept["patient"]) & set(oof["patient"])
     assert meta["prior"] == pytest.approx(kept[list(LABELS)].mean().tolist(), abs=1e-6)
 
 
@@ -295,6 +297,17 @@ def test_validation_logits_do_not_depend_on_annotated_points(undisturbed, cache,
     assert common.sigmoid(logits[0]) == pytest.approx(reported, abs=1e-5)
 
 
+def test_logits_that_are_not_finite_are_no_validation(cache):
+    import accelerate
+
+    cfg = replace(QUICK, cache=str(cache))
+    table = train.load_table(cfg)
+    dataset, model = common.SeriesDataset(cfg, table, "deploy", np.zeros((0, 3))), common.build_model(cfg)
+    torch.nn.init.constant_(model.net.conv_stem.weight, float("nan"))
+    with pytest.raises(FloatingPointError, match=f"40 of 40 series are not finite, first {table[UID][0]}"):
+        train.predict(model, dataset, cfg, accelerate.Accelerator(cpu=True))
+
+
 def test_killed_runs_resume_to_the_same_bits(undisturbed, cache, tmp_path):
     cfg, rng, kills = replace(QUICK, cache=str(cache)), np.random.default_rng(0), 0
     folder = tmp_path / "outputs" / "test_efficientnet_seed0_fold0"
@@ -314,29 +327,40 @@ def test_killed_runs_resume_to_the_same_bits(undisturbed, cache, tmp_path):
     assert_same_run(folder, undisturbed)
 
 
-def test_sigterm_saves_and_exits_143_and_a_damaged_checkpoint_is_passed_over(undisturbed, cache, tmp_path):
-    cfg = replace(QUICK, cache=str(cache))
-    folder = tmp_path / "outputs" / "test_efficientnet_seed0_fold0"
-    process = start(tmp_path, cfg)
-    while not list((folder / "last").glob("0001*")) and process.poll() is None:
+def wait_for_checkpoint(folder: Path, process: subprocess.Popen) -> Path:
+    """The run folder below `folder`, once its first epoch is saved."""
+    while not list(folder.glob("outputs/*/last/0001*")) and process.poll() is None:
         time.sleep(0.02)
-    process.terminate()
-    _, err = process.communicate()
-    assert process.returncode in (143, 0), err
-    if process.returncode == 143:
-        assert "holds an unfinished run" in run(tmp_path, cfg, code=1)
-        newest = max((folder / "last").glob("[0-9]*"))
-        with open(newest / "model.safetensors", "r+b") as file:
-            file.seek(-8, 2)
-            file.write(b"\xff" * 8)
-        assert "falling back to the one before" in run(tmp_path, cfg, "--resume")
+    (last,) = folder.glob("outputs/*/last")
+    return last.parent
+
+
+def test_sigterm_saves_and_exits_143_and_a_damaged_checkpoint_is_passed_over(undisturbed, cache, tmp_path):
+    """The signal goes to the whole process group, as a scheduler sends it: also to the loader's worker."""
+    cfg = replace(QUICK, cache=str(cache), workers=1)
+    process = start(tmp_path, cfg)
+    folder = wait_for_checkpoint(tmp_path, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and "Traceback" not in err, err
+    assert not (folder / "metrics.json").exists()
+    assert "holds an unfinished run" in run(tmp_path, cfg, code=1)
+    assert "batch_size 4 (now 2)" in run(tmp_path, replace(cfg, batch_size=2), "--resume", code=1)
+    newest = max((folder / "last").glob("[0-9]*"))
+    with open(newest / "model.safetensors", "r+b") as file:
+        file.seek(-8, 2)
+        file.write(b"\xff" * 8)
+    assert "falling back to the one before" in run(tmp_path, cfg, "--resume")
     assert_same_run(folder, undisturbed)
     assert "holds a finished run" in run(tmp_path, cfg, "--resume", code=1)
+    gone = replace(cfg, pretrained="gone.safetensors")
+    assert "no such file" in run(tmp_path, gone, "--overwrite", code=1)
+    assert_same_run(folder, undisturbed)  # a run that cannot begin has deleted nothing
 
 
 def test_two_processes_follow_one_and_resume_to_the_same_bits(cache, tmp_path):
     """A model without BatchNorm: half the batch on each of two processes is the same training."""
-    cfg = replace(QUICK, cache=str(cache), model_name="test_vit", epochs=2, ema_decay=0.9, clip_grad=0.0)
+    cfg = replace(QUICK, cache=str(cache), model_name="test_vit", ema_decay=0.9, clip_grad=0.0)
     folders = [tmp_path / name for name in ("one", "two", "killed")]
     for folder in folders:
         folder.mkdir()
@@ -348,19 +372,32 @@ def test_two_processes_follow_one_and_resume_to_the_same_bits(cache, tmp_path):
     for name in ("train_loss", "val_loss"):
         assert logs[0][name].to_numpy() == pytest.approx(logs[1][name].to_numpy(), abs=1e-4)
     process = start(folders[2], half, processes=2)
-    while not list((folders[2] / "outputs").glob("*/last/0001*")) and process.poll() is None:
-        time.sleep(0.02)
-    time.sleep(np.random.default_rng().uniform(0, 1))  # anywhere in the second epoch or its end
+    killed = wait_for_checkpoint(folders[2], process)
+    time.sleep(np.random.default_rng().uniform(0, 0.3))
     os.killpg(process.pid, signal.SIGKILL)
-    subprocess.run(
-        ["pkill", "-KILL", "-f", str(folders[2])], check=False
-    )  # ranks live on without their launcher
+    # ranks live on without their launcher
+    subprocess.run(["pkill", "-KILL", "-f", str(folders[2])], check=False)
     process.communicate()
+    assert not (killed / "metrics.json").exists()
     time.sleep(0.5)
-    if not list((folders[2] / "outputs").glob("*/metrics.json")):
-        run(folders[2], half, "--resume", processes=2)
-    name = Path("outputs") / "test_vit_seed0_fold0"
-    assert_same_run(folders[2] / name, folders[1] / name)
+    run(folders[2], half, "--resume", processes=2)
+    assert_same_run(killed, folders[1] / killed.relative_to(folders[2]))
+
+
+def test_two_processes_with_batchnorm_resume_to_the_same_bits_within_an_epoch(cache, tmp_path):
+    cfg = replace(QUICK, cache=str(cache), batch_size=3)  # 30 series: no rank gets a single one, for BatchNorm
+    folders = [tmp_path / name for name in ("undisturbed", "stopped")]
+    for folder in folders:
+        folder.mkdir()
+    run(folders[0], cfg, processes=2)
+    process = start(folders[1], cfg, processes=2)
+    stopped = wait_for_checkpoint(folders[1], process)
+    process.terminate()  # the launcher passes it on
+    process.communicate(timeout=60)
+    newest = max((stopped / "last").glob("[0-9]*"))
+    assert not newest.name.endswith("_000000") and not (stopped / "metrics.json").exists()
+    run(folders[1], cfg, "--resume", processes=2)
+    assert_same_run(stopped, folders[0] / stopped.relative_to(folders[1]))
 
 
 def test_accumulated_batches_follow_one_large_batch(cache, tmp_path):
@@ -390,8 +427,7 @@ def test_out_of_memory_says_which_settings_to_lower(monkeypatch, capsys, tmp_pat
 def test_a_second_run_in_the_same_folder_is_refused(cache, tmp_path):
     cfg = replace(QUICK, cache=str(cache), epochs=200)
     first = start(tmp_path, cfg)
-    while not list((tmp_path / "outputs").glob("*/last/0001*")) and first.poll() is None:
-        time.sleep(0.05)
+    wait_for_checkpoint(tmp_path, first)
     assert "another run is writing here" in run(tmp_path, cfg, "--resume", code=1)
     assert first.poll() is None
     os.killpg(first.pid, signal.SIGKILL)
@@ -426,6 +462,12 @@ def test_locator_learns_writes_proposals_and_a_classifier_uses_them(cache, tmp_p
     assert len(found) == len(table) == 40
     gain, without = metrics["gain_of_proposals"], metrics["wauc_without_proposals"]
     assert gain[0] == pytest.approx(metrics["wauc"] - without[0]) and gain[1] <= gain[0] <= gain[2]
+    slabs_alone = replace(classifier, max_localizer_crops=0, seed=2)
+    run(tmp_path, slabs_alone)  # it takes the locator's logits; without crops its places add nothing
+    metrics = json.loads((tmp_path / "outputs/test_efficientnet_seed2_fold0/metrics.json").read_text())
+    assert metrics["gain_of_proposals"] == [0, 0, 0]
+    with pytest.raises(ValueError, match="its volumes have other settings"):
+        train.load_proposals(replace(classifier, img_size=64), table)
     assert "num_folds 2" in run(tmp_path, replace(classifier, num_folds=4, seed=1), code=1)
     other = folder.with_name("locator_test_efficientnet_seed1_fold0")
     shutil.copytree(folder, other)
