@@ -57,6 +57,7 @@ RUN_METRICS = {  # keys of metrics.json, with titles
     "wauc": "wAUC of single runs",
     "oracle_wauc": "oracle wAUC",
     "leak": "leak",
+    "gain_of_proposals": "gain of proposals",
     "recall_10mm": "points found within 10 mm",
     "false_per_negative": "false places per negative",
     "seconds": "seconds a run",

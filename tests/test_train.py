@@ -385,7 +385,7 @@ def test_two_processes_follow_one_and_resume_to_the_same_bits(cache, tmp_path):
 
 
 def test_two_processes_with_batchnorm_resume_to_the_same_bits_within_an_epoch(cache, tmp_path):
-    cfg = replace(QUICK, cache=str(cache), batch_size=3)  # 30 series: no rank gets a single one, for BatchNorm
+    cfg = replace(QUICK, cache=str(cache), batch_size=3)  # of 30: BatchNorm wants 2
     folders = [tmp_path / name for name in ("undisturbed", "stopped")]
     for folder in folders:
         folder.mkdir()
