@@ -2140,8 +2140,10 @@ def weighted_auc(labels: np.ndarray, probs: np.ndarray) -> dict:
     """The challenge's metric for labels (N, 14) in {0, 1} and probs (N, 14).
 
     -> wauc (nan where undefined), auc (14 floats), positives (14 counts), undefined (names of one-class
-    columns).
+    columns). Raises ValueError for probs that are not finite: they have no order.
     """
+    if not np.isfinite(probs).all():
+        raise ValueError(f"{np.isnan(probs).sum()} of {probs.size} predictions are no numbers; expected none")
     aucs = column_aucs(labels, probs, np.ones((1, len(labels))))
     return {
         "wauc": float(combine_aucs(aucs)[0]),
@@ -2582,7 +2584,7 @@ class Run:
     folder: Path
     model: nn.Module
     cfg: Config
-    meta: dict  # labels, prior (14,), decoys (M, 3), fold, val_uids, epoch, wauc
+    meta: dict  # labels, prior (14,), decoys (M, 3), fold, val_uids, locator, epoch, wauc
 
 
 def save_checkpoint(path: Path, model: nn.Module, cfg: Config, meta: dict) -> None:

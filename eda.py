@@ -158,7 +158,8 @@ def read_runs(outputs: Path) -> tuple[list[dict], list[str]]:
 
 def pool_oof(runs: Sequence[dict]) -> pd.DataFrame:
     """A row per series: its labels and its mean held-out probabilities over runs, weighted like infer.py."""
-    parts = [run["oof"].assign(weight=run["settings"].get("ensemble_weight", 1.0)) for run in runs]
+    weights = [max(run["settings"].get("ensemble_weight", 1.0), 1e-9) for run in runs]  # 0: it only proposes
+    parts = [run["oof"].assign(weight=weight) for run, weight in zip(runs, weights, strict=True)]
     rows = pd.concat([part for part in parts if len(part)] or [pd.DataFrame()], ignore_index=True)
     if not len(rows):
         return rows

@@ -82,6 +82,9 @@ def find_source(src: Path) -> Source:
         for uid, files in list(series.items()):  # vessel masks lie in folders of the same names
             series[uid] = [path for path in files if "segmentations" not in path.relative_to(src).parts]
         series = {uid: files for uid, files in series.items() if files}
+        siblings = {path for files in series.values() for path in files[0].parent.parent.iterdir()}
+        empty = {path.name for path in siblings if path.is_dir() and not any(path.iterdir())}
+        failed = {name: "an empty folder" for name in empty if "." in name and safe_uid(name) == name}
         if not series:
             found = f"{len(strays)} files that are no DICOM images" if strays else "no files"
             raise ValueError(f"{src}: {found}; expected DICOM files at any depth, or a cache")
@@ -89,7 +92,7 @@ def find_source(src: Path) -> Source:
         if strays:
             (path, reason), more = strays[0], f", and {len(strays) - 1} more files" if strays[1:] else ""
             say(f"{path} belongs to no series ({reason}){more}")
-        return Source(False, series, {})
+        return Source(False, series, failed)
     failed = {}
     if (src / "index.csv").is_file():
         index = pd.read_csv(src / "index.csv", dtype=str, keep_default_na=False)
@@ -222,6 +225,8 @@ def load_ensemble(args: argparse.Namespace, device: torch.device, cached: dict |
                     differ = [f"{key} {own[key]} (cache: {cached.get(key)})" for key in changed]
                     raise ValueError(f"{folder}: needs other volumes: {', '.join(differ)}")
                 run.model = torch.compile(run.model) if args.compile else run.model
+                if (folder / "last").is_dir() and not (folder / "metrics.json").exists():
+                    say(f"{folder}: still training; its best epoch so far is used ({run.meta.get('epoch')})")
                 loaded[folder.resolve()] = Member(run, frozenset(run.meta["val_uids"]))
             except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
                 say(f"left out: {error}")
@@ -257,15 +262,15 @@ def load_ensemble(args: argparse.Namespace, device: torch.device, cached: dict |
 
 
 def find_locator(member: Member, load: Callable[[Path], Member | None], oof: bool) -> Member | None:
-    """The locator that held out the same fold: beside the run's folder, else where its config says."""
-    cfg, found = member.run.cfg, None
-    beside = sorted(member.run.folder.parent.glob(Path(cfg.proposals).name))
-    for other in filter(None, map(load, beside or map(Path, sorted(glob.glob(cfg.proposals))))):
-        own = other.run.cfg
-        same_fold = (own.fold, own.num_folds, own.fold_seed) == (cfg.fold, cfg.num_folds, cfg.fold_seed)
-        if own.task == "locate" and same_fold and volume_settings(own) == volume_settings(cfg):
-            found = other
-    return None if found and oof and not member.held_out <= found.held_out else found
+    """The locator that the classifier was trained with (the checkpoint holds its folder's name): beside the
+    run's folder, else where its config says. None where it is missing, or does not fit."""
+    cfg, name = member.run.cfg, member.run.meta.get("locator", "")
+    for folder in (member.run.folder.parent / name, *map(Path, sorted(glob.glob(cfg.proposals)))):
+        found = load(folder) if folder.name == name and folder.is_dir() else None
+        if found and found.run.cfg.task == "locate" and found.run.cfg.fold == cfg.fold:
+            fits = volume_settings(found.run.cfg) == volume_settings(cfg)
+            return found if fits and (not oof or member.held_out <= found.held_out) else None
+    return None
 
 
 def make_image(member: Member, uid: str, volume: Volume, maps: np.ndarray | None) -> np.ndarray:
@@ -479,7 +484,8 @@ def seconds_left(args: argparse.Namespace) -> float:
 def answer_one(
     ensemble: Ensemble, item: tuple, plan: tuple[bool, int], args: argparse.Namespace
 ) -> tuple[Answer, list[float]]:
-    """The Answer to an item of read_all under a plan, and each member's seconds; never an exception."""
+    """The Answer to an item of read_all under a plan, and each member's seconds. OSError only if the GPU is
+    gone for good."""
     (uid, result, reason), (tta, num_members) = item, plan
     if reason is not None:
         return prior_answer(ensemble, uid, reason), []
@@ -488,8 +494,10 @@ def answer_one(
         probs, members_s, seen = predict_series(
             ensemble, voters, uid, volumes, tta, lambda: seconds_left(args) < 0
         )
-    except Exception as error:  # out of memory, a broken kernel: this row alone
+    except Exception as error:  # out of memory, logits that are not finite: this row alone
         text = " ".join(str(error).split())[:200]
+        if "CUDA error" in text and "out of memory" not in text:  # every later call would fail as well
+            raise OSError(f"{uid}: {text}; run again (with --out it goes on where it stopped)") from error
         return prior_answer(ensemble, uid, f"{type(error).__name__}: {text}"), []
     answer = Answer(uid, probs.tolist())
     if args.explain and (args.series_list or probs[AP] >= args.explain_threshold):
@@ -506,8 +514,8 @@ def prior_answer(ensemble: Ensemble, uid: str, reason: str) -> Answer:
 
 
 def open_partial(path: Path, settings: dict) -> tuple[dict[str, Answer], Callable[[Answer], None]]:
-    """Answers that a killed run left in path (path.1 ... for its other processes), and a function that adds
-    one and syncs, so that a kill costs only the series at work.
+    """Answers that a killed run left in path (path.1 ... for its other processes; the prior does not count),
+    and a function that adds one and syncs, so that a kill costs only the series at work.
 
     Raises ValueError if they were made with other members or settings.
     """
@@ -522,7 +530,7 @@ def open_partial(path: Path, settings: dict) -> tuple[dict[str, Answer], Callabl
         if rows and rows[0] != settings:
             differ = ", ".join(key for key in settings if rows[0].get(key) != settings[key])
             raise ValueError(f"{part}: begun with other {differ}; run as then, or delete it to start anew")
-        answers |= {row["uid"]: Answer(**row) for row in rows[1:]}
+        answers |= {row["uid"]: Answer(**row) for row in rows[1:] if not row["reason"]}
         is_begun |= bool(rows) and part == own
     file = open(own, "a" if is_begun else "w")  # noqa: SIM115  open until the process ends
 
@@ -654,13 +662,18 @@ def wilson(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
 # --- scores -------------------------------------------------------------------------------------------------
 
 
-def score_answers(answers: list[Answer], labels: Path, src: Path) -> str:
-    """The score against a label table, for people; patient and plane come from a cache's index.csv."""
-    table = pd.read_csv(labels, dtype={UID: str})
+def read_truth(path: Path) -> pd.DataFrame:
+    """A table of labels. Raises ValueError or OSError if it is none."""
+    table = pd.read_csv(path, dtype={UID: str})
     missing = [name for name in (UID, *LABELS) if name not in table]
     if missing:
-        raise ValueError(f"{labels}: no column {', '.join(missing)}; expected {UID} and the 14 labels")
-    table = table.drop_duplicates(UID).set_index(UID)
+        raise ValueError(f"{path}: no column {', '.join(missing)}; expected {UID} and the 14 labels")
+    return table
+
+
+def score_answers(answers: list[Answer], labels: Path, src: Path) -> str:
+    """The score against a label table, for people; patient and plane come from a cache's index.csv."""
+    table = read_truth(labels).drop_duplicates(UID).set_index(UID)
     index = pd.DataFrame({"patient": [], "plane": []})
     if (src / "index.csv").is_file():
         index = pd.read_csv(src / "index.csv", dtype=str, keep_default_na=False).set_index(UID)
@@ -806,6 +819,8 @@ def predict_folder(args: argparse.Namespace, state: PartialState) -> tuple[list[
     source = find_source(args.src)
     if args.oof and not source.is_cache:
         raise ValueError(f"--oof needs a cache; {args.src} holds DICOM files")
+    if args.labels or args.oof:  # a fault in them is to be told before the work, not after it
+        read_truth(args.labels or args.src / "train.csv")
     args.precision = args.precision or ("fp16" if state.device.type == "cuda" else "no")
     ensemble = load_ensemble(args, state.device, cache_settings(source))
     uids = choose_series(source, args.series_list)
@@ -816,6 +831,12 @@ def predict_folder(args: argparse.Namespace, state: PartialState) -> tuple[list[
         if not covered:
             raise ValueError(f"--oof: no member of {args.outputs} held out a series of {args.src}")
         uids = covered
+    elif args.labels:
+        trained = sum(0 < len(ensemble.voters(uid, True)) < len(ensemble.members) for uid in uids)
+        if trained:
+            say(
+                f"the score is too high: {trained} series trained some of the members; --oof leaves those out"
+            )
     say(
         f"{len(uids)} series, {len(ensemble.members)} members, {len(ensemble.configs)} kinds of volume, "
         f"{state.num_processes} processes on {state.device.type}, precision {args.precision}"

@@ -148,19 +148,16 @@ def training_decoys(cfg: Config, kept: pd.DataFrame, most: int = 512) -> np.ndar
     return places[::every].round(4)
 
 
-def load_proposals(cfg: Config, table: pd.DataFrame) -> dict[str, Proposal] | None:
-    """Places and logits by series, each from the locator that held its fold out; None without `proposals`."""
-    if not cfg.proposals:
-        return None
-    found, by_fold = {}, {}
-    folders = [path.parent for path in sorted(map(Path, glob.glob(f"{cfg.proposals}/proposals.csv")))]
-    for folder in folders:
+def find_locators(cfg: Config) -> dict[int, Path]:
+    """The finished locator run of each fold that `proposals` matches. ValueError if one does not fit."""
+    folders = {}
+    for folder in [path.parent for path in sorted(map(Path, glob.glob(f"{cfg.proposals}/proposals.csv")))]:
         if not (folder / "metrics.json").exists():
             raise ValueError(f"{folder}: this locator is not finished; go on with it (--resume) first")
         own = common.load_config(folder / "config.yaml")
-        if by_fold.setdefault(own.fold, folder) != folder:
+        if folders.setdefault(own.fold, folder) != folder:
             raise ValueError(
-                f"proposals {cfg.proposals!r}: {by_fold[own.fold]} and {folder} hold out the same fold; "
+                f"proposals {cfg.proposals!r}: {folders[own.fold]} and {folder} hold out the same fold; "
                 f"expected one locator per fold, for example outputs/locator_*_seed0_fold*"
             )
         if (own.num_folds, own.fold_seed) != (cfg.num_folds, cfg.fold_seed):
@@ -169,7 +166,16 @@ def load_proposals(cfg: Config, table: pd.DataFrame) -> dict[str, Proposal] | No
             )
         if common.volume_settings(own) != common.volume_settings(cfg):
             raise ValueError(f"{folder}: its volumes have other settings; expected those of this run")
-        held_out = set(table[UID][table["fold"] == own.fold])
+    return folders
+
+
+def load_proposals(cfg: Config, table: pd.DataFrame, locators: dict[int, Path]) -> dict[str, Proposal] | None:
+    """Places and logits by series, each from the locator that held its fold out; None without `proposals`."""
+    if not cfg.proposals:
+        return None
+    found = {}
+    for fold, folder in locators.items():
+        held_out = set(table[UID][table["fold"] == fold])
         rows = pd.read_csv(folder / "proposals.csv", dtype={UID: str})
         if not set(rows[UID]) <= held_out:
             raise ValueError(
@@ -182,7 +188,7 @@ def load_proposals(cfg: Config, table: pd.DataFrame) -> dict[str, Proposal] | No
     absent = set(table[UID]) - set(found)
     if absent:
         raise ValueError(
-            f"proposals {cfg.proposals!r}: {len(folders)} locator runs cover {len(found)} of {len(table)} "
+            f"proposals {cfg.proposals!r}: {len(locators)} locator runs cover {len(found)} of {len(table)} "
             f"series; train every fold of the locator first (task: locate)"
         )
     return found
@@ -537,7 +543,8 @@ def train(cfg: Config, accelerator: accelerate.Accelerator, resume: bool, overwr
     table = load_table(cfg)
     held_out = table[table["fold"] == cfg.fold].reset_index(drop=True)
     kept = table[table["fold"] != cfg.fold].reset_index(drop=True)
-    decoys, proposals = training_decoys(cfg, kept), load_proposals(cfg, table)
+    locators = find_locators(cfg) if cfg.proposals else {}
+    decoys, proposals = training_decoys(cfg, kept), load_proposals(cfg, table, locators)
     dataset = SeriesDataset(cfg, kept, "train", decoys, proposals)
     deployed = SeriesDataset(cfg, held_out, "deploy", decoys, proposals)
     refuse_used_folder(folder, resume, overwrite, accelerator)
@@ -564,6 +571,7 @@ def train(cfg: Config, accelerator: accelerate.Accelerator, resume: bool, overwr
         "decoys": decoys.tolist(),
         "fold": cfg.fold,
         "val_uids": held_out[UID].tolist(),
+        "locator": locators[cfg.fold].name if locators else "",  # whose proposals validation saw
     }
     is_main, stop, started = (
         accelerator.is_main_process,

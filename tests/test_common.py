@@ -140,6 +140,12 @@ def test_wauc_of_one_class_is_undefined_and_says_so():
     assert np.isnan(result["wauc"]) and result["undefined"] == list(LABELS)
 
 
+def test_predictions_that_are_no_numbers_have_no_score():
+    labels = np.eye(14)
+    with pytest.raises(ValueError, match="1 of 196 predictions are no numbers"):
+        common.weighted_auc(labels, np.where(np.arange(196).reshape(14, 14) == 5, np.nan, 0.5))
+
+
 def test_bootstrap_draws_patients_not_rows():
     rng = np.random.default_rng(0)
     labels = np.tile((rng.random((40, 1)) < 0.5).astype(float), (1, 14))

@@ -5,6 +5,7 @@ import ast
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,6 +68,9 @@ def write_run(outputs: Path, weights: int, val_uids: list[str], **settings) -> N
             model.find.bias.fill_(-1.0)
     meta = {"prior": np.linspace(0.1, 0.4, 14).tolist(), "fold": cfg.fold, "val_uids": val_uids}
     meta |= {"decoys": np.random.default_rng(weights).random((20, 3)).tolist()}
+    meta["locator"] = Path(
+        cfg.proposals.replace("*", "test_efficientnet", 1).replace("*", str(cfg.fold))
+    ).name
     (outputs / cfg.run_name).mkdir(parents=True)
     common.save_checkpoint(outputs / cfg.run_name / "best_ema.safetensors", model, cfg, meta)
 
@@ -211,7 +215,9 @@ def test_dicom_and_cache_give_the_same_rows_also_when_killed_and_resumed_beside_
     (tree / "1.2.3" / "a.dcm").write_bytes(b"not DICOM")
     (tree / "1.2.4").mkdir()
     (tree / "1.2.4" / "empty.dcm").write_bytes(b"")
+    (tree / "1.2.6").mkdir()
     (work / "list.csv").write_text("\n".join([UID, "1.2.5", *reference.index[::-1], "1.2.3", "1.2.4"]))
+    assert infer.find_source(tree).failed == {"1.2.6": "an empty folder"}
     options = ["--src", "tree", "--tta", "--out", "out.csv", "--sample-submission", "list.csv"]
     run(work, str(ROOT), *options, start=("-c", KILLED), code=-signal.SIGKILL)
     partial = work / "out.csv.partial"
@@ -220,7 +226,7 @@ def test_dicom_and_cache_give_the_same_rows_also_when_killed_and_resumed_beside_
 
     stdout, stderr = run(work, *options, code=3)
     assert stdout == "" and not partial.exists()
-    assert "5 series were answered before" in stderr
+    assert "4 series were answered before" in stderr  # the fifth was the prior of 1.2.5, which is tried again
     table = table_of(out.read_text())
     assert list(table.index) == ["1.2.5", *reference.index[::-1], "1.2.3", "1.2.4"]
     good = table.loc[reference.index]
@@ -282,6 +288,17 @@ def test_locators_stand_first_and_propose_for_their_own_fold(work):
         assert member.locator in ensemble.members[:2]
         assert member.locator.run.cfg.fold == member.run.cfg.fold
     assert ensemble.members[4].locator is None
+
+
+def test_a_classifier_keeps_the_locator_it_was_trained_with(work, tmp_path):
+    shutil.copytree(work / "outputs", tmp_path / "outputs")
+    settings = {"task": "locate", "max_localizer_crops": 0, "locator_width": 8, "model_name": "test_resnet"}
+    write_run(tmp_path / "outputs", 30, [], **settings)
+    ensemble = load(work, "--outputs", str(tmp_path / "outputs/*_seed*"))
+    names = [member.run.folder.name for member in ensemble.members if member.run.cfg.task == "locate"]
+    assert "locator_test_resnet_seed0_fold0" in names and len(names) == 3
+    first = next(m for m in ensemble.members if m.run.cfg.proposals and m.run.cfg.fold == 0)
+    assert first.locator.run.folder.name == "locator_test_efficientnet_seed0_fold0"
 
 
 def test_members_without_their_locator_or_with_other_volumes_are_named(work, tmp_path, capsys):
@@ -369,6 +386,16 @@ def simulate(hours: float, seed: int, hard_last: bool = False, num: int = 2500) 
         last = clock
     whole_s = sum(max(read_s, 1.7 * forwards_s.sum()) for read_s in reads_s)
     return clock, plans, whole_s
+
+
+def test_a_gpu_that_is_gone_stops_the_run_instead_of_giving_priors(work, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    ensemble, args = load(work), arguments(work)
+    monkeypatch.setattr(infer, "predict_series", broken)
+    with pytest.raises(OSError, match=r"1\.2\.3: CUDA error: an illegal memory access"):
+        infer.answer_one(ensemble, ("1.2.3", ([], 0.0, 0.0), None), (False, 5), args)
 
 
 @pytest.mark.parametrize("hard_last", [False, True])

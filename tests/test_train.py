@@ -455,7 +455,10 @@ def test_locator_learns_writes_proposals_and_a_classifier_uses_them(cache, tmp_p
     run(tmp_path, classifier)
     metrics = json.loads((tmp_path / "outputs/test_efficientnet_seed0_fold0/metrics.json").read_text())
     table = train.load_table(classifier)
-    found = train.load_proposals(classifier, table)
+    locators = train.find_locators(classifier)
+    assert locators == {0: folder, 1: folder.with_name("locator_test_efficientnet_seed0_fold1")}
+    assert common.load_run(tmp_path / "outputs/test_efficientnet_seed0_fold0").meta["locator"] == folder.name
+    found = train.load_proposals(classifier, table, locators)
     oof = pd.concat(pd.read_csv(p, dtype={UID: str}) for p in tmp_path.glob("outputs/locator_*/oof.csv"))
     probs = oof.set_index(UID)[list(LABELS)].loc[list(found)].to_numpy()
     assert common.sigmoid(np.stack([p.logits for p in found.values()])) == pytest.approx(probs, abs=1e-9)
@@ -467,7 +470,7 @@ def test_locator_learns_writes_proposals_and_a_classifier_uses_them(cache, tmp_p
     metrics = json.loads((tmp_path / "outputs/test_efficientnet_seed2_fold0/metrics.json").read_text())
     assert metrics["gain_of_proposals"] == [0, 0, 0]
     with pytest.raises(ValueError, match="its volumes have other settings"):
-        train.load_proposals(replace(classifier, img_size=64), table)
+        train.find_locators(replace(classifier, img_size=64))
     assert "num_folds 2" in run(tmp_path, replace(classifier, num_folds=4, seed=1), code=1)
     other = folder.with_name("locator_test_efficientnet_seed1_fold0")
     shutil.copytree(folder, other)
