@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import difflib
+import errno
 import functools
 import hashlib
 import io
@@ -171,6 +172,7 @@ POSITIVE = {  # other numbers may be 0, none may be negative
     *("num_folds", "base_slices", "img_size", "roi_mm", "roi_top_mm", "crop_mm", "min_peak_mm"),
     *("locator_width", "heatmap_sigma_mm", "epochs", "batch_size", "accumulation", "lr", "bootstrap"),
 }
+VOLUME_VERSION = 1  # to be raised with each change of the code that changes a volume's voxels
 VOLUME_SETTINGS = (
     "base_slices",
     "img_size",
@@ -183,8 +185,9 @@ VOLUME_SETTINGS = (
 
 
 def volume_settings(cfg: Config) -> dict:
-    """The settings that shape a cached volume, as JSON-ready values."""
-    return json.loads(json.dumps({name: getattr(cfg, name) for name in VOLUME_SETTINGS}))
+    """What shapes a cached volume beside its files, as JSON-ready values."""
+    values = {name: getattr(cfg, name) for name in VOLUME_SETTINGS}
+    return json.loads(json.dumps(values | {"volume_version": VOLUME_VERSION}))
 
 
 def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] = ()) -> Config:
@@ -344,8 +347,14 @@ def find_series(root: Path) -> tuple[dict[str, list[Path]], list[tuple[Path, str
     """
     series: dict[str, list[Path]] = {}
     rejected: list[tuple[Path, str]] = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders.sort()
+    walked = set()  # links may lead in a circle
+    for folder, subfolders, names in os.walk(
+        root, followlinks=True, onerror=lambda e: rejected.append((Path(e.filename), str(e)))
+    ):
+        walked.add(os.path.realpath(folder))
+        subfolders[:] = sorted(
+            n for n in subfolders if os.path.realpath(os.path.join(folder, n)) not in walked
+        )
         name = os.path.basename(os.path.abspath(folder))
         is_uid = "." in name and safe_uid(name) == name
         for path in (Path(folder, name) for name in sorted(names)):
@@ -777,7 +786,9 @@ class Series:
         return values
 
     def point(self, sop_uid: str, x: float, y: float, f: int | None = None) -> np.ndarray:
-        """(3,) LPS mm of column `x`, row `y` of an image, `f` its frame. ValueError if it is unknown."""
+        """(3,) LPS mm of column `x`, row `y` of an image, `f` its frame (from 0). ValueError if unknown."""
+        if f is None and (sop_uid, 1) in self.geometry:
+            raise ValueError(f"series {self.uid}: {sop_uid} has several frames, and no frame is named")
         frame = self.geometry.get((sop_uid, int(f or 0)))
         if frame is None or frame.position is None:
             raise ValueError(
@@ -1014,13 +1025,28 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
     where = f"{len(source)} files" if isinstance(source, list) else str(source)
     paths = source if isinstance(source, list) else [Path(source)]
     if paths == [Path(where)] and paths[0].is_dir():
-        paths = [Path(folder, name) for folder, _, names in os.walk(where) for name in names]
-    found, skipped, notes = [], [], []
+        paths = [
+            Path(folder, name) for folder, _, names in os.walk(where, followlinks=True) for name in names
+        ]
+    found, intact, skipped, notes = [], [], [], []
     for path in sorted(paths, key=natural_key):
         try:
-            found += frames_of(path, read_header(path))
+            header = read_header(path)
+            intact.append(path)
+            found += frames_of(path, header)
         except ValueError as error:
             skipped.append((path, str(error)))
+            cause = error.__cause__
+            if isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL):
+                raise ValueError(f"{path}: {error}; the disk is at fault, not the file: try again") from error
+    damaged = [(path, reason) for path, reason in skipped if reason.startswith(("truncated", "damaged"))]
+    num_images = len(intact) + len(damaged)
+    if found and len(damaged) > max(1, num_images // 10):
+        path, reason = damaged[0]
+        raise ValueError(
+            f"{where}: {len(damaged)} of {num_images} images are damaged ({path.name}: {reason}); expected "
+            f"at most a tenth. Copy the series again"
+        )
     if not found:
         reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped[:3])
         raise ValueError(f"{where}: no CT or MR slice in {len(paths)} files. {reasons}")
@@ -1125,10 +1151,10 @@ def _number(frame: Frame, name: str) -> float | None:
 
 
 def _placed(frames: list[Frame], notes: list[str]) -> list[Frame]:
-    """Every frame with a position. Where (0020,0032) ImagePositionPatient is missing or all the same, in this
-    order: on the straight line that the other slices follow by InstanceNumber; at (0020,1041) SliceLocation;
-    at (0020,0013) InstanceNumber, else the rank of the file name, times `slice_step`; the last three along
-    +normal. Each is noted."""
+    """Every frame with a position. Where (0020,0032) ImagePositionPatient is all the same, by (0020,1041)
+    SliceLocation if that differs. Where it is missing, in this order: on the straight line that the others
+    follow by InstanceNumber; at (0020,1041) SliceLocation; at (0020,0013) InstanceNumber, else the rank of
+    the file name, times `slice_step`; all but the first along +normal. Each is noted."""
     normal = np.cross(frames[0].row_dir, frames[0].col_dir)
     known = [frame for frame in frames if frame.position is not None]
     missing = len(frames) - len(known)

@@ -13,9 +13,10 @@ are recognised by their environment, --shard 0/4 ... 3/4 works everywhere. A ser
 hangs (--timeout) or needs too much memory (--memory-gb) costs only itself.
 
 exit code  0  all well
-           1  nothing could be done
+           1  nothing could be done, or the disk refused to take more
            2  wrong usage
-           3  finished, some series failed: named on stderr and in index.csv
+           3  finished, some series failed: named on stderr and in index.csv; 0 under torchrun and accelerate,
+              which would stop the other processes
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def read_labels(path: Path) -> pd.DataFrame:
 
 def read_points(path: Path) -> dict[str, list[list]]:
     """train_localizers.csv as {uid: [[SOPInstanceUID, x, y, frame or None, index into LABELS], ...]}, x and y
-    in pixels of that image. Raises ValueError naming the first faulty lines."""
+    in pixels of that image, frames counted from 0. Raises ValueError naming the first faulty lines."""
     points: dict[str, list[list]] = {}
     faults = []
     table = pd.read_csv(path, dtype=str)
@@ -171,7 +172,7 @@ def cache_series(job: dict) -> dict:
         "spacing_mm": volume.spacing_mm,
         "settings": volume_settings(cfg),
         "source": job["source"],
-        "num_points": len(voxels),
+        "num_points": len(job["points"]),
         "points_inside": count_inside(voxels, volume.voxels.shape),
         "notes": notes,
     }
@@ -229,7 +230,7 @@ def describe(series: Series) -> dict:
         "slice_mm": slice_mm,
         "row_mm": row_mm,
         "col_mm": col_mm,
-        "thickness_mm": "" if frame.thickness_mm is None else round(float(frame.thickness_mm), 4),
+        "thickness_mm": round(float(frame.thickness_mm), 4) if frame.thickness_mm else "",
         "coverage_mm": round(high - low, 2),  # along z
         "transfer_syntax": str(series.transfer_syntax),
     }
@@ -420,7 +421,7 @@ def checked_shard(index: str, count: str) -> tuple[int, int]:
 def is_ours(path: Path, args: argparse.Namespace) -> bool:
     """Whether a path below --src is input: not the cache itself, the tables, or the vessel masks."""
     inside = path.relative_to(args.src).parts if path.is_relative_to(args.src) else path.parts
-    is_cached = path.absolute().is_relative_to(args.dst.absolute())
+    is_cached = path.absolute().parent == args.dst.absolute()  # it has no folders
     return (
         "segmentations" not in inside[:-1] and path.name not in (LABEL_TABLE, POINT_TABLE) and not is_cached
     )
@@ -439,7 +440,13 @@ def jobs(
     settings = volume_settings(args.cfg)
     for uid in uids:
         source = fingerprint(series[uid], points.get(uid, []))
-        if is_current(read_metadata(args.dst / f"{uid}.safetensors"), source, settings):
+        meta = read_metadata(args.dst / f"{uid}.safetensors")
+        if meta and int(meta.get("num_points", 0)) and not points:
+            raise ValueError(
+                f"{args.dst / uid}.safetensors: has annotated points, but there is no {POINT_TABLE} in "
+                f"{args.src} or above it; expected it there, or the points would be lost"
+            )
+        if is_current(meta, source, settings):
             (args.dst / f"{uid}.failed.json").unlink(missing_ok=True)
             skip()
             continue
@@ -464,6 +471,8 @@ def preprocess(args: argparse.Namespace) -> int:
     labels_path, points_path = find_table(args.src, LABEL_TABLE), find_table(args.src, POINT_TABLE)
     table = read_labels(labels_path) if labels_path else None
     points = read_points(points_path) if points_path else {}
+    if table is not None and not points:
+        say(f"no annotated points: no {POINT_TABLE} in {args.src} or above it, or an empty one")
     series, strays = find_series(args.src)
     series = {
         uid: kept
@@ -522,7 +531,7 @@ def preprocess(args: argparse.Namespace) -> int:
     rows = write_index(args.dst)
     seconds = time.perf_counter() - start
     counts = f"{num_new} series cached, {num_kept} kept from before, {num_failed} failed"
-    say(f"{args.dst}: {counts}; {seconds:.1f} s")
+    say(f"{args.dst}: {f'shard {index} of {count}: ' if count > 1 else ''}{counts}; {seconds:.1f} s")
     for line in summary([row for row in rows if row[UID] in set(uids)]):
         say(line)
     absent = sorted(set(table.index) - set(series)) if table is not None else []
@@ -532,6 +541,9 @@ def preprocess(args: argparse.Namespace) -> int:
     others = find_other_settings(args.dst, settings)
     if others:
         say(f"{len(others)} volumes have other settings still: of other shards, or of series not below --src")
+    if num_failed and count > 1 and "RANK" in os.environ:
+        say("exit code 0 all the same: a launcher would stop the other processes")
+        return 0
     return 0 if num_failed == 0 else 3 if num_new + num_kept else 1
 
 
@@ -564,6 +576,9 @@ def main() -> int:
         return preprocess(args)
     except (ValueError, OSError) as error:
         say(f"preprocess.py: {error}")
+        with contextlib.suppress(OSError):  # said above
+            if isinstance(error, OSError) and args.dst.is_dir():
+                write_index(args.dst)
         return 1
     except SystemExit as error:
         if args.dst.is_dir():
