@@ -564,7 +564,27 @@ def test_series_without_files_and_points_without_images_are_told(phantoms, tmp_p
     result = preprocessed(src, tmp_path / "cache")
     assert result.returncode == 0
     assert f"1 series of train.csv have no files: {gone.name}" in result.stderr
-    assert "point left out" in index(tmp_path / "cache")[uid]["notes"]
+    row = index(tmp_path / "cache")[uid]
+    assert "point left out" in row["notes"] and int(row["num_points"]) > int(row["points_inside"])
+    (src / "train_localizers.csv").unlink()
+    before = volumes(tmp_path / "cache")
+    result = preprocessed(src, tmp_path / "cache")
+    assert (
+        result.returncode == 1 and "has annotated points, but there is no train_localizers" in result.stderr
+    )
+    assert volumes(tmp_path / "cache") == before
+
+
+def test_under_a_launcher_a_failed_series_does_not_stop_the_other_shards(phantoms, tmp_path):
+    src, ranks = tmp_path / "src", {"RANK": "0", "WORLD_SIZE": "2"}
+    for path in sorted((phantoms / "series").iterdir())[:4]:
+        shutil.copytree(path, src / path.name)
+    for path in (src / min(os.listdir(src))).iterdir():
+        path.write_bytes(b"broken")
+    assert preprocessed(src, tmp_path / "cache", env=ranks).returncode == 0
+    assert [row["status"] for row in index(tmp_path / "cache").values()] == ["failed", "ok"]
+    result = preprocessed(src, tmp_path / "cache", "--shard", "0/2")
+    assert result.returncode == 3 and "shard 0 of 2: 0 series cached, 1 kept" in result.stderr
 
 
 def test_ages_are_whole_years():
@@ -643,5 +663,6 @@ def test_leftovers_of_the_dead_go_and_of_the_living_stay(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {alive.name, foreign.name}
 
 
-def test_settings_of_the_volume_are_all_compared():
-    assert set(preprocess.volume_settings(Config())) >= {"base_slices", "img_size", "roi_mm", "ct_window"}
+def test_settings_of_the_volume_are_all_compared_and_so_is_the_codes_version():
+    names = "base_slices img_size roi_mm roi_top_mm slab_mode ct_window mr_percentiles volume_version"
+    assert set(preprocess.volume_settings(Config())) == set(names.split())

@@ -3,6 +3,7 @@ exists, 53 real series against what other readers found in them."""
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import json
@@ -166,6 +167,37 @@ def test_find_series_opens_no_file_in_a_folder_named_by_uid(tmp_path):
     assert set(series) == {"1.2.840.5", "1.2.7", safe_uid("../../x"), safe_uid(str(tmp_path / "none"))}
     assert [path.name for path, _ in rejected] == ["train.csv"]
     assert all(safe_uid(uid) == uid and "/" not in uid and len(uid) <= 64 for uid in series)
+
+
+def test_linked_folders_are_followed_and_circles_end(tmp_path):
+    paths = stack(tmp_path / "disk" / "1.2.3", [0, 1, 2])
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "series").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "back").symlink_to(tmp_path / "src")
+    series, rejected = common.find_series(tmp_path / "src")
+    assert list(series) == ["1.2.3"] and len(series["1.2.3"]) == len(paths) and rejected == []
+
+
+@pytest.mark.parametrize("num_cut", [2, 3])  # of 20: a tenth may be lost, no more
+def test_a_series_of_damaged_files_is_no_volume(tmp_path, num_cut):
+    for path in stack(tmp_path, list(range(20)))[:num_cut]:
+        path.write_bytes(path.read_bytes()[:-10])
+    if num_cut == 2:
+        assert len(read_series(tmp_path).frames) == 18
+    else:
+        with pytest.raises(ValueError, match=r"3 of 20 images are damaged .*truncated"):
+            read_series(tmp_path)
+
+
+def test_a_file_that_the_disk_does_not_give_fails_the_series(tmp_path, monkeypatch):
+    stack(tmp_path, list(range(20)))
+
+    def stale(path: Path) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(common, "fast_header", stale)
+    with pytest.raises(ValueError, match="Stale file handle; the disk is at fault"):
+        read_series(tmp_path)
 
 
 def test_scouts_other_orientations_and_sizes_are_left_out(tmp_path):
@@ -332,6 +364,8 @@ def test_enhanced_frames_have_their_own_geometry_and_rescale(tmp_path):
     assert [frame.index for frame in series.frames] == [1, 2, 0] and z_of(series) == [0, 2, 4]
     assert [series.values(i)[0, 1] for i in range(3)] == [2 * (SIZE + 1), 3 * (2 * SIZE + 1), 1]
     sop = series.frames[0].sop_uid
+    with pytest.raises(ValueError, match="several frames, and no frame is named"):
+        series.point(sop, 4, 2)
     assert series.point(sop, 4, 2, f=2).tolist() == [
         1,
         1,
