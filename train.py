@@ -46,6 +46,7 @@ import common
 from common import AP, LABELS, SWAP, UID, Config, Proposal, SeriesDataset
 
 ORACLE_NOTE = "oracle_wauc uses annotated crops that no new patient has: a diagnostic, not a score"
+GRACE_S = 30  # that a loader process lives on after SIGTERM; as long as Slurm waits before it kills
 KEEP_CHECKPOINTS = 2  # of last/: the newest and one to fall back to
 
 
@@ -482,7 +483,8 @@ def make_loader(
 def quiet_worker(_: int) -> None:
     """One thread per loader process: they share the cores with the training process."""
     cv2.setNumThreads(0)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent saves first, then ends its workers
+    # a signal to all processes of a job: the parent needs its workers until it has saved
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_S))
 
 
 def localisation(table: pd.DataFrame, peaks: dict, cfg: Config, reach_mm: float = 10.0) -> dict:
