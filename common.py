@@ -213,6 +213,11 @@ def config_from_dict(values: dict) -> Config:
     return _checked({key: _typed(key, value, "checkpoint") for key, value in values.items()})
 
 
+def volume_config(settings: dict) -> Config:
+    """Config of a cached volume, from what `volume_settings` wrote into it."""
+    return config_from_dict({name: settings[name] for name in VOLUME_SETTINGS if name in settings})
+
+
 def _read_yaml(path: Path) -> dict[str, tuple]:
     """{key: (value, where)}; the file named by `base:` (beside this one) comes first and is overridden."""
     if not path.is_file():

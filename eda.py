@@ -204,7 +204,7 @@ def data_section(table: pd.DataFrame, points: pd.DataFrame) -> str:
 
 def describe(settings: dict) -> str:
     """The settings of a cached volume in words."""
-    cfg = common.config_from_dict(settings)
+    cfg = common.volume_config(settings)
     return (
         f"Each becomes {cfg.base_slices} slabs of {cfg.img_size} × {cfg.img_size} pixels, over a box "
         f"{cfg.roi_mm:.0f} mm wide and up to {cfg.roi_top_mm:.0f} mm deep from the top of the head. A slab "
@@ -366,7 +366,7 @@ def read_volume(uid: str, cache: Path) -> tuple:
 def example(row: dict, cache: Path, find: Callable[[str], list[Path]]) -> str:
     """One series: where the box lies in the scan, a slice before and after, crops of points, all slabs."""
     volume, points, names, step, affine, settings = read_volume(row[UID], cache)
-    cfg, files, panes, why = common.config_from_dict(settings), find(row[UID]), [], ""
+    cfg, files, panes, why = common.volume_config(settings), find(row[UID]), [], ""
     if files:
         try:
             panes = scan_panes(common.read_series(files, row[UID]), volume, affine, points, names, cfg)

@@ -155,6 +155,7 @@ def reference(work) -> pd.DataFrame:
     stdout, stderr = run(work, str(ROOT), "--tta", "--labels", "cache/train.csv", start=("-c", NOISE))
     table = table_of(stdout)
     assert "unfinished_seed0_fold0" in stderr and "so does a child" in stderr and "wAUC" in stderr
+    assert "the score is too high: 9 series trained some of the members" in stderr
     assert len(stdout.splitlines()) == 11
     return table
 
@@ -306,10 +307,12 @@ def test_members_without_their_locator_or_with_other_volumes_are_named(work, tmp
     write_run(tmp_path / "outputs", 0, ["1.2"], fold=2, proposals=proposals, locator_scores=False)
     write_run(tmp_path / "outputs", 0, ["1.2"], fold=3, proposals=proposals)
     write_run(tmp_path / "outputs", 1, ["1.2"], seed=1, base_slices=6)
+    (tmp_path / "outputs" / "test_efficientnet_seed0_fold2" / "last").mkdir()
     args = arguments(work, "--outputs", str(tmp_path / "outputs/*"))
     (member,) = infer.load_ensemble(args, torch.device("cpu"), common.volume_settings(BASE)).members
     said = capsys.readouterr().err
     assert member.run.cfg.fold == 2 and member.locator is None and "decoys instead of proposals" in said
+    assert "seed0_fold2: still training; its best epoch so far is used" in said
     assert "seed0_fold3: their fold's locator, whose scores they take, is missing" in said
     assert "test_efficientnet_seed1_fold0: needs other volumes: base_slices 6 (cache: 8)" in said
     both = infer.load_ensemble(args, torch.device("cpu"), None)
