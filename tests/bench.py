@@ -518,7 +518,7 @@ class Loops:
     def run_ours(self) -> None:
         start = time.perf_counter()
         args = (self.cfg, self.accelerator, self.trainee, self.dataset, self.progress, self.stop, None)
-        _, waited = self.train.train_epoch(*args)
+        waited = self.train.train_epoch(*args)
         self.wait()
         self.progress |= {"group": 0, "epoch": self.progress["epoch"] + 1}
         self.waits.append(waited / (time.perf_counter() - start))

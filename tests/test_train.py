@@ -503,3 +503,15 @@ def test_a_users_mistake_is_one_line(cache, tmp_path, options, code, complaint):
     err = run(tmp_path, replace(QUICK, cache=str(cache)), *options, code=code)
     assert complaint in err and "Traceback" not in err
     assert code == 2 or len(err.strip().splitlines()) == 1
+
+
+def test_the_bench_of_the_loop_still_fits_it():
+    options = ["--model", "test_vit", "--img-size", "160", "--series", "4", "--repeats", "1"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "bench.py"), "train", *options],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "train.py's epoch" in done.stdout and "Share of time waiting on data" in done.stdout
