@@ -356,10 +356,12 @@ def find_series(root: Path) -> tuple[dict[str, list[Path]], list[tuple[Path, str
     for folder, subfolders, names in os.walk(
         root, followlinks=True, onerror=lambda e: rejected.append((Path(e.filename), str(e)))
     ):
-        walked.add(os.path.realpath(folder))
-        subfolders[:] = sorted(
-            n for n in subfolders if os.path.realpath(os.path.join(folder, n)) not in walked
-        )
+        place = os.path.realpath(folder)
+        if place in walked:
+            subfolders.clear()
+            continue
+        walked.add(place)
+        subfolders.sort()
         name = os.path.basename(os.path.abspath(folder))
         is_uid = "." in name and safe_uid(name) == name
         for path in (Path(folder, name) for name in sorted(names)):
@@ -1030,9 +1032,7 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
     where = f"{len(source)} files" if isinstance(source, list) else str(source)
     paths = source if isinstance(source, list) else [Path(source)]
     if paths == [Path(where)] and paths[0].is_dir():
-        paths = [
-            Path(folder, name) for folder, _, names in os.walk(where, followlinks=True) for name in names
-        ]
+        paths = [Path(folder, name) for folder, _, names in os.walk(where) for name in names]
     found, intact, skipped, notes = [], [], [], []
     for path in sorted(paths, key=natural_key):
         try:

@@ -82,7 +82,8 @@ def find_source(src: Path) -> Source:
         for uid, files in list(series.items()):  # vessel masks lie in folders of the same names
             series[uid] = [path for path in files if "segmentations" not in path.relative_to(src).parts]
         series = {uid: files for uid, files in series.items() if files}
-        siblings = {path for files in series.values() for path in files[0].parent.parent.iterdir()}
+        parents = {files[0].parent.parent for files in series.values() if files[0].parent != src}
+        siblings = [path for parent in parents for path in parent.iterdir()]
         empty = {path.name for path in siblings if path.is_dir() and not any(path.iterdir())}
         failed = {name: "an empty folder" for name in empty if "." in name and safe_uid(name) == name}
         if not series:

@@ -173,6 +173,7 @@ def test_linked_folders_are_followed_and_circles_end(tmp_path):
     paths = stack(tmp_path / "disk" / "1.2.3", [0, 1, 2])
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "series").symlink_to(tmp_path / "disk")
+    (tmp_path / "src" / "twice").symlink_to(tmp_path / "disk")
     (tmp_path / "disk" / "back").symlink_to(tmp_path / "src")
     series, rejected = common.find_series(tmp_path / "src")
     assert list(series) == ["1.2.3"] and len(series["1.2.3"]) == len(paths) and rejected == []
