@@ -1,8 +1,8 @@
-"""DICOM files -> header -> frames -> `Series` -> `Volume`: the one path from a file to the voxels that a model sees.
+"""DICOM files -> header -> frames -> `Series` -> `Volume`: the one path from a file to the voxels of a model.
 
-Reads top to bottom: settings -> header -> frames -> `read_series` -> grid -> `make_volume`. Space is LPS millimetres
-(x to the patient's left, y to the back, z to the head); voxels are indexed (z, y, x). Imports neither torch nor
-`common`, so that worker processes start fast.
+Reads top to bottom: settings -> header -> frames -> `read_series` -> grid -> `make_volume`. Space is LPS
+millimetres (x to the patient's left, y to the back, z to the head); voxels are indexed (z, y, x). Imports
+neither torch nor `common`, so that worker processes start fast.
 """
 
 from __future__ import annotations
