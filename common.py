@@ -1,50 +1,47 @@
-"""What the scripts share: labels, settings, the one path from DICOM to a tensor, the dataset, models, metric.
+"""What the scripts share: labels, settings, cache, worker pool, metric, dataset, models, checkpoints.
 
-Reads top to bottom: labels -> Config -> read_series -> make_volume -> cache -> pool -> folds and metric ->
-dataset -> models -> checkpoints. Space is LPS millimetres (x to the patient's left, y to the back, z to the
-head); voxels are indexed (z, y, x).
-Importing this file does no work: no seeding, no logging set-up, no device probe, no download.
+Reads top to bottom in that order. From a DICOM file to the voxels leads `dicom.py`, which this file imports
+and which imports nothing of ours. Importing this file does no work: no seeding, no logging set-up, no device
+probe, no download.
 """
 
 from __future__ import annotations
 
-import collections
+import argparse
+import concurrent.futures
 import contextlib
 import difflib
-import errno
 import functools
 import hashlib
-import io
+import inspect
 import itertools
 import json
 import math
 import multiprocessing
-import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import re
 import signal
 import socket
-import struct
 import sys
 import time
 import typing
 import zlib
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
 import pandas as pd
-import pydicom
+import pebble
 import torch
 import yaml
-from pydicom.datadict import dictionary_has_tag, dictionary_VR, tag_for_keyword
-from pydicom.dataelem import RawDataElement
-from pydicom.encaps import encapsulate
-from pydicom.pixels import get_decoder
 from torch import nn
 from tqdm import tqdm
+
+from dicom import VOLUME_VERSION, VolumeSettings, safe_uid, to_voxel
 
 # --- labels -------------------------------------------------------------------------------------------------
 
@@ -66,46 +63,77 @@ LABELS = (
 )
 LOCATIONS = LABELS[:13]
 AP = 13  # column of `Aneurysm Present`
-SWAP_PAIRS = ((0, 1), (2, 3), (4, 5), (7, 8), (9, 10))  # left and right of one artery
 SWAP = [1, 0, 3, 2, 5, 4, 6, 8, 7, 10, 9, 11, 12, 13]  # labels of the mirrored image: labels[:, SWAP]
 MODALITIES = ("CTA", "MRA", "MRI T2", "MRI T1post")
 UID = "SeriesInstanceUID"
+
+
+def read_label_table(path: Path) -> pd.DataFrame:
+    """A label table such as train.csv: SeriesInstanceUID as text in the form of the cache's file names, the
+    14 labels as 0 or 1, and its other columns.
+
+    Raises ValueError that names every fault, so that one run shows them all.
+    """
+    try:
+        table = pd.read_csv(path, dtype={UID: str})
+    except (ValueError, OSError) as error:  # pandas' parser errors are ValueErrors
+        raise ValueError(f"{path}: not a readable CSV: {' '.join(str(error).split())}") from None
+    missing = [name for name in (UID, *LABELS) if name not in table]
+    if missing:
+        names = ", ".join(map(repr, missing))
+        raise ValueError(f"{path}: columns missing: {names}; expected {UID} and the 14 labels")
+    faults = []
+    for name in LABELS:
+        odd = table.loc[~table[name].isin([0, 1]), name].unique()
+        faults += [f"{name} holds {value!r} (expected 0 or 1)" for value in odd[:3]]
+    if "Modality" in table:
+        odd = sorted(set(table["Modality"].astype(str)) - set(MODALITIES))
+        faults += [f"Modality {value!r} (expected one of {', '.join(MODALITIES)})" for value in odd[:3]]
+    table[UID] = table[UID].astype(str).map(safe_uid)
+    counts = table[UID].value_counts()
+    faults += [f"series {uid} has {count} rows" for uid, count in counts[counts > 1][:5].items()]
+    if faults:
+        raise ValueError(f"{path}: {'; '.join(faults)}")
+    return table
+
+
+def parse_age(text: str) -> float:
+    """Years of (0010,1010) PatientAge (`086Y`, `018M`; PS3.5 6.2, AS) or of a plain number; nan otherwise."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([DWMY]?)", str(text).strip())
+    if match is None:
+        return math.nan
+    return float(match[1]) / {"D": 365.25, "W": 52.18, "M": 12}.get(match[2], 1)
+
 
 # --- config -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of every script, with its default. YAML overrides it, `--set key=value`
-    overrides YAML."""
+    """Every setting of every script, with its default. YAML overrides it, `--set key=value` overrides YAML.
+
+    The settings of the volume (`dicom.VolumeSettings`) stand among the others in YAML, `img_size: 96`.
+    """
 
     # what to train, on what
-    task: str = "classify"  # classify: slabs + crops -> 14 logits; locate: heat maps over slabs -> 14 logits
+    task: Literal["classify", "locate"] = "classify"  # slabs + crops -> 14 logits | heat maps -> 14 logits
     cache: str = "cache"  # folder that preprocess.py filled
     outputs: str = "outputs"  # a run goes to <outputs>/<model_name>_seed<S>_fold<F>/
+    tag: str = ""  # joins the run's name, so that two recipes of one model do not collide
     fold: int = 0  # validation fold; the others train
     num_folds: int = 5  # by patient, stratified on presence, modality and rarest location
     seed: int = 0  # of weights, batches, augmentation; folds depend on fold_seed alone
     fold_seed: int = 0
-    # the volume (preprocess.py; a cache made with other values is refused)
-    base_slices: int = 32  # axial slabs per volume = image channels
-    img_size: int = 384  # rows and columns of a volume and of a crop
-    roi_mm: float = 200.0  # side of the square box, centred on the head
-    roi_top_mm: float = 160.0  # depth of the box below the top of the head
-    slab_mode: str = "mean"  # of the slices in a slab: mean | max
-    ct_window: tuple[float, float] = (0.0, 600.0)  # HU; -125..225 would saturate contrast-filled arteries
-    mr_percentiles: tuple[float, float] = (1.0, 99.8)  # of the series' own region
-    # the crops
-    max_localizer_crops: int = 3  # K crop channels after the slabs
+    volume: VolumeSettings = field(default_factory=VolumeSettings)  # a cache made with others is refused
+    # the crops of a classifier
+    max_localizer_crops: int = 3  # crop channels after the slabs
     crop_mm: float = 48.0  # side of a crop, around its point
-    crop_depth_mm: float = 8.0  # a crop projects the slabs this far above and below its point
-    crop_projection: str = "mean"  # mean | max
+    crop_depth_mm: float = 8.0  # a crop is the mean of the slabs this far above and below its point
     crop_jitter_mm: float = 4.0  # in training, uniform in +-, so that a centred finding says nothing
     p_localizer_dropout: float = 0.30  # share of series and epochs without annotated crops
     p_global_localizer_off: float = 0.10  # share of series and epochs with all crop channels zero
     p_proposal: float = 0.50  # with a locator: share of series and epochs that see its proposals instead
     proposals: str = ""  # glob of locator runs (all folds), "" for none: outputs/locator_*_seed0_fold*
-    locator_scores: bool = True  # with proposals: the locator's 14 logits join the classifier's
     min_peak_mm: float = 10.0  # proposals lie at least this far apart
     # the model
     model_name: str = "maxvit_base_tf_384"  # any timm name; for task locate the backbone of the locator
@@ -113,8 +141,8 @@ class Config:
     drop_path_rate: float = 0.2  # where the model has it
     drop_rate: float = 0.0  # of a classifier's head
     locator_width: int = 32  # channels of the locator's merged features
-    locator_stride: int = 8  # pixels of a volume per cell of its maps: 4 | 8 | 16
-    heatmap_weight: float = 1.0  # locate: weight of the map loss beside the label loss
+    locator_stride: Literal[4, 8, 16] = 8  # pixels of a volume per cell of its maps
+    heatmap_weight: float = 1.0  # of the map loss beside the label loss
     heatmap_sigma_mm: float = 3.0  # of the Gaussian target around a point
     ensemble_weight: float = 1.0  # of this run in infer.py's mean
     # augmentation, on the batch, on the device
@@ -137,1714 +165,220 @@ class Config:
     clip_grad: float = 1.0  # largest gradient norm; 0: off
     label_smoothing: float = 0.02  # targets 0.01 and 0.99
     ema_decay: float = 0.999  # with warm-up
-    precision: str = "fp16"  # fp16 | bf16 | no; fp16 needs a GPU
+    precision: Literal["fp16", "bf16", "no"] = "fp16"  # fp16 needs a GPU
     channels_last: bool = True
     grad_checkpointing: bool = False  # less memory, about a third more time
-    compile: bool = False
     workers: int = 4  # loader processes per training process
     bootstrap: int = 2000  # draws of patients for the 95 % interval
-    tracker: str = ""  # "" | tensorboard | wandb
+    tracker: Literal["", "tensorboard", "wandb"] = ""
+
+    @property
+    def num_crops(self) -> int:
+        """Crop channels of the image; a locator sees slabs alone."""
+        return 0 if self.task == "locate" else self.max_localizer_crops
 
     @property
     def in_chans(self) -> int:
-        return self.base_slices + self.max_localizer_crops
-
-    @property
-    def has_scores(self) -> bool:
-        """Whether the classifier wants a locator's logits beside its image."""
-        return self.task == "classify" and bool(self.proposals) and self.locator_scores
+        return self.volume.base_slices + self.num_crops
 
     @property
     def run_name(self) -> str:
-        prefix = "locator_" if self.task == "locate" else ""
-        return f"{prefix}{self.model_name}_seed{self.seed}_fold{self.fold}"
+        parts = ["locator"] if self.task == "locate" else []
+        parts += [self.model_name, self.tag] if self.tag else [self.model_name]
+        return "_".join([*parts, f"seed{self.seed}", f"fold{self.fold}"])
 
 
-CHOICES = {
-    "locator_stride": (4, 8, 16),
-    "task": ("classify", "locate"),
-    "slab_mode": ("mean", "max"),
-    "crop_projection": ("mean", "max"),
-    "precision": ("fp16", "bf16", "no"),
-    "tracker": ("", "tensorboard", "wandb"),
+RANGES = {  # smallest and largest value of a number; of all others 0 to 1e9
+    "num_folds": (2, 1000),
+    "base_slices": (1, 1024),
+    "img_size": (8, 4096),
+    "roi_mm": (10, 1000),
+    "roi_top_mm": (10, 1000),
+    "crop_mm": (1, 1000),
+    "min_peak_mm": (0.1, 1000),
+    "max_localizer_crops": (0, 100),
+    "locator_width": (1, 4096),
+    "heatmap_sigma_mm": (0.1, 100),
+    "epochs": (1, 1e6),
+    "batch_size": (1, 1e5),
+    "accumulation": (1, 1e5),
+    "lr": (1e-12, 1e3),
+    "bootstrap": (1, 1e6),
+    "scale": (0, 0.9),
+    **dict.fromkeys(("label_smoothing", "drop_rate", "drop_path_rate", "ema_decay"), (0, 1)),
+    **{f.name: (0, 1) for f in fields(Config) if f.name.startswith("p_")},
 }
-POSITIVE = {  # other numbers may be 0, none may be negative
-    *("num_folds", "base_slices", "img_size", "roi_mm", "roi_top_mm", "crop_mm", "min_peak_mm"),
-    *("locator_width", "heatmap_sigma_mm", "epochs", "batch_size", "accumulation", "lr", "bootstrap"),
-}
-VOLUME_VERSION = 1  # to be raised with each change of the code that changes a volume's voxels
-VOLUME_SETTINGS = (
-    "base_slices",
-    "img_size",
-    "roi_mm",
-    "roi_top_mm",
-    "slab_mode",
-    "ct_window",
-    "mr_percentiles",
-)
+VOLUME_FIELDS = tuple(f.name for f in fields(VolumeSettings))
 
 
-def volume_settings(cfg: Config) -> dict:
-    """What shapes a cached volume beside its files, as JSON-ready values."""
-    values = {name: getattr(cfg, name) for name in VOLUME_SETTINGS}
-    return json.loads(json.dumps(values | {"volume_version": VOLUME_VERSION}))
+def setting_types() -> dict[str, typing.Any]:
+    """Type of every setting by its flat name, in the order of the dataclasses."""
+    types = typing.get_type_hints(VolumeSettings) | typing.get_type_hints(Config)
+    del types["volume"]
+    return types
 
 
-def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Config from a YAML file (its `base:` is read first) and `key=value` strings (values are YAML too).
 
-    Raises ValueError for an unknown key (naming the nearest), a wrong type, or a value outside its choices.
+    Raises ValueError for an unknown key (naming the nearest), a wrong type, or a value outside its range.
     """
-    values = _read_yaml(Path(path)) if path else {}
+    values = read_yaml(Path(path)) if path else {}
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"--set {text}: expected key=value, for example --set lr=1.0e-4")
         try:
-            values[key.strip()] = (yaml.safe_load(value) if value.strip() else "", "--set")
+            values[key.strip()] = yaml.safe_load(value) if value.strip() else ""
         except yaml.YAMLError:
             raise ValueError(f"--set {text}: not a YAML value; quote it: --set '{key}=\"...\"'") from None
-    return _checked({key: _typed(key, value, where) for key, (value, where) in values.items()})
+    return config_from_dict(values, "settings" if path is None else str(path))
 
 
-def config_from_dict(values: dict) -> Config:
-    """Config from plain values such as `dataclasses.asdict` gave to a checkpoint; the same checks as
-    load_config."""
-    return _checked({key: _typed(key, value, "checkpoint") for key, value in values.items()})
-
-
-def volume_config(settings: dict) -> Config:
-    """Config of a cached volume, from what `volume_settings` wrote into it."""
-    return config_from_dict({name: settings[name] for name in VOLUME_SETTINGS if name in settings})
-
-
-def _read_yaml(path: Path) -> dict[str, tuple]:
-    """{key: (value, where)}; the file named by `base:` (beside this one) comes first and is overridden."""
+def read_yaml(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, typing.Any]:
+    """Flat values of a config file; the file named by `base:` (beside it) comes first and is overridden.
+    `readers` are the files whose `base:` led here."""
     if not path.is_file():
         raise ValueError(f"{path}: no such config file; the ones that come with the project are in configs/")
+    if path.resolve() in readers:
+        raise ValueError(f"{path}: `base:` leads back to this file; expected another one")
     try:
-        own = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+        text = path.read_text()
+        values, node = yaml.safe_load(text) or {}, yaml.compose(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(own, dict):
-        raise ValueError(f"{path}: found a {type(own).__name__}, expected lines of `key: value`")
-    base = own.pop("base", None)
-    values = _read_yaml(path.parent / base) if base else {}
-    return values | {str(key): (value, str(path)) for key, value in own.items()}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: found a {type(values).__name__}, expected lines of `key: value`")
+    keys = [key.value for key, _ in node.value] if node else []
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise ValueError(f"{path}: {', '.join(twice)} stands there twice; expected each setting once")
+    base = values.pop("base", None)
+    inherited = read_yaml(path.parent / str(base), (*readers, path.resolve())) if base else {}
+    return inherited | {str(key): value for key, value in values.items()}
 
 
-def _typed(key: str, value: object, where: str) -> object:
-    """The value as its field's type: whole numbers pass as float, lists as tuples of floats; nothing else is
-    bent."""
-    types = typing.get_type_hints(Config)
-    if key not in types:
-        near = difflib.get_close_matches(key, types, n=1, cutoff=0.0)[0]
-        raise ValueError(f"{where}: unknown setting {key!r}; the nearest is {near!r}")
-    kind = types[key]
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind == tuple[float, float]:
-        numbers = value if isinstance(value, list | tuple) and len(value) == 2 else [""]
-        if all(isinstance(v, int | float) and not isinstance(v, bool) for v in numbers):
-            return tuple(float(v) for v in numbers)
-    elif type(value) in (typing.get_args(kind) or (kind,)):  # bool is no int here
-        return value
-    hint = " (YAML reads 1e-4 as text: write 1.0e-4)" if kind is float and isinstance(value, str) else ""
-    hint = ' (YAML reads no as False: write "no" with its quotes)' if kind is str and value is False else hint
-    expected = getattr(kind, "__name__", str(kind)) if kind in (int, float, bool, str) else str(kind)
-    raise ValueError(f"{where}: {key} is {value!r}, expected {expected}{hint}")
-
-
-def _checked(values: dict) -> Config:
-    cfg = Config(**values)
-    for key, choices in CHOICES.items():
-        if getattr(cfg, key) not in choices:
-            raise ValueError(
-                f"{key} is {getattr(cfg, key)!r}, expected one of {', '.join(map(repr, choices))}"
-            )
-    for key, value in asdict(cfg).items():
-        if isinstance(value, int | float) and value < (0 if key not in POSITIVE else 1e-12):
-            least = "more than 0" if key in POSITIVE else "0 or more"
-            raise ValueError(f"{key} is {value}, expected {least}")
-    shares = [f.name for f in fields(Config) if f.name.startswith("p_")] + ["label_smoothing", "drop_rate"]
-    for key in shares:
-        if not 0 <= getattr(cfg, key) <= 1:
-            raise ValueError(f"{key} is {getattr(cfg, key)}, expected a share between 0 and 1")
-    if cfg.task == "locate" and cfg.max_localizer_crops:
-        raise ValueError(
-            f"max_localizer_crops is {cfg.max_localizer_crops}, expected 0: task locate takes slabs alone"
-        )
-    if not 0 <= cfg.fold < cfg.num_folds:
-        raise ValueError(
-            f"fold is {cfg.fold}, expected 0 to {cfg.num_folds - 1} (num_folds is {cfg.num_folds})"
-        )
+def config_from_dict(values: dict, source: str = "checkpoint") -> Config:
+    """Config from flat values, as `config_to_dict` gives them; `source` stands in the message of a
+    ValueError."""
+    types, checked = setting_types(), {}
+    for key, value in values.items():
+        if key not in types:
+            nearest = difflib.get_close_matches(key, types, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{source}: unknown setting {key!r}; the nearest is {nearest!r}")
+        checked[key] = convert_setting(key, value, types[key], source)
+    volume = {key: checked.pop(key) for key in VOLUME_FIELDS if key in checked}
+    cfg = Config(volume=VolumeSettings(**volume), **checked)
+    if not cfg.fold < cfg.num_folds:
+        raise ValueError(f"{source}: fold is {cfg.fold}, expected 0 to {cfg.num_folds - 1} (num_folds - 1)")
+    if cfg.task == "locate" and cfg.proposals:
+        raise ValueError(f"{source}: proposals are for task classify; a locator makes them")
     return cfg
 
 
-# --- reading ------------------------------------------------------------------------------------------------
-
-IMPLICIT, EXPLICIT = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1"  # transfer syntaxes, PS3.5 A
-BIG_ENDIAN, DEFLATED, RLE = "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.5"
-DECODERS = {  # compressed transfer syntax -> packages that decode it
-    RLE: "pylibjpeg pylibjpeg-rle",
-    **{f"1.2.840.10008.1.2.4.{n}": "pylibjpeg pylibjpeg-libjpeg" for n in (50, 51, 57, 70)},  # JPEG
-    **{f"1.2.840.10008.1.2.4.{n}": "pyjpegls" for n in (80, 81)},  # JPEG-LS
-    **{f"1.2.840.10008.1.2.4.{n}": "pylibjpeg pylibjpeg-openjpeg" for n in (90, 91)},  # JPEG 2000
-}
-MAX_PIXEL_BYTES = 2**31  # of one file, decoded
-MAX_FRAME_PIXELS = 2**26  # 8192 x 8192
-MAX_UNPACKED_BYTES = 2**29  # of one deflated or gzipped file
-SAME_POSITION_MM = 0.02  # closer slices share a position
-PIXEL_DATA = 0x7FE00010
-UNDEFINED = 0xFFFFFFFF  # length of an element that ends with a delimiter
-
-
-def _tags(names: str) -> dict[int, tuple[str, str]]:
-    """tag -> (name, VR) of attributes named as in PS3.6."""
-    return {tag_for_keyword(name): (name, dictionary_VR(name)[:2]) for name in names.split()}
-
-
-WANTED = _tags(  # the attributes that reading uses
-    "TransferSyntaxUID ImageType SOPClassUID SOPInstanceUID Modality ComplexImageComponent PatientID "
-    "PatientSex PatientAge SliceThickness EchoTime EchoNumbers SpacingBetweenSlices TriggerTime "
-    "ReconstructionDiameter DiffusionBValue SeriesInstanceUID AcquisitionNumber InstanceNumber "
-    "ImagePositionPatient ImageOrientationPatient TemporalPositionIdentifier SliceLocation StackID "
-    "SamplesPerPixel PhotometricInterpretation PlanarConfiguration NumberOfFrames Rows Columns PixelSpacing "
-    "BitsAllocated BitsStored HighBit PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit "
-    "RescaleIntercept RescaleSlope"
-)
-IN_FRAME = WANTED | {  # the same in a functional group (PS3.3 C.7.6.16.2), where some have another tag
-    0x00089007: ("ImageType", "CS"),  # FrameType
-    0x00189082: ("EchoTime", "FD"),  # EffectiveEchoTime
-    0x00209128: ("TemporalPositionIdentifier", "UL"),  # TemporalPositionIndex
-    0x00209153: ("TriggerTime", "FD"),  # NominalCardiacTriggerDelayTime
-    0x00209156: ("AcquisitionNumber", "US"),  # FrameAcquisitionNumber
-}
-FUNCTIONAL_GROUPS = _tags(
-    "MREchoSequence MRDiffusionSequence CardiacSynchronizationSequence MRImageFrameTypeSequence "
-    "CTImageFrameTypeSequence FrameContentSequence PlanePositionSequence PlaneOrientationSequence "
-    "PixelMeasuresSequence PixelValueTransformationSequence"
-)
-BINARY = {"US": "H", "UL": "I", "FD": "d"}
-NUMBER = rb" *[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)? *"
-NUMBERS = re.compile(NUMBER + rb"(\\" + NUMBER + rb")*")
-CHARACTER_SET = re.compile(rb"[A-Z0-9_ \\]*")
-
-
-def safe_uid(uid: str) -> str:
-    """`uid` if it is one ([0-9.]{1,64}, not only dots), else one made of its SHA-256: safe as a file name."""
-    if re.fullmatch(r"[0-9.]{1,64}", uid) and uid.strip("."):
-        return uid
-    return "2.25." + str(int(hashlib.sha256(uid.encode(errors="replace")).hexdigest(), 16))[:38]
-
-
-def natural_key(path: Path) -> list:
-    """Sort key of a path in which `I10` follows `I9`."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", str(path)))]
-
-
-def find_series(root: Path) -> tuple[dict[str, list[Path]], list[tuple[Path, str]]]:
-    """Series under `root`, a folder of any depth: (uid -> files, [(file that is no DICOM image, reason)]).
-
-    The files in a folder whose name is a UID with a dot are one series; they are not opened, so a million
-    files take seconds. Files elsewhere are grouped by (0020,000E) SeriesInstanceUID, across folders; images
-    without it form one series per folder.
-    """
-    series: dict[str, list[Path]] = {}
-    rejected: list[tuple[Path, str]] = []
-    walked = set()  # links may lead in a circle
-    for folder, subfolders, names in os.walk(
-        root, followlinks=True, onerror=lambda e: rejected.append((Path(e.filename), str(e)))
-    ):
-        place = os.path.realpath(folder)
-        if place in walked:
-            subfolders.clear()
-            continue
-        walked.add(place)
-        subfolders.sort()
-        name = os.path.basename(os.path.abspath(folder))
-        is_uid = "." in name and safe_uid(name) == name
-        for path in (Path(folder, name) for name in sorted(names)):
-            if is_uid:
-                series.setdefault(name, []).append(path)
-                continue
-            try:
-                uid = read_header(path).get("SeriesInstanceUID") or os.path.abspath(folder)
-            except ValueError as error:
-                rejected.append((path, str(error)))
-            else:
-                series.setdefault(safe_uid(uid), []).append(path)
-    return series, rejected
-
-
-def _one_line_errors(function: typing.Callable) -> typing.Callable:
-    """Whatever goes wrong inside becomes a ValueError of one line: what parsers raise on hostile bytes, and a
-    decoder's own BaseException (pylibjpeg-rle: PanicException). Interrupts and exits pass through."""
-
-    @functools.wraps(function)
-    def wrapped(*args: object) -> object:
-        try:
-            return function(*args)
-        except (KeyboardInterrupt, SystemExit, GeneratorExit):
-            raise
-        except BaseException as error:
-            kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-            raise ValueError(kind + " ".join(str(error).split())[:300]) from error
-
-    return wrapped
-
-
-@_one_line_errors
-def read_header(path: Path) -> dict:
-    """What one file says of its images. ValueError with the reason if it is no DICOM image, or damaged.
-
-    The attributes of WANTED by name (numbers as a tuple; absent where missing, empty or unreadable), and
-      spans        for each frame the (offset, length) pieces of its pixel data
-      pixel_data   (VR, offset, length) of the element; length UNDEFINED if it is encapsulated
-      little       byte order
-      packed       offsets count in the unpacked file (`open_unpacked`)
-      groups       for each frame the attributes of its functional groups, or None
-      unreadable   what did not parse
-    """
-    return fast_header(path) or slow_header(path)
-
-
-def fast_header(path: Path) -> dict | None:
-    """`read_header` in 0.1 ms for plain little-endian files. None at the slightest doubt (odd VR, length or
-    order, functional groups, a value that does not parse): then pydicom has to look at it."""
-    with open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        for limit in (2**14, 2**18, 2**22):
-            try:
-                header = _walk_header(os.pread(file.fileno(), limit, 0))
-            except ValueError:
-                return None
-            except struct.error:  # the header is longer
-                continue
-            header["spans"] = locate_frames(header, size, lambda at, n: os.pread(file.fileno(), n, at))
-            return header
-    return None
-
-
-SHORT_VRS = set(b"AE AS AT CS DA DS DT FL FD IS LO LT PN SH SL SS ST TM UI UL US".split())
-LONG_VRS = set(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # two reserved bytes, then a 4-byte length
-EXPLICIT_ELEMENT, IMPLICIT_ELEMENT = struct.Struct("<HH2sH"), struct.Struct("<HHI")
-
-
-def _walk_header(head: bytes) -> dict:
-    """The wanted elements before the pixel data. ValueError on doubt, struct.error where `head` ends."""
-    if head[128:140] != b"DICM\x02\0\0\0UL\x04\0":
-        raise ValueError("no file meta group length")
-    position, last, explicit = 144, 0x00020000, True
-    meta_end = 144 + int.from_bytes(_slice(head, 140, 4), "little")
-    header: dict = {"little": True, "packed": False, "groups": None, "unreadable": []}
-    while True:
-        if position == meta_end:
-            syntax = header.get("TransferSyntaxUID")
-            explicit = syntax != IMPLICIT
-            vr = _slice(head, position + 4, 2)
-            if syntax not in (IMPLICIT, EXPLICIT, *DECODERS) or explicit != (vr.isalpha() and vr.isupper()):
-                raise ValueError("another transfer syntax, or VRs that do not fit it")
-        tag, vr, length, value = _element(head, position, explicit)
-        if tag <= last or tag >> 16 == 0x5200 or (tag >> 16 == 2) != (position < meta_end):
-            raise ValueError("tags out of order, or functional groups")
-        last = tag
-        if tag >= PIXEL_DATA - 2:
-            if tag != PIXEL_DATA or vr not in (b"OB", b"OW", b""):
-                raise ValueError("odd pixel data")
-            header["pixel_data"] = (vr.decode() or "OW", value, length)
-            return header
-        if length == UNDEFINED:
-            if vr != b"SQ" and not (vr == b"" and dictionary_has_tag(tag) and dictionary_VR(tag) == "SQ"):
-                raise ValueError("undefined length outside of a sequence")
-            position = _skip_sequence(head, value, explicit)
-            continue
-        position = value + length
-        if tag >> 16 == 2 and position > meta_end:
-            raise ValueError("the file meta group is longer than it says")
-        if tag == 0x00080005 and not (vr in (b"CS", b"") and CHARACTER_SET.fullmatch(head, value, position)):
-            raise ValueError("odd SpecificCharacterSet")  # pydicom may refuse the file
-        if tag in WANTED:
-            name, expected = WANTED[tag]
-            if vr and vr.decode() != expected and (vr, expected) != (b"SS", "US"):
-                raise ValueError("another VR")
-            parsed = parse_value(expected, _slice(head, value, length), "little")
-            if parsed is not None:
-                header[name] = parsed
-
-
-def _slice(head: bytes, position: int, length: int) -> bytes:
-    if position + length > len(head):
-        raise struct.error("end of the bytes read so far")
-    return head[position : position + length]
-
-
-def _element(head: bytes, position: int, explicit: bool) -> tuple[int, bytes, int, int]:
-    """(tag, VR, length, position of the value) of the little-endian element at `position`."""
-    if not explicit:
-        group, element, length = IMPLICIT_ELEMENT.unpack_from(head, position)
-        return group << 16 | element, b"", length, position + 8
-    group, element, vr, length = EXPLICIT_ELEMENT.unpack_from(head, position)
-    tag = group << 16 | element
-    if vr in SHORT_VRS:
-        return tag, vr, length, position + 8
-    if vr in LONG_VRS and length == 0:
-        return tag, vr, int.from_bytes(_slice(head, position + 8, 4), "little"), position + 12
-    if group == 0xFFFE:  # items and delimiters have no VR
-        return tag, b"", int.from_bytes(vr, "little") | length << 16, position + 8
-    raise ValueError("odd VR")
-
-
-def _skip_sequence(head: bytes, position: int, explicit: bool, depth: int = 0) -> int:
-    """End of the undefined-length sequence whose first item starts at `position`."""
-    while True:
-        tag, _, length, position = _element(head, position, explicit=False)
-        if tag == 0xFFFEE0DD and length == 0:
-            return position
-        if tag != 0xFFFEE000 or depth > 8:
-            raise ValueError("odd sequence")
-        end = position + length  # of the item; far away where the length is undefined
-        while position != end:
-            tag, vr, inner, position = _element(head, position, explicit)
-            if tag == 0xFFFEE00D and inner == 0 and length == UNDEFINED:
-                break
-            if tag >> 16 == 0xFFFE or position > end or (inner == UNDEFINED and vr != b"SQ"):
-                raise ValueError("odd item")
-            position += inner
-            if inner == UNDEFINED:
-                position = _skip_sequence(head, position - inner, explicit, depth + 1)
-
-
-def parse_value(vr: str, raw: bytes, order: str) -> tuple | str | None:
-    """Numbers as a tuple, text unpadded, None if empty. ValueError if malformed. `order`: little or big."""
-    if vr in BINARY:
-        count = len(raw) // struct.calcsize("=" + BINARY[vr])
-        values = struct.unpack(f"{'>' if order == 'big' else '<'}{count}{BINARY[vr]}", raw)
-    elif vr in ("DS", "IS"):
-        text = raw.strip(b" \0")
-        if text and not NUMBERS.fullmatch(text):
-            raise ValueError(f"{text[:40]!r} is no number")
-        values = tuple(map(float, text.split(b"\\"))) if text else ()
-    else:
-        return raw.decode("latin-1").strip(" \0") or None
-    if not all(abs(value) < 1e12 for value in values):  # NaN too
-        raise ValueError(f"{values[:6]} is out of range")
-    return values or None
-
-
-def slow_header(path: Path) -> dict:
-    """`read_header` of any file, through pydicom."""
-    with open_unpacked(path) as (file, is_deflated):
-        start = file.read(132)
-        has_preamble = start[128:] == b"DICM"
-        if not start:
-            raise ValueError("empty file")
-        if not has_preamble and start[:2] not in (b"\x02\0", b"\x08\0", b"\0\x08"):
-            raise ValueError("not DICOM: no DICM after 128 bytes, and group 0002 or 0008 does not come first")
-        file.seek(0)
-        dataset = pydicom.dcmread(file, stop_before_pixels=True, force=not has_preamble)
-        at_pixels = file.tell()
-        size = file.seek(0, os.SEEK_END)
-
-        def read(offset: int, length: int) -> bytes:
-            file.seek(offset)
-            return file.read(length)
-
-        if dataset.file_meta.get("MediaStorageSOPClassUID") == "1.2.840.10008.1.3.10":
-            raise ValueError("a DICOMDIR, no image")
-        implicit, little = dataset.original_encoding
-        order = "little" if little else "big"
-        header, unreadable = _attributes(dataset, WANTED, order)
-        header |= {"little": little, "packed": isinstance(file, io.BytesIO), "unreadable": unreadable}
-        guess = IMPLICIT if implicit else EXPLICIT if little else BIG_ENDIAN
-        syntax = DEFLATED if is_deflated else str(dataset.file_meta.get("TransferSyntaxUID") or guess)
-        header["TransferSyntaxUID"] = syntax
-        element = read(at_pixels, 12)
-        tag = int.from_bytes(element[:2], order) << 16 | int.from_bytes(element[2:4], order)
-        if len(element) < 8 or tag != PIXEL_DATA:
-            kind = header.get("Modality") or "no (0008,0060) Modality"
-            raise ValueError(f"no image ({kind}): no (7FE0,0010) PixelData")
-        if element[4:8] in (b"OB\0\0", b"OW\0\0", b"UN\0\0"):
-            length = int.from_bytes(element[8:], order)
-            header["pixel_data"] = (element[4:6].decode(), at_pixels + 12, length)
-        else:
-            header["pixel_data"] = ("OW", at_pixels + 8, int.from_bytes(element[4:8], order))
-        header["groups"] = _functional_groups(dataset, order)
-        header["spans"] = locate_frames(header, size, read)
-        return header
-
-
-def _attributes(dataset: pydicom.Dataset, table: dict, order: str) -> tuple[dict, list[str]]:
-    """(the attributes of `table` in a dataset by name, those that do not parse)."""
-    found, unreadable = {}, []
-    for tag, (name, vr) in table.items():
-        if tag not in dataset:
-            continue
-        try:
-            element = dataset.get_item(tag)
-            expected = (None, "UN", "US", "SS") if vr == "US" else (None, "UN", vr)
-            if isinstance(element, RawDataElement) and element.VR in expected:
-                value = parse_value(vr, element.value or b"", order)
-            else:  # written with another VR: what pydicom makes of it
-                value = dataset[tag].value
-                values = [] if value is None else [value] if isinstance(value, str | float | int) else value
-                kind = "DS" if vr in BINARY or vr == "IS" else vr
-                value = parse_value(kind, "\\".join(map(str, values)).encode(), order)
-        except Exception as error:  # pydicom raises many kinds; the attribute counts as missing, and is noted
-            reason = " ".join(str(error).split())[:80]
-            unreadable.append(f"({tag >> 16:04X},{tag & 0xFFFF:04X}) {name} does not parse: {reason}")
-            continue
-        if value is not None:
-            found[name] = value
-    return found, unreadable
-
-
-def _functional_groups(dataset: pydicom.Dataset, order: str) -> list[dict] | None:
-    """For each frame of an enhanced file what its own and the shared functional groups say, else None."""
-
-    def flat(item: pydicom.Dataset) -> dict:
-        sequences = [item[tag].value for tag in FUNCTIONAL_GROUPS if tag in item]
-        parts = [_attributes(sequence[0], IN_FRAME, order)[0] for sequence in sequences if sequence]
-        return {name: value for part in parts for name, value in part.items()}
-
-    shared, frames = (dataset[tag].value if tag in dataset else None for tag in (0x52009229, 0x52009230))
-    common = flat(shared[0]) if shared else {}
-    return [common | flat(item) for item in frames] if frames else [common] if shared else None
-
-
-@contextlib.contextmanager
-def open_unpacked(path: Path) -> typing.Iterator[tuple[typing.BinaryIO, bool]]:
-    """(`path` open for reading, whether its dataset was deflated). A gzipped or deflated file is unpacked in
-    memory, at most MAX_UNPACKED_BYTES; a deflated dataset then looks like explicit VR little endian."""
-    with open(path, "rb") as file:
-        head = file.read(2**16)
-        file.seek(0)
-        if head[:2] == b"\x1f\x8b":
-            head = _inflate(file.read(), 31)
-            file = io.BytesIO(head)
-        is_deflated = head[128:132] == b"DICM" and DEFLATED.encode() in head[: 2**16]
-        if is_deflated:
-            data = file.read()
-            end = 144 + int.from_bytes(data[140:144], "little")  # of the file meta group, PS3.10 7.1
-            meta = data[:end].replace(DEFLATED.encode(), EXPLICIT.encode() + b"\0\0\0")
-            file = io.BytesIO(meta + _inflate(data[end:], -15))
-        yield file, is_deflated
-
-
-def _inflate(data: bytes, window_bits: int) -> bytes:
-    """Unpacked `data`; what grows beyond MAX_UNPACKED_BYTES is refused before it takes the memory."""
-    unpacked = zlib.decompressobj(window_bits).decompress(data, MAX_UNPACKED_BYTES + 1)
-    if len(unpacked) > MAX_UNPACKED_BYTES:
-        raise ValueError(f"unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB: a decompression bomb?")
-    return unpacked
-
-
-def whole(header: dict, name: str, default: int = 0) -> int:
-    """First value of an attribute as an int."""
-    return int(header[name][0]) if name in header else default
-
-
-def locate_frames(header: dict, size: int, read: typing.Callable[[int, int], bytes]) -> list[tuple]:
-    """For each frame the (offset, length) pieces of its pixel data in a file of `size` bytes, of which
-    `read(offset, length)` gives some. ValueError if the image is absurd or the file too short.
-
-    Without (0028,0008) NumberOfFrames, native frames are counted from the length of the pixel data,
-    compressed ones from the offset table or the fragments that start a code stream (RLE: every fragment is a
-    frame).
-    """
-    rows, cols, bits = whole(header, "Rows"), whole(header, "Columns"), whole(header, "BitsAllocated")
-    samples, stated = whole(header, "SamplesPerPixel", 1), whole(header, "NumberOfFrames")
-    _, offset, length = header["pixel_data"]
-    what = f"{max(stated, 1)} frames of {rows} x {cols} pixels of {samples} x {bits} bits"
-    if rows < 1 or cols < 1 or samples not in (1, 3) or bits not in (8, 16, 32) or stated < 0:
-        raise ValueError(f"unreadable image: {what}; expected 1 or 3 samples of 8, 16 or 32 bits")
-    if rows * cols > MAX_FRAME_PIXELS:
-        raise ValueError(f"absurd size: {what}, limit {MAX_FRAME_PIXELS} pixels")
-    frame_bytes = rows * cols * samples * bits // 8
-    if header.get("PhotometricInterpretation") == "YBR_FULL_422" and length != UNDEFINED:
-        frame_bytes = rows * cols * 2
-    if length == UNDEFINED:
-        syntax = header["TransferSyntaxUID"]
-        if syntax in (IMPLICIT, EXPLICIT, BIG_ENDIAN, DEFLATED):
-            raise ValueError(f"compressed pixel data, but (0002,0010) TransferSyntaxUID is {syntax}")
-        spans = _fragments_by_frame(stated, offset, size, read, syntax == RLE)
-    else:
-        count, there = stated or max(1, length // frame_bytes), max(0, min(length, size - offset))
-        if there < count * frame_bytes:
-            raise ValueError(f"truncated: {there} of {count * frame_bytes} bytes of pixel data ({what})")
-        spans = [((offset + i * frame_bytes, frame_bytes),) for i in range(count)]
-    if frame_bytes * len(spans) > MAX_PIXEL_BYTES:
-        raise ValueError(f"absurd size: {what}, limit {MAX_PIXEL_BYTES >> 20} MiB")
-    return spans
-
-
-def _fragments_by_frame(
-    stated: int, offset: int, size: int, read: typing.Callable[[int, int], bytes], is_rle: bool
-) -> list[tuple]:
-    """Pieces of encapsulated pixel data by frame (PS3.5 A.4); `stated` is 0 where no number is given."""
-    fragments, starts_stream, table, first = [], [], None, 0
-    while offset + 8 <= size:
-        start = read(offset, 12)
-        length = int.from_bytes(start[4:8], "little")
-        if start[:4] == b"\xfe\xff\xdd\xe0":
-            break
-        if start[:4] != b"\xfe\xff\x00\xe0":
-            raise ValueError("damaged: no item where the next fragment of compressed pixel data should be")
-        if offset + 8 + length > size:
-            raise ValueError(f"truncated: {size - offset - 8} bytes left for a fragment of {length}")
-        if table is None:
-            table, first = read(offset + 8, length), offset + 8 + length
-        else:
-            fragments.append((offset + 8, length))
-            starts_stream.append(start[8:10] in (b"\xff\xd8", b"\xff\x4f") or start[8:12] == b"\0\0\0\x0c")
-        offset += 8 + length
-    if not fragments:
-        raise ValueError("truncated: compressed pixel data without a fragment")
-    if stated == len(fragments) or (is_rle and not stated):
-        return [(fragment,) for fragment in fragments]
-    if stated == 1:
-        return [tuple(fragments)]
-    offsets = {int.from_bytes(table[i : i + 4], "little") for i in range(0, len(table), 4)}
-    in_table = [fragment[0] - 8 - first in offsets for fragment in fragments]
-    for is_start in (in_table, starts_stream):
-        starts = [i for i, start in enumerate(is_start) if start]
-        if starts[:1] == [0] and stated in (0, len(starts)):
-            return [tuple(fragments[i:j]) for i, j in zip(starts, [*starts[1:], None], strict=True)]
-    raise ValueError(f"damaged: {len(fragments)} fragments of compressed data for {stated or 'some'} frames")
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One image: where it lies (LPS mm), what its stored values mean, and where its pixels are."""
-
-    path: Path
-    index: int  # in the file, from 0
-    header: dict  # of the file (`read_header`), overlaid with the frame's own attributes
-    sop_uid: str
-    position: np.ndarray | None  # (3,) centre of the pixel in row 0, column 0
-    row_dir: np.ndarray  # (3,) direction of a growing column index
-    col_dir: np.ndarray  # (3,) direction of a growing row index
-    spacing_mm: tuple[float, float]  # between rows, between columns
-    thickness_mm: float  # 0 where absent
-    rows: int
-    cols: int
-    slope: float  # value = slope * stored + intercept
-    intercept: float
-    padding: tuple[int, int] | None  # first and last of the stored values that are no tissue
-
-
-@dataclass
-class Series:
-    """One volume: frames sorted along +normal. Pixels are decoded when asked for, kept until `forget`."""
-
-    uid: str
-    modality: str  # CT or MR
-    patient: str  # 12 hex digits of the SHA-256 of (0010,0020) PatientID; like age and sex "" where absent
-    age: str
-    sex: str
-    frames: list[Frame]
-    positions_mm: np.ndarray  # (n,) along the normal
-    normal: np.ndarray  # (3,)
-    affine: (
-        np.ndarray
-    )  # (4, 4) (z, y, x) -> LPS mm; exact for even gaps, else least squares; sheared if tilted
-    spacing_mm: tuple[float, float, float]  # slice (median gap), row, column
-    plane: str  # axial, coronal or sagittal: the nearest
-    transfer_syntax: str
-    notes: list[str]  # everything that was left out, assumed or repaired
-    skipped: list[tuple[Path, str]]  # files that are no slices, with the reason
-    geometry: dict[tuple[str, int], Frame]  # (SOPInstanceUID, frame index) -> every image, left-out ones too
-    _stored: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
-
-    def stored(self, i: int) -> np.ndarray:
-        """(rows, cols) stored values of slice `i`, integers; may be read-only. ValueError naming the file if
-        it cannot be decoded; the volume can do without the slice."""
-        if i not in self._stored:
-            try:
-                self._stored[i] = decode(self.frames[i])
-            except ValueError as error:
-                raise ValueError(f"{self.frames[i].path}, frame {self.frames[i].index}: {error}") from error
-        return self._stored[i]
-
-    def forget(self, i: int | None = None) -> None:
-        """Free the stored values of slice `i`, or of all."""
-        if i is None:
-            self._stored.clear()
-            _unpacked.cache_clear()
-        else:
-            self._stored.pop(i, None)
-
-    def rescale(self, i: int) -> tuple[float, float]:
-        """(slope, intercept) of slice `i` after repairs; an inverted MONOCHROME1 has a negative slope."""
-        return self.frames[i].slope, self.frames[i].intercept
-
-    def padding(self, i: int) -> tuple[int, int] | None:
-        """First and last of the stored values of slice `i` that are padding, or None."""
-        return self.frames[i].padding
-
-    def values(self, i: int) -> np.ndarray:
-        """(rows, cols) float32 rescaled values of slice `i` (CT: HU). Padding: -1024 in CT, 0 in MR."""
-        stored, (slope, intercept), padding = self.stored(i), self.rescale(i), self.padding(i)
-        values = stored.astype(np.float32)
-        values *= slope
-        values += intercept
-        if padding:
-            values[(stored >= padding[0]) & (stored <= padding[1])] = -1024 if self.modality == "CT" else 0
-        return values
-
-    def point(self, sop_uid: str, x: float, y: float, f: int | None = None) -> np.ndarray:
-        """(3,) LPS mm of column `x`, row `y` of an image, `f` its frame (from 0). ValueError if unknown."""
-        if f is None and (sop_uid, 1) in self.geometry:
-            raise ValueError(f"series {self.uid}: {sop_uid} has several frames, and no frame is named")
-        frame = self.geometry.get((sop_uid, int(f or 0)))
-        if frame is None or frame.position is None:
-            raise ValueError(
-                f"series {self.uid}: no image {sop_uid}, frame {f or 0}, with a position of its own"
-            )
-        row_mm, col_mm = frame.spacing_mm
-        return frame.position + x * col_mm * frame.row_dir + y * row_mm * frame.col_dir
-
-
-@_one_line_errors
-def decode(frame: Frame) -> np.ndarray:
-    """(rows, cols) stored values of a frame: decompressed, colour as luminance, masked to BitsStored."""
-    header = frame.header
-    pieces = header["spans"][frame.index]
-    if header["packed"]:
-        unpacked = _unpacked(frame.path, os.stat(frame.path).st_mtime_ns)
-        data = b"".join(unpacked[offset : offset + length] for offset, length in pieces)
-    else:
-        with open(frame.path, "rb", buffering=0) as file:
-            data = b"".join(os.pread(file.fileno(), length, offset) for offset, length in pieces)
-    if len(data) != sum(length for _, length in pieces):
-        raise ValueError("the file became shorter while it was read")
-    if header["pixel_data"][0] == "OW" and not header["little"] and len(data) == frame.rows * frame.cols:
-        data = (
-            np.frombuffer(data + bytes(len(data) % 2), "u2").byteswap().tobytes()[: len(data)]
-        )  # 8-bit in words
-    allocated, high_bit = whole(header, "BitsAllocated"), whole(header, "HighBit", -1)
-    bits, signed = whole(header, "BitsStored", allocated), whole(header, "PixelRepresentation") == 1
-    bits = bits if 1 <= bits <= allocated else allocated
-    high_bit = high_bit if bits - 1 <= high_bit < allocated else bits - 1
-    if header["pixel_data"][2] != UNDEFINED and whole(header, "SamplesPerPixel", 1) == 1:
-        dtype = np.dtype(f"{'<' if header['little'] else '>'}{'i' if signed else 'u'}{allocated // 8}")
-        stored = np.frombuffer(data, dtype).reshape(frame.rows, frame.cols)
-        return mask_stored(stored.astype(dtype.newbyteorder("="), copy=False), bits, high_bit, signed)
-    return mask_stored(_decode_with_pydicom(frame, data, bits), bits, bits - 1, signed)
-
-
-@functools.lru_cache(maxsize=1)
-def _unpacked(path: Path, _changed: int) -> memoryview:
-    """A packed file's unpacked bytes, kept until the next one so that its frames do not unpack it again."""
-    with open_unpacked(path) as (file, _):
-        return file.getbuffer()
-
-
-def mask_stored(array: np.ndarray, bits: int, high_bit: int, signed: bool) -> np.ndarray:
-    """The `bits` bits up to `high_bit`, sign-extended if `signed`; others (overlays, garbage) go."""
-    size = array.dtype.itemsize * 8
-    array = array.view(f"{'i' if signed else 'u'}{size // 8}")
-    if bits >= size:
-        return array
-    array = np.left_shift(array, max(size - 1 - high_bit, 0))
-    return np.right_shift(array, size - bits, out=array)
-
-
-def _decode_with_pydicom(frame: Frame, data: bytes, bits: int) -> np.ndarray:
-    """(rows, cols) of compressed or colour pixel data through pydicom and its plug-ins."""
-    header, is_native = frame.header, frame.header["pixel_data"][2] != UNDEFINED
-    uid = pydicom.uid.UID(EXPLICIT if is_native else header["TransferSyntaxUID"])
-    samples = whole(header, "SamplesPerPixel", 1)
-    try:
-        decoder = get_decoder(uid)
-    except NotImplementedError:
-        raise ValueError(f"there is no decoder for transfer syntax {uid.name} ({uid})") from None
-    if not decoder.is_available:
-        raise ValueError(f"transfer syntax {uid.name} ({uid}) needs a decoder: pip install {DECODERS[uid]}")
-    if not is_native:
-        _check_stream(data, uid, (frame.rows, frame.cols, samples))
-    default = "RGB" if samples == 3 else "MONOCHROME2"
-    array, _ = decoder.as_array(
-        data if is_native else encapsulate([data]),
-        index=0,
-        rows=frame.rows,
-        columns=frame.cols,
-        number_of_frames=1,
-        samples_per_pixel=samples,
-        bits_allocated=whole(header, "BitsAllocated"),
-        bits_stored=bits,
-        pixel_representation=whole(header, "PixelRepresentation"),
-        photometric_interpretation=header.get("PhotometricInterpretation", default),
-        planar_configuration=whole(header, "PlanarConfiguration"),
-        pixel_keyword="PixelData",
+def convert_setting(key: str, value: typing.Any, kind: typing.Any, source: str) -> typing.Any:
+    """The value as its setting's type. Whole numbers and texts such as 1e-4 (which YAML does not take for a
+    number) pass as float, an unquoted `no` (YAML: False) as the choice "no"."""
+    choices = typing.get_args(kind)
+    if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if value is False and "no" in choices:
+        value = "no"
+    if kind == tuple[float, float]:
+        pair = value if isinstance(value, list | tuple) else ()
+        numbers = [v for v in pair if isinstance(v, int | float) and math.isfinite(v)]
+        if len(pair) == len(numbers) == 2 and numbers[0] < numbers[1]:
+            return (float(numbers[0]), float(numbers[1]))
+        raise ValueError(f"{source}: {key} is {value!r}, expected two growing numbers such as [0, 600]")
+    if typing.get_origin(kind) is Literal:
+        if value not in choices or isinstance(value, bool):
+            names = ", ".join(map(repr, choices))
+            raise ValueError(f"{source}: {key} is {value!r}, expected one of {names}")
+        return value
+    if type(value) not in (choices or (kind,)):  # a bool is not an int here
+        names = " or ".join(t.__name__ for t in choices or (kind,))
+        raise ValueError(f"{source}: {key} is {value!r}, expected {names}")
+    low, high = RANGES.get(key, (0, 1e9))
+    if isinstance(value, int | float) and not low <= value <= high:  # NaN too
+        raise ValueError(f"{source}: {key} is {value}, expected {low:g} to {high:g}")
+    return value
+
+
+def config_to_dict(cfg: Config) -> dict[str, typing.Any]:
+    """Flat, JSON-ready values of all settings, in the order of their definition."""
+    values = asdict(cfg)
+    return json.loads(json.dumps(values.pop("volume") | values))
+
+
+def volume_settings(cfg: Config) -> dict[str, typing.Any]:
+    """What shapes a cached volume beside its files, as JSON-ready values."""
+    return json.loads(json.dumps(asdict(cfg.volume) | {"volume_version": VOLUME_VERSION}))
+
+
+def describe_difference(found: dict, expected: dict) -> str:
+    """What differs between two dictionaries of settings, as text; "" where nothing does."""
+    keys = [key for key in expected if found.get(key) != expected[key]]
+    return ", ".join(f"{key} {found.get(key)!r:.60} (expected {expected[key]!r:.60})" for key in keys)
+
+
+# --- the command line ---------------------------------------------------------------------------------------
+
+
+def make_parser(doc: str, has_config: bool = False) -> argparse.ArgumentParser:
+    """A parser whose help is the script's docstring; with --config and --set where the script takes settings,
+    which the help then lists with their defaults."""
+    epilog = None
+    if has_config:
+        lines = [*inspect.getsource(VolumeSettings).splitlines(), *inspect.getsource(Config).splitlines()]
+        settings = [line for line in lines if re.match(r"    (\w+: .* = |# )", line)]
+        epilog = "settings, with their defaults:\n" + "\n".join(settings)
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        description=doc, epilog=epilog, formatter_class=style, allow_abbrev=False
     )
-    if array.ndim == 3:
-        array = (array @ np.array([0.299, 0.587, 0.114]) + 0.5).astype(array.dtype)  # ITU-R BT.601
-    if array.shape != (frame.rows, frame.cols):
-        raise ValueError(f"decoded to {array.shape}, expected {(frame.rows, frame.cols)}")
-    return np.ascontiguousarray(array)
-
-
-def _check_stream(data: bytes, uid: str, expected: tuple[int, int, int]) -> None:
-    """Refuses a code stream of another size than stated: 600 bytes can ask a decoder for gigabytes."""
-    found, start = None, data.find(b"\xff\x4f\xff\x51", 0, 4096)  # JPEG 2000: SOC, SIZ
-    if uid == RLE:
-        return
-    if start >= 0:
-        width, height, left, top = struct.unpack_from(">4I", data, start + 8)
-        found = (height - top, width - left, *struct.unpack_from(">H", data, start + 40))
-    at = 2 if start < 0 else len(data)
-    while at + 10 <= len(data) and data[at] == 0xFF:  # JPEG, JPEG-LS: segments up to the frame header SOFn
-        marker = data[at + 1]
-        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            found = (*struct.unpack_from(">2H", data, at + 5), data[at + 9])
-            break
-        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    if found != expected:
-        raise ValueError(f"the code stream holds {found} rows, columns, samples; the header says {expected}")
-
-
-MIP_TYPES = {"MIP", "MINIP", "MIN IP", "MAX IP", "PROJECTION IMAGE", "PROJECTION", "VOLUME RENDERED", "VRT"}
-SCOUT_TYPES = {"LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW", "REF_SURVIEW"}
-PHASE_TYPES = {"P", "PHASE", "R", "REAL", "I", "IMAGINARY", "PHASE MAP", "B0", "B0 MAP"}
-
-
-def _image_types(header: dict) -> list[str]:
-    return header.get("ImageType", "").upper().split("\\")
-
-
-def modality_of(header: dict) -> str:
-    """(0008,0060) Modality, else what (0008,0016) SOPClassUID implies, else ""."""
-    stem = ".".join(header.get("SOPClassUID", "").split(".")[:9])
-    implied = {"1.2.840.10008.5.1.4.1.1.2": "CT", "1.2.840.10008.5.1.4.1.1.4": "MR"}
-    return header.get("Modality") or implied.get(stem, "")
-
-
-def _refuse_what_is_no_slice(header: dict) -> None:
-    types, modality = _image_types(header), modality_of(header)
-    if modality not in ("CT", "MR", ""):
-        raise ValueError(f"(0008,0060) Modality {modality}: not CT or MR")
-    if "MOSAIC" in types or ("VFRAME" in types and "ImagePositionPatient" not in header):
-        raise ValueError(f"a volume tiled in one image: (0008,0008) ImageType {header['ImageType']}")
-    if header.get("PhotometricInterpretation") == "PALETTE COLOR":
-        raise ValueError("(0028,0004) PhotometricInterpretation PALETTE COLOR: colours without grey values")
-    is_placed = header["groups"] or "ImagePositionPatient" in header
-    if whole(header, "SamplesPerPixel", 1) == 3 and not is_placed:
-        raise ValueError("a colour image without (0020,0032) ImagePositionPatient: a report or screenshot")
-
-
-def frames_of(path: Path, header: dict) -> list[tuple[Frame, list[str]]]:
-    """The images of one file, each with what was assumed for it. ValueError if they are no CT or MR slices.
-
-    Orientation missing or not orthogonal: axial. Spacing missing: (0018,1100) ReconstructionDiameter over the
-    matrix, else 1 mm. Frames without positions of their own: from the file's position, else 0, along +normal
-    in steps of (0018,0088) SpacingBetweenSlices, else (0018,0050) SliceThickness, else the row spacing.
-    """
-    _refuse_what_is_no_slice(header)
-    frames, groups = [], header["groups"] or []
-    for index in range(len(header["spans"])):
-        own = groups[index] if index < len(groups) else groups[0] if len(groups) == 1 else {}
-        tags = header | own if own else header
-        assumed = list(header["unreadable"])
-        directions = _directions(tags.get("ImageOrientationPatient"))
-        if directions is None:
-            assumed.append("no valid (0020,0037) ImageOrientationPatient: axial assumed")
-            directions = np.eye(3)[:2]
-        spacing = tags.get("PixelSpacing", ())
-        spacing = spacing * 2 if len(spacing) == 1 else spacing
-        if len(spacing) != 2 or not all(1e-3 < value < 1e3 for value in spacing):
-            diameter = tags.get("ReconstructionDiameter", (0,))[0] / max(tags["Rows"][0], tags["Columns"][0])
-            spacing = (diameter,) * 2 if 1e-3 < diameter < 1e3 else (1.0, 1.0)
-            assumed.append(f"no valid (0028,0030) PixelSpacing: {spacing[0]:.4g} mm assumed")
-        position = tags.get("ImagePositionPatient", ())
-        position = np.array(position) if len(position) == 3 and max(map(abs, position)) < 1e5 else None
-        if len(header["spans"]) > 1 and "ImagePositionPatient" not in own:
-            count = "" if "NumberOfFrames" in header else "number and "
-            step, why = slice_step(tags, spacing[0])
-            assumed.append(f"frames without {count}position placed {step:.4g} mm apart along +normal ({why})")
-            position = np.zeros(3) if position is None else position
-            position = position + index * step * np.cross(*directions)
-        slope = tags.get("RescaleSlope", (1.0,))[0]
-        if slope == 0:
-            assumed.append("(0028,1053) RescaleSlope is 0: 1 assumed")
-        frame = Frame(
-            path=path,
-            index=index,
-            header=tags,
-            sop_uid=header.get("SOPInstanceUID", ""),
-            position=position,
-            row_dir=directions[0],
-            col_dir=directions[1],
-            spacing_mm=spacing,
-            thickness_mm=max(tags.get("SliceThickness", (0.0,))[0], 0.0),
-            rows=whole(tags, "Rows"),
-            cols=whole(tags, "Columns"),
-            slope=slope or 1.0,
-            intercept=tags.get("RescaleIntercept", (0.0,))[0],
-            padding=_padding(tags),
+    if has_config:
+        parser.add_argument("--config", metavar="YAML", help="settings; without it their defaults")
+        parser.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting"
         )
-        frames.append((frame, assumed))
-    return frames
+    return parser
 
 
-def slice_step(tags: dict, row_mm: float) -> tuple[float, str]:
-    """(mm from slice to slice, the attribute that says so) where positions do not tell."""
-    for name in ("SpacingBetweenSlices", "SliceThickness"):
-        step = abs(tags.get(name, (0.0,))[0])
-        if 1e-3 < step < 1e3:
-            return step, name
-    return row_mm, "the row spacing"
+def usable_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@functools.lru_cache(maxsize=256)
-def _directions(orientation: tuple | None) -> np.ndarray | None:
-    """(2, 3) unit row and column directions, or None if they are missing, zero or not orthogonal."""
-    if orientation is None or len(orientation) != 6 or max(map(abs, orientation)) > 1e3:
-        return None
-    directions = np.array(orientation).reshape(2, 3)
-    lengths = np.linalg.norm(directions, axis=1, keepdims=True)
-    if lengths.min() < 1e-3 or abs(directions[0] @ directions[1]) > 0.02 * lengths.prod():
-        return None
-    return directions / lengths
+def log(text: str, everywhere: bool = False) -> None:
+    """One line on stderr, from the main process (everywhere: from any), without breaking a progress bar."""
+    if everywhere or int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
 
 
-def _padding(tags: dict) -> tuple[int, int] | None:
-    """(0028,0120) PixelPaddingValue to (0028,0121) PixelPaddingRangeLimit, in the sign of stored values."""
-    if "PixelPaddingValue" not in tags:
-        return None
-    first = whole(tags, "PixelPaddingValue")
-    ends = [first, whole(tags, "PixelPaddingRangeLimit", first)]
-    if whole(tags, "PixelRepresentation") == 1:
-        bits = whole(tags, "BitsAllocated")
-        ends = [end - 2**bits if end >= 2 ** (bits - 1) else end for end in ends]
-    return min(ends), max(ends)
+def progress(total: int, desc: str, show: bool = True) -> tqdm:
+    """A progress bar on stderr; without a terminal a line every half a minute."""
+    interval_s = 0.5 if sys.stderr.isatty() else 30.0
+    return tqdm(total=total, desc=desc, disable=not show, file=sys.stderr, mininterval=interval_s)
 
 
-def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
-    """One volume from a folder of any depth, or from a list of files.
+def reserve_stdout() -> typing.TextIO:
+    """stdout for the script's data alone: whatever else a library prints goes to stderr from here on."""
+    sys.stdout.flush()
+    stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return stdout
 
-    Files are recognised by content. Images of series `uid` are used if there are any, else all. The volume is
-    the largest group (by positions) of CT or MR images that agree in series, size, orientation (1e-3) and
-    pixel spacing (1e-3 relative); scouts and projections (MIP) only where nothing else is there. One image is
-    kept per position (`_one_volume`). ValueError (one line) if there is no volume: mosaics, projections,
-    radiographs, reports.
-    """
-    where = f"{len(source)} files" if isinstance(source, list) else str(source)
-    paths = source if isinstance(source, list) else [Path(source)]
-    if paths == [Path(where)] and paths[0].is_dir():
-        paths = [Path(folder, name) for folder, _, names in os.walk(where) for name in names]
-    found, intact, skipped, notes = [], [], [], []
-    for path in sorted(paths, key=natural_key):
-        try:
-            header = read_header(path)
-            intact.append(path)
-            found += frames_of(path, header)
-        except ValueError as error:
-            skipped.append((path, str(error)))
-            cause = error.__cause__
-            if isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL):
-                raise ValueError(f"{path}: {error}; the disk is at fault, not the file: try again") from error
-    damaged = [(path, reason) for path, reason in skipped if reason.startswith(("truncated", "damaged"))]
-    num_images = len(intact) + len(damaged)
-    if found and len(damaged) > max(1, num_images // 10):
-        path, reason = damaged[0]
-        raise ValueError(
-            f"{where}: {len(damaged)} of {num_images} images are damaged ({path.name}: {reason}); expected "
-            f"at most a tenth. Copy the series again"
-        )
-    if not found:
-        reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped[:3])
-        raise ValueError(f"{where}: no CT or MR slice in {len(paths)} files. {reasons}")
-    frames, assumed = [frame for frame, _ in found], {id(frame): texts for frame, texts in found}
-    geometry = _by_image(frames)
-    frames = _largest_group(frames, uid, where, notes)
-    for text, count in collections.Counter(text for frame in frames for text in assumed[id(frame)]).items():
-        notes.append(f"{text} ({count} of {len(frames)} images)")
-    frames = _placed(frames, notes)
-    geometry |= _by_image(frames)
-    frames = _one_volume(frames, notes)
-    header = frames[0].header
-    modality, patient = modality_of(header), header.get("PatientID", "")
-    if not modality:
-        modality = "CT" if min(frame.intercept for frame in frames) <= -500 else "MR"
-        notes.append(f"no (0008,0060) Modality: {modality} assumed from (0028,1052) RescaleIntercept")
-    normal, affine, spacing, positions = _stack(frames, notes)
-    return Series(
-        uid=safe_uid(uid or header.get("SeriesInstanceUID") or os.path.abspath(frames[0].path.parent)),
-        modality=modality,
-        patient=hashlib.sha256(patient.encode()).hexdigest()[:12] if patient else "",
-        age=header.get("PatientAge", ""),
-        sex=header.get("PatientSex", ""),
-        frames=_repaired(frames, modality, notes),
-        positions_mm=positions,
-        normal=normal,
-        affine=affine,
-        spacing_mm=spacing,
-        plane=("sagittal", "coronal", "axial")[int(np.abs(normal).argmax())],
-        transfer_syntax=header["TransferSyntaxUID"],
-        notes=notes,
-        skipped=skipped,
-        geometry=geometry,
-    )
 
-
-def _by_image(frames: list[Frame]) -> dict[tuple[str, int], Frame]:
-    """(SOPInstanceUID, frame index) -> image. A UID that files at several places share tells nothing: left
-    out."""
-    images: dict[tuple[str, int], Frame] = {}
-    shared = set()
-    for frame in frames:
-        first = images.setdefault((frame.sop_uid, frame.index), frame)
-        if not np.array_equal(first.position, frame.position):
-            shared.add((frame.sop_uid, frame.index))
-    return {key: frame for key, frame in images.items() if key not in shared}
-
-
-def _image_kind(frame: Frame) -> str:
-    types = set(_image_types(frame.header))
-    return "projection" if types & MIP_TYPES else "scout" if types & SCOUT_TYPES else "slice"
-
-
-def _largest_group(frames: list[Frame], uid: str | None, where: str, notes: list[str]) -> list[Frame]:
-    """The images of one stack, as `read_series` says; the others are noted."""
-    if uid and any(frame.header.get("SeriesInstanceUID") == uid for frame in frames):
-        own = [frame for frame in frames if frame.header.get("SeriesInstanceUID", uid) == uid]
-        if len(own) < len(frames):
-            notes.append(f"{len(frames) - len(own)} images of other series left out")
-        frames = own
-    groups: list[tuple[tuple, np.ndarray, list[Frame]]] = []  # what must be equal, what nearly, members
-    members_of: dict[tuple, list[Frame]] = {}
-    for frame in frames:
-        equal = (frame.header.get("SeriesInstanceUID", ""), _image_kind(frame), frame.rows, frame.cols)
-        exact = (*equal, *frame.spacing_mm, *frame.row_dir.tolist(), *frame.col_dir.tolist())
-        if exact not in members_of:
-            nearly = np.array([*np.log(frame.spacing_mm), *frame.row_dir, *frame.col_dir])
-            same = [g for g in groups if g[0] == equal and np.abs(g[1] - nearly).max() < 1e-3]
-            if not same:
-                same = [(equal, nearly, [])]
-                groups += same
-            members_of[exact] = same[0][2]
-        members_of[exact].append(frame)
-
-    def rank(group: tuple) -> tuple:
-        (_, kind, *_), _, members = group
-        points = [frame.position for frame in members if frame.position is not None]
-        at = np.sort(points @ np.cross(members[0].row_dir, members[0].col_dir)) if points else np.zeros(0)
-        positions = len(members) - len(at) + (np.diff(at) > SAME_POSITION_MM).sum() + bool(len(at))
-        return kind == "slice", positions, len(members)
-
-    best = max(groups, key=rank)
-    if best[0][1] == "projection" and rank(best)[1] == 1:
-        raise ValueError(f"{where}: {len(frames)} projection images (MIP), no volume")
-    for equal, nearly, members in groups:
-        _, kind, rows, cols = equal
-        if members is not best[2]:
-            other = " of another series" if equal[0] != best[0][0] else ""
-            row_mm, col_mm = np.exp(nearly[:2])
-            direction = np.array2string(np.cross(nearly[2:5], nearly[5:]), precision=2, suppress_small=True)
-            notes.append(
-                f"{len(members)} images{other} left out: {kind}, {rows} x {cols} pixels of {row_mm:.3g} x "
-                f"{col_mm:.3g} mm, normal {direction}"
-            )
-        elif kind != "slice":
-            notes.append(f"the images call themselves {kind}: ImageType {members[0].header['ImageType']}")
-    return best[2]
-
-
-def _number(frame: Frame, name: str) -> float | None:
-    return frame.header[name][0] if name in frame.header else None
-
-
-def _placed(frames: list[Frame], notes: list[str]) -> list[Frame]:
-    """Every frame with a position. Where (0020,0032) ImagePositionPatient is all the same, by (0020,1041)
-    SliceLocation if that differs. Where it is missing, in this order: on the straight line that the others
-    follow by InstanceNumber; at (0020,1041) SliceLocation; at (0020,0013) InstanceNumber, else the rank of
-    the file name, times `slice_step`; all but the first along +normal. Each is noted."""
-    normal = np.cross(frames[0].row_dir, frames[0].col_dir)
-    known = [frame for frame in frames if frame.position is not None]
-    missing = len(frames) - len(known)
-    locations = [_number(frame, "SliceLocation") for frame in frames]
-    has_locations = None not in locations and np.ptp(locations) > SAME_POSITION_MM
-    if not missing:
-        is_one_place = np.ptp([frame.position for frame in frames], axis=0).max() < SAME_POSITION_MM
-        if not (is_one_place and has_locations):
-            return frames
-        notes.append("(0020,0032) ImagePositionPatient is one and the same: (0020,1041) SliceLocation used")
-        offsets = [mm - locations[0] for mm in locations]
-        return [replace(f, position=f.position + mm * normal) for f, mm in zip(frames, offsets, strict=True)]
-    if known:
-        line = _line_by_number(known)
-        placed = [frame if frame.position is not None else _on_line(frame, line) for frame in frames]
-        placed = [frame for frame in placed if frame.position is not None]
-        notes.append(
-            f"{missing} of {len(frames)} images without (0020,0032) ImagePositionPatient: "
-            f"{len(frames) - len(placed)} left out, the others placed by (0020,0013) InstanceNumber"
-        )
-        return placed
-    step, why = slice_step(frames[0].header, frames[0].spacing_mm[0])
-    numbers = [_number(frame, "InstanceNumber") for frame in frames]
-    if has_locations:
-        how, at = "(0020,1041) SliceLocation", locations
-    elif None not in numbers and len(set(numbers)) == len(numbers):
-        how, at = f"(0020,0013) InstanceNumber times {step:.4g} mm ({why})", np.array(numbers) * step
-    else:
-        how, at = f"the order of file names times {step:.4g} mm ({why})", np.arange(len(frames)) * step
-    notes.append(f"no (0020,0032) ImagePositionPatient: slices placed along +normal by {how}")
-    return [replace(frame, position=mm * normal) for frame, mm in zip(frames, at, strict=True)]
-
-
-def _line_by_number(frames: list[Frame]) -> np.ndarray | None:
-    """(2, 3) start and step of the line that positions follow by InstanceNumber to 0.1 mm, or None."""
-    numbered = [frame for frame in frames if "InstanceNumber" in frame.header]
-    design = np.array([(1.0, _number(frame, "InstanceNumber")) for frame in numbered]).reshape(-1, 2)
-    positions = np.array([frame.position for frame in numbered]).reshape(-1, 3)
-    if len(np.unique(design, axis=0)) < 2:
-        return None
-    line = np.linalg.lstsq(design, positions, rcond=None)[0]
-    return line if np.abs(design @ line - positions).max() < 0.1 else None
-
-
-def _on_line(frame: Frame, line: np.ndarray | None) -> Frame:
-    if line is None or "InstanceNumber" not in frame.header:
-        return frame
-    return replace(frame, position=np.array([1.0, _number(frame, "InstanceNumber")]) @ line)
-
-
-def _type_order(frame: Frame) -> tuple:
-    """Magnitude first, phase, real and imaginary last; original before derived."""
-    types = [*_image_types(frame.header), frame.header.get("ComplexImageComponent", "").upper()]
-    is_magnitude = any(word in ("M", "MAGNITUDE") or word.startswith("M_") for word in types)
-    return 0 if is_magnitude else 2 if PHASE_TYPES & set(types) else 1, "DERIVED" in types, tuple(types)
-
-
-VOLUME_KEYS = (  # what tells the volumes of one series apart, in the order tried
-    *("ImageType", "EchoNumbers", "EchoTime", "TemporalPositionIdentifier", "DiffusionBValue"),
-    *("AcquisitionNumber", "TriggerTime", "StackID"),
-)
-
-
-def _one_volume(frames: list[Frame], notes: list[str]) -> list[Frame]:
-    """One frame per position, sorted along +normal.
-
-    Copies (same SOPInstanceUID, frame and position) go first. Then, while positions are shared, each
-    attribute of VOLUME_KEYS in turn: if one of its values occurs at every position (second round: at 90 % of
-    them), the images with the first such value stay (magnitude before phase, absent before small before
-    large). What still shares a position is settled by the lowest InstanceNumber.
-    """
-    at = np.array([frame.position for frame in frames]) @ np.cross(frames[0].row_dir, frames[0].col_dir)
-    order = np.argsort(at, kind="stable")
-    place = np.zeros(len(frames), int)  # of each frame, the rank of its position
-    place[order[1:]] = np.cumsum(np.diff(at[order]) > SAME_POSITION_MM)
-    images: dict[tuple, tuple[int, Frame]] = {}
-    for i, frame in enumerate(frames):
-        images.setdefault((frame.sop_uid or i, frame.index, place[i]), (place[i], frame))
-    kept, num_places = list(images.values()), int(place.max()) + 1
-    if len(kept) < len(frames):
-        notes.append(f"{len(frames) - len(kept)} copies of images left out: same SOPInstanceUID and position")
-
-    def value_of(frame: Frame, name: str) -> tuple:
-        if name == "ImageType":
-            return _type_order(frame)
-        return name in frame.header, frame.header.get(name, "")
-
-    for share, name in itertools.product((1.0, 0.9), VOLUME_KEYS):
-        if len(kept) == num_places:
-            break
-        values = collections.defaultdict(list)
-        for p, frame in kept:
-            values[value_of(frame, name)].append((p, frame))
-        complete = [v for v in sorted(values) if len({p for p, _ in values[v]}) >= share * num_places]
-        if len(values) > 1 and complete:
-            kept = values[complete[0]]
-            notes.append(f"{len(values)} volumes by {name}: the first complete one kept ({len(kept)} images)")
-    kept.sort(key=lambda item: (item[0], value_of(item[1], "InstanceNumber")))
-    first = [frame for i, (p, frame) in enumerate(kept) if i == 0 or kept[i - 1][0] != p]
-    if len(first) < len(kept):
-        notes.append(f"{len(kept) - len(first)} images left out at positions taken by a lower InstanceNumber")
-    return first
-
-
-def _stack(frames: list[Frame], notes: list[str]) -> tuple[np.ndarray, np.ndarray, tuple, np.ndarray]:
-    """(normal, affine, spacing, positions along the normal) of sorted frames; gaps and tilt are noted."""
-    normal = np.cross(frames[0].row_dir, frames[0].col_dir)
-    normal /= np.linalg.norm(normal)
-    points = np.array([frame.position for frame in frames])  # (n, 3)
-    at, (row_mm, col_mm) = points @ normal, frames[0].spacing_mm
-    if len(frames) == 1:
-        gap, why = slice_step(frames[0].header, row_mm)
-        start, step = points[0], gap * normal
-        notes.append(f"a single slice: {gap:.4g} mm thick ({why})")
-    else:
-        gaps = np.diff(at)
-        gap, widest = float(np.median(gaps)), int(gaps.argmax())
-        start, step = np.polynomial.polynomial.polyfit(np.arange(len(at)), points, 1)
-        origin, drift = np.polynomial.polynomial.polyfit(at, points, 1)  # by mm along the normal
-        tilt = np.linalg.norm(drift - normal)
-        bend = np.abs(points - np.outer(at, drift) - origin).max()
-        if gaps[widest] > 1.5 * gap:
-            notes.append(
-                f"{(gaps > 1.5 * gap).sum()} gaps of more than 1.5 x the median {gap:.3f} mm, the widest of "
-                f"{gaps[widest]:.3f} mm after slice {widest}: slices missing or uneven"
-            )
-        if tilt > 1e-3:
-            notes.append(f"tilted: the stack leaves the slice normal by {tilt:.4f} mm per mm")
-        if bend > 0.5:
-            notes.append(f"slices lie up to {bend:.2f} mm beside a straight stack")
-    affine = np.eye(4)
-    affine[:3] = np.stack([step, row_mm * frames[0].col_dir, col_mm * frames[0].row_dir, start], axis=1)
-    return normal, affine, (gap, row_mm, col_mm), at
-
-
-def _repaired(frames: list[Frame], modality: str, notes: list[str]) -> list[Frame]:
-    """Values that the pixels contradict, put right for the whole series by a look at three slices."""
-    header = frames[0].header
-    signed = whole(header, "PixelRepresentation") == 1
-    if modality == "CT":
-        stated = {frame.intercept for frame in frames if "RescaleIntercept" in frame.header}
-        usual = stated.pop() if len(stated) == 1 else -1024.0 if not stated and not signed else None
-        lacking = sum("RescaleIntercept" not in frame.header for frame in frames)
-        if lacking and usual:
-            notes.append(f"no (0028,1052) RescaleIntercept in {lacking} CT images: {usual:g} assumed")
-            frames = [f if "RescaleIntercept" in f.header else replace(f, intercept=usual) for f in frames]
-    may_be_hu = modality == "CT" and signed and all(-1100 < frame.intercept < -900 for frame in frames)
-    is_mono1 = header.get("PhotometricInterpretation") == "MONOCHROME1"
-    samples = []
-    if may_be_hu or is_mono1:
-        for frame in (frames[len(frames) * k // 4] for k in (1, 2, 3)):
-            with contextlib.suppress(ValueError):  # told when the slice is used
-                samples.append((decode(frame), frame.padding))
-    if may_be_hu and samples and _is_hu(samples):
-        notes.append("(0028,1052) RescaleIntercept near -1024, but the stored values are HU: 0 used")
-        frames = [replace(frame, intercept=0.0) for frame in frames]
-    if is_mono1 and samples and _has_bright_border([stored for stored, _ in samples]):
-        notes.append("(0028,0004) PhotometricInterpretation MONOCHROME1 with a bright background: inverted")
-        ends = -1 if signed else 2 ** whole(header, "BitsStored", 16) - 1  # lowest plus highest stored value
-        frames = [replace(f, slope=-f.slope, intercept=f.intercept + f.slope * ends) for f in frames]
-    f = frames[0]
-    if modality == "CT" and f.padding and -500 < f.slope * f.padding[1] + f.intercept < 3000:
-        notes.append(f"(0028,0120) PixelPaddingValue {f.padding[1]} would be tissue: not used")
-        frames = [replace(frame, padding=None) for frame in frames]
-    return frames
-
-
-def _is_hu(samples: list[tuple]) -> bool:
-    """Whether stored CT values are HU: 5 % of the pixels (padding aside) are air near -1000, and of those
-    above 300 less than half lie at 1024 +- 100, where soft tissue would be if 1024 were still to be
-    subtracted."""
-    values = np.concatenate([s[(s < p[0]) | (s > p[1])] if p else s.ravel() for s, p in samples])
-    high = values[values > 300]
-    has_air = ((values > -1050) & (values < -950)).sum() > 0.05 * values.size
-    return bool(has_air and ((high > 924) & (high < 1224)).sum() <= 0.5 * high.size)
-
-
-def _has_bright_border(samples: list[np.ndarray]) -> bool:
-    border = np.concatenate([edge for s in samples for edge in (s[0], s[-1], s[:, 0], s[:, -1])])
-    return bool(np.median(border) > np.median(np.concatenate([s.ravel() for s in samples])))
-
-
-# --- volume -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Volume:
-    """A series as the models see it: voxels uint8 (Z, H, W), affine (4, 4) from (z, y, x, 1) to LPS mm,
-    notes."""
-
-    voxels: np.ndarray
-    affine: np.ndarray
-    notes: list[str]
-
-    @property
-    def spacing_mm(self) -> tuple[float, float, float]:
-        """(z, y, x)"""
-        return tuple(float(length) for length in np.linalg.norm(self.affine[:3, :3], axis=0))
-
-
-@dataclass(frozen=True)
-class Box:
-    """The region of interest in canonical millimetres: lower edges, mm per voxel and voxels along
-    (z, y, x)."""
-
-    low: np.ndarray
-    steps: np.ndarray
-    shape: tuple[int, int, int]
-
-    def edges(self, axis: int) -> np.ndarray:
-        """(shape + 1,) mm of the voxels' edges along an axis."""
-        return self.low[axis] + self.steps[axis] * np.arange(self.shape[axis] + 1)
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Where a series' pixels lie along the canonical axes (z, y, x), reached by permutation and flips alone.
-
-    Millimetres along an axis are the dot product of an LPS point and the axis' direction. Slices are counted
-    (k) in the order of growing millimetres; the image axes are the two canonical axes other than `through`.
-    """
-
-    series: Series
-    directions: np.ndarray  # (3, 3) a row per canonical axis: its unit vector in LPS
-    through: int  # the axis across slices: 0 axial, 1 coronal, 2 sagittal
-    order: np.ndarray  # (n,) index into series.frames
-    centres: np.ndarray  # (n,) mm along `through`
-    spans: np.ndarray  # (n, 2) mm that each slice stands for
-    image_axes: tuple[int, int]
-    is_transposed: bool  # image[row, column] -> image[column, row]
-    is_flipped: tuple[bool, bool]  # after that
-    steps: np.ndarray  # (2,) mm per pixel along the image axes
-    shape: tuple[int, int]  # pixels along the image axes
-    edges: np.ndarray  # (n, 2) mm of the outer edge of each slice's first pixel: gantry tilt moves it
-    lost: dict[int, str]  # index into series.frames -> why it cannot be decoded; grows while decoding
-
-    def image(self, k: int) -> np.ndarray:
-        """Stored values of slice k along its canonical axes. One that cannot be decoded is written to `lost`
-        and comes out as zeros; ValueError if these are more than a tenth of the series."""
-        i = int(self.order[k])
-        try:
-            stored = self.series.stored(i)
-        except ValueError as error:
-            self.lost[i] = str(error)
-            if len(self.lost) > max(1, len(self.series.frames) // 10) or len(self.lost) == len(
-                self.series.frames
-            ):
-                raise
-            return np.zeros(self.shape, np.int16)
-        image = stored.T if self.is_transposed else stored
-        return image[:: -1 if self.is_flipped[0] else 1, :: -1 if self.is_flipped[1] else 1]
-
-    def extent_mm(self, axis: int) -> tuple[float, float]:
-        """Outer edges of what was scanned along a canonical axis (in the image: of the middle slice)."""
-        if axis == self.through:
-            return float(self.spans.min()), float(self.spans.max())
-        side = self.image_axes.index(axis)
-        low = float(self.edges[len(self.edges) // 2, side])
-        return low, low + self.shape[side] * float(self.steps[side])
-
-
-def canonical_grid(series: Series, lost: dict[int, str] | None = None) -> Grid:
-    """The best of the six permutations by the sum of |cosines|, then flips; every slice keeps its own
-    position."""
-    first = series.frames[0]
-    normal = np.asarray(series.normal, float) / np.linalg.norm(series.normal)
-    along_row = np.asarray(first.row_dir, float) - normal * np.dot(first.row_dir, normal)
-    along_row /= np.linalg.norm(along_row)
-    along_column = np.cross(normal, along_row)
-    along_column *= np.sign(np.dot(along_column, first.col_dir))
-    stored = np.stack(
-        [normal, along_column, along_row]
-    )  # LPS directions of growing slice, row and column number
-    cosines = stored[:, ::-1]  # with z, y, x
-    axes = max(itertools.permutations(range(3)), key=lambda axes: sum(abs(cosines[axes, range(3)])))
-    signs = np.where(cosines[axes, range(3)] < 0, -1.0, 1.0)
-    directions = stored[list(axes)] * signs[:, None]
-
-    through = axes.index(0)
-    image_axes = tuple(axis for axis in range(3) if axis != through)
-    shape = tuple(int((0, first.rows, first.cols)[axes[axis]]) for axis in image_axes)
-    steps = np.array([float(series.spacing_mm[axes[axis]]) for axis in image_axes])
-    is_flipped = tuple(bool(signs[axis] < 0) for axis in image_axes)
-
-    lost = {} if lost is None else lost
-    kept = np.array([i for i in range(len(series.frames)) if i not in lost])
-    centres_mm = (
-        np.array([series.frames[i].position for i in kept], float) @ directions.T
-    )  # (n, 3) of the first pixel
-    order = np.argsort(centres_mm[:, through], kind="stable")
-    centres_mm = centres_mm[order]
-    first_pixel = np.where(
-        is_flipped, np.array(shape) - 0.5, 0.5
-    )  # pixels from the view's lower edge to its centre
-    return Grid(
-        series=series,
-        directions=directions,
-        through=through,
-        order=kept[order],
-        centres=centres_mm[:, through],
-        spans=slice_spans(centres_mm[:, through], float(series.spacing_mm[0])),
-        image_axes=image_axes,
-        is_transposed=axes[image_axes[0]] == 2,
-        is_flipped=is_flipped,
-        steps=steps,
-        shape=shape,
-        edges=centres_mm[:, image_axes] - first_pixel * steps,
-        lost=lost,
-    )
-
-
-def slice_spans(centres: np.ndarray, thickness_mm: float) -> np.ndarray:
-    """(n, 2): the interval that each of n growing slices stands for: to the midpoints between neighbours, but
-    at most 0.75 of the median gap to either side (a missing slice leaves a hole); thickness_mm where there is
-    only one."""
-    gaps = np.diff(centres)
-    usual = float(np.median(gaps[gaps > 1e-6])) if (gaps > 1e-6).any() else thickness_mm
-    half = np.minimum(gaps, 1.5 * usual) / 2
-    return np.stack([centres - np.r_[usual / 2, half], centres + np.r_[half, usual / 2]], axis=1)
-
-
-def slab_weights(spans: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weights (Z, n) of n slices in Z slabs, by how much of the slab each span (n, 2) covers; rows sum to 1.
-
-    A slab that no span touches (missing slices) is interpolated between its neighbours; the second result
-    (Z,) says which. Beyond all spans the nearest slice counts.
-    """
-    low, high = edges[:-1, None], edges[1:, None]  # (Z, 1)
-    weights = np.clip(np.minimum(high, spans[:, 1]) - np.maximum(low, spans[:, 0]), 0, None)
-    is_hole = weights.sum(axis=1) < 1e-6 * np.diff(edges)
-    weights[is_hole] = line_weights(spans.mean(axis=1), (edges[:-1] + edges[1:])[is_hole] / 2)
-    return weights / weights.sum(axis=1, keepdims=True), is_hole
-
-
-def line_weights(centres: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Weights (P, n) of linear interpolation between n growing centres at P places; the nearest beyond the
-    ends."""
-    at = np.interp(places, centres, np.arange(len(centres)))  # fractional slice number
-    return np.clip(1 - np.abs(at[:, None] - np.arange(len(centres))), 0, None)
-
-
-def to_voxel(points_lps: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """LPS mm (P, 3) -> voxels (P, 3), (z, y, x); voxel centres are whole numbers."""
-    inverse = np.linalg.inv(affine)
-    return np.asarray(points_lps, float).reshape(-1, 3) @ inverse[:3, :3].T + inverse[:3, 3]
-
-
-def to_lps(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Voxels (P, 3), (z, y, x) -> LPS mm (P, 3)."""
-    return np.asarray(voxels, float).reshape(-1, 3) @ affine[:3, :3].T + affine[:3, 3]
-
-
-def make_volume(series: Series, cfg: Config) -> Volume:
-    """The box below the top of the head as cfg.base_slices slabs of cfg.img_size pixels, uint8.
-
-    The box is roi_mm wide, centred on the head, and roi_top_mm deep, along z cut to what was scanned. A slab
-    is the area-weighted mean (slab_mode max: the maximum) of the slices in it; pixels are area means where
-    the image shrinks, linear where it grows, at equal mm in both directions, 0 outside of the image. CT:
-    ct_window becomes 0..255; else mr_percentiles of the box. Slices outside are not decoded, except up to 30
-    to find the head.
-    """
-    lost: dict[int, str] = {}
-    while True:  # once more without the slices that could not be decoded
-        num_lost, notes = len(lost), []
-        grid = canonical_grid(series, lost)
-        head = find_head(grid)
-        if head is None:
-            notes.append("head not found: the box starts at the top of the scan, centred on it")
-            head = (grid.extent_mm(0)[1], *(sum(grid.extent_mm(axis)) / 2 for axis in (1, 2)))
-        box = _box(grid, head, cfg)
-        limits = tuple(cfg.ct_window) if series.modality == "CT" else _percentiles(grid, box, cfg, notes)
-        slabs = _axial_slabs if grid.through == 0 else _sliced_slabs
-        voxels = slabs(grid, box, limits, cfg.slab_mode, notes)  # (Z, H, W) uint8
-        series.forget()
-        if len(lost) == num_lost:
-            break
-    if lost:
-        notes.append(f"{len(lost)} slices left out, they cannot be decoded: {lost[min(lost)]}")
-    affine = np.eye(4)
-    affine[:3, :3] = grid.directions.T * box.steps
-    affine[:3, 3] = grid.directions.T @ (box.low + box.steps / 2)
-    return Volume(voxels, affine, notes)
-
-
-def _box(grid: Grid, head: tuple[float, float, float], cfg: Config) -> Box:
-    """The box under a head's (top, centre y, centre x) in mm. Along the image axes its edge is moved to the
-    nearest pixel edge of the middle slice, so that resizing is exact."""
-    bottom, covered = grid.extent_mm(0)
-    top = min(head[0], covered)
-    low = np.array([max(top - cfg.roi_top_mm, bottom), head[1] - cfg.roi_mm / 2, head[2] - cfg.roi_mm / 2])
-    steps = np.array([(top - low[0]) / cfg.base_slices, *[cfg.roi_mm / cfg.img_size] * 2])
-    for axis, step in zip(grid.image_axes, grid.steps, strict=True):
-        start = grid.extent_mm(axis)[0]
-        low[axis] = start + round((low[axis] - start) / step) * step
-    return Box(low, steps, (cfg.base_slices, cfg.img_size, cfg.img_size))
-
-
-def _window_size(grid: Grid, box: Box) -> tuple[int, int]:
-    """Pixels along the image axes that cover the box, and one more."""
-    axes = list(grid.image_axes)
-    size = np.ceil(np.array(box.shape)[axes] * box.steps[axes] / grid.steps - 1e-6).astype(int) + 1
-    if size.max() > 8192:
-        raise ValueError(f"(0028,0030) PixelSpacing {grid.steps.min():g} mm: expected at least 0.03 mm")
-    return tuple(int(length) for length in size)
-
-
-def _overlap(grid: Grid, k: int, box: Box, size: tuple[int, int]) -> tuple[tuple, tuple]:
-    """Slices of image k and of a window of `size` pixels at the box's lower edge, where the two overlap. The
-    slice's own position counts, to a whole pixel, so gantry tilt is corrected."""
-    source, target = [], []
-    for side, axis in enumerate(grid.image_axes):
-        start = round(float((box.low[axis] - grid.edges[k, side]) / grid.steps[side]))
-        first = min(max(start, 0), grid.shape[side])
-        last = max(min(start + size[side], grid.shape[side]), first)
-        source.append(slice(first, last))
-        target.append(slice(first - start, last - start) if last > first else slice(0, 0))
-    return tuple(source), tuple(target)
-
-
-def _load_window(
-    grid: Grid, k: int, box: Box, limits: tuple[float, float], out: np.ndarray
-) -> tuple[float, float]:
-    """Fill out (h, w) float32 with the stored values of slice k from the box's lower edge on, clipped at the
-    limits; outside of the image and for padding the lower one. Returns (gain, bias): limits -> 0..1 is gain *
-    out + bias."""
-    i = int(grid.order[k])
-    slope, intercept = grid.series.rescale(i)
-    dark, bright = ((value - intercept) / slope for value in limits)  # as stored; dark > bright if slope < 0
-    source, target = _overlap(grid, k, box, out.shape)
-    image, inside = grid.image(k)[source], out[target]
-    if inside.shape != out.shape:
-        out[:] = dark
-    np.clip(
-        image, np.float32(min(dark, bright)), np.float32(max(dark, bright)), out=inside, casting="same_kind"
-    )
-    padding = grid.series.padding(i)
-    if padding is not None:
-        inside[(image >= padding[0]) & (image <= padding[1])] = dark
-    grid.series.forget(i)
-    return 1 / (bright - dark), -dark / (bright - dark)
-
-
-def _to_uint8(values: np.ndarray) -> np.ndarray:
-    """0..1 -> 0..255, rounded; what lies beyond is clipped."""
-    return (np.clip(values, 0, 1) * 255 + 0.5).astype(np.uint8)
-
-
-def resize_exactly(image: np.ndarray, factors: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Scale (h, w) float32 by factors per axis, its outer upper left edge staying in place, then cut to
-    shape: area means along an axis that shrinks, linear along one that grows."""
-    for shrinks, method in ((True, cv2.INTER_AREA), (False, cv2.INTER_LINEAR)):
-        fy, fx = (float(factor) if (factor < 1) == shrinks else 1.0 for factor in factors)
-        if fy != 1 or fx != 1:
-            image = cv2.resize(image, None, fx=fx, fy=fy, interpolation=method)
-    return image[: shape[0], : shape[1]]
-
-
-def _axial_slabs(
-    grid: Grid, box: Box, limits: tuple[float, float], mode: str, notes: list[str]
-) -> np.ndarray:
-    """(Z, H, W) of slices stacked along z: merged to slabs at their own resolution, then each slab resized
-    once."""
-    weights, is_hole = slab_weights(grid.spans, box.edges(0))
-    if is_hole.any():
-        notes.append(f"{int(is_hole.sum())} slabs lie where slices are missing: interpolated")
-    image = np.empty(_window_size(grid, box), np.float32)
-    voxels = np.empty(box.shape, np.uint8)
-    loaded = None
-    for z in range(box.shape[0]):
-        slab, offset = np.zeros_like(image), 0.0
-        for k in np.flatnonzero(weights[z]):
-            if k != loaded:  # a slice on an edge belongs to two slabs
-                gain, bias = _load_window(grid, loaded := int(k), box, limits, out=image)
-            if mode == "max":
-                np.maximum(slab, image * np.float32(gain) + np.float32(bias), out=slab)
-            else:
-                cv2.scaleAdd(image, gain * float(weights[z, k]), slab, slab)
-                offset += bias * float(weights[z, k])
-        slab += np.float32(offset)
-        voxels[z] = _to_uint8(resize_exactly(slab, grid.steps / box.steps[1:], box.shape[1:]))
-    return voxels
-
-
-def _sliced_slabs(
-    grid: Grid, box: Box, limits: tuple[float, float], mode: str, notes: list[str]
-) -> np.ndarray:
-    """(Z, H, W) of coronal or sagittal slices. z lies in the image, so each slice becomes (Z, side) first;
-    then the slices are spread over rows or columns: area means where they lie denser than voxels, linear
-    where sparser."""
-    edges = box.edges(grid.through)
-    places = (edges[:-1] + edges[1:]) / 2
-    if np.median(np.diff(grid.spans)) > box.steps[grid.through]:
-        weights = line_weights(grid.centres, places)
-    else:
-        weights, _ = slab_weights(grid.spans, edges)
-    first, last = grid.extent_mm(grid.through)
-    weights[(places < first) | (places > last)] = 0
-
-    axes = list(grid.image_axes)
-    shape = tuple(box.shape[axis] for axis in axes)
-    factors = grid.steps / box.steps[axes]
-    image = np.empty(_window_size(grid, box), np.float32)
-    slabs = {}
-    for k in np.flatnonzero(weights.any(axis=0)):
-        gain, bias = _load_window(grid, int(k), box, limits, out=image)
-        image *= np.float32(gain)
-        image += np.float32(bias)
-        if mode == "max":
-            rows = np.arange(shape[0] + 1) / factors[0]  # edges of the slabs
-            parts = [image[int(a + 1e-6) : math.ceil(b - 1e-6)] for a, b in itertools.pairwise(rows)]
-            merged = np.stack([part.max(axis=0) for part in parts])
-            slabs[k] = resize_exactly(merged, np.array([1.0, factors[1]]), shape)
-        else:
-            slabs[k] = resize_exactly(image, factors, shape)
-    voxels = np.zeros((len(places), *shape), np.float32)
-    for place, k in np.argwhere(weights):
-        cv2.scaleAdd(slabs[k], float(weights[place, k]), voxels[place], voxels[place])
-    return np.ascontiguousarray(np.moveaxis(_to_uint8(voxels), 0, grid.through))
-
-
-def _percentiles(grid: Grid, box: Box, cfg: Config, notes: list[str]) -> tuple[float, float]:
-    """mr_percentiles of the rescaled pixels in the box (up to 30,000 of each of up to 16 slices, no
-    padding)."""
-    edges = box.edges(grid.through)
-    inside = np.flatnonzero((grid.spans[:, 1] > edges[0]) & (grid.spans[:, 0] < edges[-1]))
-    samples = [np.zeros(0, np.float32)]
-    for k in _evenly(inside, 16):
-        i = int(grid.order[k])
-        part = grid.image(int(k))[_overlap(grid, int(k), box, _window_size(grid, box))[0]]
-        stride = 1 + math.isqrt(part.size // 30_000)
-        part = part[::stride, ::stride]
-        padding = grid.series.padding(i)
-        kept = part if padding is None else part[(part < padding[0]) | (part > padding[1])]
-        slope, intercept = grid.series.rescale(i)
-        samples.append(kept.ravel().astype(np.float32) * np.float32(slope) + np.float32(intercept))
-    values = np.concatenate(samples)
-    if values.size == 0:
-        notes.append("no pixel in the box: the volume is empty")
-        return 0.0, 1.0
-    dark, bright = (float(value) for value in np.percentile(values, cfg.mr_percentiles))
-    if bright <= dark:
-        notes.append(f"one intensity ({dark:g}) nearly all over the box")
-        return dark, dark + 1.0
-    return dark, bright
-
-
-def _evenly(items: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` of the items, evenly spread, first and last among them."""
-    return items[np.unique(np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int))]
-
-
-def find_head(grid: Grid) -> tuple[float, float, float] | None:
-    """(top, centre y, centre x) of the head in mm, from up to 24 slices at about 3 mm per pixel; None without
-    one.
-
-    Top: the highest place where the head's cross-section exceeds 1000 mm2 (28 mm times the scan's width in a
-    narrow scan); between axial slices bisected down to one slice or 2 mm. Centre: of the bounding box over
-    100 mm below it.
-    """
-    factors = np.maximum(1, np.rint(3.0 / grid.steps)).astype(int)
-    pixel_mm = grid.steps * factors
-    small = {int(k): _small_slice(grid, int(k), factors) for k in _evenly(np.arange(len(grid.order)), 24)}
-    is_ct = grid.series.modality == "CT"
-    threshold = -300.0 if is_ct else _dark_tissue(np.concatenate([image.ravel() for image in small.values()]))
-    masks = {k: _foreground(image, threshold, is_ct) for k, image in small.items()}
-    least_mm2 = min(1000.0, 28.0 * min(high - low for low, high in map(grid.extent_mm, (1, 2))))
-    if grid.through == 0:
-        masks = _follow(grid, masks)
-        large = [k for k, mask in masks.items() if mask.sum() * pixel_mm.prod() > least_mm2]
-        if not large:
-            return None
-        good = max(large)
-        bad = min((k for k in masks if k > good), default=good)
-        while bad - good > 1 and grid.centres[bad] - grid.centres[good] > 2.0:
-            k = (good + bad) // 2
-            mask = _part(_foreground(_small_slice(grid, k, factors), threshold, is_ct), near=masks[good])
-            if mask.sum() * pixel_mm.prod() > least_mm2:
-                good, masks[k] = k, mask
-            else:
-                bad = k
-        top = float(grid.spans[good, 1])
-    else:
-        masks = {k: _part(mask) for k, mask in masks.items()}
-        centres = grid.centres[list(masks)]
-        depths = (
-            np.gradient(centres) if len(masks) > 1 else np.diff(grid.spans[0])
-        )  # mm that each sample stands for
-        lengths_mm = np.stack([mask.sum(axis=1) for mask in masks.values()]) * pixel_mm[1]  # (n, rows)
-        rows = np.flatnonzero(depths @ lengths_mm > least_mm2)
-        if len(rows) == 0:
-            return None
-        bottom, covered = grid.extent_mm(0)
-        top = min(bottom + float((rows[-1] + 1) * pixel_mm[0]), covered)
-    return (top, *_centre_below(grid, masks, pixel_mm, top))
-
-
-def _centre_below(
-    grid: Grid, masks: dict[int, np.ndarray], pixel_mm: np.ndarray, top: float
-) -> tuple[float, float]:
-    """(y, x) mm: the middle of the masks' bounding box between top and 100 mm below."""
-    bounds: dict[int, list[float]] = {1: [], 2: []}
-    for k, mask in masks.items():
-        if grid.through != 0:
-            rows_mm = grid.edges[k, 0] + (np.arange(len(mask)) + 0.5) * pixel_mm[0]
-            mask = mask * ((rows_mm > top - 100) & (rows_mm < top))[:, None]
-        if not mask.any() or (grid.through == 0 and not top - 100 <= grid.centres[k] <= top):
-            continue
-        for side, axis in enumerate(grid.image_axes):
-            if axis != 0:
-                there = np.flatnonzero(mask.any(axis=1 - side))
-                bounds[axis] += list(
-                    grid.edges[k, side] + np.array([there[0], there[-1] + 1]) * pixel_mm[side]
-                )
-        if grid.through != 0:
-            bounds[grid.through] += list(grid.spans[k])
-    return tuple(
-        sum(grid.extent_mm(a)) / 2 if not v else float(min(v) + max(v)) / 2 for a, v in bounds.items()
-    )
-
-
-def _small_slice(grid: Grid, k: int, factors: np.ndarray) -> np.ndarray:
-    """Rescaled slice k as means over blocks of `factors` pixels, float32; padding as the slice's lowest
-    value."""
-    i = int(grid.order[k])
-    slope, intercept = grid.series.rescale(i)
-    rows, columns = (max(1, length // factor) for length, factor in zip(grid.shape, factors, strict=True))
-    values = grid.image(k)[: rows * factors[0], : columns * factors[1]]
-    if values.dtype not in (np.uint8, np.int16, np.uint16):  # what OpenCV resizes as it is
-        values = values.astype(np.float32)
-    padding = grid.series.padding(i)
-    if padding is not None:
-        is_padding = (values >= padding[0]) & (values <= padding[1])
-        kept = values[~is_padding] if not is_padding.all() else values
-        values = np.where(is_padding, kept.min() if slope > 0 else kept.max(), values)
-    small = cv2.resize(np.ascontiguousarray(values), (columns, rows), interpolation=cv2.INTER_AREA)
-    return small.astype(np.float32) * np.float32(slope) + np.float32(intercept)
-
-
-def _dark_tissue(values: np.ndarray) -> float:
-    """Threshold for MR: half of Otsu's, since dark tissue is head, but at least a tenth of the range (1st to
-    99th percentile), since noise is not."""
-    low, high = (float(value) for value in np.percentile(values, (1, 99)))
-    if high <= low:
-        return high
-    scaled = (np.clip((values - low) / (high - low), 0, 1) * 255).astype(np.uint8)
-    level, _ = cv2.threshold(scaled.reshape(1, -1), 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
-    return low + max(0.5 * level / 255, 0.1) * (high - low)
-
-
-def _foreground(image: np.ndarray, threshold: float, is_ct: bool) -> np.ndarray:
-    """Mask uint8 of what is brighter, without structures thinner than 3 pixels (table, headrest). MR: with
-    its dark insides, because the skull is a dark ring there."""
-    mask = (image > threshold).astype(np.uint8)
-    kernel = np.ones((3, 3), np.uint8)
-    if not is_ct:
-        mask = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, kernel)
-        contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-        mask = cv2.drawContours(mask, contours, -1, 1, cv2.FILLED)
-    return cv2.morphologyEx(mask, cv2.MORPH_OPEN, kernel)
-
-
-def _part(mask: np.ndarray, near: np.ndarray | None = None) -> np.ndarray:
-    """The largest connected part of a mask, or the one that shares most pixels with `near`; zeros if there is
-    none."""
-    _, labels = cv2.connectedComponents(mask, connectivity=8)
-    sizes = np.bincount(labels.ravel() if near is None else labels[near > 0])
-    if len(sizes) < 2 or sizes[1:].max() == 0:
-        return np.zeros_like(mask)
-    return (labels == 1 + int(sizes[1:].argmax())).astype(np.uint8)
-
-
-def _follow(grid: Grid, masks: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
-    """One part per slice: the largest of all, and up and down from it the part over the last one; nothing
-    beyond 30 mm without any."""
-    kept = {k: np.zeros_like(mask) for k, mask in masks.items()}
-    largest = {k: _part(mask) for k, mask in masks.items()}
-    seed = max(largest, key=lambda k: int(largest[k].sum()))
-    kept[seed] = largest[seed]
-    for side in ([k for k in masks if k > seed], [k for k in reversed(masks) if k < seed]):
-        last = before = seed
-        for k in side:
-            is_near = abs(grid.centres[before] - grid.centres[last]) <= 30
-            kept[k] = _part(masks[k], near=kept[last]) if is_near else kept[k]
-            last, before = (k if kept[k].any() else last), k
-    return kept
+def exit_rank(code: int) -> typing.NoReturn:
+    """End a script. One of several ranks ends without Python's own tidying up: gloo's thread may still hold a
+    tensor and abort (1 of 8 runs), and the launcher then kills the main process as well."""
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 # --- cache --------------------------------------------------------------------------------------------------
@@ -1853,7 +387,7 @@ def _follow(grid: Grid, masks: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
 def write_atomic(path: Path, data: bytes) -> None:
     """Write data under a temporary name beside path, sync it, rename it: a reader sees the old file or the
     new one."""
-    temporary = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{host_name()}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -1865,21 +399,23 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files of write_atomic whose process is gone; files of other machines
-    after a day."""
+    """Delete the temporary files of write_atomic whose process is gone; files of other machines after a
+    day."""
     for path in folder.glob(".*.tmp"):
         *_, host, pid, _ = path.name.rsplit(".", 3)
         with contextlib.suppress(FileNotFoundError):  # another process may tidy up as well
-            is_dead = host == _host() and pid.isdigit() and not _is_running(int(pid))
+            is_dead = host == host_name() and pid.isdigit() and not is_running(int(pid))
             if is_dead or time.time() - path.stat().st_mtime > 86400:
                 path.unlink()
 
 
-def _host() -> str:
+def host_name() -> str:
+    """This machine's name, in letters that fit a file name."""
     return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether a process of this number runs on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -1889,28 +425,21 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def pack_tensors(tensors: dict[str, np.ndarray], meta: dict[str, str]) -> bytes:
-    """A .safetensors file. Equal input gives equal bytes; the library's own writer shuffles the metadata's
-    keys."""
-    kinds = {"uint8": "U8", "float32": "F32", "int64": "I64"}
-    header: dict = {"__metadata__": dict(sorted(meta.items()))}
-    end = 0
-    for name, tensor in tensors.items():
-        offsets = [end, end := end + tensor.nbytes]
-        header[name] = {"dtype": kinds[str(tensor.dtype)], "shape": tensor.shape, "data_offsets": offsets}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # data starts at a multiple of 8
-    return b"".join(
-        [len(text).to_bytes(8, "little"), text, *(tensor.tobytes() for tensor in tensors.values())]
-    )
+def volume_path(cache: str | Path, uid: str) -> Path:
+    """The cached volume of a series."""
+    return Path(cache) / f"{safe_uid(uid)}.safetensors"
 
 
-def tensor_sum(tensors: dict[str, np.ndarray]) -> str:
-    """sha256 over the tensors' bytes in the order of their names."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(np.ascontiguousarray(tensors[name]))
+def tensor_sum(name: str, tensor: np.ndarray) -> str:
+    """SHA-256 of a tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(f"{name} {tensor.dtype} {tensor.shape}".encode())
+    digest.update(np.ascontiguousarray(tensor))
     return digest.hexdigest()
+
+
+def text_sum(meta: dict) -> str:
+    """SHA-256 of JSON-ready metadata."""
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def save_volume(
@@ -1919,22 +448,26 @@ def save_volume(
     points: np.ndarray,
     point_labels: np.ndarray,
     meta: dict,
-    sop_uids: typing.Iterable[str] = (),
+    sop_uids: Iterable[str] = (),
 ) -> None:
     """Cache a series: volume uint8 (Z, H, W), points float32 (P, 3) in its voxels (z, y, x), point_labels
     int64 (P,), and sop_hashes int64, one per SOPInstanceUID, by which train.py finds images in two series.
 
-    Metadata that is not text becomes JSON; `sha256` of the tensors is added. Atomic; equal input gives equal
-    bytes.
+    meta is JSON-ready and is stored with the sums of the tensors and its own under one key, since several
+    would be written in random order. Atomic; equal input gives equal bytes.
     """
+    from safetensors.numpy import save
+
     tensors = {
         "volume": np.ascontiguousarray(volume, np.uint8),
         "points": np.ascontiguousarray(points, np.float32).reshape(-1, 3),
         "point_labels": np.ascontiguousarray(point_labels, np.int64).reshape(-1),
         "sop_hashes": np.array(sorted(map(hash_uid, set(sop_uids))), np.int64),
     }
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in meta.items()}
-    write_atomic(Path(path), pack_tensors(tensors, texts | {"sha256": tensor_sum(tensors)}))
+    meta = json.loads(json.dumps(meta))
+    sums = {name: tensor_sum(name, tensor) for name, tensor in tensors.items()}
+    record = {"meta": meta, "sums": sums | {"meta": text_sum(meta)}}
+    write_atomic(Path(path), save(tensors, metadata={"record": json.dumps(record, sort_keys=True)}))
 
 
 def hash_uid(uid: str) -> int:
@@ -1942,191 +475,127 @@ def hash_uid(uid: str) -> int:
     return int.from_bytes(hashlib.sha256(uid.encode()).digest()[:8], "big", signed=True)
 
 
-def load_volume(
-    path: Path, names: typing.Sequence[str] | None = None
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Tensors and metadata of a cached series; with names only these (the others are not read)."""
-    from safetensors import safe_open
+def load_volume(path: Path, names: Sequence[str] | None = None) -> tuple[dict[str, np.ndarray], dict]:
+    """(tensors, metadata) of a cached series; with names only these tensors (the others are not read).
 
-    with safe_open(path, "np") as file:
-        names = list(file.keys()) if names is None else names
-        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    Raises FileNotFoundError, or ValueError naming the file where what was read differs from its sum.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such volume; run preprocess.py again")
+    try:
+        with safe_open(path, "np") as file:
+            record = json.loads(file.metadata()["record"])
+            meta, sums = dict(record["meta"]), dict(record["sums"])
+            names = list(file.keys()) if names is None else names
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable volume ({error}); run preprocess.py again") from error
+    found = {name: tensor_sum(name, tensor) for name, tensor in tensors.items()} | {"meta": text_sum(meta)}
+    damaged = [name for name in found if found[name] != sums.get(name)]
+    if damaged:
+        raise ValueError(f"{path}: {', '.join(damaged)} differs from its sum; run preprocess.py again")
+    return tensors, meta
+
+
+def is_inside(points: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """(P,) bool: which points (P, 3), in voxels, lie in a volume of that shape."""
+    return ((points >= -0.5) & (points <= np.array(shape) - 0.5)).all(axis=1)
 
 
 # --- pool ---------------------------------------------------------------------------------------------------
 
 
 def run_isolated(
-    function: typing.Callable, items: typing.Iterable, *, workers: int, timeout_s: float, memory_gb: float
-) -> typing.Iterator[tuple[typing.Any, typing.Any, str | None]]:
+    function: Callable, items: Iterable, *, workers: int, timeout_s: float, memory_gb: float
+) -> Iterator[tuple[typing.Any, typing.Any, str | None]]:
     """Yield (item, function(item), None), or (item, None, reason) where it failed, in the order of
     completion.
 
     Each item runs in one of `workers` processes, so that a crash of a decoder, a bomb of memory (over
-    memory_gb; not enforced on macOS) or an endless loop (over timeout_s) costs that item alone; the dead
-    process is replaced. They work on while the caller handles an answer. function must be picklable, so
-    top-level; close() ends all processes.
+    memory_gb; Linux alone enforces it) or an endless loop (over timeout_s) costs that item alone. They work
+    on while the caller handles an answer. function must be picklable, so top-level; close() ends all
+    processes.
+    """
+    context = start_forkserver()
+    call = functools.partial(call_safely, function, memory_gb)
+    items, scheduled = iter(items), {}
+    pool = pebble.ProcessPool(workers, initializer=start_worker, initargs=(memory_gb,), context=context)
+    try:
+        while True:
+            for item in itertools.islice(items, 2 * workers - len(scheduled)):
+                scheduled[pool.schedule(call, args=[item], timeout=timeout_s)] = item
+            if not scheduled:
+                return
+            done, _ = concurrent.futures.wait(scheduled, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                yield scheduled.pop(future), *wait_result(future, timeout_s)
+    finally:
+        pool.stop()
+        pool.join()
+
+
+def start_forkserver() -> multiprocessing.context.BaseContext:
+    """The context whose processes are forked from one that has imported this module (torch, pydicom) once.
+
+    Python puts the working directory first on that process's path, where a file called common.py or pandas.py
+    would stand in for ours: PYTHONSAFEPATH (Python 3.11) leaves it out.
     """
     context = multiprocessing.get_context("forkserver")
-    todo, alive = iter(items), set()
-    busy: dict = {}  # connection -> (process, item)
-
-    def give(connection: typing.Any, process: typing.Any) -> None:
-        """Hand the next item to this worker, or to a new one (None); without items left, let it go."""
-        for item in todo:
-            if process is None:
-                _start_forkserver(context)
-                connection, theirs = context.Pipe()
-                arguments = (theirs, function, timeout_s, memory_gb)
-                process = context.Process(target=_work, args=arguments, daemon=True)
-                process.start()
-                alive.add(process)
-                theirs.close()
-            with contextlib.suppress(BrokenPipeError):  # it died meanwhile: recv() will tell
-                connection.send(item)
-            busy[connection] = (process, item)
-            return
-        if connection is not None:
-            connection.close()  # the worker's recv() ends it
-
-    try:
-        for _ in range(workers):
-            give(None, None)
-        while busy:
-            for connection in multiprocessing.connection.wait(list(busy)):
-                process, item = busy.pop(connection)
-                try:
-                    result, reason = connection.recv()
-                except (EOFError, ConnectionResetError):
-                    process.join()
-                    alive.discard(process)
-                    connection.close()
-                    result, reason = None, _why_dead(process.exitcode, timeout_s)
-                    connection = process = None
-                give(connection, process)  # before the yield: it works while the caller does
-                yield item, result, reason
-    finally:
-        for process in alive:
-            process.kill()
-            process.join()
-
-
-def _start_forkserver(context: multiprocessing.context.BaseContext) -> None:
-    """Start, once, the process that workers are forked from, with this module (torch, pydicom) imported for
-    all."""
     context.set_forkserver_preload(["common"])
-    path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), path]))
+    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    paths = [str(Path(__file__).resolve().parent), before["PYTHONPATH"]]
+    os.environ |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}
     try:
         multiprocessing.forkserver.ensure_running()
     finally:
-        if path is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = path
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+    return context
 
 
-def _why_dead(exitcode: int, timeout_s: float) -> str:
-    if exitcode == -signal.SIGALRM:
-        return f"took longer than {timeout_s:g} s"
-    if exitcode < 0:
-        name = signal.Signals(-exitcode).name
-        return f"worker died: killed by signal {-exitcode}, {name} (memory or decoder crash)"
-    return f"worker died: exit code {exitcode}"
-
-
-def _work(
-    connection: multiprocessing.connection.Connection,
-    function: typing.Callable,
-    timeout_s: float,
-    memory_gb: float,
-) -> None:
-    """A worker's life: item in, (result, None) or (None, reason) out, until the parent closes the
-    connection."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is the parent's to handle
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process even inside a decoder's endless loop
+def start_worker(memory_gb: float) -> None:
+    """Prepare a worker: one thread, and on Linux a limit to what it may allocate; beyond it allocations raise
+    MemoryError."""
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    _limit_memory(memory_gb)
-    while True:
-        try:
-            item = connection.recv()
-        except (EOFError, ConnectionResetError):
-            return
-        signal.setitimer(signal.ITIMER_REAL, timeout_s)
-        try:
-            answer = (function(item), None)
-        except MemoryError:
-            answer = (None, f"needs more than {memory_gb:g} GB of memory")
-        except (
-            BaseException
-        ) as error:  # pyo3's PanicException too: whatever a file causes goes into the reason
-            name = "" if type(error) is ValueError else f"{type(error).__name__}: "
-            answer = (None, " ".join(f"{name}{error}".split()))
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        connection.send(answer)
-
-
-def _limit_memory(memory_gb: float) -> None:
-    """Let this process grow by memory_gb at most; a larger allocation raises MemoryError."""
-    import resource  # POSIX only
-
     status = Path("/proc/self/status")
     if status.exists():
+        import resource
+
         used_kib = int(re.search(r"VmData:\s*(\d+)", status.read_text())[1])
         limit = used_kib * 1024 + int(memory_gb * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
-def progress(total: int, initial: int = 0, desc: str = "", show: bool = True) -> tqdm:
-    """A progress bar on stderr."""
-    return tqdm(total=total, initial=initial, desc=desc, disable=not show, file=sys.stderr, mininterval=1.0)
+def call_safely(function: Callable, memory_gb: float, item: typing.Any) -> tuple[typing.Any, str | None]:
+    """(function(item), None), or (None, why it failed); runs in a worker."""
+    try:
+        return function(item), None
+    except MemoryError:
+        return None, f"needs more than {memory_gb:g} GB of memory"
+    except BaseException as error:  # a decoder's own kinds too: whatever a file causes becomes its reason
+        name = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        return None, " ".join(f"{name}{error}".split())
 
 
-def leave(code: int) -> typing.NoReturn:
-    """End a script with this exit code. One of several ranks ends without Python's own tidying up: gloo's
-    thread may still hold a tensor and abort (1 of 8 runs), and the launcher then kills the main process as
-    well."""
-    if "RANK" in os.environ:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+def wait_result(future: concurrent.futures.Future, timeout_s: float) -> tuple[typing.Any, str | None]:
+    """What call_safely returned, or why its process could not return it."""
+    try:
+        return future.result()
+    except concurrent.futures.TimeoutError:
+        return None, f"took longer than {timeout_s:g} s"
+    except pebble.ProcessExpired as error:
+        if error.exitcode >= 0:
+            return None, f"worker died: exit code {error.exitcode}"
+        name = signal.Signals(-error.exitcode).name
+        return None, f"worker died: killed by signal {-error.exitcode}, {name} (memory or decoder crash)"
 
 
-# --- folds and metric ---------------------------------------------------------------------------------------
-
-
-def make_folds(table: pd.DataFrame, num_folds: int, seed: int) -> pd.Series:
-    """Fold of every series, indexed by SeriesInstanceUID; a patient's series share one, in any order of rows.
-
-    table has UID, `patient`, `Modality` and the 14 labels. Patients come rarest positive location first; each
-    goes to the fold that it leaves most even: the least growth of sum((count / total)^2) over the columns, so
-    that a rare location weighs more than presence or a modality.
-    """
-    table = table.sort_values(UID)
-    columns = pd.concat(
-        [
-            table[list(LABELS)].astype(float),
-            pd.get_dummies(table["Modality"]).astype(float),
-            (1 - table[LABELS[AP]]).rename("absent"),
-        ],
-        axis=1,
-    )
-    per_patient = columns.groupby(table["patient"]).sum()  # sorted by patient
-    counts = per_patient.to_numpy()  # (patients, columns)
-    total = np.maximum(counts.sum(0), 1)
-    rarity = np.where(counts > 0, total, np.inf).min(1)
-    shuffled = np.random.default_rng([seed, 1]).permutation(len(counts))
-    order = shuffled[np.argsort(rarity[shuffled], kind="stable")]
-    have = np.zeros((num_folds, counts.shape[1]))
-    fold_of = np.zeros(len(counts), dtype=int)
-    for i in order:
-        growth = (((have + counts[i]) ** 2 - have**2) / total**2).sum(1)
-        fold_of[i] = int(np.argmin(growth))  # the lowest fold of several equal ones
-        have[fold_of[i]] += counts[i]
-    by_patient = pd.Series(fold_of, index=per_patient.index)
-    return pd.Series(by_patient.loc[table["patient"]].to_numpy(), index=table[UID], name="fold")
+# --- metric -------------------------------------------------------------------------------------------------
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
@@ -2142,29 +611,30 @@ def weighted_ranks_auc(truth: np.ndarray, scores: np.ndarray, weights: np.ndarra
     """
     order = np.argsort(scores, kind="stable")
     truth, scores, weights = truth[order] > 0.5, scores[order], weights[:, order]
-    positive, negative = weights * truth, weights * ~truth
-    starts = np.flatnonzero(np.r_[True, scores[1:] != scores[:-1]])  # runs of equal scores
-    pos, neg = np.add.reduceat(positive, starts, axis=1), np.add.reduceat(negative, starts, axis=1)
-    below = np.cumsum(neg, axis=1) - neg
-    pairs = pos.sum(1) * neg.sum(1)
+    run_starts = np.flatnonzero(np.r_[True, scores[1:] != scores[:-1]])  # of equal scores
+    positives = np.add.reduceat(weights * truth, run_starts, axis=1)
+    negatives = np.add.reduceat(weights * ~truth, run_starts, axis=1)
+    negatives_below = np.cumsum(negatives, axis=1) - negatives
+    ordered_pairs = (positives * (negatives_below + negatives / 2)).sum(1)
+    pairs = positives.sum(1) * negatives.sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(pairs > 0, (pos * (below + neg / 2)).sum(1) / pairs, np.nan)
+        return np.where(pairs > 0, ordered_pairs / pairs, np.nan)
 
 
 def column_aucs(labels: np.ndarray, probs: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """(D, 14) AUCs of labels (N, 14) and probs (N, 14) under weights (D, N)."""
-    return np.stack(
-        [weighted_ranks_auc(labels[:, k], probs[:, k], weights) for k in range(len(LABELS))], axis=1
-    )
+    columns = range(len(LABELS))
+    return np.stack([weighted_ranks_auc(labels[:, k], probs[:, k], weights) for k in columns], axis=1)
 
 
 def combine_aucs(aucs: np.ndarray) -> np.ndarray:
     """wAUC (D,) of AUCs (D, 14): half `Aneurysm Present`, half the mean of the defined locations; nan without
     either."""
-    defined = ~np.isnan(aucs[:, :AP])
+    locations = aucs[:, :AP]
+    is_defined = ~np.isnan(locations)
     with np.errstate(invalid="ignore", divide="ignore"):
-        locations = np.where(defined, aucs[:, :AP], 0).sum(1) / defined.sum(1)
-    return (aucs[:, AP] + locations) / 2
+        mean = np.where(is_defined, locations, 0).sum(1) / is_defined.sum(1)
+    return (aucs[:, AP] + mean) / 2
 
 
 def weighted_auc(labels: np.ndarray, probs: np.ndarray) -> dict:
@@ -2174,95 +644,99 @@ def weighted_auc(labels: np.ndarray, probs: np.ndarray) -> dict:
     columns). Raises ValueError for probs that are not finite: they have no order.
     """
     if not np.isfinite(probs).all():
-        raise ValueError(f"{np.isnan(probs).sum()} of {probs.size} predictions are no numbers; expected none")
+        count = int((~np.isfinite(probs)).sum())
+        raise ValueError(f"{count} of {probs.size} predictions are NaN or infinite; expected none")
     aucs = column_aucs(labels, probs, np.ones((1, len(labels))))
     return {
         "wauc": float(combine_aucs(aucs)[0]),
-        "auc": [float(a) for a in aucs[0]],
-        "positives": [int(n) for n in labels.sum(0)],
-        "undefined": [name for name, a in zip(LABELS, aucs[0], strict=True) if np.isnan(a)],
+        "auc": aucs[0].tolist(),
+        "positives": labels.sum(0).astype(int).tolist(),
+        "undefined": [name for name, auc in zip(LABELS, aucs[0], strict=True) if np.isnan(auc)],
     }
 
 
+def patient_weights(patients: Sequence, draws: int, seed: int = 0, block: int = 250) -> Iterator[np.ndarray]:
+    """How often each row counts (block, N) when patients are drawn with replacement, in blocks that stay
+    small."""
+    _, patient = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
+    num_patients, rng = patient.max() + 1, np.random.default_rng(seed)
+    for start in range(0, draws, block):
+        size = min(block, draws - start)
+        counts = rng.multinomial(num_patients, np.full(num_patients, 1 / num_patients), size=size)
+        yield counts[:, patient].astype(float)
+
+
 def bootstrap_aucs(
-    labels: np.ndarray, probs: np.ndarray, patients: typing.Sequence, draws: int, seed: int = 0
+    labels: np.ndarray, probs: np.ndarray, patients: Sequence, draws: int, seed: int = 0
 ) -> np.ndarray:
     """(draws, 14) AUCs of samples of the patients with replacement; the same seed draws the same samples."""
     weights = patient_weights(patients, draws, seed)
     return np.concatenate([column_aucs(labels, probs, block) for block in weights])
 
 
-def patient_weights(
-    patients: typing.Sequence, draws: int, seed: int = 0, block: int = 250
-) -> typing.Iterator[np.ndarray]:
-    """How often each row counts (block, N) when patients are drawn with replacement, in blocks that stay
-    small."""
-    _, patient = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
-    num, rng = patient.max() + 1, np.random.default_rng(seed)
-    for start in range(0, draws, block):
-        counts = rng.multinomial(num, np.full(num, 1 / num), size=min(block, draws - start))
-        yield counts[:, patient].astype(float)
-
-
-def interval(values: np.ndarray) -> list[float]:
-    """The 95 % percentile interval [low, high] of the values that are defined."""
-    values = values[np.isfinite(values)]
-    return np.percentile(values, [2.5, 97.5]).tolist() if len(values) else [float("nan")] * 2
-
-
-def drawn_wauc(aucs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def bootstrap_waucs(aucs: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """wAUC (D,) of drawn AUCs (D, 14); nan for a draw in which a column that the data defines loses a class,
     so that every draw averages the same columns."""
-    defined = (labels.min(0) < 0.5) & (labels.max(0) > 0.5)
-    return np.where(np.isnan(aucs[:, defined]).any(1), np.nan, combine_aucs(aucs))
+    is_defined = (labels.min(0) < 0.5) & (labels.max(0) > 0.5)
+    lost_class = np.isnan(aucs[:, is_defined]).any(1)
+    return np.where(lost_class, np.nan, combine_aucs(aucs))
 
 
-def bootstrap(labels: np.ndarray, probs: np.ndarray, patients: typing.Sequence, draws: int = 2000) -> dict:
-    """95 % intervals of wAUC and of every AUC over patients: low, high, draws_used, per_label (14, 2)."""
-    aucs = bootstrap_aucs(labels, probs, patients, draws)
-    wauc = drawn_wauc(aucs, labels)
-    low, high = interval(wauc)
-    used = int(np.isfinite(wauc).sum())
-    return {
-        "low": low,
-        "high": high,
-        "draws_used": used,
-        "per_label": [interval(column) for column in aucs.T],
-    }
+def percentile_interval(values: np.ndarray) -> list[float]:
+    """The 95 % percentile interval [low, high] of the values that are defined."""
+    values = values[np.isfinite(values)]
+    return np.percentile(values, [2.5, 97.5]).tolist() if len(values) else [math.nan, math.nan]
 
 
-def compare(
-    labels: np.ndarray, probs: np.ndarray, base: np.ndarray, patients: typing.Sequence, draws: int = 2000
+def wilson_interval(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share, which holds near 0 and 1 too."""
+    centre = hits + z**2 / 2
+    reach = z * math.sqrt(hits * (total - hits) / total + z**2 / 4)
+    return (centre - reach) / (total + z**2), (centre + reach) / (total + z**2)
+
+
+def compare_waucs(
+    labels: np.ndarray, probs: np.ndarray, base: np.ndarray, patients: Sequence, draws: int = 2000
 ) -> list[float]:
     """wAUC of probs less that of base, both (N, 14) of the same series: [difference, low, high], where every
     draw of patients scores both."""
-    drawn = [drawn_wauc(bootstrap_aucs(labels, p, patients, draws), labels) for p in (probs, base)]
+    drawn = [bootstrap_waucs(bootstrap_aucs(labels, p, patients, draws), labels) for p in (probs, base)]
     difference = weighted_auc(labels, probs)["wauc"] - weighted_auc(labels, base)["wauc"]
-    return [difference, *interval(drawn[0] - drawn[1])]
+    return [difference, *percentile_interval(drawn[0] - drawn[1])]
 
 
 def score(table: pd.DataFrame, probs: np.ndarray, draws: int = 2000) -> dict:
-    """Everything said of predictions: wAUC with its interval, per label, and wAUC per modality and plane.
+    """Everything said of predictions: wAUC with its interval over patients, per label, and wAUC per modality
+    and plane.
 
     table: rows aligned with probs (N, 14); columns patient, Modality, plane and the 14 labels.
     """
+    table = table.reset_index(drop=True)
     labels = table[list(LABELS)].to_numpy(float)
-    whole = weighted_auc(labels, probs)
-    spread = bootstrap(labels, probs, table["patient"], draws)
-    result = {"wauc": whole["wauc"], "low": spread["low"], "high": spread["high"], "num_series": len(table)}
-    result |= {"num_patients": int(table["patient"].nunique()), "draws_used": spread["draws_used"]}
-    result["undefined"] = whole["undefined"]
-    result["per_label"] = {
-        name: {"auc": auc, "low": low, "high": high, "positives": n}
-        for name, auc, (low, high), n in zip(
-            LABELS, whole["auc"], spread["per_label"], whole["positives"], strict=True
-        )
+    overall = weighted_auc(labels, probs)
+    aucs = bootstrap_aucs(labels, probs, table["patient"], draws)
+    waucs = bootstrap_waucs(aucs, labels)
+    low, high = percentile_interval(waucs)
+    per_label = {}
+    for k, name in enumerate(LABELS):
+        label_low, label_high = percentile_interval(aucs[:, k])
+        row = {"auc": overall["auc"][k], "low": label_low, "high": label_high}
+        per_label[name] = row | {"positives": overall["positives"][k]}
+    result = {
+        "wauc": overall["wauc"],
+        "low": low,
+        "high": high,
+        "num_series": len(table),
+        "num_patients": int(table["patient"].nunique()),
+        "draws_used": int(np.isfinite(waucs).sum()),
+        "undefined": overall["undefined"],
+        "per_label": per_label,
     }
-    for group in ("Modality", "plane"):
-        result[f"per_{group.lower()}"] = {}
-        for value, rows in table.reset_index(drop=True).groupby(group):
+    for column in ("Modality", "plane"):
+        groups = result[f"per_{column.lower()}"] = {}
+        for value, rows in table.groupby(column):
             part = weighted_auc(labels[rows.index], probs[rows.index])
-            result[f"per_{group.lower()}"][str(value)] = {
+            groups[str(value)] = {
                 "wauc": part["wauc"],
                 "auc_present": part["auc"][AP],
                 "num_series": len(rows),
@@ -2290,40 +764,45 @@ def draw_augmentation(cfg: Config, rng: np.random.Generator) -> np.ndarray:
         rng.uniform(-cfg.intensity, cfg.intensity) / 2,
         (rng.random() < cfg.p_slab_shift) * rng.choice([-1, 1]),
     ]
-    keep = rng.random(cfg.base_slices) >= cfg.p_slab_drop
-    return np.concatenate([values, keep]).astype(np.float32)
+    is_shown = rng.random(cfg.volume.base_slices) >= cfg.p_slab_drop
+    return np.concatenate([values, is_shown]).astype(np.float32)
 
 
 def cut_crop(volume: np.ndarray, point: np.ndarray, spacing_mm: np.ndarray, cfg: Config) -> np.ndarray:
     """Crop channel (img_size, img_size) uint8 around point (z, y, x) voxels of volume (Z, H, W): a square of
-    crop_mm, projected over the slabs within +- crop_depth_mm (at least the nearest one); outside of the
-    volume is 0."""
+    crop_mm, the mean of the slabs within +- crop_depth_mm (at least the nearest one); outside of the volume
+    is 0."""
     z, y, x = (float(v) for v in point)
+    size = cfg.volume.img_size
     reach = cfg.crop_depth_mm / float(spacing_mm[0])
     nearest = int(np.clip(round(z), 0, len(volume) - 1))
-    first = min(max(int(np.ceil(z - reach)), 0), nearest)
-    last = max(min(int(np.floor(z + reach)), len(volume) - 1), nearest)
-    slabs = volume[first : last + 1]
-    flat = slabs.max(0) if cfg.crop_projection == "max" else slabs.astype(np.float32).mean(0)
-    step = cfg.crop_mm / float(spacing_mm[2]) / cfg.img_size  # volume pixels per crop pixel
-    half = (cfg.img_size - 1) / 2
+    first = min(max(math.ceil(z - reach), 0), nearest)
+    last = max(min(math.floor(z + reach), len(volume) - 1), nearest)
+    slab = volume[first : last + 1].astype(np.float32).mean(0)
+    step = cfg.crop_mm / float(spacing_mm[2]) / size  # volume pixels per crop pixel
+    half = (size - 1) / 2
     matrix = np.array([[step, 0, x - step * half], [0, step, y - step * half]])
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    crop = cv2.warpAffine(flat.astype(np.float32), matrix, (cfg.img_size, cfg.img_size), flags=flags)
+    crop = cv2.warpAffine(slab, matrix, (size, size), flags=flags)
     return (crop + 0.5).astype(np.uint8)
 
 
-def mirror_points(points: np.ndarray) -> np.ndarray:
-    """Points (..., 3) as fractions (z, y, x) of a volume, mirrored left to right."""
-    return np.stack([points[..., 0], points[..., 1], 1 - points[..., 2]], axis=-1)
+def stack_crops(volume: np.ndarray, places: np.ndarray, spacing_mm: np.ndarray, cfg: Config) -> np.ndarray:
+    """(K, H, W) uint8: a crop per place (n <= K, voxels), zeros after the last."""
+    crops = np.zeros((cfg.num_crops, cfg.volume.img_size, cfg.volume.img_size), np.uint8)
+    for k, place in enumerate(places):
+        crops[k] = cut_crop(volume, place, spacing_mm, cfg)
+    return crops
 
 
 def choose_decoys(decoys: np.ndarray, shape: tuple, num: int, rng: np.random.Generator) -> np.ndarray:
-    """(num, 3) voxels at places drawn from decoys (M, 3; fractions of a volume), half of them mirrored."""
+    """(num, 3) voxels at places drawn from decoys (M, 3; fractions of a volume), half of them
+    mirrored left to right."""
     if not len(decoys):
         return np.zeros((0, 3))
     chosen = decoys[rng.integers(len(decoys), size=num)]
-    chosen = np.where(rng.random((num, 1)) < 0.5, mirror_points(chosen), chosen)
+    mirrored = chosen * [1, 1, -1] + [0, 0, 1]
+    chosen = np.where(rng.random((num, 1)) < 0.5, mirrored, chosen)
     return chosen * np.array(shape) - 0.5
 
 
@@ -2337,49 +816,31 @@ def deployed_crops(
 ) -> np.ndarray:
     """(K, H, W) uint8 crops for a patient without annotations: the locator's proposals (n, 3) voxels, best
     first, then decoys, which depend on the UID alone. Training's validation and infer.py both come here."""
-    places = np.zeros((0, 3)) if proposals is None else np.asarray(proposals)[: cfg.max_localizer_crops]
+    places = np.zeros((0, 3)) if proposals is None else np.asarray(proposals)[: cfg.num_crops]
     rng = np.random.default_rng(zlib.crc32(uid.encode()))
-    fill = choose_decoys(decoys, volume.shape, cfg.max_localizer_crops - len(places), rng)
+    fill = choose_decoys(decoys, volume.shape, cfg.num_crops - len(places), rng)
     return stack_crops(volume, np.concatenate([places, fill]), spacing_mm, cfg)
-
-
-def stack_crops(volume: np.ndarray, places: np.ndarray, spacing_mm: np.ndarray, cfg: Config) -> np.ndarray:
-    """(K, H, W) uint8: a crop per place (n <= K, voxels), zeros after the last."""
-    crops = np.zeros((cfg.max_localizer_crops, cfg.img_size, cfg.img_size), np.uint8)
-    for k, place in enumerate(places):
-        crops[k] = cut_crop(volume, place, spacing_mm, cfg)
-    return crops
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """What the locator that held a series out says of it."""
-
-    places: np.ndarray  # (n, 3) voxels z, y, x; highest first
-    logits: np.ndarray  # (14,)
 
 
 class SeriesDataset(torch.utils.data.Dataset):
     """Items of a cache: image uint8 (base_slices + K, H, W), labels float32 (14,), index, points (8, 4),
-    augment, scores float32 (14,; the locator's logits, 0 without one).
+    spacing_mm (3,), affine (4, 4), augment.
 
     mode "train": annotated crops, decoys and proposals in the shares that the config sets; "deploy": what a
     new patient has, proposals or decoys, and the annotated points are not even read; "oracle": annotated
     crops, a diagnostic only. Everything random is a pure function of (seed, epoch, index). points: rows of
-    (label, z, y, x) voxels, -1 where none.
+    (label, z, y, x) voxels, -1 where none. proposals: (n, 3) LPS mm by series, best first.
     """
 
     def __init__(
         self,
         cfg: Config,
         table: pd.DataFrame,
-        mode: str,
+        mode: Literal["train", "deploy", "oracle"],
         decoys: np.ndarray,
-        proposals: dict[str, Proposal] | None = None,
+        proposals: dict[str, np.ndarray] | None = None,
         epoch: int = 0,
     ):
-        if mode not in ("train", "deploy", "oracle"):
-            raise ValueError(f"dataset mode {mode!r}, expected 'train', 'deploy' or 'oracle'")
         self.cfg, self.mode, self.decoys, self.proposals, self.epoch = cfg, mode, decoys, proposals, epoch
         self.uids = list(table[UID])
         self.labels = table[list(LABELS)].to_numpy(np.float32)
@@ -2390,17 +851,18 @@ class SeriesDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         cfg, uid = self.cfg, self.uids[index]
         rng = np.random.default_rng([cfg.seed, self.epoch, index])
-        path = Path(cfg.cache) / f"{safe_uid(uid)}.safetensors"
-        tensors, meta = load_volume(path, ("volume",) if self.mode == "deploy" else None)
-        volume, spacing_mm = tensors["volume"], np.array(json.loads(meta["spacing_mm"]))
+        names = ["volume"] if self.mode == "deploy" else ["volume", "points", "point_labels"]
+        tensors, meta = load_volume(volume_path(cfg.cache, uid), names)
+        volume, spacing_mm = tensors["volume"], np.array(meta["spacing_mm"])
+        affine = np.array(meta["affine"])
         points = np.full((MAX_POINTS, 4), -1, np.float32)
         if self.mode != "deploy":
             num = min(len(tensors["points"]), MAX_POINTS)
-            points[:num, 0], points[:num, 1:] = tensors["point_labels"][:num], tensors["points"][:num]
-        image = volume.copy()  # safetensors' own memory is read-only
-        found = self.proposals.get(uid) if self.proposals else None
-        if cfg.max_localizer_crops:
-            proposed = found.places if found else None
+            points[:num, 0] = tensors["point_labels"][:num]
+            points[:num, 1:] = tensors["points"][:num]
+        image = volume.copy()  # safetensors' memory is read-only
+        if cfg.num_crops:
+            proposed = to_voxel(self.proposals[uid], affine) if self.proposals else None
             image = np.concatenate([volume, self._crops(uid, volume, points, proposed, spacing_mm, rng)])
         return {
             "image": torch.from_numpy(np.ascontiguousarray(image)),
@@ -2408,8 +870,8 @@ class SeriesDataset(torch.utils.data.Dataset):
             "index": index,
             "points": torch.from_numpy(points),
             "spacing_mm": torch.from_numpy(spacing_mm.astype(np.float32)),
+            "affine": torch.from_numpy(affine),
             "augment": torch.from_numpy(draw_augmentation(cfg, rng)),
-            "scores": torch.tensor(found.logits if found else np.zeros(len(LABELS)), dtype=torch.float32),
         }
 
     def _crops(
@@ -2417,35 +879,48 @@ class SeriesDataset(torch.utils.data.Dataset):
         uid: str,
         volume: np.ndarray,
         points: np.ndarray,
-        found: np.ndarray | None,
+        proposed: np.ndarray | None,
         spacing_mm: np.ndarray,
         rng: np.random.Generator,
     ) -> np.ndarray:
-        cfg, num = self.cfg, self.cfg.max_localizer_crops
+        """(K, H, W) uint8 crop channels.
+
+        The order of the random draws is part of the contract: a run repeats to the bit only while each item
+        draws the same numbers in the same order. First the three coins, always all three; then the order of
+        the annotated points, where these are shown; then the decoys that fill the rest; the jitter last.
+        """
+        cfg = self.cfg
         if self.mode == "deploy":
-            return deployed_crops(volume, spacing_mm, uid, self.decoys, found, cfg)
+            return deployed_crops(volume, spacing_mm, uid, self.decoys, proposed, cfg)
         places = points[points[:, 0] >= 0, 1:]
         if self.mode == "train":
-            off, dropped, proposed = rng.random(3) < (
-                cfg.p_global_localizer_off,
-                cfg.p_localizer_dropout,
-                cfg.p_proposal,
-            )
-            if off:
+            shares = (cfg.p_global_localizer_off, cfg.p_localizer_dropout, cfg.p_proposal)
+            is_off, is_dropped, is_proposed = rng.random(3) < shares
+            if is_off:
                 return stack_crops(volume, np.zeros((0, 3)), spacing_mm, cfg)
-            if dropped:
+            if is_dropped:
                 places = places[:0]
-            places = found if found is not None and proposed else places[rng.permutation(len(places))]
-        places = places[:num]
-        fill = choose_decoys(self.decoys, volume.shape, num - len(places), rng)
+            if is_proposed and proposed is not None:
+                places = proposed
+            else:
+                places = places[rng.permutation(len(places))]
+        places = places[: cfg.num_crops]
+        fill = choose_decoys(self.decoys, volume.shape, cfg.num_crops - len(places), rng)
         places = np.concatenate([places, fill])
         if self.mode == "train" and len(places):
-            jitter = rng.uniform(-cfg.crop_jitter_mm, cfg.crop_jitter_mm, places.shape)
-            places = places + jitter / spacing_mm
+            jitter_mm = rng.uniform(-cfg.crop_jitter_mm, cfg.crop_jitter_mm, places.shape)
+            places = places + jitter_mm / spacing_mm
         return stack_crops(volume, places, spacing_mm, cfg)
 
 
 # --- models -------------------------------------------------------------------------------------------------
+
+
+class Output(typing.NamedTuple):
+    """What every model's forward returns."""
+
+    logits: torch.Tensor  # (B, 14)
+    maps: torch.Tensor | None  # (B, 13, Z, h, w) logits of a place and its artery; None: it finds no places
 
 
 def mirror(images: torch.Tensor) -> torch.Tensor:
@@ -2454,48 +929,36 @@ def mirror(images: torch.Tensor) -> torch.Tensor:
 
 
 class Classifier(nn.Module):
-    """A timm backbone that takes slabs and crops as channels: (B, base_slices + K, H, W) in [0, 1] -> logits
-    (B, 14).
-
-    With a locator its logits (B, 14) go through a linear layer and are added. That layer begins as the
-    identity, so that the backbone learns what the locator misses.
-    """
+    """A timm backbone that takes slabs and crops as channels: (B, base_slices + K, H, W) in [0, 1] -> Output
+    without maps."""
 
     def __init__(self, cfg: Config, pretrained: bool):
         super().__init__()
         self.net = create_backbone(cfg, pretrained, in_chans=cfg.in_chans, num_classes=len(LABELS))
-        if cfg.grad_checkpointing:
-            self.net.set_grad_checkpointing()
-        self.scores = nn.Linear(len(LABELS), len(LABELS)) if cfg.has_scores else None
-        if self.scores is not None:
-            nn.init.eye_(self.scores.weight)
-            nn.init.zeros_(self.scores.bias)
 
-    def forward(self, images: torch.Tensor, scores: torch.Tensor | None = None) -> torch.Tensor:
-        logits = self.net((images - 0.5) / 0.5)
-        return logits if self.scores is None else logits + self.scores(scores)
+    def forward(self, images: torch.Tensor) -> Output:
+        return Output(self.net((images - 0.5) / 0.5), None)
 
 
 class Locator(nn.Module):
-    """A small 2-D network shared by all slabs that finds candidate places and names their arteries.
+    """A 2-D network shared by all slabs that finds candidate places and names their arteries.
 
     Each slab goes through the backbone with its two neighbours as colours, so that one set of weights learns
     what an aneurysm looks like at any height. Its features at strides 4 to 16 meet at locator_stride, get the
     place (z, y, x) as a further input and one 3 x 3 x 3 convolution across slabs. One map finds (p), a
     softmax over 13 names each cell (q): few examples teach the finding, since all arteries share it. (B, Z,
-    H, W) in [0, 1] -> logits (B, 14), maps (B, 13, Z, H / stride, W / stride): logits of p q. A label's logit
-    is the peak of its map, presence the peak of the finding map.
+    H, W) in [0, 1] -> Output with maps (B, 13, Z, H / stride, W / stride): logits of p q. A label's logit is
+    the peak of its map, presence the peak of the finding map.
     """
 
     def __init__(self, cfg: Config, pretrained: bool):
         super().__init__()
         width, self.stride = cfg.locator_width, cfg.locator_stride
-        options = {"in_chans": 3, "features_only": True}
+        # timm's "getter" builds the layers up to the last wanted one: weights without a gradient stop DDP
+        options = {"in_chans": 3, "features_only": True, "feature_cls": "getter"}
         reductions = create_backbone(cfg, False, **options).feature_info.reduction()
         levels = [i for i, reduction in enumerate(reductions) if reduction in (4, 8, 16)]
         self.net = create_backbone(cfg, pretrained, out_indices=levels, **options)
-        if cfg.grad_checkpointing:
-            self.net.set_grad_checkpointing()
         self.merge = nn.ModuleList(nn.Conv2d(n, width, 1) for n in self.net.feature_info.channels())
         self.place = nn.Conv3d(3, width, 1)
         mix = nn.Conv3d(width, width, 3, padding=1, bias=False)
@@ -2504,35 +967,44 @@ class Locator(nn.Module):
         self.name = nn.Conv3d(width, len(LOCATIONS), 1)
         nn.init.constant_(self.find.bias, -4.0)  # a positive cell is rare
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, images: torch.Tensor) -> Output:
         batch, slabs, height, width = images.shape
+        size = (height // self.stride, width // self.stride)
         images = (images - 0.5) / 0.5
         padded = torch.cat([images[:, :1], images, images[:, -1:]], dim=1)
         triples = torch.stack([padded[:, :-2], padded[:, 1:-1], padded[:, 2:]], dim=2)  # (B, Z, 3, H, W)
-        size = (height // self.stride, width // self.stride)
-        few = not self.training and images.device.type == "cpu"  # 4 slabs stay in the cache: 1.5 times faster
-        parts = [self.net(part) for part in triples.flatten(0, 1).split(4 if few else batch * slabs)]
-        merged = 0
-        for conv, feature in zip(self.merge, map(torch.cat, zip(*parts, strict=True)), strict=True):
-            feature = conv(feature)  # (B Z, D, h, w) at its own stride
-            if feature.shape[-1] > size[-1]:
-                feature = nn.functional.adaptive_max_pool2d(feature, size)
-            elif feature.shape[-1] < size[-1]:
-                feature = nn.functional.interpolate(feature, size=size, mode="bilinear")
-            merged = merged + feature
+        merged = self.merge_features(triples.flatten(0, 1), size)  # (B Z, D, h, w)
         merged = merged.unflatten(0, (batch, slabs)).transpose(1, 2)  # (B, D, Z, h, w)
         axes = [torch.linspace(-1, 1, n, device=images.device, dtype=merged.dtype) for n in (slabs, *size)]
         place = torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
         mixed = self.mix(merged + self.place(place))
-        found = self.find(mixed).float()
-        log_probs = nn.functional.logsigmoid(found) + self.name(mixed).float().log_softmax(1)
+        find_logits = self.find(mixed).float()  # (B, 1, Z, h, w)
+        log_names = self.name(mixed).float().log_softmax(1)  # (B, 13, Z, h, w)
+        log_probs = nn.functional.logsigmoid(find_logits) + log_names
         maps = log_probs - torch.log1p(-log_probs.exp().clamp(max=1 - 1e-6))
-        return torch.cat([maps.flatten(2).amax(-1), found.flatten(2).amax(-1)], dim=1), maps
+        logits = torch.cat([maps.flatten(2).amax(-1), find_logits.flatten(2).amax(-1)], dim=1)
+        return Output(logits, maps)
+
+    def merge_features(self, slabs: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """(N, D, *size) sum of the backbone's features of N slabs (N, 3, H, W), each brought to that size."""
+        in_parts = (
+            not self.training and slabs.device.type == "cpu"
+        )  # 4 slabs fit the CPU's cache: 1.5 x faster
+        parts = [self.net(part) for part in slabs.split(4 if in_parts else len(slabs))]
+        merged = 0
+        for conv, *level_parts in zip(self.merge, *parts, strict=True):
+            features = conv(torch.cat(level_parts))
+            if features.shape[-1] > size[-1]:
+                features = nn.functional.adaptive_max_pool2d(features, size)
+            elif features.shape[-1] < size[-1]:
+                features = nn.functional.interpolate(features, size=size, mode="bilinear")
+            merged = merged + features
+        return merged
 
 
 def create_backbone(cfg: Config, pretrained: bool, **options) -> nn.Module:
-    """timm's model of that name, at cfg.img_size where its family wants to know, stem adapted to in_chans by
-    timm.
+    """timm's model of that name, at the volume's size where its family wants to know, stem adapted to
+    in_chans by timm.
 
     pretrained False builds it without weights (a checkpoint fills them); else cfg.pretrained decides.
     """
@@ -2540,68 +1012,71 @@ def create_backbone(cfg: Config, pretrained: bool, **options) -> nn.Module:
 
     if not timm.is_model(cfg.model_name.split(".")[0]):
         near = difflib.get_close_matches(cfg.model_name, timm.list_models(), n=3, cutoff=0.3)
-        raise ValueError(
-            f"model_name {cfg.model_name!r} is no timm model; near ones: {', '.join(near) or 'none'}"
-        )
-    options |= {"drop_path_rate": cfg.drop_path_rate}
+        names = ", ".join(near) or "none"
+        raise ValueError(f"model_name {cfg.model_name!r} is not a timm model; near ones: {names}")
+    options |= {"drop_path_rate": cfg.drop_path_rate, "img_size": cfg.volume.img_size}
     if not options.get("features_only"):
-        options |= {"drop_rate": cfg.drop_rate, "img_size": cfg.img_size}
-    if pretrained and isinstance(cfg.pretrained, str):
+        options["drop_rate"] = cfg.drop_rate
+    wants_weights = bool(pretrained and cfg.pretrained)
+    if wants_weights and isinstance(cfg.pretrained, str):
         if not Path(cfg.pretrained).is_file():
-            raise ValueError(
-                f"pretrained: {cfg.pretrained}: no such file; expected a .safetensors file, true or false"
-            )
+            raise ValueError(f"pretrained: {cfg.pretrained}: no such file; expected a .safetensors file")
         options["pretrained_cfg_overlay"] = {"file": cfg.pretrained}
-    wants = bool(pretrained and cfg.pretrained)
     try:
-        while True:
-            try:
-                return timm.create_model(cfg.model_name, pretrained=wants, **options)
-            except TypeError as error:  # convolutional networks take any img_size, a few no drop_path_rate
-                unknown = [name for name in ("img_size", "drop_path_rate") if f"'{name}'" in str(error)]
-                if not any(options.pop(name, None) is not None for name in unknown):
-                    raise
+        model = create_timm_model(cfg.model_name, wants_weights, options)
     except (OSError, RuntimeError) as error:
-        if not wants:
+        if not wants_weights:
             raise
         raise ValueError(
             f"pretrained weights of {cfg.model_name} could not be loaded ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}). Give a local file (pretrained: PATH.safetensors) or "
             f"pretrained: false"
         ) from error
-
-
-def build_model(cfg: Config, pretrained: bool = False) -> nn.Module:
-    """The Classifier or Locator of a config; random weights unless pretrained."""
-    model = Locator(cfg, pretrained) if cfg.task == "locate" else Classifier(cfg, pretrained)
+    if cfg.grad_checkpointing:
+        model.set_grad_checkpointing()
     if cfg.channels_last:
-        model.net.to(memory_format=torch.channels_last)  # 2-D weights only: a locator has 3-D ones beside
+        model.to(memory_format=torch.channels_last)
     return model
 
 
-def find_peaks(maps: np.ndarray, spacing_mm: np.ndarray, num: int, min_mm: float, stride: int) -> np.ndarray:
+def create_timm_model(name: str, pretrained: bool, options: dict) -> nn.Module:
+    """timm.create_model without the options that the family does not know: convolutional networks take any
+    image size, a few have no drop path."""
+    import timm
+
+    while True:
+        try:
+            return timm.create_model(name, pretrained=pretrained, **options)
+        except TypeError as error:
+            unknown = [key for key in ("img_size", "drop_path_rate") if f"'{key}'" in str(error)]
+            if not unknown or unknown[0] not in options:
+                raise
+            options = {key: value for key, value in options.items() if key != unknown[0]}
+
+
+def build_model(cfg: Config, pretrained: bool = False) -> nn.Module:
+    """The model of a config's task; random weights unless pretrained."""
+    return Locator(cfg, pretrained) if cfg.task == "locate" else Classifier(cfg, pretrained)
+
+
+def propose(maps: np.ndarray, spacing_mm: np.ndarray, cfg: Config, num: int = NUM_PROPOSALS) -> np.ndarray:
     """The num likeliest places of heat maps (13, Z, h, w; probabilities that add up over arteries), at least
-    min_mm apart; a cell of the maps is stride pixels wide.
+    cfg.min_peak_mm apart; a cell of the maps is cfg.locator_stride pixels wide.
 
     -> (n, 5) rows of z, y, x (voxels of the volume), score, label; highest first. spacing_mm is the volume's
     (z, y, x).
     """
-    best, label = maps.sum(0), maps.argmax(0)
-    grid = np.stack(np.meshgrid(*(np.arange(n) for n in best.shape), indexing="ij"), axis=-1).reshape(-1, 3)
-    voxels = grid * [1, stride, stride] + [0, (stride - 1) / 2, (stride - 1) / 2]
-    scores, labels = best.ravel().copy(), label.ravel()
+    stride = cfg.locator_stride
+    scores, labels = maps.sum(0).ravel(), maps.argmax(0).ravel()
+    cells = np.stack(np.meshgrid(*map(np.arange, maps.shape[1:]), indexing="ij"), axis=-1).reshape(-1, 3)
+    voxels = cells * [1, stride, stride] + [0, (stride - 1) / 2, (stride - 1) / 2]
     peaks = []
     while len(peaks) < num and scores.max() > 0:
         i = int(scores.argmax())
         peaks.append([*voxels[i], scores[i], labels[i]])
-        scores[np.linalg.norm((voxels - voxels[i]) * spacing_mm, axis=1) < min_mm] = 0
+        away_mm = np.linalg.norm((voxels - voxels[i]) * spacing_mm, axis=1)
+        scores = np.where(away_mm < cfg.min_peak_mm, 0, scores)
     return np.array(peaks, dtype=np.float32).reshape(-1, 5)
-
-
-def propose(maps: np.ndarray, spacing_mm: np.ndarray, cfg: Config) -> np.ndarray:
-    """The peaks (n, 5) of find_peaks that the locator of cfg proposes; spacing_mm (z, y, x) of the volume."""
-    apart_mm, stride = cfg.min_peak_mm, cfg.locator_stride
-    return find_peaks(maps, spacing_mm.astype(np.float32), NUM_PROPOSALS, apart_mm, stride)
 
 
 # --- checkpoint ---------------------------------------------------------------------------------------------
@@ -2615,7 +1090,7 @@ class Run:
     folder: Path
     model: nn.Module
     cfg: Config
-    meta: dict  # labels, prior (14,), decoys (M, 3), fold, val_uids, locator, epoch, wauc
+    meta: dict  # prior (14,), decoys (M, 3), val_uids, locator (name of its folder, or ""), epoch, wauc
 
 
 def save_checkpoint(path: Path, model: nn.Module, cfg: Config, meta: dict) -> None:
@@ -2623,8 +1098,8 @@ def save_checkpoint(path: Path, model: nn.Module, cfg: Config, meta: dict) -> No
     from safetensors.torch import save
 
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    run = json.dumps({"config": asdict(cfg), "labels": LABELS, **meta})
-    write_atomic(path, save(tensors, metadata={"run": run}))
+    record = {"config": config_to_dict(cfg), "labels": LABELS, **meta}
+    write_atomic(path, save(tensors, metadata={"run": json.dumps(record)}))
 
 
 def load_run(folder: Path, device: str | torch.device = "cpu") -> Run:
@@ -2638,18 +1113,31 @@ def load_run(folder: Path, device: str | torch.device = "cpu") -> Run:
         with safe_open(path, "pt") as file:
             meta = json.loads((file.metadata() or {}).get("run", "null"))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable checkpoint ({error}); train this fold again") from error
-    if not meta or tuple(meta.get("labels", ())) != LABELS:
-        raise ValueError(
-            f"{path}: its metadata lacks the 14 labels of this project; was it written by train.py?"
-        )
-    cfg = config_from_dict(meta.pop("config"))
+    try:
+        cfg = check_run_metadata(meta)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: its metadata is not that of train.py: {error!r}") from error
     model = build_model(cfg)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(
-            f"{path}: weights do not fit {cfg.model_name}: {str(error).splitlines()[-1].strip()}"
-        ) from error
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{path}: weights do not fit {cfg.model_name}: {reason}") from error
     return Run(Path(folder), model.eval().to(device), cfg, meta)
+
+
+def check_run_metadata(meta: dict) -> Config:
+    """The config of a checkpoint's metadata. Raises ValueError, KeyError or TypeError where it is not what
+    train.py writes, so that one bad checkpoint cannot spoil the others."""
+    if tuple(meta["labels"]) != LABELS:
+        raise ValueError("expected the 14 labels of this project")
+    prior, decoys = np.array(meta["prior"], float), np.array(meta["decoys"], float)
+    if prior.shape != (len(LABELS),) or not ((prior >= 0) & (prior <= 1)).all():
+        raise ValueError(f"prior has shape {prior.shape}; expected 14 probabilities")
+    if decoys.size and (decoys.ndim != 2 or decoys.shape[1] != 3 or not np.isfinite(decoys).all()):
+        raise ValueError(f"decoys have shape {decoys.shape}; expected finite rows of (z, y, x)")
+    if not all(isinstance(uid, str) for uid in [*meta["val_uids"], meta["locator"]]):
+        raise ValueError("val_uids and locator: expected text")
+    return config_from_dict(meta["config"])
