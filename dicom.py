@@ -110,8 +110,11 @@ def natural_key(path: Path) -> list:
     return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", str(path)))]
 
 
-def find_series(root: Path) -> tuple[dict[str, list[Path]], list[tuple[Path, str]]]:
+def find_series(
+    root: Path, skip: Path | None = None
+) -> tuple[dict[str, list[Path]], list[tuple[Path, str]]]:
     """Series under `root`, a folder of any depth: (uid -> files, [(file that is no DICOM image, reason)]).
+    Vessel masks (folders called `segmentations`) and the files in the folder `skip` are left out.
 
     The files in a folder whose name is a UID with a dot are one series; they are not opened, so a million
     files take seconds. Files elsewhere are grouped by (0020,000E) SeriesInstanceUID, across folders; images
@@ -128,7 +131,9 @@ def find_series(root: Path) -> tuple[dict[str, list[Path]], list[tuple[Path, str
             subfolders.clear()
             continue
         walked.add(place)
-        subfolders.sort()
+        subfolders[:] = sorted(set(subfolders) - {"segmentations"})
+        if skip is not None and place == os.path.realpath(skip):
+            continue
         name = os.path.basename(os.path.abspath(folder))
         is_uid = "." in name and safe_uid(name) == name
         for path in (Path(folder, name) for name in sorted(names)):
