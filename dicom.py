@@ -167,11 +167,16 @@ def walk_folders(
             continue
         files, subfolders = [], []
         for entry in entries:
-            with contextlib.suppress(OSError):  # a link that leads to itself
-                if entry.is_dir() or entry.is_file():
-                    (subfolders if entry.is_dir() else files).append(Path(entry.path))
-                    continue
-            rejected.append((Path(entry.path), "not a regular file"))
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:  # a link that leads to itself
+                is_folder = is_file = False
+            if is_folder:
+                subfolders.append(Path(entry.path))
+            elif is_file:
+                files.append(Path(entry.path))
+            else:
+                rejected.append((Path(entry.path), "not a regular file"))
         pending += [path for path in reversed(subfolders) if path.name != "segmentations"]
         yield folder, [] if skip and real == os.path.realpath(skip) else files
 

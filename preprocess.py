@@ -3,14 +3,18 @@
 in   --src DIR    any tree of DICOM files; where there are labels, with train.csv and train_localizers.csv in
                   it or beside it
 out  --dst DIR    <SeriesInstanceUID>.safetensors: volume uint8 (Z, H, W), annotated points and their labels;
-                  index.csv: a row per series, failures with their reason; train.csv: a copy of the labels;
-                  <uid>.failed.json: what the index is rebuilt from besides the volumes
+                  index.csv: a row per series with its status: ok, doubtful (a volume that looks wrong) or
+                  failed, with the reason; train.csv: a copy of the labels, and its sum in train.csv.sha256;
+                  <uid>.failed.txt: what the index is rebuilt from besides the volumes; .patient_key: with
+                  which the index hides each PatientID
 run  python preprocess.py --src dicoms --dst cache
 
 Run it again at any time: finished series are kept, failed and changed ones are done (again), the index is
-rebuilt from the folder. Several machines share one destination: torchrun, accelerate launch and Slurm arrays
-are recognised by their environment, --shard 0/4 ... 3/4 works everywhere. A series that crashes a decoder,
-hangs (--timeout) or needs too much memory (--memory-gb) costs only itself.
+rebuilt from the folder. A series counts as changed by the names, sizes and samples of its files (12 kB of
+each), not by their place or date. Several machines share one destination: torchrun, accelerate launch and
+Slurm arrays are recognised by their environment, --shard 0/4 ... 3/4 works everywhere. A series that crashes
+a decoder, hangs (--timeout) or needs too much memory (--memory-gb) costs only itself. --verify compares
+volumes, index and labels with what they should be; running again heals what it finds.
 
 exit code  0  all well
            1  nothing could be done, or the disk refused to take more
@@ -26,20 +30,22 @@ import ast
 import collections
 import contextlib
 import csv
+import functools
 import hashlib
+import hmac
 import io
 import json
 import math
 import os
 import re
+import secrets
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from common import (
     LABELS,
@@ -53,6 +59,7 @@ from common import (
     make_parser,
     parse_age,
     progress,
+    read_csv,
     read_label_table,
     remove_leftovers,
     run_isolated,
@@ -65,11 +72,12 @@ from common import (
 from dicom import Series, canonical_grid, find_series, make_volume, read_series, safe_uid, to_voxel
 
 INDEX_COLUMNS = (
-    *(UID, "status", "reason", "modality", "plane", "patient", "age", "sex", "num_slices", "rows", "cols"),
-    *("slice_mm", "row_mm", "col_mm", "thickness_mm", "coverage_mm", "transfer_syntax"),
-    *("num_points", "points_inside", "notes", "source"),
-)
-LABEL_TABLE, POINT_TABLE, INDEX = "train.csv", "train_localizers.csv", "index.csv"
+    f"{UID} status reason modality plane patient age sex num_slices rows cols slice_mm row_mm col_mm "
+    "thickness_mm coverage_mm transfer_syntax num_points points_inside notes source"
+).split()
+LABEL_TABLE, POINT_TABLE, LABEL_SUM = "train.csv", "train_localizers.csv", "train.csv.sha256"
+INDEX = "index.csv"
+log_shard = functools.partial(log, everywhere=True)  # what concerns one shard alone
 
 # --- labels and points --------------------------------------------------------------------------------------
 
@@ -83,46 +91,49 @@ def read_points(path: Path) -> dict[str, list[list]]:
     """train_localizers.csv as {uid: [[SOPInstanceUID, x, y, frame or None, index into LABELS], ...]}, x and y
     in pixels of that image, frames counted from 0. Raises ValueError naming the first faulty lines."""
     columns = [UID, "SOPInstanceUID", "coordinates", "location"]
-    table = pd.read_csv(path, dtype=str)
-    missing = [name for name in columns if name not in table]
-    if missing:
-        raise ValueError(f"{path}: columns missing: {', '.join(missing)}; expected {', '.join(columns)}")
+    rows = read_csv(path, columns, dtype=str)[columns].itertuples(index=False)
     points: dict[str, list[list]] = {}
     faults = []
-    rows = table[columns].itertuples(index=False)
     for line, (uid, sop_uid, coordinates, location) in enumerate(rows, start=2):
         try:
-            x, y, frame = parse_coordinates(coordinates)
+            if location not in LOCATIONS:
+                raise ValueError(f"unknown location {location!r:.60}")
+            point = [str(sop_uid), *parse_coordinates(coordinates), LABELS.index(location)]
+            points.setdefault(safe_uid(str(uid)), []).append(point)
         except ValueError as error:
             faults.append(f"line {line}: {error}")
-            continue
-        if location not in LOCATIONS:
-            faults.append(f"line {line}: unknown location {location!r}")
-            continue
-        points.setdefault(safe_uid(str(uid)), []).append([str(sop_uid), x, y, frame, LABELS.index(location)])
     if faults:
-        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise ValueError(f"{path}: {'; '.join(faults[:5])}{more}")
+        raise ValueError(f"{path}: {len(faults)} faults: {'; '.join(faults[:5])}")
     return points
 
 
 def parse_coordinates(text: str) -> tuple[float, float, int | None]:
-    """(x, y, frame or None) of `{'x': 258.4, 'y': 261.4, 'f': 12}`."""
+    """(x, y, frame or None) of `{'x': 258.4, 'y': 261.4, 'f': 12}`; ValueError if it is not of that kind."""
     try:
-        place = ast.literal_eval(text)
-        frame = place.get("f")
-        return float(place["x"]), float(place["y"]), None if frame is None else int(frame)
-    except (ValueError, SyntaxError, AttributeError, KeyError, TypeError):
-        raise ValueError(f"coordinates {text!r}, expected {{'x': 258.4, 'y': 261.4}}") from None
+        place = ast.literal_eval(text if len(text) <= 200 else "")
+        x, y, frame = float(place["x"]), float(place["y"]), place.get("f")
+        frame = None if frame is None else int(frame)
+        if max(abs(x), abs(y)) < 2**16 and (frame or 0) in range(2**31):
+            return x, y, frame
+    except Exception:  # of many kinds; all mean the same, which is said below
+        pass
+    raise ValueError(f"coordinates {text!r:.60}, expected {{'x': 258.4, 'y': 261.4}} in pixels")
 
 
 # --- one series ---------------------------------------------------------------------------------------------
 
 
-def fingerprint(files: list[Path], points: list[list]) -> str:
-    """What a volume was made from: names and sizes of the files (-1: gone), and the annotated points."""
-    names = sorted((path.name, path.stat().st_size if path.exists() else -1) for path in files)
-    return hashlib.sha256(json.dumps([names, points]).encode()).hexdigest()[:16]
+def fingerprint(files: list[Path], points: list[list], key: bytes) -> str:
+    """What a volume was made from: name, size and samples (start, middle and end) of each file, the annotated
+    points, and the key of its patient."""
+    digest = hmac.new(key, json.dumps(points).encode(), "sha256")
+    for path in sorted(files, key=lambda path: path.name):
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(f"{path.name} {size} ".encode(errors="surrogateescape"))
+            for start in (0, size // 2, max(0, size - 4096)):
+                digest.update(os.pread(file.fileno(), 4096, start))
+    return digest.hexdigest()[:16]
 
 
 def cache_series(job: dict) -> str | OSError:
@@ -131,10 +142,10 @@ def cache_series(job: dict) -> str | OSError:
     Runs in a worker. Returns "cached" or "kept", or the error with which the disk refused the volume.
     """
     uid, cfg, path = job["uid"], job["cfg"], volume_path(job["dst"], job["uid"])
-    settings, source = volume_settings(cfg), fingerprint(job["files"], job["points"])
-    cached = read_metadata(path)
-    if cached and cached["source"] == source and cached["settings"] == settings:
-        failure_path(job["dst"], uid).unlink(missing_ok=True)
+    failure = job["dst"] / f"{uid}.failed.txt"
+    settings, source = volume_settings(cfg), fingerprint(job["files"], job["points"], job["key"])
+    if is_current(path, source, settings):
+        failure.unlink(missing_ok=True)
         return "kept"
     series = read_series(job["files"], uid)
     volume = make_volume(series, cfg.volume)
@@ -143,23 +154,40 @@ def cache_series(job: dict) -> str | OSError:
         file, reason = series.skipped[0]
         notes.append(f"{len(series.skipped)} of {len(job['files'])} files left out: {file.name}: {reason}")
     points, point_labels, problems = place_points(series, volume.affine, job["points"])
-    meta = describe_series(series, job["age"], job["sex"]) | {
-        "uid": uid,
+    meta = describe_series(series, job) | {
+        UID: uid,
         "affine": volume.affine.tolist(),
         "spacing_mm": volume.spacing_mm,
         "settings": settings,
         "source": source,
         "num_points": len(job["points"]),
         "points_inside": int(is_inside(points, volume.voxels.shape).sum()),
-        "notes": notes + problems,
+        "notes": without_folders(notes + problems, job["files"]),
+        "doubts": without_folders(volume.doubts, job["files"]),
     }
     try:
         sop_uids = {sop_uid for sop_uid, _ in series.geometry}
         save_volume(path, volume.voxels, points, point_labels, meta, sop_uids)
-        failure_path(job["dst"], uid).unlink(missing_ok=True)
+        failure.unlink(missing_ok=True)
     except OSError as error:
         return error
     return "cached"
+
+
+def is_current(path: Path, source: str, settings: dict) -> bool:
+    """Whether there is an undamaged volume, made from this source with these settings."""
+    try:
+        meta = check_volume(path)
+    except (FileNotFoundError, ValueError):
+        return False
+    return meta["source"] == source and meta["settings"] == settings
+
+
+def without_folders(texts: list[str], files: list[Path]) -> list[str]:
+    """The texts with the names of files, but not with where these lie: that may name a patient."""
+    for folder in {path.parent for path in files}:
+        texts = [text.replace(f"{folder}{os.sep}", "") for text in texts]
+    return texts
 
 
 def place_points(
@@ -172,33 +200,34 @@ def place_points(
         try:
             places.append(series.point(sop_uid, x, y, frame))
             labels.append(label)
-        except (KeyError, ValueError) as error:
+        except ValueError as error:
             problems.append(f"point left out ({LABELS[label]}): {error}")
     voxels = to_voxel(np.array(places).reshape(-1, 3), affine)
     return voxels.astype(np.float32), np.array(labels, np.int64), problems
 
 
-def describe_series(series: Series, age: str, sex: str) -> dict:
-    """The index's columns that follow from the series; age and sex are the label table's, for files that have
+def describe_series(series: Series, job: dict) -> dict:
+    """The index's columns that follow from the series; age and sex are the label table's where the files have
     none."""
     frame = series.frames[0]
     low, high = canonical_grid(series).extent_mm(0)
     slice_mm, row_mm, col_mm = (round(float(length), 4) for length in series.spacing_mm)
-    years = parse_age(series.age or age)
-    sexes = [letter for letter in (series.sex, sex[:1]) if letter in ("F", "M")]
+    years = parse_age(series.age or job["labels"].get("PatientAge"))
+    sex = series.sex or str(job["labels"].get("PatientSex"))[:1]
+    patient = hmac.digest(job["key"], series.patient.encode(errors="surrogatepass"), "sha256").hex()[:12]
     return {
         "modality": series.modality,
         "plane": series.plane,
-        "patient": series.patient,
+        "patient": patient if series.patient else "",
         "age": "" if math.isnan(years) else int(years),
-        "sex": sexes[0] if sexes else "",
+        "sex": sex if sex in ("F", "M") else "",
         "num_slices": len(series.frames),
-        "rows": int(frame.rows),
-        "cols": int(frame.cols),
+        "rows": frame.rows,
+        "cols": frame.cols,
         "slice_mm": slice_mm,
         "row_mm": row_mm,
         "col_mm": col_mm,
-        "thickness_mm": round(float(frame.thickness_mm), 4) if frame.thickness_mm else "",
+        "thickness_mm": round(frame.thickness_mm, 4) or "",
         "coverage_mm": round(high - low, 2),  # along z
         "transfer_syntax": str(series.transfer_syntax),
     }
@@ -207,87 +236,120 @@ def describe_series(series: Series, age: str, sex: str) -> dict:
 # --- the cache's folder -------------------------------------------------------------------------------------
 
 
-def failure_path(dst: Path, uid: str) -> Path:
-    return dst / f"{uid}.failed.json"
+def read_patient_key(dst: Path) -> bytes:
+    """The random key of a cache, the same for all its shards: made by the first that comes."""
+    path = dst / ".patient_key"
+    with contextlib.suppress(FileExistsError), open(path, "xb", buffering=0) as file:
+        file.write(secrets.token_bytes(32))
+    for _ in range(50):  # the process that made it may not have written it yet
+        if len(key := path.read_bytes()) == 32:
+            return key
+        time.sleep(0.1)
+    raise ValueError(f"{path}: found {len(key)} bytes, expected 32; delete it and run again")
 
 
-def read_metadata(path: Path) -> dict | None:
-    """Metadata of a cached volume; None if there is no such file or it is damaged (then it is made again)."""
-    try:
-        return load_volume(path, names=())[1]
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        log(f"damaged, counts as missing: {error}", everywhere=True)
-        return None
+def check_volume(path: Path, names: Sequence[str] | None = None) -> dict:
+    """Metadata of a cached volume. ValueError where what was read (all tensors, or those named) differs from
+    its sum, its name from its series, or its shape from its settings."""
+    tensors, meta = load_volume(path, names)
+    settings = meta["settings"]
+    shape = (settings["base_slices"], settings["img_size"], settings["img_size"])
+    if "volume" in tensors and tensors["volume"].shape != shape:
+        raise ValueError(
+            f"{path}: shape {tensors['volume'].shape}, expected {shape}; run preprocess.py again"
+        )
+    if meta[UID] != path.stem:
+        raise ValueError(f"{path}: holds series {meta[UID]}; run preprocess.py again")
+    return meta
 
 
 def read_cache(dst: Path) -> dict[str, dict]:
-    """uid -> metadata of every readable volume in dst."""
-    cached = {path.stem: read_metadata(path) for path in sorted(dst.glob("*.safetensors"))}
-    return {uid: meta for uid, meta in cached.items() if meta}
+    """uid -> metadata of every readable volume in dst; the others count as missing."""
+    cached = {}
+    for path in sorted(dst.glob("*.safetensors")):
+        try:
+            cached[path.stem] = check_volume(path, names=())
+        except ValueError as error:
+            log_shard(f"counts as missing: {error}")
+    return cached
 
 
-def describe_others(cached: dict[str, dict], settings: dict) -> str:
-    """How many volumes were made with other settings, and what differs in the first of them; "" if none."""
-    differences = [describe_difference(meta["settings"], settings) for meta in cached.values()]
-    differences = [text for text in differences if text]
-    return f"{len(differences)} volumes made with other settings: {differences[0]}" if differences else ""
+def record_failure(job: dict, reason: str) -> None:
+    """Say and write down why a series failed; a volume made from other files or with other settings goes."""
+    uid, dst = job["uid"], job["dst"]
+    [reason] = without_folders([reason], job["files"])
+    log_shard(f"{uid}: failed: {reason}")
+    write_atomic(dst / f"{uid}.failed.txt", reason.encode(errors="backslashreplace"))
+    volume_path(dst, uid).unlink(missing_ok=True)
 
 
-def record_failure(dst: Path, uid: str, reason: str, before: dict | None) -> None:
-    """Write <uid>.failed.json, and delete the volume from `before`, which was made from other files or with
-    other settings. Nothing happens where another run on this cache made a new one meanwhile."""
-    path = volume_path(dst, uid)
-    if read_metadata(path) not in (None, before):
-        return
-    record = {"uid": uid, "reason": reason}
-    write_atomic(failure_path(dst, uid), json.dumps(record, sort_keys=True).encode())
-    path.unlink(missing_ok=True)
-
-
-def index_rows(dst: Path, cached: dict[str, dict]) -> dict[str, dict]:
-    """uid -> row of the index, all text, from the folder alone."""
+def index_rows(dst: Path, cached: dict[str, dict]) -> list[dict]:
+    """Rows of the index in the order of UIDs, from the folder alone."""
     rows = {}
-    for path in sorted(dst.glob("*.failed.json")):
-        with contextlib.suppress(FileNotFoundError):  # another run succeeded meanwhile
-            failure = json.loads(path.read_text())
-            rows[failure["uid"]] = {"status": "failed", **failure}
+    for path in dst.glob("*.failed.txt"):
+        uid = path.name.removesuffix(".failed.txt")
+        with contextlib.suppress(FileNotFoundError):  # another process succeeded meanwhile
+            rows[uid] = {UID: uid, "status": "failed", "reason": path.read_text(errors="replace")}
     for uid, meta in cached.items():
-        rows[uid] = meta | {"status": "ok", "notes": "; ".join(meta["notes"])}
-    return {
-        uid: {name: str(rows[uid].get(name, "")) for name in INDEX_COLUMNS} | {UID: uid}
-        for uid in sorted(rows)
-    }
+        status = "doubtful" if meta["doubts"] else "ok"
+        texts = {"reason": "; ".join(meta["doubts"]), "notes": "; ".join(meta["notes"])}
+        rows[uid] = meta | texts | {"status": status}
+    return [rows[uid] for uid in sorted(rows)]
 
 
-def write_index(dst: Path, cached: dict[str, dict]) -> dict[str, dict]:
-    """Rebuild index.csv; -> its rows."""
-    rows = index_rows(dst, cached)
+def render_index(rows: list[dict]) -> bytes:
+    """The rows as CSV; what is not UTF-8 in a file's name comes out as an escape such as \\udce4."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, INDEX_COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, INDEX_COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows.values())
-    write_atomic(dst / INDEX, text.getvalue().encode())
+    writer.writerows(rows)
+    return text.getvalue().encode(errors="backslashreplace")
+
+
+def write_index(dst: Path) -> list[dict]:
+    """Rebuild index.csv; -> its rows."""
+    rows = index_rows(dst, read_cache(dst))
+    write_atomic(dst / INDEX, render_index(rows))
     return rows
 
 
+def copy_labels(path: Path, dst: Path) -> None:
+    """Copy the label table to dst, with its sum beside it."""
+    if path.absolute() != (dst / LABEL_TABLE).absolute():
+        write_atomic(dst / LABEL_TABLE, path.read_bytes())
+    write_atomic(dst / LABEL_SUM, file_sum(dst / LABEL_TABLE).encode())
+
+
+def file_sum(path: Path) -> str:
+    """SHA-256 of a file, "" without one."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
 def verify(dst: Path) -> int:
-    """Compare every volume with its sums; exit code."""
+    """Compare every volume, the index and the label table with what they should be; exit code."""
     paths = sorted(dst.glob("*.safetensors"))
     if not paths:
         log(f"{dst}: no volumes to verify")
         return 1
-    faults = 0
+    cached, faults = {}, []
     with progress(len(paths), desc="verify") as bar:
         for path in paths:
             try:
-                load_volume(path)
+                cached[path.stem] = check_volume(path)
             except ValueError as error:
-                faults += 1
-                log(str(error))
+                faults.append(str(error))
             bar.update()
-    log(f"{dst}: {len(paths) - faults} of {len(paths)} volumes agree with their sums")
+    label_sum = dst / LABEL_SUM
+    if label_sum.is_file() and label_sum.read_text(errors="replace") != file_sum(dst / LABEL_TABLE):
+        faults.append(f"{dst / LABEL_TABLE}: differs from {LABEL_SUM}; run preprocess.py again")
+    differing = set(render_index(index_rows(dst, cached)).splitlines())
+    if (dst / INDEX).is_file():
+        differing ^= set((dst / INDEX).read_bytes().splitlines())
+    for uid in sorted({line.split(b",")[0].decode(errors="replace") for line in differing}):
+        faults.append(f"{dst / INDEX}: row of {uid} differs from the folder; run preprocess.py again")
+    for fault in faults:
+        log(fault)
+    log(f"{dst}: {len(cached)} of {len(paths)} volumes agree with their sums; {len(faults)} faults")
     return 3 if faults else 0
 
 
@@ -304,16 +366,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--memory-gb", type=float, default=4, metavar="GB", help="per process (default: 4)")
     shard = shard_of(os.environ)
     add("--shard", type=parse_shard, default=shard, metavar="I/N", help="0/N ... N-1/N: every Nth series")
+    add("--limit", type=int, default=sys.maxsize, metavar="N", help="take only the first N series")
     add("--overwrite", action="store_true", help="make volumes of other settings again")
-    add("--verify", action="store_true", help="only compare the volumes in --dst with their sums")
+    add("--verify", action="store_true", help="only compare what is in --dst with its sums")
     args = parser.parse_args(arguments)
     if not args.verify and args.src is None:
         parser.error("--src DIR is missing: where are the DICOM files?")
-    for name in ["dst"] if args.verify else ["src"]:
-        if not getattr(args, name).is_dir():
-            parser.error(f"--{name} {getattr(args, name)}: no such folder")
-    if args.workers < 1 or args.timeout <= 0 or args.memory_gb <= 0:
-        parser.error("--workers, --timeout and --memory-gb: expected more than 0")
+    folder = args.dst if args.verify else args.src
+    if not folder.is_dir():
+        parser.error(f"{folder}: no such folder")
+    if min(args.workers, args.timeout, args.memory_gb, args.limit) <= 0:
+        parser.error("--workers, --timeout, --memory-gb and --limit: expected more than 0")
     try:
         args.cfg = load_config(args.config, args.set)
     except ValueError as error:
@@ -340,15 +403,17 @@ def shard_of(environment: dict) -> str:
     return "0/1"
 
 
-def read_tables(src: Path) -> tuple[Path | None, pd.DataFrame | None, dict[str, list[list]]]:
-    """(path of the label table, the table by series, annotated points) of a source; what is missing is
+def read_tables(src: Path) -> tuple[Path | None, dict[str, dict], dict[str, list[list]]]:
+    """(path of the label table, its rows by series, annotated points) of a source; what is missing is
     said."""
     labels_path, points_path = find_table(src, LABEL_TABLE), find_table(src, POINT_TABLE)
-    table = read_label_table(labels_path).set_index(UID) if labels_path else None
+    labels = read_label_table(labels_path).set_index(UID).to_dict("index") if labels_path else {}
     points = read_points(points_path) if points_path else {}
-    if labels_path and not points:
+    if not labels_path:
+        log(f"no labels: no {LABEL_TABLE} in {src} or above it; train.py will need one in the cache")
+    elif not points:
         log(f"no annotated points: no {POINT_TABLE} in {src} or above it, or an empty one")
-    return labels_path, table, points
+    return labels_path, labels, points
 
 
 def list_series(src: Path, dst: Path) -> dict[str, list[Path]]:
@@ -364,27 +429,19 @@ def list_series(src: Path, dst: Path) -> dict[str, list[Path]]:
     return series
 
 
-def make_job(
-    args: argparse.Namespace, uid: str, files: list[Path], points: dict, table: pd.DataFrame
-) -> dict:
-    """What `cache_series` needs to know of one series."""
-    row = table.loc[uid] if table is not None and uid in table.index else {}
-    return {
-        "uid": uid,
-        "files": files,
-        "points": points.get(uid, []),
-        "cfg": args.cfg,
-        "dst": args.dst,
-        "age": str(row.get("PatientAge", "")),
-        "sex": str(row.get("PatientSex", "")),
-    }
+def describe_job(uid: str, files: list[Path], points: dict, labels: dict) -> dict:
+    return {"uid": uid, "files": files, "points": points.get(uid, []), "labels": labels.get(uid, {})}
 
 
 def check_cache(args: argparse.Namespace, cached: dict[str, dict], uids: list[str], has_points: bool) -> None:
     """Raises ValueError where this run would spoil what an earlier one made."""
-    others = describe_others(cached, volume_settings(args.cfg))
+    settings = volume_settings(args.cfg)
+    others = [meta["settings"] for meta in cached.values() if meta["settings"] != settings]
     if others and not args.overwrite:
-        raise ValueError(f"{args.dst}: {others}. Choose another --dst, or --overwrite to make them again")
+        raise ValueError(
+            f"{args.dst}: {len(others)} volumes have other settings: {describe_difference(others[0], settings)}. "
+            f"Choose another --dst, or --overwrite to make them again"
+        )
     annotated = [uid for uid in uids if uid in cached and cached[uid]["num_points"]]
     if annotated and not has_points:
         raise ValueError(
@@ -397,100 +454,86 @@ def preprocess(args: argparse.Namespace) -> int:
     """The whole run; exit code. Raises ValueError (input that cannot be right) and OSError (disk)
     for main."""
     start = time.perf_counter()
-    labels_path, table, points = read_tables(args.src)
+    labels_path, labels, points = read_tables(args.src)
     series = list_series(args.src, args.dst)
     index, count = args.shard
-    uids = sorted(series)[index::count]
+    uids = sorted(series)[: args.limit][index::count]
     args.dst.mkdir(parents=True, exist_ok=True)
-    cached = read_cache(args.dst)
-    check_cache(args, cached, uids, bool(points))
-    if labels_path and labels_path.absolute() != (args.dst / LABEL_TABLE).absolute():
-        write_atomic(args.dst / LABEL_TABLE, labels_path.read_bytes())
+    check_cache(args, read_cache(args.dst), uids, bool(points))
+    if labels_path:
+        copy_labels(labels_path, args.dst)
 
-    outcomes = collections.Counter()
-    jobs = (make_job(args, uid, series[uid], points, table) for uid in uids)
-    workers = min(args.workers, max(1, len(uids)))
+    shared = {"cfg": args.cfg, "dst": args.dst, "key": read_patient_key(args.dst)}
+    jobs = (describe_job(uid, series[uid], points, labels) | shared for uid in uids)
     results = run_isolated(
-        cache_series, jobs, workers=workers, timeout_s=args.timeout, memory_gb=args.memory_gb
+        cache_series, jobs, workers=args.workers, timeout_s=args.timeout, memory_gb=args.memory_gb
     )
-    with progress(len(uids), desc="preprocess", show=index == 0) as bar, contextlib.closing(results):
-        for job, outcome, reason in results:
-            if reason:
-                record_failure(args.dst, job["uid"], reason, cached.get(job["uid"]))
-                log(f"{job['uid']}: failed: {reason}", everywhere=True)
-                outcome = "failed"
-            if isinstance(outcome, OSError):
-                raise outcome
-            outcomes[outcome] += 1
-            bar.update()
-
-    cached = read_cache(args.dst)
-    rows = write_index(args.dst, cached)
-    counts = "{cached} series cached, {kept} kept from before, {failed} failed".format_map(outcomes)
+    outcomes = collections.Counter()
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        with progress(len(uids), desc="preprocess", show=is_main) as bar, contextlib.closing(results):
+            for job, outcome, reason in results:
+                if isinstance(outcome, OSError):
+                    raise outcome
+                if reason:
+                    record_failure(job, reason)
+                    outcome = "failed"
+                outcomes[outcome] += 1
+                bar.update()
+    finally:
+        rows = write_index(args.dst)
+    counts = ", ".join(f"{outcomes[name]} {name}" for name in ("cached", "kept", "failed"))
     shard = f"shard {index} of {count}: " if count > 1 else ""
-    log(f"{args.dst}: {shard}{counts}; {time.perf_counter() - start:.1f} s", everywhere=True)
-    summarise([rows[uid] for uid in uids if uid in rows])
-    others = describe_others(cached, volume_settings(args.cfg))
-    if others:
-        log(f"{others}; they belong to other shards, or to series not below --src")
-    absent = sorted(set(table.index) - set(series)) if table is not None else []
+    log_shard(f"{args.dst}: {shard}{len(uids)} series, {counts}; {time.perf_counter() - start:.1f} s")
+    summarise([row for row in rows if row[UID] in set(uids)])
+    absent = sorted(set(labels) - set(series))
     if absent:
-        first = ", ".join(absent[:3]) + (" ..." if len(absent) > 3 else "")
-        log(f"{len(absent)} series of {LABEL_TABLE} have no files: {first}")
+        log(f"{len(absent)} series of {LABEL_TABLE} have no files: {', '.join(absent[:3])}")
     return exit_code(outcomes, is_launched=count > 1 and "RANK" in os.environ)
 
 
-def summarise(rows: Iterable[dict]) -> None:
+def summarise(rows: list[dict]) -> None:
     """Say what the index has on these series."""
-    cached = [row for row in rows if row["status"] != "failed"]
-    inside, total = (sum(int(row[name]) for row in cached) for name in ("points_inside", "num_points"))
+    inside, total = (sum(row.get(name, 0) for row in rows) for name in ("points_inside", "num_points"))
     if total:
         share = f"{inside} of {total} annotated points ({100 * inside / total:.1f} %)"
-        log(f"{share} lie inside the volumes", everywhere=True)
-    noted = sum(bool(row["notes"]) for row in cached)
+        log_shard(f"{share} lie inside the volumes")
+    for row in rows:
+        if row["status"] == "doubtful":
+            log_shard(f"{row[UID]}: doubtful: {row['reason']}")
+    noted = sum(bool(row.get("notes")) for row in rows)
     if noted:
-        log(
-            f"{noted} series with notes on repairs and assumptions: column `notes` of {INDEX}",
-            everywhere=True,
-        )
+        log_shard(f"{noted} series with notes on repairs and assumptions: column `notes` of {INDEX}")
 
 
 def exit_code(outcomes: dict[str, int], is_launched: bool) -> int:
     """0, 1 or 3 as the docstring says."""
-    if not outcomes["failed"]:
-        return 0
-    if is_launched:
-        log("exit code 0 all the same: a launcher would stop the other processes", everywhere=True)
+    if outcomes["failed"] and is_launched:
+        log_shard("exit code 0 all the same: a launcher would stop the other processes")
+    if is_launched or not outcomes["failed"]:
         return 0
     return 3 if outcomes["cached"] + outcomes["kept"] else 1
 
 
 def main() -> int:
     args = parse_arguments()
-    if args.verify:
-        return verify(args.dst)
 
     def stop(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    code = 1
     try:
-        return preprocess(args)
+        return verify(args.dst) if args.verify else preprocess(args)
     except (ValueError, OSError) as error:
-        log(f"preprocess.py: {error}", everywhere=True)
-        is_stopped_at_work = isinstance(error, OSError)
+        log_shard(f"preprocess.py: {error}")
+        return 1
     except SystemExit as error:
-        log("preprocess.py: interrupted; what is finished is kept, run it again to go on", everywhere=True)
-        code, is_stopped_at_work = error.code, True
+        log_shard("preprocess.py: interrupted; what is finished is kept, run it again to go on")
+        return error.code
     finally:
         if args.dst.is_dir():
             remove_leftovers(args.dst)
-    if is_stopped_at_work and args.dst.is_dir():
-        with contextlib.suppress(OSError):  # the disk is full, and that was said
-            write_index(args.dst, read_cache(args.dst))
-    return code
 
 
 if __name__ == "__main__":
