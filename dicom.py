@@ -220,14 +220,14 @@ def group_files(
 
 def read_identity(path: Path) -> tuple[str, str] | None:
     """((0020,000E) SeriesInstanceUID, (0010,0020) PatientID) of an image, "" where absent; None if it is too
-    damaged to tell, or empty. ValueError if it is not an image.
+    damaged to tell, empty or blank. ValueError if it is not an image.
 
     A file costs bounded time and memory, whatever it holds: at most HEAD_BYTES are read and unpacked.
     """
     try:
         with open(path, "rb", buffering=0) as file:
             head = unpack_head(file.read(2**14))
-            if not head:
+            if not head.strip(b"\0"):
                 return None
             is_dicom = head[128:132] == b"DICM"
             if not is_dicom and head[:2] not in (b"\x02\0", b"\x08\0", b"\0\x08"):
