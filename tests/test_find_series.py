@@ -45,7 +45,7 @@ def write_slice(path: Path, z: float = 0.0, syntax: str = ExplicitVRLittleEndian
     return path
 
 
-GROUPINGS = {  # path of a file, its SeriesInstanceUID and PatientID (- for none), and the series it belongs to
+GROUPINGS = {  # a file, its SeriesInstanceUID and PatientID (- for none), and the series that it belongs to
     "date folders": "anna/2024.03.01/1 1.2.1 anna 1.2.1, bert/2024.03.01/1 1.2.2 bert 1.2.2",
     "date folders without UIDs": "a/2024.03.01/1 - a 2024.03.01-1of2, b/2024.03.01/1 - b 2024.03.01-2of2",
     "a study's folder": "1.2.5/1 1.2.5.1 a 1.2.5.1, 1.2.5/2 1.2.5.2 a 1.2.5.2, 1.2.5/3 1.2.5.1 a 1.2.5.1",
