@@ -206,7 +206,7 @@ def test_names_that_are_not_utf8_and_foreign_files_do_no_harm(src, tmp_path):
     for expected in ("7 series, 7 cached, 0 kept, 0 failed", "7 series, 0 cached, 7 kept, 0 failed"):
         process = start(*arguments_for(src, tmp_path / "cache"))
         _, err = process.communicate(timeout=120)
-        assert process.returncode == 0 and expected in err and r"B\udce4r.txt: left out" in err
+        assert process.returncode == 0 and expected in err and r"B\udce4r.txt: not DICOM" in err
     rows = index(tmp_path / "cache")
     assert len(rows) == 7 and r"Bericht_Fran\udce7ois.txt" in rows[folder.name]["notes"]
 
