@@ -209,7 +209,8 @@ def group_files(
     if is_uid and files and not series:
         return {(by_name, ""): files}
     rejected += strays
-    if any(os.path.getsize(path) for path in damaged):
+    # empty files alone are not a series; one that may not be looked at could be an image
+    if any(not os.path.isfile(path) or os.path.getsize(path) for path in damaged):
         series = series or {(by_name, ""): []}
     if series:
         max(series.values(), key=len).extend(damaged)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -128,3 +129,14 @@ def test_odd_files_cost_the_search_neither_time_nor_memory(tmp_path):
     used, rejected = json.loads(result.stdout)
     assert used == ["bomb.gz", "deflated", "good", "sequences", "sparse"]
     assert rejected == ["circle", "pipe", "report.txt"]
+
+
+def test_files_that_may_not_be_opened_stay_in_their_folders_series(tmp_path, monkeypatch):
+    paths = [write_slice(tmp_path / "Jane" / f"{z}", z) for z in range(3)]
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "stat", refuse)  # as in a folder that may be listed but not entered
+    monkeypatch.setattr(dicom, "open", lambda *_, **__: refuse(), raising=False)
+    assert find_series(tmp_path) == ({"Jane": paths}, [])
