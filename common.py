@@ -69,20 +69,26 @@ MODALITIES = ("CTA", "MRA", "MRI T2", "MRI T1post")
 UID = "SeriesInstanceUID"
 
 
+def read_csv(path: Path, columns: Sequence[str], **options) -> pd.DataFrame:
+    """A CSV file with at least these columns; options are those of pandas. ValueError where it is not one."""
+    try:
+        table = pd.read_csv(path, **options)
+    except (ValueError, OSError) as error:  # pandas' parser errors are ValueErrors
+        raise ValueError(f"{path}: not a readable CSV: {' '.join(str(error).split())}") from None
+    missing = [name for name in columns if name not in table]
+    if missing:
+        names = ", ".join(map(repr, missing))
+        raise ValueError(f"{path}: columns missing: {names}; expected {', '.join(columns)}")
+    return table
+
+
 def read_label_table(path: Path) -> pd.DataFrame:
     """A label table such as train.csv: SeriesInstanceUID as text in the form of the cache's file names, the
     14 labels as 0 or 1, and its other columns.
 
     Raises ValueError that names every fault, so that one run shows them all.
     """
-    try:
-        table = pd.read_csv(path, dtype={UID: str})
-    except (ValueError, OSError) as error:  # pandas' parser errors are ValueErrors
-        raise ValueError(f"{path}: not a readable CSV: {' '.join(str(error).split())}") from None
-    missing = [name for name in (UID, *LABELS) if name not in table]
-    if missing:
-        names = ", ".join(map(repr, missing))
-        raise ValueError(f"{path}: columns missing: {names}; expected {UID} and the 14 labels")
+    table = read_csv(path, [UID, *LABELS], dtype={UID: str})
     faults = []
     for name in LABELS:
         odd = table.loc[~table[name].isin([0, 1]), name].unique()
@@ -386,7 +392,7 @@ def exit_rank(code: int) -> typing.NoReturn:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write data under a temporary name beside path, sync it, rename it: a reader sees the old file or the
-    new one."""
+    new one. OSError names path."""
     temporary = path.with_name(f".{path.name}.{host_name()}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -394,6 +400,8 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
