@@ -21,6 +21,7 @@ import contextlib
 import fcntl
 import glob
 import hashlib
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -55,46 +56,23 @@ ORACLE_NOTE = "oracle_wauc uses annotated crops that no new patient has: a diagn
 SPECIFICITIES = (0.90, 0.95)  # of `Aneurysm Present`
 FALSE_PER_SCAN = (0.25, 0.5, 1.0, 2.0)  # proposals away from every annotated point
 REACH_MM = 10.0  # a proposal this close to an annotated point finds it
-PLACE = ["x_mm", "y_mm", "z_mm"]  # LPS; columns of proposals.csv
+PLACE = ["x_mm", "y_mm", "z_mm"]  # LPS
+PROPOSAL_COLUMNS = [UID, *PLACE, "score", "label"]
 KEEP_CHECKPOINTS = 2  # of last/: the newest and one to fall back to
 
 
 # --- what there is to train on ------------------------------------------------------------------------------
 
 
-@dataclass
-class Data:
-    """The series of a run and what its crops are taken from."""
-
-    train_table: pd.DataFrame  # rows of load_table
-    val_table: pd.DataFrame
-    decoys: np.ndarray  # (M, 3) fractions (z, y, x) of a volume
-    proposals: dict[str, np.ndarray] | None  # (n, 3) LPS mm by series
-    locator: str  # name of the run whose proposals validation sees, or ""
-
-
-def load_data(cfg: Config, limit: int = 0) -> Data:
-    """All that a run reads before it begins. Raises ValueError where something does not fit."""
-    table = load_table(cfg, limit)
-    is_val = table["fold"] == cfg.fold
-    train_table = table[~is_val].reset_index(drop=True)
-    val_table = table[is_val].reset_index(drop=True)
-    decoys = collect_decoys(cfg, train_table)
-    proposals, locator = load_proposals(cfg, table) if cfg.proposals else (None, "")
-    return Data(train_table, val_table, decoys, proposals, locator)
-
-
 def load_table(cfg: Config, limit: int = 0) -> pd.DataFrame:
-    """A row per cached and labelled series, or of `limit` of them: UID, patient, Modality, plane, the 14
-    labels, fold.
+    """A row per cached and labelled series, or for the first `limit` of them: UID, patient, Modality, plane,
+    the 14 labels, fold.
 
     Raises ValueError that lists every fault of the labels, or else every fault of the cache, so that one run
     shows them all.
     """
     table = merge_labels(cfg)
-    if limit:
-        table = table.sample(min(limit, len(table)), random_state=cfg.fold_seed)
-    table = table.sort_values(UID, ignore_index=True)
+    table = table.sort_values(UID, ignore_index=True)[: limit or None].copy()
     faults = check_volumes(cfg, table)
     num_patients = table["patient"].nunique()
     if num_patients < cfg.num_folds:
@@ -110,12 +88,11 @@ def merge_labels(cfg: Config) -> pd.DataFrame:
     """The rows of train.csv whose volumes are in the cache, with their patient and plane of index.csv; says
     how many series it leaves out."""
     cache = Path(cfg.cache)
-    for name in ("index.csv", "train.csv"):
-        if not (cache / name).is_file():
-            raise ValueError(
-                f"{cache / name}: not found; expected a cache with labels: put train.csv beside the series "
-                f"and run python preprocess.py --src dicoms --dst {cache}"
-            )
+    if not (cache / "index.csv").is_file() or not (cache / "train.csv").is_file():
+        raise ValueError(
+            f"{cache}: lacks index.csv or train.csv; expected a cache with labels: put train.csv beside the "
+            f"series and run python preprocess.py --src dicoms --dst {cache}"
+        )
     labels = common.read_label_table(cache / "train.csv")
     if "Modality" not in labels:
         raise ValueError(f"{cache / 'train.csv'}: column missing: Modality; folds are balanced over it")
@@ -178,7 +155,7 @@ def make_folds(table: pd.DataFrame, num_folds: int, seed: int) -> pd.Series:
     return table["patient"].map(folds)
 
 
-def collect_decoys(cfg: Config, train_table: pd.DataFrame, most: int = 512) -> np.ndarray:
+def collect_decoys(cfg: Config, train_table: pd.DataFrame) -> np.ndarray:
     """(M, 3) annotated places of the training series as fractions (z, y, x) of the volume; empty without
     crops."""
     if not cfg.num_crops:
@@ -192,40 +169,42 @@ def collect_decoys(cfg: Config, train_table: pd.DataFrame, most: int = 512) -> n
     points = points[common.is_inside(points, shape)]
     if not len(points):
         common.log("no annotated points in the training folds: all crop channels stay empty")
-    every = max(1, math.ceil(len(points) / most))
-    return ((points[::every] + 0.5) / shape).round(4)
+    return ((points + 0.5) / shape).round(4)
 
 
-def load_proposals(cfg: Config, table: pd.DataFrame) -> tuple[dict[str, np.ndarray], str]:
+def load_proposals(cfg: Config, table: pd.DataFrame) -> tuple[dict[str, np.ndarray] | None, str]:
     """(n, 3) places in LPS mm by series, best first, each from the locator that did not train on it, and the
-    name of the locator of this run's fold. Raises ValueError where the locators do not cover the table."""
-    folders, proposals = {}, {}
+    name of the locator of this run's fold; None without `proposals`.
+
+    Raises ValueError unless there is one finished locator for each of this run's folds.
+    """
+    if not cfg.proposals:
+        return None, ""
+    names, proposals = {}, {}
     for path in sorted(glob.glob(f"{cfg.proposals}/proposals.csv")):
         folder = Path(path).parent
+        locator_cfg = common.load_config(folder / "config.yaml")
+        fold, rows = locator_cfg.fold, pd.read_csv(path, dtype={UID: str})
+        has_other_folds = (locator_cfg.num_folds, locator_cfg.fold_seed) != (cfg.num_folds, cfg.fold_seed)
+        if has_other_folds or set(rows[UID]) != set(table[UID][table["fold"] == fold]):
+            raise ValueError(
+                f"{folder}: made with num_folds {locator_cfg.num_folds}, fold_seed {locator_cfg.fold_seed} "
+                f"and {rows[UID].nunique()} series in fold {fold}; expected num_folds {cfg.num_folds}, "
+                f"fold_seed {cfg.fold_seed} and the series of this run's fold {fold}"
+            )
         if not (folder / "metrics.json").exists():
             raise ValueError(f"{folder}: this locator is not finished; go on with it (--resume) first")
-        locator_cfg = common.load_config(folder / "config.yaml")
-        fold = locator_cfg.fold
-        other = folders.setdefault(fold, folder)
-        if other != folder:
-            raise ValueError(
-                f"proposals {cfg.proposals!r}: {other} and {folder} validate the same fold; expected one "
-                f"locator per fold, for example outputs/locator_*_seed0_fold*"
-            )
-        folds = [{"num_folds": c.num_folds, "fold_seed": c.fold_seed} for c in (locator_cfg, cfg)]
-        rows = pd.read_csv(path, dtype={UID: str})
-        if folds[0] != folds[1] or not set(rows[UID]) <= set(table[UID][table["fold"] == fold]):
-            difference = common.describe_difference(*folds) or "other series in its fold"
-            raise ValueError(f"{folder}: made with {difference}; expected a locator of this run's folds")
+        if fold in names:
+            raise ValueError(f"proposals: {folder} and {names[fold]} validate the same fold; expected one")
+        names[fold] = folder.name
         for uid, places in rows.groupby(UID):
             proposals[uid] = places[PLACE].to_numpy()
-    num_absent = len(set(table[UID]) - set(proposals))
-    if num_absent:
+    if len(names) < cfg.num_folds:
         raise ValueError(
-            f"proposals {cfg.proposals!r}: {len(folders)} locator runs lack {num_absent} of {len(table)} "
-            f"series; train every fold of the locator first (task: locate)"
+            f"proposals {cfg.proposals!r}: locators of {len(names)} of {cfg.num_folds} folds; train every "
+            f"fold of the locator first (task: locate)"
         )
-    return proposals, folders[cfg.fold].name
+    return proposals, names[cfg.fold]
 
 
 # --- the batch ----------------------------------------------------------------------------------------------
@@ -366,28 +345,29 @@ def train_epoch(
     plan = plan_epoch(len(dataset), cfg, progress.epoch, rank, accelerator.num_processes)
     total, warmup = cfg.epochs * len(plan), max(1, round(cfg.warmup_epochs * len(plan)))
     dataset.epoch, loss_sum, waits = progress.epoch, 0.0, []
-    loader = load_batches(dataset, [indices for update in plan for indices, _ in update], cfg, waits)
+    indices = [indices for update in plan for indices, _ in update]
+    batches = load_batches(dataset, indices, cfg, accelerator.device, waits)
     bar = common.progress(len(plan), f"epoch {progress.epoch + 1}", accelerator.is_main_process)
     state.model.train()
     for number, update in enumerate(plan):
         # Drop path draws from torch's generator. Seeded by the place in the run alone, it repeats after a
         # resume, whatever the process has drawn before.
-        torch.manual_seed(hash_seed(cfg.seed, progress.epoch, number, rank))
+        seeds = np.random.SeedSequence([cfg.seed, progress.epoch, number, rank])
+        torch.manual_seed(int(seeds.generate_state(1)[0]))
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(progress.updates, total, warmup, cfg)
         losses = []
-        for i, (_, weight) in enumerate(update, start=1):
-            batch = {
-                name: value.to(accelerator.device, non_blocking=True) for name, value in next(loader).items()
-            }
+        for _, weight in update:
+            batch = next(batches)
             # Gradients add up over the update's batches; ranks exchange them with the last one only.
-            with accelerator.no_sync(state.model) if i < len(update) else contextlib.nullcontext():
+            is_last = len(losses) == len(update) - 1
+            with contextlib.nullcontext() if is_last else accelerator.no_sync(state.model):
                 images, labels, points = augment(batch, cfg)
                 with accelerator.autocast():
                     output = state.model(images)
                 batch_losses = sample_losses(output, labels, points, batch["spacing_mm"], cfg)
                 accelerator.backward(batch_losses.sum() * weight)
-            losses.append(batch_losses.detach())
+            losses.append(batch_losses.detach() * (weight > 0))
         if cfg.clip_grad:
             accelerator.clip_grad_norm_(state.model.parameters(), cfg.clip_grad)
         state.optimizer.step()
@@ -396,7 +376,7 @@ def train_epoch(
         if not accelerator.optimizer_step_was_skipped:
             progress.updates += 1
             state.ema.update(state.raw, step=progress.updates)
-        loss_sum += add_losses(losses, update, dataset, f"epoch {progress.epoch + 1}, update {number + 1}")
+        loss_sum += add_losses(torch.cat(losses), update, dataset, number)
         bar.update()
     bar.close()
     share_batchnorm(state, accelerator.num_processes)
@@ -434,21 +414,16 @@ def learning_rate(update: int, total: int, warmup: int, cfg: Config) -> float:
     return cfg.min_lr + (cfg.lr - cfg.min_lr) * (1 + math.cos(math.pi * share)) / 2
 
 
-def add_losses(losses: list[Tensor], update: list[tuple], dataset: SeriesDataset, place: str) -> float:
+def add_losses(losses: Tensor, update: list[tuple], dataset: SeriesDataset, number: int) -> float:
     """The sum of an update's losses; synchronises with the GPU, once per update."""
-    total = 0.0
-    for values, (indices, weight) in zip(losses, update, strict=True):
-        if not torch.isfinite(values).all():
-            raise FloatingPointError(
-                f"loss is {values.tolist()} in {place}, series {name_series(dataset, indices)}; lower lr or "
-                f"clip_grad, or look at these series"
-            )
-        total += float(values.sum()) * (weight > 0)
+    total = losses.sum().item()
+    if not math.isfinite(total):
+        uids = [dataset.uids[i] for indices, _ in update for i in indices]
+        raise FloatingPointError(
+            f"loss is {losses.tolist()} in epoch {dataset.epoch + 1}, update {number + 1}, series "
+            f"{', '.join(uids)}; lower lr or clip_grad, or look at these series"
+        )
     return total
-
-
-def name_series(dataset: SeriesDataset, indices: list[int]) -> str:
-    return ", ".join(dataset.uids[i] for i in indices)
 
 
 def share_batchnorm(state: TrainState, world: int) -> None:
@@ -460,14 +435,10 @@ def share_batchnorm(state: TrainState, world: int) -> None:
         distribute_bn(state.raw, world, reduce=False)
 
 
-def hash_seed(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
 def load_batches(
-    dataset: SeriesDataset, batches: list[list[int]], cfg: Config, waits: list[float]
+    dataset: SeriesDataset, batches: list[list[int]], cfg: Config, device: torch.device, waits: list[float]
 ) -> Iterator[dict[str, Tensor]]:
-    """The batches of these indices, in their order; waits takes the seconds waited for each.
+    """The batches of these indices, in their order, on the device; waits takes the seconds waited for each.
 
     The loader is made anew each epoch, so its processes see the epoch's number. Raises ValueError that names
     the series which could not be loaded.
@@ -476,7 +447,7 @@ def load_batches(
         dataset,
         batch_sampler=batches,
         num_workers=cfg.workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=device.type == "cuda",
         worker_init_fn=start_worker,
     )
     items = iter(loader)
@@ -489,9 +460,10 @@ def load_batches(
             batch = next(items)
         except (OSError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[-1]
-            raise ValueError(f"series {name_series(dataset, indices)}: {reason}") from error
+            uids = ", ".join(dataset.uids[i] for i in indices)
+            raise ValueError(f"series {uids}: {reason}") from error
         waits.append(time.perf_counter() - clock)
-        yield batch
+        yield {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
 def start_worker(_: int) -> None:
@@ -507,52 +479,41 @@ def start_worker(_: int) -> None:
 
 def predict(
     model: nn.Module, dataset: SeriesDataset, cfg: Config, accelerator: Accelerator
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Logits (N, 14) of every item on every rank, and where the model makes maps {uid: proposals (n, 5)}:
-    x, y, z in LPS mm, score, label.
+) -> tuple[np.ndarray, list[list]]:
+    """Logits (N, 14) of every item on every rank, and where the model makes maps the rows of proposals.csv.
 
     Raises RuntimeError unless each index arrives exactly once.
     """
     model.eval()
     order = list(range(accelerator.process_index, len(dataset), accelerator.num_processes))
     batches = [order[i : i + cfg.batch_size] for i in range(0, len(order), cfg.batch_size)]
-    rows = []
-    for batch in load_batches(dataset, batches, cfg, []):
+    answers = []
+    for batch in load_batches(dataset, batches, cfg, accelerator.device, []):
         with torch.inference_mode(), accelerator.autocast():
-            output = model(batch["image"].to(accelerator.device).float() / 255)
+            output = model(batch["image"].float() / 255)
         logits = output.logits.float().cpu().numpy()
-        places = [None] * len(logits) if output.maps is None else find_places(output.maps, batch, cfg)
-        rows += zip(batch["index"].tolist(), logits, places, strict=True)
-    rows = sorted(gather_object(rows), key=lambda row: row[0])
-    if [index for index, _, _ in rows] != list(range(len(dataset))):
-        raise RuntimeError(f"validation saw {len(rows)} rows; expected each of {len(dataset)} series once")
-    logits = np.stack([values for _, values, _ in rows])
-    broken = [i for i, values in enumerate(logits) if not np.isfinite(values).all()]
-    if broken:
-        raise FloatingPointError(
-            f"validation: logits of {len(broken)} of {len(rows)} series are NaN or infinite, first "
-            f"{dataset.uids[broken[0]]}; lower lr, or set precision: 'no'"
-        )
-    return logits, {dataset.uids[index]: places for index, _, places in rows if places is not None}
-
-
-def find_places(maps: Tensor, batch: dict[str, Tensor], cfg: Config) -> list[np.ndarray]:
-    """Of each sample the likeliest places (n, 5) of its maps: x, y, z in LPS mm, score, label."""
-    places = []
-    for i, probs in enumerate(torch.sigmoid(maps.float()).cpu().numpy()):
-        peaks = common.propose(probs, batch["spacing_mm"][i].numpy(), cfg)
-        peaks[:, :3] = to_lps(peaks[:, :3], batch["affine"][i].numpy())
-        places.append(peaks)
-    return places
+        for i, index in enumerate(batch["index"].tolist()):
+            places = []
+            if output.maps is not None:
+                probs = torch.sigmoid(output.maps[i].float()).cpu().numpy()
+                peaks = common.propose(probs, batch["spacing_mm"][i].cpu().numpy(), cfg)
+                places_mm = to_lps(peaks[:, :3], batch["affine"][i].cpu().numpy())
+                for place, (score, label) in zip(places_mm, peaks[:, 3:], strict=True):
+                    places.append([dataset.uids[index], *place, score, int(label)])
+            answers.append((index, logits[i], places))
+    answers = sorted(gather_object(answers), key=lambda answer: answer[0])
+    if [index for index, _, _ in answers] != list(range(len(dataset))):
+        raise RuntimeError(f"validation saw {len(answers)} rows; expected each of {len(dataset)} once")
+    logits = np.stack([values for _, values, _ in answers])
+    return logits, [row for _, _, places in answers for row in places]
 
 
 def score_epoch(val_table: pd.DataFrame, logits: np.ndarray, cfg: Config) -> dict[str, float]:
-    """The columns of log.csv that validation fills."""
-    truth = torch.tensor(val_table[list(LABELS)].to_numpy(np.float32))
-    loss = label_loss(torch.tensor(logits), truth, cfg.label_smoothing).mean()
+    """The columns of log.csv that validation fills. ValueError for logits that are NaN or infinite."""
     metrics = common.score(val_table, logits, cfg.bootstrap)
-    row = {name: metrics[name] for name in ("wauc", "low", "high")}
-    return row | {"auc_present": metrics["per_label"][LABELS[AP]]["auc"], "val_loss": float(loss)}
+    truth = torch.tensor(val_table[list(LABELS)].to_numpy(np.float32))
+    loss = label_loss(torch.tensor(logits), truth, cfg.label_smoothing).mean().item()
+    return {"val_loss": loss, "wauc": metrics["wauc"], "low": metrics["low"], "high": metrics["high"]}
 
 
 def is_better(row: dict, best: dict) -> bool:
@@ -564,94 +525,97 @@ def is_better(row: dict, best: dict) -> bool:
 
 
 def write_best(
-    folder: Path, model: nn.Module, cfg: Config, data: Data, row: dict, logits: np.ndarray, places: dict
+    folder: Path,
+    model: nn.Module,
+    cfg: Config,
+    meta: dict,
+    val_table: pd.DataFrame,
+    logits: np.ndarray,
+    places: list[list],
 ) -> None:
     """best_ema.safetensors, oof.csv and for a locator proposals.csv, each atomic."""
-    labels = list(LABELS)
-    oof = data.val_table[[UID, "patient", "Modality", "plane"]].rename(columns={"Modality": "modality"})
-    oof[labels] = common.sigmoid(logits)
-    oof[[f"label {label}" for label in labels]] = data.val_table[labels]
-    common.write_atomic(folder / "oof.csv", oof.to_csv(index=False, float_format="%.12g").encode())
+    labels, probs = list(LABELS), common.sigmoid(logits)
+    oof = val_table[[UID, "patient", "Modality", "plane"]].rename(columns={"Modality": "modality"})
+    oof[labels] = probs
+    oof[[f"label {label}" for label in labels]] = val_table[labels]
+    write_table(folder / "oof.csv", oof)
     if places:
-        rows = [[uid, *place] for uid, rows in places.items() for place in rows.tolist()]
-        table = pd.DataFrame(rows, columns=[UID, *PLACE, "score", "label"]).astype({"label": int})
-        common.write_atomic(folder / "proposals.csv", table.to_csv(index=False).encode())
-    meta = {
-        "prior": data.train_table[labels].mean().round(6).tolist(),
-        "decoys": data.decoys.tolist(),
-        "fold": cfg.fold,
-        "val_uids": data.val_table[UID].tolist(),
-        "locator": data.locator,
-        "operating_points": operating_points(data.val_table, oof[LABELS[AP]].to_numpy(), cfg.bootstrap),
-        "epoch": row["epoch"],
-        "wauc": row["wauc"],
-    }
+        write_table(folder / "proposals.csv", pd.DataFrame(places, columns=PROPOSAL_COLUMNS))
+    meta = meta | {"operating_points": operating_points(val_table, probs[:, AP], cfg.bootstrap)}
     common.save_checkpoint(folder / "best_ema.safetensors", model, cfg, meta)
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    common.write_atomic(path, table.to_csv(index=False, float_format="%.12g").encode())
 
 
 # --- metrics ------------------------------------------------------------------------------------------------
 
 
-def finish(folder: Path, cfg: Config, accelerator: Accelerator, data: Data, progress: Progress) -> None:
+def finish(
+    folder: Path, cfg: Config, accelerator: Accelerator, val_table: pd.DataFrame, progress: Progress
+) -> None:
     """metrics.json of the best epoch, read back from its files."""
     accelerator.wait_for_everyone()
+    run = common.load_run(folder, accelerator.device)
     probs = pd.read_csv(folder / "oof.csv")[list(LABELS)].to_numpy()
-    metrics = common.score(data.val_table, probs, cfg.bootstrap)
-    metrics["operating_points"] = operating_points(data.val_table, probs[:, AP], cfg.bootstrap)
-    if len(data.decoys):
-        metrics |= measure_leak(folder, cfg, accelerator, data, probs)
+    metrics = common.score(val_table, probs, cfg.bootstrap)
+    if run.meta["decoys"]:
+        metrics |= measure_leak(run, cfg, accelerator, val_table, probs)
     if not accelerator.is_main_process:
         return
     if (folder / "proposals.csv").exists():
-        metrics |= score_proposals(folder, cfg, data.val_table)
-    device, peak = "cpu", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        metrics |= score_proposals(folder, cfg, val_table)
+    device, peak = "cpu", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
     if accelerator.device.type == "cuda":
-        device, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**30
+        device, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
     modules = ("torch", "timm", "accelerate", "numpy")
     metrics |= {
+        "operating_points": run.meta["operating_points"],
         "best_epoch": progress.best["epoch"],
         "epochs": progress.epoch,
         "history": progress.history,
         "seconds": round(progress.seconds, 1),
-        "peak_memory_gb": round(peak, 3),
+        "peak_memory_gb": round(peak / 2**30, 3),
         "device": device,
         "precision": effective_precision(accelerator),
         "num_processes": accelerator.num_processes,
-        "versions": {name: importlib.import_module(name).__version__ for name in modules},
+        "versions": {name: importlib.metadata.version(name) for name in modules},
         "finished": True,
     }
     metrics = json.loads(json.dumps(metrics), parse_constant=lambda _: None)  # JSON has no NaN
     common.write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
+    best = progress.best
     common.log(
-        f"{folder}: best epoch {metrics['best_epoch']:.0f}, wAUC {metrics['wauc']} (95 % interval "
-        f"{metrics['low']} to {metrics['high']}, {metrics['num_patients']} patients)"
+        f"{folder}: best epoch {best['epoch']}, wAUC {best['wauc']:.4f} (95 % interval "
+        f"{best['low']:.4f} to {best['high']:.4f}, {metrics['num_patients']} patients)"
     )
 
 
-def measure_leak(folder: Path, cfg: Config, accelerator: Accelerator, data: Data, probs: np.ndarray) -> dict:
+def measure_leak(
+    run: common.Run, cfg: Config, accelerator: Accelerator, val_table: pd.DataFrame, probs: np.ndarray
+) -> dict:
     """What the same weights score with annotated crops, and how much more that is: a diagnostic alone."""
-    model = common.load_run(folder, accelerator.device).model
-    dataset = SeriesDataset(cfg, data.val_table, "oracle", data.decoys)
-    logits, _ = predict(model, dataset, cfg, accelerator)
-    oracle = common.score(data.val_table, logits, cfg.bootstrap)
-    patients = data.val_table["patient"]
+    dataset = SeriesDataset(cfg, val_table, "oracle", np.array(run.meta["decoys"]))
+    logits, _ = predict(run.model, dataset, cfg, accelerator)
+    oracle = common.score(val_table, logits, cfg.bootstrap)
+    patients = val_table["patient"]
     return {
-        "oracle_wauc": [oracle[name] for name in ("wauc", "low", "high")],
+        "oracle_wauc": [oracle["wauc"], oracle["low"], oracle["high"]],
         "leak": common.compare_waucs(dataset.labels, logits, probs, patients, cfg.bootstrap),
         "oracle_note": ORACLE_NOTE,
     }
 
 
 def operating_points(val_table: pd.DataFrame, scores: np.ndarray, draws: int) -> list[dict]:
-    """Sensitivity of `Aneurysm Present`, scores (N,), at each of SPECIFICITIES; see sensitivity_at."""
-    rows, is_positive = np.arange(len(scores)), (val_table[LABELS[AP]] == 1).to_numpy()
-    positives = scores[is_positive], rows[is_positive]
-    negatives = scores[~is_positive], rows[~is_positive]
+    """Sensitivity of `Aneurysm Present`, scores (N,), at each of SPECIFICITIES; see measure_sensitivity."""
+    is_negative = (val_table[LABELS[AP]] == 0).to_numpy()
+    scores = np.stack([scores, np.arange(len(scores))], axis=1)
     weights = draw_weights(val_table, draws)
     points = []
     for specificity in SPECIFICITIES:
-        allowed = (1 - specificity) * weights[:, ~is_positive].sum(1)
-        point = sensitivity_at(positives, negatives, weights, allowed)
+        allowed = (1 - specificity) * weights[:, is_negative].sum(1)
+        point = measure_sensitivity(scores[~is_negative], scores[is_negative], weights, allowed)
         points.append({"specificity": specificity, **point})
     return points
 
@@ -660,42 +624,47 @@ def score_proposals(folder: Path, cfg: Config, val_table: pd.DataFrame) -> dict:
     """How well a locator's proposals find annotated points, within REACH_MM: all of them (recall_10mm: value,
     low, high), and those above a threshold that lets FALSE_PER_SCAN others pass (froc)."""
     rows = pd.read_csv(folder / "proposals.csv", dtype={UID: str})
-    best, false = [], []  # (score, row of val_table): the best near a point, 0 for none; far from all
+    hits, misses = [], []  # (score, row of val_table): the best near a point or 0; away from all points
     for i, uid in enumerate(val_table[UID]):
         tensors, meta = common.load_volume(common.volume_path(cfg.cache, uid), ["points"])
-        points = to_lps(tensors["points"], np.array(meta["affine"]))
+        points_mm = to_lps(tensors["points"], np.array(meta["affine"]))
         proposals = rows[rows[UID] == uid]
         scores = proposals["score"].to_numpy()
-        is_near = np.linalg.norm(points[:, None] - proposals[PLACE].to_numpy(), axis=2) <= REACH_MM
-        best += [(score, i) for score in (is_near * scores).max(axis=1, initial=0)]
-        false += [(score, i) for score in scores[~is_near.any(axis=0)]]
-    best, false = ((np.array([s for s, _ in p]), np.array([i for _, i in p], int)) for p in (best, false))
+        away_mm = np.linalg.norm(points_mm[:, None] - proposals[PLACE].to_numpy(), axis=2)
+        is_near = away_mm <= REACH_MM  # (points, proposals)
+        hits += [(score, i) for score in (is_near * scores).max(axis=1, initial=0)]
+        misses += [(score, i) for score in scores[~is_near.any(axis=0)]]
+    hits, misses = np.reshape(hits, (-1, 2)), np.reshape(misses, (-1, 2))
     weights = draw_weights(val_table, cfg.bootstrap)
-    overall = sensitivity_at(best, false, weights, np.full(len(weights), np.inf))
     froc = []
-    for rate in FALSE_PER_SCAN:
-        point = sensitivity_at(best, false, weights, rate * weights.sum(1))
+    for rate in (*FALSE_PER_SCAN, math.inf):
+        point = measure_sensitivity(hits, misses, weights, rate * weights.sum(1))
         froc.append({"false_per_scan": rate, **point})
-    recall = [overall[name] for name in ("sensitivity", "low", "high")]
-    return {"num_proposals": common.NUM_PROPOSALS, "recall_10mm": recall, "froc": froc}
+    every = froc.pop()
+    return {
+        "num_proposals": common.NUM_PROPOSALS,
+        "recall_10mm": [every["sensitivity"], every["low"], every["high"]],
+        "froc": froc,
+    }
 
 
-def sensitivity_at(positives: tuple, negatives: tuple, weights: np.ndarray, allowed: np.ndarray) -> dict:
-    """Share of the positives that score above the lowest threshold which no more than `allowed` (D,) negatives
-    exceed, with its 95 % interval.
+def measure_sensitivity(
+    positives: np.ndarray, negatives: np.ndarray, weights: np.ndarray, allowed: np.ndarray
+) -> dict:
+    """Share of positives above the lowest threshold that at most `allowed` (D,) negatives exceed, with its
+    95 % interval.
 
-    positives and negatives are scores (n,), above 0, and rows (n,) of the table that they belong to; weights
-    (D, N) say how often each row counts: once in the first draw, then as the bootstrap drew it.
+    positives and negatives (n, 2): a score above 0, and the row of the table that it belongs to. weights (D,
+    N): how often each row counts, once in the first draw, then as the bootstrap drew it.
     """
-    scores, rows = negatives
-    order = np.argsort(-scores)
-    is_over = weights[:, rows[order]].cumsum(1) > allowed[:, None] + 1e-9
-    first = np.where(is_over.any(1), is_over.argmax(1), len(scores))
-    thresholds = np.append(scores[order], 0.0)[first]
-    scores, rows = positives
+    negatives = negatives[np.argsort(-negatives[:, 0])]
+    is_over = weights[:, negatives[:, 1].astype(int)].cumsum(1) > allowed[:, None] + 1e-9
+    first = np.where(is_over.any(1), is_over.argmax(1), len(negatives))
+    thresholds = np.append(negatives[:, 0], 0.0)[first]
+    weights = weights[:, positives[:, 1].astype(int)]
+    is_above = positives[:, 0] > thresholds[:, None]
     with np.errstate(invalid="ignore"):
-        passing = weights[:, rows] * (scores > thresholds[:, None])
-        shares = passing.sum(1) / weights[:, rows].sum(1)
+        shares = (weights * is_above).sum(1) / weights.sum(1)
     low, high = common.percentile_interval(shares[1:])
     return {"threshold": thresholds[0], "sensitivity": shares[0], "low": low, "high": high}
 
@@ -709,13 +678,13 @@ def draw_weights(val_table: pd.DataFrame, draws: int) -> np.ndarray:
 # --- checkpoints for --resume -------------------------------------------------------------------------------
 
 
-def describe_run(cfg: Config, data: Data, world: int) -> dict:
+def describe_run(cfg: Config, table: pd.DataFrame, world: int) -> dict:
     """What a resumed run must share with the run that it goes on with."""
     settings = common.config_to_dict(cfg)
     for name in ("cache", "outputs", "workers", "tracker", "ensemble_weight"):
         del settings[name]
-    tables = [table[[UID, *LABELS]].to_csv() for table in (data.train_table, data.val_table)]
-    return settings | {"processes": world, "series and labels": common.text_sum(tables)}
+    data = common.text_sum(table[[UID, "fold", *LABELS]].to_csv())
+    return settings | {"processes": world, "series and labels": data}
 
 
 def list_parts(state: TrainState, accelerator: Accelerator) -> dict[str, typing.Any]:
@@ -758,18 +727,29 @@ def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> No
     """Everything from an empty run folder to metrics.json; see the top of the file."""
     folder, is_main = Path(cfg.outputs) / cfg.run_name, accelerator.is_main_process
     with fail_together(accelerator):
-        data = load_data(cfg, args.limit)
-        state = begin(folder, cfg, accelerator, describe_run(cfg, data, accelerator.num_processes), args)
+        table = load_table(cfg, args.limit)
+        val_table, train_table = table[table["fold"] == cfg.fold], table[table["fold"] != cfg.fold]
+        decoys = collect_decoys(cfg, train_table)
+        proposals, locator = load_proposals(cfg, table)
+        identity = describe_run(cfg, table, accelerator.num_processes)
+        state = begin(folder, cfg, accelerator, identity, args)
+    train_set = SeriesDataset(cfg, train_table, "train", decoys, proposals)
+    val_set = SeriesDataset(cfg, val_table, "deploy", decoys, proposals)
+    meta = {
+        "prior": train_table[list(LABELS)].mean().round(6).tolist(),
+        "decoys": decoys.tolist(),
+        "val_uids": val_set.uids,
+        "locator": locator,
+    }
+    progress = state.progress
     state.model, state.optimizer = accelerator.prepare(state.raw, state.optimizer)
     with locked(folder, accelerator):
         if is_main:
             prepare_folder(folder, cfg, args.overwrite)
         if cfg.tracker:
-            accelerator.init_trackers("aneurysm", {key: str(value) for key, value in asdict(cfg).items()})
-        announce(folder, cfg, accelerator, data, state)
-        train_set = SeriesDataset(cfg, data.train_table, "train", data.decoys, data.proposals)
-        val_set = SeriesDataset(cfg, data.val_table, "deploy", data.decoys, data.proposals)
-        progress = state.progress
+            settings = {key: str(value) for key, value in common.config_to_dict(cfg).items()}
+            accelerator.init_trackers("aneurysm", settings)
+        announce(folder, cfg, accelerator, state, len(train_set), len(val_set))
         while progress.epoch < min(cfg.epochs, progress.best["epoch"] + (cfg.patience or cfg.epochs)):
             clock = time.perf_counter()
             loss_sum, waited = train_epoch(cfg, accelerator, state, train_set)
@@ -779,25 +759,19 @@ def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> No
                 "epoch": progress.epoch + 1,
                 "lr": state.optimizer.param_groups[0]["lr"],
                 "train_loss": sum(gather_object([loss_sum])) / len(train_set),
-                **score_epoch(data.val_table, logits, cfg),
+                **score_epoch(val_table, logits, cfg),
                 "seconds": seconds,
                 "data_wait": waited / seconds,
             }
-            row = {name: round(float(value), 6) for name, value in row.items()}
-            progress.epoch += 1
-            progress.seconds += seconds
-            progress.history.append(row)
+            add_epoch(progress, row, cfg)
             accelerator.log(row, step=progress.epoch)
-            report_epoch(progress, cfg)
-            if is_better(row, progress.best):
-                progress.best = row
-                if is_main:
-                    write_best(folder, state.ema.module, cfg, data, row, logits, places)
             if is_main:
-                log_text = pd.DataFrame(progress.history).to_csv(index=False)
-                common.write_atomic(folder / "log.csv", log_text.encode())
+                if progress.best is row:
+                    best = meta | {"epoch": progress.epoch, "wauc": row["wauc"]}
+                    write_best(folder, state.ema.module, cfg, best, val_table, logits, places)
+                write_table(folder / "log.csv", pd.DataFrame(progress.history))
                 save_last(folder, state, accelerator)
-        finish(folder, cfg, accelerator, data, progress)
+        finish(folder, cfg, accelerator, val_table, progress)
 
 
 def begin(
@@ -847,26 +821,33 @@ def prepare_folder(folder: Path, cfg: Config, overwrite: bool) -> None:
     common.write_atomic(folder / "config.yaml", text.encode())
 
 
-def announce(folder: Path, cfg: Config, accelerator: Accelerator, data: Data, state: TrainState) -> None:
+def announce(
+    folder: Path, cfg: Config, accelerator: Accelerator, state: TrainState, num_train: int, num_val: int
+) -> None:
     """One line on what is about to run."""
-    precision, num_weights = effective_precision(accelerator), sum(p.numel() for p in state.raw.parameters())
-    world = accelerator.num_processes
+    precision, world = effective_precision(accelerator), accelerator.num_processes
+    num_weights = sum(p.numel() for p in state.raw.parameters())
     common.log(
-        f"{folder}: {len(data.train_table)} series train, {len(data.val_table)} validate; "
-        f"{num_weights / 1e6:.1f} M weights; batch {cfg.batch_size} x {world} processes x "
-        f"{cfg.accumulation} = {cfg.batch_size * world * cfg.accumulation} per update, lr {cfg.lr:g}; "
+        f"{folder}: {num_train} series train, {num_val} validate; {num_weights / 1e6:.1f} M weights; "
+        f"batch {cfg.batch_size} x {world} processes x accumulation {cfg.accumulation} = "
+        f"{cfg.batch_size * world * cfg.accumulation} series per update, lr {cfg.lr:g}; "
         f"{accelerator.device.type}, precision {precision}"
         + (f" ({cfg.precision} was asked for, which needs a GPU)" if precision != cfg.precision else "")
     )
 
 
-def report_epoch(progress: Progress, cfg: Config) -> None:
-    """One line on the epoch that has ended."""
-    row, left = progress.history[-1], cfg.epochs - progress.epoch
+def add_epoch(progress: Progress, row: dict, cfg: Config) -> None:
+    """Count an epoch that has ended, and say how it went."""
+    progress.epoch += 1
+    progress.seconds += row["seconds"]
+    progress.history.append(row)
+    if is_better(row, progress.best):
+        progress.best = row
+    left_s = (cfg.epochs - progress.epoch) * progress.seconds / progress.epoch
     common.log(
         f"epoch {progress.epoch}/{cfg.epochs}: train loss {row['train_loss']:.4f}, validation "
         f"{row['val_loss']:.4f}, wAUC {row['wauc']:.4f} ({row['low']:.3f} to {row['high']:.3f}), "
-        f"{row['seconds']:.0f} s; {left * progress.seconds / progress.epoch / 60:.0f} min left"
+        f"{row['seconds']:.0f} s; {left_s / 60:.0f} min left"
     )
 
 
@@ -907,9 +888,6 @@ def locked(folder: Path, accelerator: Accelerator) -> Iterator[None]:
                 ) from None
             except OSError as error:
                 common.log(f"{folder}: not locked ({error.strerror}); let no second run write here")
-    with fail_together(accelerator):
-        if not (folder / ".lock").exists():
-            raise ValueError(f"{folder}: not seen by every process; several machines need one shared folder")
     yield
     if accelerator.is_main_process:
         lock.close()
@@ -968,18 +946,16 @@ def main() -> int:
             name = signal.Signals(ended.code - 128).name
             common.log(f"train.py: stopped by {name}; --resume goes on after the last finished epoch")
         return ended.code
-    except (ValueError, FloatingPointError, OSError) as error:
-        common.log(f"train.py: {error}", everywhere=True)
-        return 1
-    except RuntimeError as error:
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        is_memory = "out of memory" in reason or "can't allocate memory" in reason
+        if is_memory:
+            reason += (
+                ". Lower batch_size (and raise accumulation), set grad_checkpointing: true, or lower img_size"
+            )
+        elif isinstance(error, RuntimeError):
             raise
-        reason = str(error).splitlines()[0]
-        common.log(
-            f"train.py: out of memory ({reason}). Lower batch_size (and raise accumulation), set "
-            f"grad_checkpointing: true, or lower img_size",
-            everywhere=True,
-        )
+        common.log(f"train.py: {reason}", everywhere=True)
         return 1
     return 0
 
