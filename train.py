@@ -35,7 +35,7 @@ import time
 import typing
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import cv2
@@ -785,16 +785,16 @@ def begin(
     is_used = (folder / "metrics.json").exists() or (folder / "last").exists()
     if is_used and not (args.resume or args.overwrite):
         raise ValueError(
-            f"{folder}: holds a run; --resume goes on with it, --overwrite starts again, another tag, seed or "
-            f"fold gives a folder of its own"
+            f"{folder}: holds a run; --resume goes on with it, --overwrite starts again, another tag, "
+            f"seed or fold has a folder of its own"
         )
     last = load_last(folder) if args.resume else None
     progress = Progress(**last["progress"]) if last else Progress(identity)
     difference = common.describe_difference(progress.identity, identity)
     if difference:
         raise ValueError(
-            f"{folder}: cannot resume, the run was begun with {difference}; resume with the same settings and "
-            f"data, or start again with --overwrite"
+            f"{folder}: cannot resume, the run was begun with {difference}; resume with the same, or start "
+            f"again with --overwrite"
         )
     torch.manual_seed(cfg.seed)
     model = common.build_model(cfg, pretrained=last is None).to(accelerator.device)
@@ -893,6 +893,24 @@ def locked(folder: Path, accelerator: Accelerator) -> Iterator[None]:
         lock.close()
 
 
+def fit_workers(cfg: Config) -> Config:
+    """The config with as many loader processes as /dev/shm has room for: batches travel through it, however
+    they are shared, and Docker gives it 64 MB."""
+    if not os.path.isdir("/dev/shm"):
+        return cfg
+    disk = os.statvfs("/dev/shm")
+    num_bytes = disk.f_bavail * disk.f_frsize // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    num_batches = num_bytes // (cfg.batch_size * cfg.in_chans * cfg.volume.img_size**2)
+    # a loader works two batches ahead; another one is in use, and one on its way
+    workers = min(cfg.workers, max(0, (num_batches - 2) // 2))
+    if workers < cfg.workers:
+        common.log(
+            f"/dev/shm has room for {num_batches} batches: workers {workers}, not {cfg.workers}; docker run "
+            f"--shm-size=1g makes more"
+        )
+    return replace(cfg, workers=workers)
+
+
 def use_cores(accelerator: Accelerator) -> None:
     """`accelerate launch` gives a single CPU process one thread (OMP_NUM_THREADS=1): let it use all cores."""
     is_launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ
@@ -918,17 +936,18 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  started with 2>&-
     args = parse_arguments()
     try:
-        cfg = common.load_config(args.config, args.set)
+        cfg = fit_workers(common.load_config(args.config, args.set))
+        if args.print_config:
+            print(yaml.safe_dump(common.config_to_dict(cfg), sort_keys=False), end="", flush=True)
+            return 0
         if cfg.tracker and importlib.util.find_spec(cfg.tracker) is None:
             raise ValueError(f"tracker: {cfg.tracker} is not installed; install it, or set tracker to ''")
     except (ValueError, OSError) as error:
         common.log(f"train.py: {error}")
         return 1
-    if args.print_config:
-        yaml.safe_dump(common.config_to_dict(cfg), sys.stdout, sort_keys=False)
-        return 0
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     try:
@@ -948,12 +967,11 @@ def main() -> int:
         return ended.code
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
-        is_memory = "out of memory" in reason or "can't allocate memory" in reason
-        if is_memory:
+        if "out of memory" in reason or "can't allocate memory" in reason:
             reason += (
                 ". Lower batch_size (and raise accumulation), set grad_checkpointing: true, or lower img_size"
             )
-        elif isinstance(error, RuntimeError):
+        elif isinstance(error, RuntimeError) and "Connection" not in reason:  # to a process that has failed
             raise
         common.log(f"train.py: {reason}", everywhere=True)
         return 1
