@@ -26,6 +26,7 @@ import importlib.util
 import io
 import json
 import math
+import multiprocessing
 import os
 import resource
 import shutil
@@ -44,7 +45,7 @@ import pandas as pd
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import GradientAccumulationPlugin, gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -817,6 +818,7 @@ def prepare_folder(folder: Path, cfg: Config, overwrite: bool) -> None:
             shutil.rmtree(path)
         elif path.name != ".lock":
             path.unlink()
+    common.remove_leftovers(folder)
     text = yaml.safe_dump(common.config_to_dict(cfg), sort_keys=False)
     common.write_atomic(folder / "config.yaml", text.encode())
 
@@ -869,7 +871,7 @@ def fail_together(accelerator: Accelerator) -> Iterator[None]:
     errors = [text for text in gather_object([error]) if text]
     if errors:
         common.log(f"train.py: {errors[0]}")
-        raise SystemExit(1)
+        common.exit_rank(1)
 
 
 @contextlib.contextmanager
@@ -919,10 +921,15 @@ def use_cores(accelerator: Accelerator) -> None:
 
 
 def stop(number: int, _frame: object) -> None:
-    """End the run at a signal; the last finished epoch is saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise SystemExit(128 + number)
+    """End the run at a signal, at once: an exception could be lost in a destructor. The last finished epoch is
+    saved."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        name = signal.Signals(number).name
+        text = f"\ntrain.py: stopped by {name}; --resume goes on after the last finished epoch\n"
+        os.write(2, text.encode())
+    for loader in multiprocessing.active_children():
+        loader.kill()
+    os._exit(128 + number)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -953,18 +960,13 @@ def main() -> int:
     try:
         accelerator = Accelerator(
             mixed_precision=cfg.precision,
-            gradient_accumulation_steps=1,  # else the environment sets it
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # else the environment's
             log_with=cfg.tracker or None,
             project_dir=Path(cfg.outputs) / cfg.run_name if cfg.tracker else None,
         )
         use_cores(accelerator)
         train(cfg, accelerator, args)
         accelerator.end_training()
-    except SystemExit as ended:
-        if ended.code > 128:
-            name = signal.Signals(ended.code - 128).name
-            common.log(f"train.py: stopped by {name}; --resume goes on after the last finished epoch")
-        return ended.code
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         if "out of memory" in reason or "can't allocate memory" in reason:

@@ -68,7 +68,11 @@ def run(folder: Path, cfg: common.Config, *options: str, code: int = 0) -> str:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
         patch.setattr(sys, "argv", ["train.py", *arguments(folder, cfg, *options)])
         AcceleratorState._reset_state(reset_partial_state=True)
-        assert train.main() == code, errors.getvalue()
+        try:
+            found = train.main()
+        except SystemExit as ended:
+            found = ended.code
+    assert found == code, errors.getvalue()
     return errors.getvalue()
 
 
