@@ -125,6 +125,7 @@ class Config:
     # what to train, on what
     task: Literal["classify", "locate"] = "classify"  # slabs + crops -> 14 logits | heat maps -> 14 logits
     cache: str = "cache"  # folder that preprocess.py filled
+    use_doubtful: bool = False  # train on series too whose volumes preprocess.py calls doubtful
     outputs: str = "outputs"  # a run goes to <outputs>/<model_name>_seed<S>_fold<F>/
     tag: str = ""  # joins the run's name, so that two recipes of one model do not collide
     fold: int = 0  # validation fold; the others train
@@ -400,7 +401,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except OSError as error:  # a write to a full disk does not say which file
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
