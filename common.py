@@ -365,6 +365,8 @@ def progress(total: int, desc: str, show: bool = True) -> tqdm:
 
 def reserve_stdout() -> typing.TextIO:
     """stdout for the script's data alone: whatever else a library prints goes to stderr from here on."""
+    if sys.stdout is None:
+        raise OSError("stdout is closed; expected a file or a pipe")
     sys.stdout.flush()
     stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -394,6 +396,8 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # a full disk does not name the file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1140,4 +1144,7 @@ def check_run_metadata(meta: dict) -> Config:
         raise ValueError(f"decoys have shape {decoys.shape}; expected finite rows of (z, y, x)")
     if not all(isinstance(uid, str) for uid in [*meta["val_uids"], meta["locator"]]):
         raise ValueError("val_uids and locator: expected text")
-    return config_from_dict(meta["config"])
+    for point in meta.get("operating_points", []):
+        if not all(0 <= point[key] <= 1 for key in ("specificity", "threshold", "sensitivity")):
+            raise ValueError(f"operating point {point}; expected shares from 0 to 1")
+    return config_from_dict(dict(meta["config"]))

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import functools
 import glob
 import io
@@ -49,7 +48,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 from tqdm import tqdm
 
 import common
@@ -67,7 +66,6 @@ from dicom import (
 )
 
 SHARED = Path(os.environ.get("KAGGLE_SHARED", "/kaggle/shared"))  # emptied after each call of --serve
-PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": None}  # of autocast
 CHECKPOINT = "best_ema.safetensors"
 SUSPICIOUS = 0.5  # --explain shows series with this probability of Aneurysm Present
 
@@ -95,7 +93,7 @@ class Scan:
     volumes: dict[VolumeSettings, Volume]  # one for each of the ensemble's settings
     frames: list[Frame]  # where each image lies; a cache knows none
     doubts: list[str]
-    read_s: float
+    read_s: float  # with several readers its share
 
 
 def find_source(src: Path) -> Source:
@@ -108,10 +106,8 @@ def find_source(src: Path) -> Source:
         return find_dicom(src)
     source = Source(True, volumes, {})
     for uid, status, reason in index[["status", "reason"]].itertuples():
-        if status != "ok":
-            source.failed[uid] = f"failed in preprocessing: {reason}"
-        elif uid not in volumes:
-            source.failed[uid] = f"{src / 'index.csv'} lists it, but its volume is missing; preprocess again"
+        if status != "ok" or uid not in volumes:
+            source.failed[uid] = f"in preprocessing: {reason or 'its volume is missing; preprocess again'}"
     for path in volumes.values():
         with contextlib.suppress(OSError, ValueError, KeyError):  # a damaged volume's row will say so
             source.settings = common.load_volume(path, [])[1]["settings"]
@@ -152,36 +148,34 @@ def choose_series(source: Source, path: Path | None) -> list[str]:
         return sorted({*source.series, *source.failed})
     lines = path.read_text("utf-8-sig").splitlines()
     rows = [[cell.strip(' "') for cell in re.split("[,;\t]", line)] for line in lines]
-    header = next((row for row in rows if UID in row), [UID])
-    cells = [row[header.index(UID)] for row in rows if len(row) >= len(header)]
-    uids = [cell for cell in cells if cell not in ("", UID)]
+    column = next((row.index(UID) for row in rows if UID in row), 0)
+    uids = dict.fromkeys(row[column] for row in rows if len(row) > column)
+    uids = [uid for uid in uids if uid not in ("", UID)]
     if not uids:
         raise ValueError(f"{path}: lists no series; expected a UID per line, or a CSV with a column {UID}")
-    return list(dict.fromkeys(uids))
+    return uids
 
 
 def read_scans(
     source: Source, uids: list[str], settings: list[VolumeSettings], args: argparse.Namespace
 ) -> Iterator[tuple[str, Scan | None, str]]:
     """(uid, scan, "") or (uid, None, why not); each series fails alone. DICOM files come in any order."""
-    items = []
+    paths = {uid: source.series[safe_uid(uid)] for uid in uids if safe_uid(uid) in source.series}
     for uid in uids:
-        if safe_uid(uid) in source.series:
-            items.append((uid, source.series[safe_uid(uid)]))
-        else:
+        if uid not in paths:
             yield uid, None, source.failed.get(safe_uid(uid), f"not in {args.src}")
-    if source.is_cache:
-        for uid, path in items:
+        elif source.is_cache:
             try:
-                yield uid, read_cached(path, source.settings, settings), ""
+                yield uid, read_cached(paths[uid], source.settings, settings), ""
             except (OSError, ValueError, KeyError) as error:
                 yield uid, None, f"{type(error).__name__}: {error}"
-        return
-    function = functools.partial(read_dicom, settings=settings)
-    options = {"workers": args.workers, "timeout_s": args.series_timeout, "memory_gb": args.memory_gb}
-    with contextlib.closing(common.run_isolated(function, items, **options)) as work:
-        for (uid, _), scan, reason in work:
-            yield uid, scan, reason or ""
+    if not source.is_cache:
+        function = functools.partial(read_dicom, settings=settings, workers=args.workers)
+        limits = {"timeout_s": args.series_timeout, "memory_gb": args.memory_gb}
+        work = common.run_isolated(function, paths.items(), workers=args.workers, **limits)
+        with contextlib.closing(work):
+            for (uid, _), scan, reason in work:
+                yield uid, scan, reason or ""
 
 
 def read_cached(path: Path, expected: dict, settings: list[VolumeSettings]) -> Scan:
@@ -195,7 +189,7 @@ def read_cached(path: Path, expected: dict, settings: list[VolumeSettings]) -> S
     return Scan(dict.fromkeys(settings, volume), [], meta.get("doubts", []), seconds)
 
 
-def read_dicom(item: tuple, settings: list[VolumeSettings]) -> Scan:
+def read_dicom(item: tuple, settings: list[VolumeSettings], workers: int) -> Scan:
     """A volume for each of the settings, from files read and decoded once."""
     started = time.perf_counter()
     uid, files = item
@@ -205,7 +199,7 @@ def read_dicom(item: tuple, settings: list[VolumeSettings]) -> Scan:
     volumes = {each: make_volume(series, each) for each in settings}
     doubts = getattr(volumes[settings[0]], "doubts", [])
     frames = [replace(frame, header={}) for frame in series.frames]  # headers are large to send
-    return Scan(volumes, frames, doubts, time.perf_counter() - started)
+    return Scan(volumes, frames, doubts, (time.perf_counter() - started) / workers)
 
 
 # --- the ensemble -------------------------------------------------------------------------------------------
@@ -232,6 +226,7 @@ class Ensemble:
     settings: list[VolumeSettings]  # of their volumes, each once
     prior: np.ndarray  # (14,) mean share of positives in the members' training folds
     devices: list[torch.device]
+    map: Callable = map  # over devices; several work in a thread each
 
 
 def find_runs(outputs: str) -> list[Path]:
@@ -254,6 +249,9 @@ def load_ensemble(
 ) -> Ensemble:
     """Every run of --outputs that can be loaded and fits the cache, if any; the others are named."""
 
+    precision = args.precision or ("fp16" if devices[0].type == "cuda" else "no")
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": None}[precision]
+
     @functools.cache
     def load(folder: Path) -> Member | None:
         try:
@@ -264,8 +262,7 @@ def load_ensemble(
         except (ValueError, RuntimeError, MemoryError, OSError) as error:
             log(f"left out: {error}")
             return None
-        precision = args.precision or ("fp16" if devices[0].type == "cuda" else "no")
-        return Member(run, PRECISIONS[precision])
+        return Member(run, dtype)
 
     members = [load(folder.resolve()) for folder in find_runs(args.outputs)]
     members = [member for member in members if member and member.run.cfg.ensemble_weight > 0]
@@ -278,7 +275,8 @@ def load_ensemble(
     assign_devices(list(models.values()), devices)
     settings = list(dict.fromkeys(model.run.cfg.volume for model in models.values()))
     prior = np.mean([member.run.meta["prior"] for member in members], axis=0)
-    return Ensemble(members, list(models.values()), settings, prior, devices)
+    threads = ThreadPoolExecutor(len(devices)).map if len(devices) > 1 else map
+    return Ensemble(members, list(models.values()), settings, prior, devices, threads)
 
 
 def find_locator(run: Run, load: Callable[[Path], Member | None]) -> Member | None:
@@ -306,21 +304,21 @@ def assign_devices(models: list[Member], devices: list[torch.device]) -> None:
 
 
 def predict_series(
-    ensemble: Ensemble, uid: str, scan: Scan, plan: Plan, is_late: Callable[[], bool] = lambda: False
+    ensemble: Ensemble, uid: str, scan: Scan, plan: Plan, late_at: float = math.inf
 ) -> tuple[np.ndarray, dict[str, Output]]:
-    """probs (14,) and every model's output by name. Each device works in a thread of its own; once it is late
-    no further member starts. Raises FloatingPointError where no member gives finite logits."""
+    """probs (14,) and every model's output by name. Once the clock shows late_at no further member starts.
+
+    Raises FloatingPointError where no member gives finite logits.
+    """
     members = ensemble.members[: plan.num_members]
     outputs: dict[str, Output] = {}
 
     def run_device(device: torch.device) -> None:
         for member in members:
-            if member.device == device and not (outputs and is_late()):
+            if member.device == device and (not outputs or time.monotonic() < late_at):
                 run_member(member, uid, scan, plan.is_mirrored, outputs)
 
-    with ThreadPoolExecutor(len(ensemble.devices)) as threads:
-        several = len(ensemble.devices) > 1
-        list((threads.map if several else map)(run_device, ensemble.devices))
+    list(ensemble.map(run_device, ensemble.devices))
     logits, weights = [], []
     for member in members:
         if member.name in outputs and np.isfinite(outputs[member.name].logits).all():
@@ -404,6 +402,7 @@ class Deadline:
 
     seconds: float
     full: Plan
+    last_s: float  # when the latest series was answered; at first when the first one begins
     num_series: int = 0
     num_views: int = 0
     read_s: float = 0.0  # sums over the series so far
@@ -411,8 +410,9 @@ class Deadline:
     beside_s: float = 0.0
     slowest_s: float = 0.0
 
-    def observe(self, wall_s: float, read_s: float, forward_s: float, plan: Plan) -> None:
-        """A series was answered wall_s after the one before; read_s is its share of the readers' time."""
+    def observe(self, elapsed_s: float, read_s: float, forward_s: float, plan: Plan) -> None:
+        """A series was answered elapsed_s after the start; read_s is its share of the readers' time."""
+        wall_s, self.last_s = elapsed_s - self.last_s, elapsed_s
         self.num_series += 1
         self.num_views += plan.num_views
         self.read_s += read_s
@@ -436,6 +436,12 @@ class Deadline:
         return next((plan for plan in plans if num_left * self.cost_s(plan) <= left_s), plans[-1])
 
 
+def begin_deadline(ensemble: Ensemble, args: argparse.Namespace) -> Deadline:
+    """The deadline of a process whose first series begins now; without --budget-hours it cuts nothing."""
+    full = Plan(args.tta, len(ensemble.members))
+    return Deadline(3600 * args.budget_hours, full, time.monotonic() - args.started)
+
+
 def choose_plan(deadline: Deadline, num_left: int, args: argparse.Namespace) -> Plan:
     """The deadline's next plan; each kind of plan is announced once."""
     plan = deadline.next_plan(time.monotonic() - args.started, num_left)
@@ -443,11 +449,6 @@ def choose_plan(deadline: Deadline, num_left: int, args: argparse.Namespace) -> 
         view = "with" if plan.is_mirrored else "without"
         log_once(f"deadline: {plan.num_members} of {deadline.full.num_members} members {view} mirrored view")
     return plan
-
-
-def seconds_left(args: argparse.Namespace) -> float:
-    """Until the last moment at which a model may start; infinite without a budget."""
-    return args.started + 0.99 * 3600 * args.budget_hours - time.monotonic()
 
 
 # --- all series ---------------------------------------------------------------------------------------------
@@ -466,28 +467,22 @@ def answer_all(
 ) -> list[Answer]:
     """An answer for each of uids, saved as soon as it is known; reading goes on while the models work."""
     ready = read_ahead(read_scans(source, uids, ensemble.settings, args))
-    deadline = Deadline(3600 * args.budget_hours, Plan(args.tta, len(ensemble.members)))
-    answers, left, last = [], set(uids), time.monotonic()
+    deadline, answers, left = begin_deadline(ensemble, args), [], set(uids)
     with common.progress(len(uids), "series", show=args.is_main) as bar:
         while left:
             plan = choose_plan(deadline, len(left), args)
             if plan.num_members == 0:
                 break
+            seconds_left = max(args.late_at - time.monotonic(), 0.0)
             try:
-                item = ready.get(timeout=min(max(seconds_left(args), 0.0), threading.TIMEOUT_MAX))
+                item = ready.get(timeout=min(seconds_left, threading.TIMEOUT_MAX))
             except queue.Empty:
                 break
             if isinstance(item, Exception):
                 raise item
-            uid, scan, _ = item
-            answer, forward_s = answer_series(ensemble, item, plan, args)
-            answers.append(answer)
-            save(answer)
-            left.remove(uid)
-            read_s = scan.read_s / (1 if source.is_cache else args.workers) if scan else 0.0
-            if safe_uid(uid) in source.series:
-                deadline.observe(time.monotonic() - last, read_s, forward_s, plan)
-            last = time.monotonic()
+            answers.append(answer_series(ensemble, item, plan, deadline, args))
+            save(answers[-1])
+            left.remove(answers[-1].uid)
             bar.update()
     if left:
         log(f"the time is over: {len(left)} series get the prior", everywhere=True)
@@ -510,28 +505,28 @@ def read_ahead(items: Iterator) -> queue.Queue:
 
 
 def answer_series(
-    ensemble: Ensemble, item: tuple[str, Scan | None, str], plan: Plan, args: argparse.Namespace
-) -> tuple[Answer, float]:
-    """The answer to what read_scans gave, and the models' seconds. Raises OSError only if the GPU has failed
-    for good."""
+    ensemble: Ensemble, item: tuple, plan: Plan, deadline: Deadline, args: argparse.Namespace
+) -> Answer:
+    """The answer to an item of read_scans. Raises OSError only if the GPU has failed for good."""
     uid, scan, reason = item
     if scan is None:
-        return answer_prior(ensemble, uid, reason), 0.0
+        return answer_prior(ensemble, uid, reason)
     for doubt in scan.doubts:
         log(f"{uid}: doubtful, but used: {doubt}", everywhere=True)
-    started = time.perf_counter()
+    started = time.monotonic()
     try:
-        probs, outputs = predict_series(ensemble, uid, scan, plan, lambda: seconds_left(args) < 0)
+        probs, outputs = predict_series(ensemble, uid, scan, plan, args.late_at)
     except Exception as error:  # out of memory, logits that are not finite: this row alone
         text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         if "CUDA error" in text and "out of memory" not in text:  # every later call would fail as well
             raise OSError(f"{uid}: {text}; run again (with --out it goes on where it stopped)") from error
-        return answer_prior(ensemble, uid, text), 0.0
-    forward_s = time.perf_counter() - started
+        return answer_prior(ensemble, uid, text)
+    now = time.monotonic()
+    deadline.observe(now - args.started, scan.read_s, now - started, plan)
     answer = Answer(uid, probs)
     if args.explain and probs[AP] >= args.explain_from:
         explain_series(answer, ensemble, scan, outputs, args.explain)
-    return answer, forward_s
+    return answer
 
 
 def answer_prior(ensemble: Ensemble, uid: str, reason: str) -> Answer:
@@ -547,22 +542,27 @@ def partial_path(out: Path, rank: int) -> Path:
     return out.with_name(f"{out.name}.partial{rank or ''}.csv")
 
 
-def open_partial(path: Path, identity: dict) -> tuple[dict[str, Answer], Callable[[Answer], None]]:
+def describe_run(ensemble: Ensemble, args: argparse.Namespace, num_processes: int) -> str:
+    """What rows depend on, as a comment line: rows of another run are not mixed with this one's."""
+    facts = [str(args.src.resolve()), args.tta, args.precision, num_processes]
+    for model in ensemble.models:
+        facts += [model.name, (model.run.folder / CHECKPOINT).stat().st_mtime_ns]
+    return f"# {facts}\n"
+
+
+def open_partial(path: Path, identity: str) -> tuple[dict[str, Answer], Callable[[Answer], None]]:
     """Answers that a stopped run left, and a function that adds one and syncs, so that a kill costs only the
     series at work. The prior is not saved, so that a second start tries those series again.
 
     Raises ValueError if they were made by other members or settings.
     """
-    begin = [f"# {json.dumps(identity)}\n", ",".join([UID, *LABELS]) + "\n"]
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    lines = [line for line in lines if line.endswith("\n")] or begin  # a kill tears the last one
-    if lines[0] != begin[0]:
+    lines = [line for line in lines if line.endswith("\n")]  # a kill tears the last one
+    if lines and lines[0] != identity:
         raise ValueError(
             f"{path}: from other members or settings; run with those, or delete it to start anew"
         )
-    answers = {}
-    for uid, *probs in csv.reader(lines[2:]):
-        answers[uid] = Answer(uid, np.array(probs, dtype=float))
+    lines = lines or [identity, ",".join([UID, *LABELS]) + "\n"]
     common.write_atomic(path, "".join(lines).encode())
     file = open(path, "a")  # noqa: SIM115  open until the process ends
 
@@ -572,16 +572,8 @@ def open_partial(path: Path, identity: dict) -> tuple[dict[str, Answer], Callabl
             file.flush()
             os.fsync(file.fileno())
 
-    return answers, save
-
-
-def describe_run(ensemble: Ensemble, args: argparse.Namespace, num_processes: int) -> dict:
-    """What rows depend on: those of another run are not mixed with this one's."""
-    identity = {"src": str(args.src.resolve()), "tta": args.tta, "precision": args.precision}
-    identity["processes"] = num_processes
-    for model in ensemble.models:
-        identity[model.name] = (model.run.folder / CHECKPOINT).stat().st_mtime_ns
-    return identity
+    rows = [line.strip().split(",") for line in lines[2:]]
+    return {uid: Answer(uid, np.array(probs, dtype=float)) for uid, *probs in rows}, save
 
 
 # --- explanations -------------------------------------------------------------------------------------------
@@ -682,20 +674,20 @@ def write_findings(answers: list[Answer], source: Source, folder: Path) -> None:
 # --- score --------------------------------------------------------------------------------------------------
 
 
-def describe_score(answers: list[Answer], labels: pd.DataFrame, members: list[Member], src: Path) -> str:
+def describe_score(
+    answers: list[Answer], labels: pd.DataFrame, members: list[Member], index: pd.DataFrame
+) -> str:
     """The score for people; patients come from a cache's index.csv. Warns of series that may have trained a
     member."""
     probs = {safe_uid(answer.uid): answer.probs for answer in answers}
     table = labels[labels[UID].isin(probs)].assign(plane="", Modality="")
     if table.empty:
         raise ValueError(f"--labels: none of the {len(answers)} predicted series is among them")
-    table["patient"] = table[UID].map(read_index(src)["patient"]).replace("", None).fillna(table[UID])
+    table["patient"] = table[UID].map(index["patient"]).replace("", None).fillna(table[UID])
     result = common.score(table, np.stack([probs[uid] for uid in table[UID]]))
     text = pd.DataFrame(result["per_label"]).T.to_string(float_format="%.3f")
-    text += (
-        "\nwAUC {wauc:.4f} (95 % interval {low:.4f} to {high:.4f}, {draws_used} draws), {num_series} series of "
-        "{num_patients} patients".format(**result)
-    )
+    text += "\nwAUC {wauc:.4f} (95 % interval {low:.4f} to {high:.4f}, {draws_used} draws)".format(**result)
+    text += ", {num_series} series of {num_patients} patients".format(**result)
     held_out = set.intersection(*(set(member.run.meta["val_uids"]) for member in members))
     if num_trained := sum(uid not in held_out for uid in table[UID]):
         text += f"; too high where members were trained on the {num_trained} series that not all held out"
@@ -728,31 +720,26 @@ def serve(args: argparse.Namespace) -> int:
 def make_predict(
     ensemble: Ensemble, args: argparse.Namespace, answers: list[Answer], bar: tqdm
 ) -> Callable[[str], pd.DataFrame]:
-    """The function that the gateway calls, once per series; its answers are counted in `answers`."""
-    deadline = Deadline(3600 * args.budget_hours, Plan(args.tta, len(ensemble.members)))
-    last = time.monotonic()
+    """The function that the gateway calls, once per series; its answers join `answers`."""
+    deadline = begin_deadline(ensemble, args)
 
     def predict(series_path: str) -> pd.DataFrame:
         """One row of 14 probabilities; the prior if anything goes wrong: an exception would end the run."""
-        nonlocal last
         uid = Path(str(series_path)).name
+        item = (uid, None, "no time left")
         try:
             plan = choose_plan(deadline, max(1, args.num_series - len(answers)), args)
-            if plan.num_members == 0:
-                raise TimeoutError("no time left")
-            source = Source(False, {safe_uid(uid): Path(series_path)}, {})
-            item = next(read_scans(source, [uid], ensemble.settings, args))
-            answer, forward_s = answer_series(ensemble, item, plan, args)
-            deadline.observe(time.monotonic() - last, 0.0, forward_s, plan)  # reading overlaps nothing
+            if plan.num_members:
+                source = Source(False, {safe_uid(uid): Path(series_path)}, {})
+                item = next(read_scans(source, [uid], ensemble.settings, args))
+            answers.append(answer_series(ensemble, item, plan, deadline, args))
         except Exception as error:
-            answer = answer_prior(ensemble, uid, f"{type(error).__name__}: {error}")
-        answers.append(answer)
+            answers.append(answer_prior(ensemble, uid, f"{type(error).__name__}: {error}"))
         bar.update()
         shutil.rmtree(SHARED, ignore_errors=True)  # what stays in it fills the disk
         with contextlib.suppress(OSError):
             SHARED.mkdir(parents=True, exist_ok=True)
-        last = time.monotonic()
-        return pd.DataFrame([answer.probs.tolist()], columns=list(LABELS))
+        return pd.DataFrame([answers[-1].probs.tolist()], columns=list(LABELS))
 
     return predict
 
@@ -764,55 +751,44 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     readers = max(1, common.usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
     parser = common.make_parser(__doc__)
     add = parser.add_argument
-    add("--src", type=existing_path, help="cache or tree of DICOM files (default: cache)")
-    add("--outputs", default="outputs", help="folder of runs, a run, or a glob (default: %(default)s)")
+    add("--src", type=Path, metavar="PATH", help="cache or tree of DICOM files (default: cache)")
+    add("--outputs", default="outputs", metavar="PATH", help="runs of train.py (default: outputs)")
     add("--out", type=Path, metavar="FILE", help="write the CSV here instead of to stdout; can be resumed")
-    add("--series-list", type=existing_path, help="only these: a UID per line, or a CSV with UIDs")
-    add("--limit", type=positive, metavar="N", help="only the first N series")
+    add("--series-list", type=Path, metavar="FILE", help="only these: a UID per line, or a CSV with UIDs")
+    add("--limit", type=int, default=10**9, metavar="N", help="only the first N series")
     add("--tta", action="store_true", help="average with the mirrored view")
-    add("--precision", choices=sorted(PRECISIONS), help="default: fp16 on a GPU, no (float32) on a CPU")
-    add("--workers", type=positive, default=readers, help="that read DICOM (default: %(default)s)")
-    add("--series-timeout", type=positive, default=300, help="seconds to read one (default: 300)")
-    add("--memory-gb", type=positive, default=4, help="to read one (default: 4)")
-    add("--budget-hours", type=positive, default=math.inf, help="answer the last series in time")
-    add("--labels", type=existing_path, help="print the score against this table to stderr")
+    add("--precision", choices=("fp16", "bf16", "no"), help="default: fp16 on a GPU, else no (float32)")
+    add("--workers", type=int, default=readers, help="processes that read DICOM (default: %(default)s)")
+    add("--series-timeout", type=float, default=300, help="seconds to read one (default: 300)")
+    add("--memory-gb", type=float, default=4, help="to read one (default: 4)")
+    add("--budget-hours", type=float, default=math.inf, help="answer the last series within this time")
+    add("--labels", type=Path, metavar="CSV", help="print the score against these labels to stderr")
     add("--explain", type=Path, metavar="DIR", help="pictures and findings.json")
     add("--serve", action="store_true", help="answer the challenge's gateway; --src is not used")
-    add("--num-series", type=positive, default=2500, help="with --serve: how many (default: 2500)")
+    add("--num-series", type=int, default=2500, help="with --serve: how many (default: 2500)")
     args = parser.parse_args(arguments)
+    if min(args.limit, args.workers, args.series_timeout, args.memory_gb, args.budget_hours) <= 0:
+        parser.error(
+            "--limit, --workers, --series-timeout, --memory-gb, --budget-hours: expected more than 0"
+        )
     args.started = time.monotonic()
+    args.late_at = args.started + 0.99 * 3600 * args.budget_hours
     return args
-
-
-def positive(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise ValueError
-    return int(value) if value.is_integer() else value
-
-
-def existing_path(text: str) -> Path:
-    if not Path(text).exists():
-        raise argparse.ArgumentTypeError(f"{text}: no such file or folder")
-    return Path(text)
 
 
 def predict_table(args: argparse.Namespace, stdout: typing.TextIO) -> int:
     """Everything from --src to the table and the exit code; several processes share the series."""
-    wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    state = PartialState(cpu=wants_cpu or not torch.cuda.is_available(), timeout=timedelta(days=1))
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    state = PartialState(cpu=on_cpu, timeout=timedelta(days=1))
     args.is_main = state.is_main_process
     if args.src is None:
         args.src = Path("cache")
         log("no --src: predicting the training cache `cache`; for other scans add --src TEST_DICOMS")
     source = find_source(args.src)
     labels = common.read_label_table(args.labels) if args.labels else None
-    ensemble = load_ensemble(args, [state.device], source.settings)
     uids = choose_series(source, args.series_list)[: args.limit]
-    log(
-        f"{len(uids)} series, {len(ensemble.members)} members, {len(ensemble.settings)} kinds of volume, "
-        f"{state.num_processes} processes on {state.device.type}"
-    )
+    ensemble = load_ensemble(args, [state.device], source.settings)
+    log(f"{len(uids)} series, {len(ensemble.members)} members, {state.num_processes} processes")
     done, save = {}, lambda answer: None
     if args.out:
         identity = describe_run(ensemble, args, state.num_processes)
@@ -836,7 +812,7 @@ def predict_table(args: argparse.Namespace, stdout: typing.TextIO) -> int:
     if args.explain:
         write_findings(answers, source, args.explain)
     if labels is not None:
-        log(describe_score(answers, labels, ensemble.members, args.src))
+        log(describe_score(answers, labels, ensemble.members, read_index(args.src)))
     return summarise(answers, args)
 
 

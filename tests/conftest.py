@@ -1,6 +1,5 @@
 """Small things that several test files share: a tiny config, random labels, a cache without DICOM."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +7,12 @@ import pandas as pd
 
 import common
 from common import LABELS, UID, Config
+from dicom import VolumeSettings
 
 TINY = Config(
     model_name="test_efficientnet",
     pretrained=False,
-    img_size=32,
-    base_slices=8,
-    roi_mm=160.0,
+    volume=VolumeSettings(img_size=32, base_slices=8, roi_mm=160.0),
     drop_path_rate=0.0,
 )
 
@@ -37,16 +35,18 @@ def random_table(num: int, seed: int = 0) -> pd.DataFrame:
 
 def write_cached_series(folder: Path, uid: str, cfg: Config, points: list, seed: int = 0) -> np.ndarray:
     """A cached volume of noise with the given (label, z, y, x) points; returns the volume."""
-    shape = (cfg.base_slices, cfg.img_size, cfg.img_size)
+    size = cfg.volume.img_size
+    shape = (cfg.volume.base_slices, size, size)
     volume = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
     points = np.array(points, np.float32).reshape(-1, 4)
-    spacing = json.dumps([4.0, cfg.roi_mm / cfg.img_size, cfg.roi_mm / cfg.img_size])
+    spacing_mm = [4.0, cfg.volume.roi_mm / size, cfg.volume.roi_mm / size]
+    meta = {"uid": uid, "spacing_mm": spacing_mm, "affine": np.diag([*spacing_mm, 1.0]).tolist()}
     common.save_volume(
         folder / f"{uid}.safetensors",
         volume,
         points[:, 1:],
         points[:, 0].astype(np.int64),
-        {"spacing_mm": spacing, "settings": common.volume_settings(cfg)},
+        meta | {"settings": common.volume_settings(cfg)},
         sop_uids=[f"{uid}.1"],
     )
     return volume
