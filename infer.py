@@ -93,14 +93,14 @@ class Scan:
     volumes: dict[VolumeSettings, Volume]  # one for each of the ensemble's settings
     frames: list[Frame]  # where each image lies; a cache knows none
     doubts: list[str]
-    read_s: float  # with several readers its share
 
 
 def find_source(src: Path) -> Source:
     """The series of a cache or of a tree of DICOM files. Raises ValueError where there is none."""
     if not src.is_dir():
         raise ValueError(f"--src {src}: no such folder; expected a cache or a tree of DICOM files")
-    volumes = {path.stem: path for path in src.glob("*.safetensors") if safe_uid(path.stem) == path.stem}
+    paths = sorted(src.glob("*.safetensors"))
+    volumes = {path.stem: path for path in paths if safe_uid(path.stem) == path.stem}
     index = read_index(src)
     if not volumes and index.empty:
         return find_dicom(src)
@@ -108,7 +108,7 @@ def find_source(src: Path) -> Source:
     for uid, status, reason in index[["status", "reason"]].itertuples():
         if status != "ok" or uid not in volumes:
             source.failed[uid] = f"in preprocessing: {reason or 'its volume is missing; preprocess again'}"
-    for path in volumes.values():
+    for path in paths:
         with contextlib.suppress(OSError, ValueError, KeyError):  # a damaged volume's row will say so
             source.settings = common.load_volume(path, [])[1]["settings"]
             break
@@ -117,12 +117,11 @@ def find_source(src: Path) -> Source:
 
 def read_index(src: Path) -> pd.DataFrame:
     """The index.csv of preprocess.py by UID; empty where there is none, or another program's."""
-    index = pd.DataFrame()
-    with contextlib.suppress(OSError, ValueError):
-        index = pd.read_csv(src / "index.csv", dtype=str, keep_default_na=False)
-    if not {UID, "status", "reason"} <= set(index):
-        index = pd.DataFrame(columns=[UID, "status", "reason", "patient"])
-    return index.set_index(UID)
+    columns = ["status", "reason", "patient"]
+    try:
+        return pd.read_csv(src / "index.csv", dtype=str, keep_default_na=False).set_index(UID)[columns]
+    except (OSError, ValueError, KeyError):
+        return pd.DataFrame(columns=columns)
 
 
 def find_dicom(src: Path) -> Source:
@@ -170,7 +169,7 @@ def read_scans(
             except (OSError, ValueError, KeyError) as error:
                 yield uid, None, f"{type(error).__name__}: {error}"
     if not source.is_cache:
-        function = functools.partial(read_dicom, settings=settings, workers=args.workers)
+        function = functools.partial(read_dicom, settings=settings)
         limits = {"timeout_s": args.series_timeout, "memory_gb": args.memory_gb}
         work = common.run_isolated(function, paths.items(), workers=args.workers, **limits)
         with contextlib.closing(work):
@@ -180,26 +179,22 @@ def read_scans(
 
 def read_cached(path: Path, expected: dict, settings: list[VolumeSettings]) -> Scan:
     """The cached volume, without its annotated points. Raises ValueError if its settings are not expected."""
-    started = time.perf_counter()
     tensors, meta = common.load_volume(path, ["volume"])
     if difference := common.describe_difference(meta["settings"], expected):
         raise ValueError(f"{path}: differs from the rest of the cache: {difference}; preprocess again")
     volume = Volume(tensors["volume"], np.array(meta["affine"]), [])
-    seconds = time.perf_counter() - started
-    return Scan(dict.fromkeys(settings, volume), [], meta.get("doubts", []), seconds)
+    return Scan(dict.fromkeys(settings, volume), [], meta.get("doubts", []))
 
 
-def read_dicom(item: tuple, settings: list[VolumeSettings], workers: int) -> Scan:
+def read_dicom(item: tuple, settings: list[VolumeSettings]) -> Scan:
     """A volume for each of the settings, from files read and decoded once."""
-    started = time.perf_counter()
     uid, files = item
     series = read_series(files, uid)
     if len(settings) > 1:
         series.forget = lambda *_: None  # decoded slices stay for the next volume
     volumes = {each: make_volume(series, each) for each in settings}
-    doubts = getattr(volumes[settings[0]], "doubts", [])
     frames = [replace(frame, header={}) for frame in series.frames]  # headers are large to send
-    return Scan(volumes, frames, doubts, (time.perf_counter() - started) / workers)
+    return Scan(volumes, frames, getattr(volumes[settings[0]], "doubts", []))
 
 
 # --- the ensemble -------------------------------------------------------------------------------------------
@@ -226,7 +221,7 @@ class Ensemble:
     settings: list[VolumeSettings]  # of their volumes, each once
     prior: np.ndarray  # (14,) mean share of positives in the members' training folds
     devices: list[torch.device]
-    map: Callable = map  # over devices; several work in a thread each
+    threads: ThreadPoolExecutor  # one per device
 
 
 def find_runs(outputs: str) -> list[Path]:
@@ -275,7 +270,7 @@ def load_ensemble(
     assign_devices(list(models.values()), devices)
     settings = list(dict.fromkeys(model.run.cfg.volume for model in models.values()))
     prior = np.mean([member.run.meta["prior"] for member in members], axis=0)
-    threads = ThreadPoolExecutor(len(devices)).map if len(devices) > 1 else map
+    threads = ThreadPoolExecutor(len(devices))
     return Ensemble(members, list(models.values()), settings, prior, devices, threads)
 
 
@@ -318,7 +313,7 @@ def predict_series(
             if member.device == device and (not outputs or time.monotonic() < late_at):
                 run_member(member, uid, scan, plan.is_mirrored, outputs)
 
-    list(ensemble.map(run_device, ensemble.devices))
+    list(ensemble.threads.map(run_device, ensemble.devices))
     logits, weights = [], []
     for member in members:
         if member.name in outputs and np.isfinite(outputs[member.name].logits).all():
@@ -354,8 +349,8 @@ def run_member(member: Member, uid: str, scan: Scan, is_mirrored: bool, outputs:
 
 @torch.inference_mode()
 def predict_views(member: Member, image: np.ndarray, is_mirrored: bool) -> Output:
-    """Logits (1 or 2 views, 14) of an image (C, H, W) uint8 and of its mirror image, and the first view's
-    maps (13, Z, h, w) as probabilities."""
+    """Logits (1 or 2 views, 14) of an image (C, H, W) uint8 and of its mirror image, whose labels are swapped
+    back; and the first view's maps (13, Z, h, w) as probabilities."""
     images = torch.from_numpy(np.ascontiguousarray(image))[None].to(member.device).float() / 255
     if is_mirrored:
         images = torch.cat([images, common.mirror(images)])
@@ -363,17 +358,16 @@ def predict_views(member: Member, image: np.ndarray, is_mirrored: bool) -> Outpu
         images = images.to(memory_format=torch.channels_last)
     with torch.autocast(images.device.type, member.dtype, enabled=member.dtype is not None):
         logits, maps = member.run.model(images)
+    logits = logits.float().cpu().numpy()
+    logits[1:] = logits[1:, SWAP]
     if maps is not None:
         maps = torch.sigmoid(maps[0].float()).cpu().numpy()
-    return Output(logits.float().cpu().numpy(), maps)
+    return Output(logits, maps)
 
 
 def average_members(logits: list[np.ndarray], weights: list[float]) -> np.ndarray:
-    """(14,) probs of the members' logits (1 or 2 views, 14): the mean of the views, the mirrored one's labels
-    swapped back, then the weighted mean of the members."""
-    probs = []
-    for views in map(sigmoid, logits):
-        probs.append(np.mean([views[0], *(view[SWAP] for view in views[1:])], axis=0))
+    """(14,) probs: the mean of each member's views (1 or 2, 14), then the weighted mean of the members."""
+    probs = [sigmoid(views).mean(axis=0) for views in logits]
     return np.average(probs, axis=0, weights=weights)
 
 
@@ -395,9 +389,9 @@ class Plan(typing.NamedTuple):
 class Deadline:
     """Plans each series so that the last is answered within `seconds` of the start. Knows no clock.
 
-    A series costs the longer of reading (it goes on in the background) and forward, and what was measured
-    beside them. Nothing is cut in the first twentieth of the time, as the first few series tell little of the
-    others. The slowest series' time stays in reserve, and a fiftieth of all for writing the table.
+    A series costs what the models take, in proportion to their views, and what was measured beside them, such
+    as waiting for files. Nothing is cut in the first twentieth of the time, as the first few series tell
+    little of the others. The slowest series' time stays in reserve, and a fiftieth of all for the table.
     """
 
     seconds: float
@@ -405,25 +399,18 @@ class Deadline:
     last_s: float  # when the latest series was answered; at first when the first one begins
     num_series: int = 0
     num_views: int = 0
-    read_s: float = 0.0  # sums over the series so far
-    forward_s: float = 0.0
+    forward_s: float = 0.0  # sums over the series so far
     beside_s: float = 0.0
     slowest_s: float = 0.0
 
-    def observe(self, elapsed_s: float, read_s: float, forward_s: float, plan: Plan) -> None:
-        """A series was answered elapsed_s after the start; read_s is its share of the readers' time."""
+    def observe(self, elapsed_s: float, forward_s: float, plan: Plan) -> None:
+        """A series was answered elapsed_s after the start."""
         wall_s, self.last_s = elapsed_s - self.last_s, elapsed_s
         self.num_series += 1
         self.num_views += plan.num_views
-        self.read_s += read_s
         self.forward_s += forward_s
-        self.beside_s += max(wall_s - max(read_s, forward_s), 0.0)
+        self.beside_s += wall_s - forward_s
         self.slowest_s = max(self.slowest_s, wall_s)
-
-    def cost_s(self, plan: Plan) -> float:
-        """Expected seconds per series."""
-        forward_s = self.forward_s * plan.num_views / self.num_views
-        return max(self.read_s / self.num_series, forward_s) + self.beside_s / self.num_series
 
     def next_plan(self, elapsed_s: float, num_left: int) -> Plan:
         """The fullest plan that all remaining series can have."""
@@ -432,8 +419,10 @@ class Deadline:
             return Plan(False, 0)
         if self.num_series == 0 or elapsed_s < self.seconds / 20:
             return self.full
+        views_s = left_s / num_left - self.beside_s / self.num_series  # for a series' views
+        num_views = views_s * self.num_views / self.forward_s
         plans = [self.full, *(Plan(False, num) for num in range(self.full.num_members, 0, -1))]
-        return next((plan for plan in plans if num_left * self.cost_s(plan) <= left_s), plans[-1])
+        return next((plan for plan in plans if plan.num_views <= num_views), plans[-1])
 
 
 def begin_deadline(ensemble: Ensemble, args: argparse.Namespace) -> Deadline:
@@ -522,7 +511,7 @@ def answer_series(
             raise OSError(f"{uid}: {text}; run again (with --out it goes on where it stopped)") from error
         return answer_prior(ensemble, uid, text)
     now = time.monotonic()
-    deadline.observe(now - args.started, scan.read_s, now - started, plan)
+    deadline.observe(now - args.started, now - started, plan)
     answer = Answer(uid, probs)
     if args.explain and probs[AP] >= args.explain_from:
         explain_series(answer, ensemble, scan, outputs, args.explain)
@@ -581,19 +570,21 @@ def open_partial(path: Path, identity: str) -> tuple[dict[str, Answer], Callable
 
 def explain_series(answer: Answer, ensemble: Ensemble, scan: Scan, outputs: dict, folder: Path) -> None:
     """Find places in the mean of the locators' maps, draw <uid>.png, say the answer in words."""
-    locators = [m for m in ensemble.models if m.name in outputs and outputs[m.name].maps is not None]
-    if not locators:
+    maps = {}  # of locators that see the same volume at the same stride
+    for model in ensemble.models:
+        if model.name in outputs and outputs[model.name].maps is not None:
+            key = (model.run.cfg.volume, model.run.cfg.locator_stride)
+            maps.setdefault(key, (model.run.cfg, []))[1].append(outputs[model.name].maps)
+    if not maps:
         log_once("--explain: no locator among the members that ran, so no picture and no findings")
         return
-    cfg = locators[0].run.cfg
-    volume, stride = scan.volumes[cfg.volume], cfg.locator_stride
-    alike = [m for m in locators if (m.run.cfg.volume, m.run.cfg.locator_stride) == (cfg.volume, stride)]
-    maps = np.mean([outputs[m.name].maps for m in alike], axis=0)
-    for *voxel, score, label in common.propose(maps, np.array(volume.spacing_mm), cfg).tolist():
+    cfg, maps = next(iter(maps.values()))
+    volume, mean = scan.volumes[cfg.volume], np.mean(maps, axis=0)
+    for *voxel, score, label in common.propose(mean, np.array(volume.spacing_mm), cfg).tolist():
         finding = {UID: answer.uid, "artery": LABELS[int(label)], "score": round(score, 4)}
         answer.findings.append(finding | describe_place(np.array(voxel), volume, scan.frames))
     size = volume.voxels.shape[:0:-1]  # cv2 wants (W, H)
-    heat = np.stack([cv2.resize(slab, size) for slab in maps.sum(0)])
+    heat = np.stack([cv2.resize(slab, size) for slab in mean.sum(0)])
     common.write_atomic(folder / f"{safe_uid(answer.uid)}.png", draw_findings(volume, heat, answer))
     log(describe_answer(answer, ensemble.members), everywhere=True)
 
@@ -617,46 +608,47 @@ def describe_answer(answer: Answer, members: list[Member]) -> str:
     """The answer to a series for people: presence, which operating points it passes, arteries, places."""
     present = answer.probs[AP]
     lines = [f"{answer.uid}: {LABELS[AP]} {present:.2f}"]
-    points = [point for member in members for point in member.run.meta.get("operating_points", [])]
-    for specificity, rows in pd.DataFrame(points).groupby("specificity") if points else ():
-        threshold, sensitivity = rows["threshold"].mean(), rows["sensitivity"].mean()
-        side = "above" if present >= threshold else "below"
-        of = f"{specificity:.0%} specificity and {sensitivity:.0%} sensitivity"
-        lines.append(f"  {side} {threshold:.2f}, the threshold of {of}")
+    for points in zip(*(member.run.meta.get("operating_points", []) for member in members)):  # noqa: B905
+        mean = {name: np.mean([point[name] for point in points]) for name in points[0]}
+        side = "above" if present >= mean["threshold"] else "below"
+        text = (
+            "{threshold:.2f}, the threshold of specificity {specificity:.2f}, sensitivity {sensitivity:.2f}"
+        )
+        lines.append(f"  {side} {text.format(**mean)}")
     for k in np.argsort(-answer.probs[:AP])[:3]:
         lines.append(f"  {LABELS[k]} {answer.probs[k]:.2f}")
     for row in answer.findings:
-        place = "LPS {} {} {} mm".format(*row["lps_mm"])
-        if "SOPInstanceUID" in row:
-            image = "image {SOPInstanceUID}, frame {frame}, column {column:.0f}, row {row:.0f}"
-            place = f"{image.format(**row)}; {place}"
-        lines.append(f"  place {row['score']:.2f}: {row['artery']}, {place}")
+        text = "  place {score:.2f}: {artery}, LPS {lps_mm} mm"
+        if "row" in row:
+            text += ", image {SOPInstanceUID}, frame {frame}, column {column:.0f}, row {row:.0f}"
+        lines.append(text.format(**row))
     return "\n".join(lines)
 
 
 def draw_findings(volume: Volume, heat: np.ndarray, answer: Answer) -> bytes:
-    """A PNG with a row per slab that holds a finding: plain, and under the heat with a cross at the finding.
-    The heat (Z, H, W) is absolute: at 0.02 nothing glows."""
+    """A PNG with a row per finding: its slab plain, and under the heat with a cross at the finding. The heat
+    (Z, H, W) is absolute: at 0.02 nothing glows."""
     from matplotlib.figure import Figure
 
-    places = np.array([row["voxel"] for row in answer.findings])
-    slabs = np.unique(places[:, 0].round().astype(int))
-    figure = Figure(figsize=(9, 1 + 4 * len(slabs)), layout="constrained")
-    panels = figure.subplots(len(slabs), 2, squeeze=False)
-    for (plain, overlay), z in zip(panels, slabs, strict=True):
+    num = len(answer.findings)
+    figure = Figure(figsize=(9, 1 + 4 * num), layout="constrained")
+    panels = figure.subplots(num, 2, squeeze=False)
+    for (plain, overlay), finding in zip(panels, answer.findings, strict=True):
+        z, y, x = finding["voxel"]
+        slab = round(z)
         for axes in (plain, overlay):
-            axes.imshow(volume.voxels[z], cmap="gray", vmin=0, vmax=255)
-            for side, x in (("R", 0.02), ("L", 0.94)):  # of the patient
-                axes.text(x, 0.5, side, color="white", transform=axes.transAxes)
+            axes.imshow(volume.voxels[slab], cmap="gray", vmin=0, vmax=255)
+            axes.set_title("R", loc="left")  # of the patient
+            axes.set_title("L", loc="right")
             axes.set_axis_off()
-        alpha = np.clip(heat[z], 0, 0.6)
-        image = overlay.imshow(heat[z], cmap="inferno", vmin=0, vmax=1, alpha=alpha)
-        _, y, x = places[places[:, 0].round() == z].T
+        alpha = np.clip(heat[slab], 0, 0.6)
+        image = overlay.imshow(heat[slab], cmap="inferno", vmin=0, vmax=1, alpha=alpha)
         overlay.plot(x, y, "+", color="cyan", markersize=14)
+        overlay.set_title("{artery} {score:.2f}".format(**finding), fontsize=8)
         left, bottom = 0.05 * heat.shape[2], 0.95 * heat.shape[1]
         plain.plot([left, left + 20 / volume.spacing_mm[2]], [bottom, bottom], color="white")
         plain.text(left, bottom, "20 mm", color="white", va="bottom")
-        plain.set_title(f"slab {z} of 0 to {len(heat) - 1}")
+        plain.set_title(f"slab {slab} of 0 to {len(heat) - 1}", fontsize=8)
     figure.colorbar(image, ax=panels, shrink=0.5, label="probability of an aneurysm at this place")
     figure.suptitle(f"{answer.uid}\n{LABELS[AP]} {answer.probs[AP]:.2f}. Not for diagnosis.")
     png = io.BytesIO()
@@ -751,19 +743,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     readers = max(1, common.usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
     parser = common.make_parser(__doc__)
     add = parser.add_argument
-    add("--src", type=Path, metavar="PATH", help="cache or tree of DICOM files (default: cache)")
-    add("--outputs", default="outputs", metavar="PATH", help="runs of train.py (default: outputs)")
-    add("--out", type=Path, metavar="FILE", help="write the CSV here instead of to stdout; can be resumed")
-    add("--series-list", type=Path, metavar="FILE", help="only these: a UID per line, or a CSV with UIDs")
-    add("--limit", type=int, default=10**9, metavar="N", help="only the first N series")
+    add("--src", type=Path, help="cache or tree of DICOM files (default: cache)")
+    add("--outputs", default="outputs", help="runs of train.py (default: outputs)")
+    add("--out", type=Path, help="write the CSV here instead of to stdout; can be resumed")
+    add("--series-list", type=Path, help="only these: a UID per line, or a CSV with UIDs")
+    add("--limit", type=int, default=10**9, help="only the first N series")
     add("--tta", action="store_true", help="average with the mirrored view")
     add("--precision", choices=("fp16", "bf16", "no"), help="default: fp16 on a GPU, else no (float32)")
     add("--workers", type=int, default=readers, help="processes that read DICOM (default: %(default)s)")
     add("--series-timeout", type=float, default=300, help="seconds to read one (default: 300)")
     add("--memory-gb", type=float, default=4, help="to read one (default: 4)")
     add("--budget-hours", type=float, default=math.inf, help="answer the last series within this time")
-    add("--labels", type=Path, metavar="CSV", help="print the score against these labels to stderr")
-    add("--explain", type=Path, metavar="DIR", help="pictures and findings.json")
+    add("--labels", type=Path, help="print the score against these labels to stderr")
+    add("--explain", type=Path, help="pictures and findings.json")
     add("--serve", action="store_true", help="answer the challenge's gateway; --src is not used")
     add("--num-series", type=int, default=2500, help="with --serve: how many (default: 2500)")
     args = parser.parse_args(arguments)
@@ -817,9 +809,8 @@ def predict_table(args: argparse.Namespace, stdout: typing.TextIO) -> int:
 
 
 def write_table(answers: list[Answer], out: Path | None, stdout: typing.TextIO) -> None:
-    table = pd.DataFrame([answer.probs for answer in answers], columns=list(LABELS))
-    table.insert(0, UID, [answer.uid for answer in answers])
-    text = table.to_csv(index=False, float_format="%.8g")
+    table = pd.DataFrame({answer.uid: answer.probs for answer in answers}, index=LABELS).T
+    text = table.to_csv(index_label=UID, float_format="%.8g")
     if out:
         common.write_atomic(out, text.encode())
         return
