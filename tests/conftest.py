@@ -7,12 +7,20 @@ import pandas as pd
 
 import common
 from common import LABELS, UID, Config
-from dicom import VolumeSettings
 
-TINY = Config(
+
+def change(cfg: Config, **settings) -> Config:
+    """The config with other values of some settings, by their names in YAML."""
+    return common.config_from_dict(common.config_to_dict(cfg) | settings)
+
+
+TINY = change(
+    Config(),
     model_name="test_efficientnet",
     pretrained=False,
-    volume=VolumeSettings(img_size=32, base_slices=8, roi_mm=160.0),
+    img_size=32,
+    base_slices=8,
+    roi_mm=160.0,
     drop_path_rate=0.0,
 )
 
@@ -35,20 +43,22 @@ def random_table(num: int, seed: int = 0) -> pd.DataFrame:
 
 def write_cached_series(folder: Path, uid: str, cfg: Config, points: list, seed: int = 0) -> np.ndarray:
     """A cached volume of noise with the given (label, z, y, x) points; returns the volume."""
-    size = cfg.volume.img_size
-    shape = (cfg.volume.base_slices, size, size)
+    shape = (cfg.volume.base_slices, cfg.volume.img_size, cfg.volume.img_size)
     volume = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
     points = np.array(points, np.float32).reshape(-1, 4)
-    spacing_mm = [4.0, cfg.volume.roi_mm / size, cfg.volume.roi_mm / size]
-    meta = {"uid": uid, "spacing_mm": spacing_mm, "affine": np.diag([*spacing_mm, 1.0]).tolist()}
-    common.save_volume(
-        folder / f"{uid}.safetensors",
-        volume,
-        points[:, 1:],
-        points[:, 0].astype(np.int64),
-        meta | {"settings": common.volume_settings(cfg)},
-        sop_uids=[f"{uid}.1"],
-    )
+    pixel_mm = cfg.volume.roi_mm / cfg.volume.img_size
+    affine = np.diag([1.0, 1.0, 1.0, 1.0])  # (z, y, x) -> LPS mm
+    affine[:3, :3] = np.diag([4.0, pixel_mm, pixel_mm])[::-1]
+    meta = {
+        "uid": uid,
+        "spacing_mm": [4.0, pixel_mm, pixel_mm],
+        "affine": affine.tolist(),
+        "settings": common.volume_settings(cfg),
+        "doubts": [],
+    }
+    path = common.volume_path(folder, uid)
+    labels = points[:, 0].astype(np.int64)
+    common.save_volume(path, volume, points[:, 1:], labels, meta, sop_uids=[f"{uid}.1"])
     return volume
 
 
