@@ -1120,6 +1120,7 @@ class Volume:
     voxels: np.ndarray
     affine: np.ndarray
     notes: list[str]
+    doubts: list[str] = field(default_factory=list)
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:

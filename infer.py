@@ -92,7 +92,6 @@ class Scan:
 
     volumes: dict[VolumeSettings, Volume]  # one for each of the ensemble's settings
     frames: list[Frame]  # where each image lies; a cache knows none
-    doubts: list[str]
 
 
 def find_source(src: Path) -> Source:
@@ -103,10 +102,15 @@ def find_source(src: Path) -> Source:
     volumes = {path.stem: path for path in paths if safe_uid(path.stem) == path.stem}
     index = read_index(src)
     if not volumes and index.empty:
-        return find_dicom(src)
+        series, strays = find_series(src)
+        if strays:
+            log("{} files belong to no series, such as {}: {}".format(len(strays), *strays[0]))
+        if not series:
+            raise ValueError(f"{src}: no DICOM image; expected a cache or a tree of DICOM files")
+        return Source(False, series, {})
     source = Source(True, volumes, {})
-    for uid, status, reason in index[["status", "reason"]].itertuples():
-        if status != "ok" or uid not in volumes:
+    for uid, reason in index["reason"].items():
+        if uid not in volumes:
             source.failed[uid] = f"in preprocessing: {reason or 'its volume is missing; preprocess again'}"
     for path in paths:
         with contextlib.suppress(OSError, ValueError, KeyError):  # a damaged volume's row will say so
@@ -122,23 +126,6 @@ def read_index(src: Path) -> pd.DataFrame:
         return pd.read_csv(src / "index.csv", dtype=str, keep_default_na=False).set_index(UID)[columns]
     except (OSError, ValueError, KeyError):
         return pd.DataFrame(columns=columns)
-
-
-def find_dicom(src: Path) -> Source:
-    """The series in a tree of DICOM files; an empty or closed folder beside them with a UID as its name has
-    failed."""
-    series, strays = find_series(src)
-    if not series:
-        raise ValueError(f"{src}: no DICOM image among {len(strays)} files; expected a cache or DICOM files")
-    if strays:
-        log("{} files belong to no series, such as {}: {}".format(len(strays), *strays[0]))
-    reasons, failed = {path.name: reason for path, reason in strays}, {}
-    parents = {files[0].parent.parent for files in series.values() if files[0].parent != src}
-    for folder in (folder for parent in parents for folder in parent.iterdir() if folder.is_dir()):
-        uid = folder.name
-        if "." in uid and safe_uid(uid) == uid and uid not in series and folder not in parents:
-            failed[uid] = reasons.get(uid, "an empty folder")
-    return Source(False, series, failed)
 
 
 def choose_series(source: Source, path: Path | None) -> list[str]:
@@ -182,8 +169,8 @@ def read_cached(path: Path, expected: dict, settings: list[VolumeSettings]) -> S
     tensors, meta = common.load_volume(path, ["volume"])
     if difference := common.describe_difference(meta["settings"], expected):
         raise ValueError(f"{path}: differs from the rest of the cache: {difference}; preprocess again")
-    volume = Volume(tensors["volume"], np.array(meta["affine"]), [])
-    return Scan(dict.fromkeys(settings, volume), [], meta.get("doubts", []))
+    volume = Volume(tensors["volume"], np.array(meta["affine"]), [], meta["doubts"])
+    return Scan(dict.fromkeys(settings, volume), [])
 
 
 def read_dicom(item: tuple, settings: list[VolumeSettings]) -> Scan:
@@ -194,7 +181,7 @@ def read_dicom(item: tuple, settings: list[VolumeSettings]) -> Scan:
         series.forget = lambda *_: None  # decoded slices stay for the next volume
     volumes = {each: make_volume(series, each) for each in settings}
     frames = [replace(frame, header={}) for frame in series.frames]  # headers are large to send
-    return Scan(volumes, frames, getattr(volumes[settings[0]], "doubts", []))
+    return Scan(volumes, frames)
 
 
 # --- the ensemble -------------------------------------------------------------------------------------------
@@ -500,7 +487,7 @@ def answer_series(
     uid, scan, reason = item
     if scan is None:
         return answer_prior(ensemble, uid, reason)
-    for doubt in scan.doubts:
+    for doubt in next(iter(scan.volumes.values())).doubts:
         log(f"{uid}: doubtful, but used: {doubt}", everywhere=True)
     started = time.monotonic()
     try:

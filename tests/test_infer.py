@@ -30,28 +30,18 @@ VOLUME = VolumeSettings(base_slices=8, img_size=64)
 BASE = Config(model_name="test_efficientnet", pretrained=False, volume=VOLUME, drop_path_rate=0.0)
 POINTS = [{"specificity": 0.9, "threshold": 0.2, "sensitivity": 0.7}]
 FULL = infer.Plan(False, 5)
-NOISE = """
-import os, sys
-sys.path.insert(0, sys.argv.pop(1))
-import common, infer
-load_run = common.load_run
-def noisy(*args):
-    print("a library prints"); os.system("echo so does a child")
-    return load_run(*args)
-common.load_run = noisy
-sys.exit(infer.main())
-"""
-KILLED = """
+PATCHED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv.pop(1))
 import infer
-answer_series, answers = infer.answer_series, []
-def deadly(*args):
-    if len(answers) == 5:
+answer_series, calls = infer.answer_series, []
+def noisy(*args):
+    print("a library prints"); os.system("echo so does a child")
+    calls.append(args)
+    if len(calls) == 6 and "SIGNAL" in os.environ:
         os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
-    answers.append(answer_series(*args))
-    return answers[-1]
-infer.answer_series = deadly
+    return answer_series(*args)
+infer.answer_series = noisy
 sys.exit(infer.main())
 """
 
@@ -134,19 +124,24 @@ def load(work: Path, *more: str, devices: tuple = ("cpu",)) -> infer.Ensemble:
     return infer.load_ensemble(arguments(work, *more), devices, common.volume_settings(BASE))
 
 
-def scan_of(volume: Volume, frames: list = ()) -> infer.Scan:
-    return infer.Scan({VOLUME: volume}, list(frames), [])
+def scan_of(voxels: np.ndarray, **values) -> infer.Scan:
+    return infer.Scan({VOLUME: Volume(voxels, np.diag([4.0, 3.0, 3.0, 1.0]), [], **values)}, [])
 
 
-def blank_scan() -> infer.Scan:
-    return scan_of(Volume(np.zeros((8, 64, 64), np.uint8), np.diag([4.0, 3.0, 3.0, 1.0]), []))
+def blank_scan(**values) -> infer.Scan:
+    return scan_of(np.zeros((8, 64, 64), np.uint8), **values)
+
+
+def answer(ensemble: infer.Ensemble, scan: infer.Scan, args: argparse.Namespace) -> infer.Answer:
+    deadline = infer.begin_deadline(ensemble, args)
+    return infer.answer_series(ensemble, ("1.2.3", scan, ""), FULL, deadline, args)
 
 
 @pytest.fixture(scope="session")
 def reference(work) -> pd.DataFrame:
     """infer.py on the cache, mirrored view included, while a library and a child process print to stdout."""
     assert len(find_series(work / "dicoms" / "series")[0]) == 10
-    stdout, stderr = run(work, str(ROOT), "--tta", "--labels", "cache/train.csv", start=("-c", NOISE))
+    stdout, stderr = run(work, str(ROOT), "--tta", "--labels", "cache/train.csv", start=("-c", PATCHED))
     table = table_of(stdout)
     assert "unfinished_seed0_fold0" in stderr and "so does a child" in stderr and "wAUC" in stderr
     assert "no --src: predicting the training cache" in stderr and "10 rows, 0 of them the prior" in stderr
@@ -201,13 +196,11 @@ def test_dicom_and_cache_give_the_same_rows_also_when_killed_and_resumed_beside_
     for uid, content in (("1.2.3", b"not DICOM"), ("1.2.4", b"")):
         (tree / uid).mkdir()
         (tree / uid / "a.dcm").write_bytes(content)
-    (tree / "1.2.6").mkdir()
     (work / "list.csv").write_text("\n".join([UID, "1.2.5", *reference.index[::-1], "1.2.3", "1.2.4"]))
-    assert infer.find_source(tree).failed == {"1.2.6": "an empty folder"}
     options = ["--src", "tree", "--tta", "--out", out.name, "--series-list", "list.csv"]
     neighbour = work / "out1.csv.partial.csv"
     neighbour.write_text("of another run")
-    run(work, str(ROOT), *options, start=("-c", KILLED), code=-signal.SIGKILL, SIGNAL="SIGKILL")
+    run(work, str(ROOT), *options, start=("-c", PATCHED), code=-signal.SIGKILL, SIGNAL="SIGKILL")
     partial = work / "out[1].csv.partial.csv"
     assert not out.exists() and len(partial.read_text().splitlines()) == 2 + 4
     partial.write_text(partial.read_text() + f"{reference.index[0]},0.5,0.")
@@ -244,7 +237,7 @@ def test_a_gateway_gets_the_same_answers_from_the_25_tags_of_the_hidden_test(wor
 
 def test_sigterm_and_sigint_end_with_one_line_and_their_code(work):
     for name, code in (("SIGTERM", 143), ("SIGINT", 130)):
-        stdout, stderr = run(work, str(ROOT), start=("-c", KILLED), code=code, SIGNAL=name)
+        stdout, stderr = run(work, str(ROOT), start=("-c", PATCHED), code=code, SIGNAL=name)
         assert stdout == "" and f"stopped by {name}" in stderr and "Traceback" not in stderr
 
 
@@ -344,7 +337,8 @@ def test_proposals_reach_a_classifier_of_another_volume_in_millimetres(work, mon
     maps[4, 3, 1, 2] = 0.9  # its cells are 8 pixels wide: voxel (3, 11.5, 19.5) of the locator's volume
     coarse, fine = np.diag([8.0, 6.0, 6.0, 1.0]), np.diag([4.0, 3.0, 3.0, 1.0])
     fine[:3, 3] = [2, 1, 1]
-    scan = scan_of(Volume(np.zeros((8, 64, 64), np.uint8), fine, []))
+    scan = blank_scan()
+    scan.volumes[VOLUME].affine[:] = fine
     scan.volumes[wide] = Volume(np.zeros((4, 32, 32), np.uint8), coarse, [])
     monkeypatch.setattr(infer, "predict_views", lambda member, *_: Output(np.zeros((1, 14)), maps))
     places = []
@@ -370,8 +364,7 @@ def test_the_mirrored_view_makes_predictions_equivariant(work):
         :1
     ]  # decoys do not move along
     voxels = np.random.default_rng(0).integers(0, 256, (8, 64, 64), dtype=np.uint8)
-    volume = Volume(voxels, np.diag([4.0, 3.0, 3.0, 1.0]), [])
-    scans = [scan_of(volume), scan_of(replace(volume, voxels=np.ascontiguousarray(voxels[..., ::-1])))]
+    scans = [scan_of(voxels), scan_of(voxels[..., ::-1])]
     plain = [infer.predict_series(ensemble, "1", scan, infer.Plan(False, 1))[0] for scan in scans]
     both = [infer.predict_series(ensemble, "1", scan, infer.Plan(True, 1))[0] for scan in scans]
     assert np.abs(plain[0] - plain[1][SWAP]).max() > 1e-3
@@ -396,21 +389,17 @@ def test_a_member_that_is_not_finite_is_left_out_and_a_row_without_members_is_th
     assert np.array_equal(infer.predict_series(ensemble, "1", blank_scan(), FULL)[0], good)
     assert "NaN or infinite" in capsys.readouterr().err
     ensemble.members = [first]
-    deadline = infer.begin_deadline(ensemble, args)
-    answer = infer.answer_series(ensemble, ("1", blank_scan(), ""), FULL, deadline, args)
-    assert np.array_equal(answer.probs, ensemble.prior) and "no member" in answer.reason
+    row = answer(ensemble, blank_scan(), args)
+    assert np.array_equal(row.probs, ensemble.prior) and "no member" in row.reason
 
 
 def test_a_gpu_that_is_gone_stops_the_run_instead_of_giving_priors(work, monkeypatch):
     def broken(*_):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    ensemble, args = load(work), arguments(work)
     monkeypatch.setattr(infer, "predict_series", broken)
     with pytest.raises(OSError, match=r"1\.2\.3: RuntimeError: CUDA error: an illegal memory access"):
-        infer.answer_series(
-            ensemble, ("1.2.3", blank_scan(), ""), FULL, infer.begin_deadline(ensemble, args), args
-        )
+        answer(load(work), blank_scan(), arguments(work))
 
 
 # --- never late ---------------------------------------------------------------------------------------------
@@ -502,7 +491,7 @@ def test_damaged_and_foreign_volumes_of_a_cache_cost_only_themselves(work, tmp_p
     shutil.copy(good, tmp_path)
     (tmp_path / "1.2.safetensors").write_bytes(good.read_bytes()[:5000])
     meta = {"settings": common.volume_settings(replace(BASE, volume=replace(VOLUME, roi_mm=150.0)))}
-    meta["affine"] = np.eye(4).tolist()
+    meta |= {"affine": np.eye(4).tolist(), "doubts": []}
     voxels = common.load_volume(good)[0]["volume"]
     common.save_volume(tmp_path / "9.3.safetensors", voxels, np.zeros((0, 3)), np.zeros(0), meta)
     index = pd.DataFrame({UID: ["1.4", "1.5"], "status": ["failed", "ok"], "reason": ["no slices", ""]})
@@ -516,28 +505,17 @@ def test_damaged_and_foreign_volumes_of_a_cache_cost_only_themselves(work, tmp_p
 
 
 def test_a_doubtful_volume_is_used_and_named(work, capsys):
-    ensemble, args = load(work), arguments(work)
-    scan = replace(blank_scan(), doubts=["air is not dark"])
-    deadline = infer.begin_deadline(ensemble, args)
-    assert infer.answer_series(ensemble, ("1.2", scan, ""), FULL, deadline, args).reason == ""
-    assert "1.2: doubtful, but used: air is not dark" in capsys.readouterr().err
+    assert answer(load(work), blank_scan(doubts=["air is bright"]), arguments(work)).reason == ""
+    assert "1.2.3: doubtful, but used: air is bright" in capsys.readouterr().err
 
 
-def test_other_programs_files_and_a_closed_folder_do_not_change_what_a_dicom_tree_is(
-    work, tmp_path, monkeypatch
-):
-    tree = tmp_path / "tree"
+def test_other_programs_files_do_not_make_a_dicom_tree_a_cache(work, tmp_path):
     uid = next((work / "dicoms" / "series").iterdir()).name
-    shutil.copytree(work / "dicoms" / "series" / uid, tree / uid)
-    (tree / "index.csv").write_text("name;size\na;1\n")
-    (tree / "weights.safetensors").write_bytes(b"\x00")
-    (tree / "1.2.3").mkdir()
-    found = find_series(tree)
-    found[1].append((tree / "1.2.3", "Permission denied"))  # what os.walk reports to those who are not root
-    monkeypatch.setattr(infer, "find_series", lambda _: found)
-    source = infer.find_source(tree)
+    shutil.copytree(work / "dicoms" / "series" / uid, tmp_path / uid)
+    (tmp_path / "index.csv").write_text("name;size\na;1\n")
+    (tmp_path / "weights.safetensors").write_bytes(b"\x00")
+    source = infer.find_source(tmp_path)
     assert not source.is_cache and list(source.series) == [uid]
-    assert source.failed == {"1.2.3": "Permission denied"}
     with pytest.raises(ValueError, match="no such folder"):
         infer.find_source(tmp_path / "nothing")
 
@@ -618,7 +596,7 @@ def test_an_ensemble_without_a_locator_says_that_it_has_no_explanation(work):
 
 def test_low_heat_does_not_glow_and_high_heat_does():
     volume = Volume(np.full((8, 64, 64), 90, np.uint8), np.diag([4.0, 3.0, 3.0, 1.0]), [])
-    answer = infer.Answer("1.2", np.full(14, 0.5), findings=[{"voxel": [5, 20, 30]}])
+    answer = infer.Answer("1.2", np.full(14, 0.5), findings=[{"voxel": [5, 20, 30], "artery": "", "score": 0}])
     coloured = {}
     for value in (0.02, 0.9):
         png = infer.draw_findings(volume, np.full((8, 64, 64), value, np.float32), answer)
