@@ -121,7 +121,7 @@ def find_source(src: Path) -> Source:
 
 def read_index(src: Path) -> pd.DataFrame:
     """The index.csv of preprocess.py by UID; empty where there is none, or another program's."""
-    columns = ["status", "reason", "patient"]
+    columns = ["reason", "patient"]
     try:
         return pd.read_csv(src / "index.csv", dtype=str, keep_default_na=False).set_index(UID)[columns]
     except (OSError, ValueError, KeyError):

@@ -469,14 +469,11 @@ def test_predict_answers_whatever_comes(work, tmp_path, monkeypatch, capsys):
     assert predict(str(tmp_path / "shared" / "1.2.3")).to_numpy().tolist() == prior
     assert (tmp_path / "shared").is_dir() and not list((tmp_path / "shared").iterdir())
     assert list(predict(None).columns) == list(LABELS)
-    slow = arguments(work, "--serve", "--series-timeout", "0.001")
     folder = next((work / "dicoms" / "series").iterdir())
-    assert infer.make_predict(ensemble, slow, answers, bar)(str(folder)).to_numpy().tolist() == prior
     over = arguments(work, "--serve", "--budget-hours", "1e-9")
     assert infer.make_predict(ensemble, over, answers, bar)(str(folder)).to_numpy().tolist() == prior
-    assert [bool(answer.reason) for answer in answers] == [True] * 4
-    text = capsys.readouterr().err
-    assert "took longer than 0.001 s" in text and "no time left" in text
+    assert [bool(answer.reason) for answer in answers] == [True] * 3
+    assert "no time left" in capsys.readouterr().err
 
 
 def test_without_kaggles_package_serve_is_one_line(work):
@@ -494,8 +491,8 @@ def test_damaged_and_foreign_volumes_of_a_cache_cost_only_themselves(work, tmp_p
     meta |= {"affine": np.eye(4).tolist(), "doubts": []}
     voxels = common.load_volume(good)[0]["volume"]
     common.save_volume(tmp_path / "9.3.safetensors", voxels, np.zeros((0, 3)), np.zeros(0), meta)
-    index = pd.DataFrame({UID: ["1.4", "1.5"], "status": ["failed", "ok"], "reason": ["no slices", ""]})
-    index.to_csv(tmp_path / "index.csv", index=False)
+    index = f"{UID},status,reason,patient\n1.4,failed,no slices,\n1.5,ok,,p\n"
+    (tmp_path / "index.csv").write_text(index)
     source, uids = infer.find_source(tmp_path), ["1.2", "9.3", "1.4", "1.5", good.stem]
     source.settings = common.volume_settings(BASE)
     scans = infer.read_scans(source, uids, [VOLUME], arguments(work))
