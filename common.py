@@ -372,6 +372,8 @@ def progress(total: int, desc: str, show: bool = True) -> tqdm:
 
 def reserve_stdout() -> typing.TextIO:
     """stdout for the script's data alone: whatever else a library prints goes to stderr from here on."""
+    if sys.stdout is None:
+        raise OSError("stdout is closed; expected a file or a pipe")
     sys.stdout.flush()
     stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -1247,4 +1249,7 @@ def check_run_metadata(meta: dict) -> Config:
         raise ValueError(f"decoys have shape {decoys.shape}; expected finite rows of (z, y, x)")
     if not all(isinstance(uid, str) for uid in [*meta["val_uids"], meta["locator"]]):
         raise ValueError("val_uids and locator: expected text")
-    return config_from_dict(meta["config"])
+    for point in meta.get("operating_points", []):
+        if not all(isinstance(point[key], float) for key in ("specificity", "threshold", "sensitivity")):
+            raise ValueError(f"operating point {point}: expected numbers")
+    return config_from_dict(dict(meta["config"]))
