@@ -478,7 +478,8 @@ def hash_uid(uid: str) -> int:
 def load_volume(path: Path, names: Sequence[str] | None = None) -> tuple[dict[str, np.ndarray], dict]:
     """(tensors, metadata) of a cached series; with names only these tensors (the others are not read).
 
-    Raises FileNotFoundError, or ValueError naming the file where what was read differs from its sum.
+    The metadata also tells `volume_sum`, by which equal volumes are found without reading them. Raises
+    FileNotFoundError, or ValueError naming the file where what was read differs from its sum.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -496,7 +497,7 @@ def load_volume(path: Path, names: Sequence[str] | None = None) -> tuple[dict[st
     damaged = [name for name in found if found[name] != sums.get(name)]
     if damaged:
         raise ValueError(f"{path}: {', '.join(damaged)} differs from its sum; run preprocess.py again")
-    return tensors, meta
+    return tensors, meta | {"volume_sum": sums["volume"]}
 
 
 def is_inside(points: np.ndarray, shape: Sequence[int]) -> np.ndarray:
@@ -596,6 +597,8 @@ def wait_result(future: concurrent.futures.Future, timeout_s: float) -> tuple[ty
 
 
 # --- metric -------------------------------------------------------------------------------------------------
+
+MIN_POSITIVES = 5  # of a label whose AUC gets an interval
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
@@ -707,7 +710,7 @@ def compare_waucs(
 
 def score(table: pd.DataFrame, probs: np.ndarray, draws: int = 2000) -> dict:
     """Everything said of predictions: wAUC with its interval over patients, per label, and wAUC per modality
-    and plane.
+    and plane. A label of fewer than MIN_POSITIVES positive series has no interval.
 
     table: rows aligned with probs (N, 14); columns patient, Modality, plane and the 14 labels.
     """
@@ -719,9 +722,11 @@ def score(table: pd.DataFrame, probs: np.ndarray, draws: int = 2000) -> dict:
     low, high = percentile_interval(waucs)
     per_label = {}
     for k, name in enumerate(LABELS):
-        label_low, label_high = percentile_interval(aucs[:, k])
+        num_positives = overall["positives"][k]
+        drawn = aucs[:, k] if num_positives >= MIN_POSITIVES else np.empty(0)
+        label_low, label_high = percentile_interval(drawn)
         row = {"auc": overall["auc"][k], "low": label_low, "high": label_high}
-        per_label[name] = row | {"positives": overall["positives"][k]}
+        per_label[name] = row | {"positives": num_positives, "draws_used": int(np.isfinite(drawn).sum())}
     result = {
         "wauc": overall["wauc"],
         "low": low,
