@@ -478,8 +478,7 @@ def hash_uid(uid: str) -> int:
 def load_volume(path: Path, names: Sequence[str] | None = None) -> tuple[dict[str, np.ndarray], dict]:
     """(tensors, metadata) of a cached series; with names only these tensors (the others are not read).
 
-    The metadata also tells `volume_sum`, by which equal volumes are found without reading them. Raises
-    FileNotFoundError, or ValueError naming the file where what was read differs from its sum.
+    Raises FileNotFoundError, or ValueError naming the file where what was read differs from its sum.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -497,7 +496,7 @@ def load_volume(path: Path, names: Sequence[str] | None = None) -> tuple[dict[st
     damaged = [name for name in found if found[name] != sums.get(name)]
     if damaged:
         raise ValueError(f"{path}: {', '.join(damaged)} differs from its sum; run preprocess.py again")
-    return tensors, meta | {"volume_sum": sums["volume"]}
+    return tensors, meta
 
 
 def is_inside(points: np.ndarray, shape: Sequence[int]) -> np.ndarray:

@@ -2,26 +2,25 @@
 
 in   --cache DIR    what preprocess.py wrote: index.csv, volumes, and train.csv where there are labels
      --src DIR      the DICOM tree, to show whole heads beside their volumes
-     --outputs DIR  runs of train.py, at any depth
+     --outputs DIR  finished runs of train.py, at any depth
 out  one HTML page on stdout that needs no other file and no network; progress goes to stderr
 run  python eda.py > report.html
 
 Numbers come from the tables and from the headers of the volumes; pixels are read of the shown examples only.
-What is absent is said in one line where it would stand. Patients are counted, never named.
+What is absent is said where it would stand. Patients are counted, never named.
 exit 0 written, 1 nothing to report on, 2 wrong usage
 """
 
 from __future__ import annotations
 
 import base64
-import datetime
 import functools
 import html
-import importlib.metadata
 import io
 import json
 import re
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,20 +59,17 @@ MEASURES = {  # columns of the table, with name and meaning
         "Height of the scan (mm)",
         "The volume shows what lies in the box, from the top of the head.",
     ),
-    "slab_mm": ("Slab of the volume (mm)", "Thin where the scan ends within the box."),
+    "slab_mm": ("Slab of the volume (mm)", "The thicker, the more a small aneurysm is averaged away."),
 }
 TEXT = dict.fromkeys((UID, "patient", "age"), str)  # types of columns that look like numbers
 NAMES, TRUTH = list(LABELS), [f"label {name}" for name in LABELS]  # columns of oof.csv
-RUN_TABLES = {  # the tables of a run, and the columns that are read
-    "log": ["epoch", "train_loss", "val_loss", "wauc"],
-    "oof": [UID, "patient", "modality", "plane", *NAMES, *TRUTH],
-    "proposals": [UID, "x_mm", "y_mm", "z_mm", "score"],
-}
+PLACE = ["x_mm", "y_mm", "z_mm"]  # columns of proposals.csv
 DIAGNOSTICS = ["oracle_wauc", "leak", "recall_10mm", "false_per_negative", "seconds"]  # of metrics.json
 PLANES = ("axial", "coronal", "sagittal")  # across z, y, x
 WHOLE_HEAD = {"base_slices": 256, "img_size": 256, "roi_mm": 280.0, "roi_top_mm": 600.0}
 REACH_MM, NEAR_MM, ASKEW_MM = 20.0, 8.0, 10.0  # half of a projection; points shown on a slab; a wrong side
 MAX_EXAMPLES, MAX_CASES, MAX_ROWS = 12, 6, 200  # bounds that keep the page small
+list_series = functools.cache(find_series)
 
 # --- what there is ------------------------------------------------------------------------------------------
 
@@ -91,20 +87,18 @@ def read_cache(cache: Path) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     table = table.merge(labels, on=UID, how="left")
     table["modality"] = table["Modality"].fillna(table["modality"])  # the label table tells CTA from CT
     table["age"] = table["age"].map(common.parse_age)
-    table = table.fillna(
-        {"modality": "unknown", "plane": "unknown", "sex": "unknown", "reason": "", "notes": ""}
-    )
+    table = table.fillna({"modality": "unknown", "plane": "unknown", "reason": "", "notes": ""})
     facts, points = [], []
     for uid in table.loc[table["status"] != "failed", UID]:
         try:
             row, places = read_header(common.volume_path(cache, uid))
-            points += [(uid, *place) for place in places]
         except (OSError, ValueError) as error:
-            row = {"unreadable": hide_folders(error)}
+            row, places = {"unreadable": hide_folders(error)}, []
         facts.append({UID: uid, **row})
-    columns = [UID, "unreadable", "settings", "sum", "slab_mm"]
-    table = table.merge(pd.DataFrame(facts, columns=columns), on=UID, how="left")
-    return table, pd.DataFrame(points, columns=[UID, "label", "x_mm", "y_mm", "depth_mm", "depth"]), faults
+        points += [(uid, *place) for place in places]
+    facts = pd.DataFrame(facts, columns=[UID, "unreadable", "settings", "slab_mm"])
+    points = pd.DataFrame(points, columns=[UID, "label", "x_mm", "y_mm", "depth_mm", "depth"])
+    return table.merge(facts, on=UID, how="left"), points, faults
 
 
 def read_header(path: Path) -> tuple[dict, Iterable[tuple]]:
@@ -112,18 +106,18 @@ def read_header(path: Path) -> tuple[dict, Iterable[tuple]]:
     box, mm below its top, and that depth as a share of the box. No pixels are read."""
     tensors, meta = common.load_volume(path, ["points", "point_labels"])
     settings, spacing_mm = meta["settings"], meta["spacing_mm"]
-    size = np.array([settings["base_slices"], settings["img_size"], settings["img_size"]])
-    z, y, x = ((tensors["points"] + 0.5 - size / 2) * spacing_mm).T
-    height_mm = size[0] * spacing_mm[0]
+    shape = np.array([settings["base_slices"], settings["img_size"], settings["img_size"]])
+    z, y, x = ((tensors["points"] + 0.5 - shape / 2) * spacing_mm).T
+    height_mm = shape[0] * spacing_mm[0]
     depth_mm = height_mm / 2 - z
-    facts = {"settings": json.dumps(settings), "sum": meta["volume_sum"], "slab_mm": spacing_mm[0]}
-    return facts, zip(tensors["point_labels"], x, y, depth_mm, depth_mm / height_mm, strict=True)
+    places = zip(tensors["point_labels"], x, y, depth_mm, depth_mm / height_mm, strict=True)
+    return {"settings": json.dumps(settings), "slab_mm": spacing_mm[0]}, places
 
 
 def read_runs(outputs: Path) -> tuple[list[dict], list[str]]:
-    """The runs below a folder, and a line for each that cannot be read."""
+    """The runs below a folder, and a line for each that is unfinished or cannot be read."""
     runs, faults = [], []
-    for path in sorted(outputs.rglob("oof.csv")):
+    for path in sorted(outputs.rglob("config.yaml")):
         try:
             runs.append(read_run(path.parent))
         except (OSError, ValueError, KeyError) as error:
@@ -134,15 +128,16 @@ def read_runs(outputs: Path) -> tuple[list[dict], list[str]]:
 def read_run(folder: Path) -> dict:
     """{folder, group: its name without seed and fold, weight, metrics, log, oof, proposals}."""
     cfg = common.load_config(folder / "config.yaml")
-    run = {"folder": folder, "group": re.sub(r"_seed\d+_fold\d+$", "", folder.name), "metrics": {}}
+    run = {"folder": folder, "group": re.sub(r"_seed\d+_fold\d+$", "", folder.name)}
     run["weight"] = max(cfg.ensemble_weight, 1e-9)  # 0: a locator that only proposes
-    for name, columns in RUN_TABLES.items():
-        run[name] = pd.DataFrame(columns=columns)
-        if (folder / f"{name}.csv").is_file():
-            run[name] = pd.read_csv(folder / f"{name}.csv", dtype=TEXT)[columns]
-    if (folder / "metrics.json").is_file():
-        run["metrics"] = json.loads((folder / "metrics.json").read_text())
-    if not np.isfinite(run["oof"][NAMES + TRUTH].to_numpy(float)).all():
+    run["metrics"] = json.loads((folder / "metrics.json").read_text())
+    run["log"] = pd.read_csv(folder / "log.csv")[["epoch", "train_loss", "val_loss", "wauc"]]
+    oof = pd.read_csv(folder / "oof.csv", dtype=TEXT)
+    run["oof"] = oof[[UID, "patient", "modality", "plane", *NAMES, *TRUTH]]
+    run["proposals"] = pd.DataFrame(columns=[UID, *PLACE, "score"])
+    if cfg.task == "locate":
+        run["proposals"] = pd.read_csv(folder / "proposals.csv", dtype=TEXT)[[UID, *PLACE, "score"]]
+    if not np.isfinite(oof[NAMES + TRUTH].to_numpy(float)).all():
         raise ValueError("oof.csv: predictions are NaN or infinite")
     return run
 
@@ -165,15 +160,6 @@ def score_oof(rows: pd.DataFrame) -> dict:
 
 
 # --- section: at a glance -----------------------------------------------------------------------------------
-
-
-def describe_command(paths: dict[str, Path]) -> str:
-    """The command (folders by their names alone), the date, the versions."""
-    options = "".join(f" --{name} {path.absolute().name}" for name, path in paths.items())
-    packages = ("numpy", "pandas", "torch", "timm", "pydicom")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    now = datetime.datetime.now().astimezone()
-    return f"python eda.py{options}; {now:%Y-%m-%d %H:%M %Z}; Python {sys.version.split()[0]}, {versions}"
 
 
 def describe_series(table: pd.DataFrame) -> str:
@@ -209,22 +195,17 @@ def find_constant_runs(runs: list[dict]) -> list[str]:
 
 
 def data_section(table: pd.DataFrame) -> str:
-    cached = table[table["slab_mm"].notna()]
-    settings = pd.DataFrame(map(json.loads, cached["settings"].unique()))
-    tables = [show_table(settings, "Settings of the volumes. The box reaches down from the top of the head.")]
-    for name in ("plane", "sex"):
-        counts = pd.crosstab(table[name], table["modality"], margins=True)
-        tables.append(show_table(counts.reset_index(), f"Series by {name} and modality"))
-    labelled = cached.dropna(subset=LABELS[AP])
-    if len(labelled):
-        counts = labelled.groupby("modality")[NAMES].sum().T.astype(int)
-        counts["all"] = counts.sum(axis=1)
-        counts["share"] = [f"{count / len(labelled):.1%}" for count in counts["all"]]
-        tables.append(show_table(counts.reset_index(names="label"), f"Positive series of {len(labelled)}"))
-    else:
-        tables.append(absent("No labels: there is no readable train.csv in the cache."))
+    settings = pd.DataFrame(map(json.loads, table["settings"].dropna().unique()))
+    planes = pd.crosstab(table["plane"], table["modality"], margins=True).reset_index()
+    positives = table.groupby("modality")[NAMES].sum().T.astype(int)
+    positives["all"] = positives.sum(axis=1)
+    num_labelled = table[LABELS[AP]].notna().sum()
     figures = [draw_histogram(title, meaning, table, name) for name, (title, meaning) in MEASURES.items()]
-    return section("data", "The data", *tables, grid(figures))
+    return f"""<section id="data"><h2>The data</h2>
+        {show_table(settings, "Settings of the volumes; the box reaches down from the top of the head")}
+        {show_table(planes, "Series by plane and modality")}
+        {show_table(positives.reset_index(names="label"), f"Positive series of {num_labelled} with labels")}
+        {grid(figures)}</section>"""
 
 
 # --- section: the images ------------------------------------------------------------------------------------
@@ -252,71 +233,49 @@ def read_scan(uid: str, cache: Path) -> Scan:
     """The cached volume of a series."""
     tensors, meta = common.load_volume(common.volume_path(cache, uid))
     voxels, affine = tensors["volume"], np.array(meta["affine"])
+    points_lps = to_lps(tensors["points"], affine)
     names = [SHORT[label] for label in tensors["point_labels"]]
     box_lps = to_lps([[-0.5] * 3, np.array(voxels.shape) - 0.5], affine)
-    return Scan(voxels, affine, to_lps(tensors["points"], affine), names, box_lps, meta["settings"])
+    return Scan(voxels, affine, points_lps, names, box_lps, meta["settings"])
 
 
-def read_original(scan: Scan, uid: str, src: Path) -> Scan:
-    """The whole head of the same series, read again from DICOM: a volume over a larger box."""
+def read_whole_head(scan: Scan, uid: str, src: Path) -> Scan:
+    """The same series read again from DICOM: a volume over a larger box."""
     folder = src / "series" / uid
-    files = sorted(folder.iterdir()) if folder.is_dir() else search_tree(src)[uid]
-    settings = {name: scan.settings[name] for name in common.VOLUME_FIELDS} | WHOLE_HEAD
-    volume = make_volume(read_series(files, uid), common.config_from_dict(settings).volume)
+    files = sorted(folder.iterdir()) if folder.is_dir() else list_series(src)[0][uid]
+    settings = {name: scan.settings[name] for name in common.VOLUME_FIELDS}
+    cfg = common.config_from_dict(settings | WHOLE_HEAD)
+    volume = make_volume(read_series(files, uid), cfg.volume)
     return replace(scan, voxels=volume.voxels, affine=volume.affine)
-
-
-@functools.cache
-def search_tree(src: Path) -> dict[str, list[Path]]:
-    return find_series(src)[0]
 
 
 def images_section(table: pd.DataFrame, points: pd.DataFrame, cache: Path, src: Path) -> str:
     """An example per modality and plane, with an annotated point where there is one."""
-    cached = table[table["slab_mm"].notna()].assign(is_bare=~table[UID].isin(points[UID]))
-    chosen = cached.sort_values(["modality", "plane", "is_bare", UID]).drop_duplicates(["modality", "plane"])
-    intro = (
-        "A series per modality and plane, with an annotated aneurysm where there is one (ring). R and L are the "
-        "patient's sides, A is the front, P the back. Blue: the box that the model sees. Projections are maxima "
-        f"over {2 * REACH_MM:.0f} mm. Arteries are bright in CTA and MRA; in T2 they are dark: see the slices."
-    )
-    parts = [paragraph(intro) if len(chosen) else absent("No readable volume in the cache.")]
-    for row in chosen[:MAX_EXAMPLES].to_dict("records"):
-        parts.append(show_example(row, read_scan(row[UID], cache), src))
-    return section("images", "The images", *parts)
+    cached = table.dropna(subset="slab_mm").assign(is_bare=~table[UID].isin(points[UID]))
+    cached = cached.sort_values(["modality", "plane", "is_bare", UID])
+    chosen = cached.drop_duplicates(["modality", "plane"])[:MAX_EXAMPLES]
+    examples = [show_example(row, read_scan(row[UID], cache), src) for row in chosen.to_dict("records")]
+    return f"""<section id="images"><h2>The images</h2>
+        <p>A series per modality and plane, with an annotated aneurysm where there is one (ring). R and L are
+        the patient's sides, A is the front, P the back. Blue: the box that the model sees. Projections are
+        maxima over {2 * REACH_MM:.0f} mm. Arteries are bright in CTA and MRA; T2 shows them dark, best in the
+        slices.</p>
+        {"".join(examples) or absent("No readable volume in the cache.")}</section>"""
 
 
 def show_example(row: dict, scan: Scan, src: Path) -> str:
-    """A series: where the box lies in the head, a slice before and after, all slabs."""
-    fault, original, axis = "", scan, PLANES.index(row["plane"])
+    """A series: where the box lies in the head, and a slice before and after."""
+    whole, fault, axis = scan, "", PLANES.index(row["plane"])
     try:
-        original = read_original(scan, row[UID], src)
+        whole = read_whole_head(scan, row[UID], src)
     except (ValueError, OSError, KeyError) as error:
-        fault = f"Not shown from DICOM: {hide_folders(error)}"
-    panes = [
-        show_plane("Coronal projection", original, 1, REACH_MM),
-        show_plane("Sagittal projection", original, 2, REACH_MM),
-        show_plane("Before: as acquired", original, axis),
-        show_plane("After: in the volume", scan, axis),
-    ]
+        fault = f"The volume alone is shown, DICOM is not at hand: {hide_folders(error)}"
     facts = f"{row[UID]}: {row['num_slices']} slices, {row['slice_mm']:.2f} mm apart. {row['notes']} {fault}"
-    head = f"<h3>{esc(row['modality'])}, {esc(row['plane'])}</h3>{absent(facts)}"
-    return f"{head}{grid(panes, 'panes')}{show_slabs(scan)}"
-
-
-def show_slabs(scan: Scan, columns: int = 8) -> str:
-    """All slabs, lowest first as in the model's channels; points ringed."""
-    num = len(scan.voxels)
-    rows = -(-num // columns)
-    figure = Figure(figsize=(1.4 * columns, 1.5 * rows), layout="constrained")
-    for z, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
-        axes.set_axis_off()
-        if z < num:
-            axes.imshow(scan.voxels[z], vmin=0, vmax=255)
-            axes.set_title(z, **LETTERS)
-    for z, y, x in to_voxel(scan.points_lps, scan.affine):
-        figure.axes[int(np.clip(round(z), 0, num - 1))].plot(x, y, **RING)
-    return show_picture("All slabs", "Lowest first, numbered from 0; R is on the left.", figure)
+    return f"""<h3>{esc(row["modality"])}, {esc(row["plane"])}</h3>{absent(facts)}<div class="grid panes">
+        {show_plane("Coronal projection", whole, 1, REACH_MM)}
+        {show_plane("Sagittal projection", whole, 2, REACH_MM)}
+        {show_plane("Before: as acquired", whole, axis)}
+        {show_plane("After: in the volume", scan, axis)}</div>"""
 
 
 # --- section: where the aneurysms are -----------------------------------------------------------------------
@@ -324,13 +283,10 @@ def show_slabs(scan: Scan, columns: int = 8) -> str:
 
 def points_section(table: pd.DataFrame, points: pd.DataFrame) -> str:
     """All annotated points in the frame of the box, from three sides; their depth below its top."""
-    if not len(points):
-        return section("points", "Where the aneurysms are", absent("No annotated points in the cache."))
     points = points.merge(table[[UID, "modality"]], on=UID)
     points["artery"] = [re.sub("^[LR] ", "", SHORT[label]) for label in points["label"]]
     names = {"x_mm": "right  ←  mm  →  left", "y_mm": "front  ←  mm  →  back", "depth_mm": "mm below the top"}
-    share = (points["depth"] < 1 / 3).mean()
-    meaning = f"{share:.0%} of {plural(len(points), 'point')} lie in the upper third of their box."
+    meaning = f"{(points['depth'] < 1 / 3).mean():.0%} of the points lie in the upper third of their box."
     figures = [draw_histogram("Depth below the top of the box (mm)", meaning, points, "depth_mm", "points")]
     for view, x, y in (
         ("From below", "x_mm", "y_mm"),
@@ -343,7 +299,8 @@ def points_section(table: pd.DataFrame, points: pd.DataFrame) -> str:
         axes.set_aspect("equal")
         axes.invert_yaxis()
         figures.append(show_chart(view, "0 is the middle of the box that the model sees.", axes))
-    return section("points", "Where the aneurysms are", grid(figures))
+    return f"""<section id="points"><h2>Where the aneurysms are</h2>
+        {grid(figures) if len(points) else absent("No annotated points in the cache.")}</section>"""
 
 
 # --- section: what went wrong -------------------------------------------------------------------------------
@@ -351,25 +308,15 @@ def points_section(table: pd.DataFrame, points: pd.DataFrame) -> str:
 
 def find_troubles(table: pd.DataFrame, points: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Title -> a row per case."""
-    cached = table[table["slab_mm"].notna()]
+    outside = table.query("points_inside < num_points")
     return {
         "Series that failed": table.query("status == 'failed'")[[UID, "reason"]],
         "Doubtful volumes": table.query("status == 'doubtful'")[[UID, "reason", "notes"]],
         "Unreadable volumes": table.dropna(subset="unreadable")[[UID, "unreadable"]],
-        "Points outside the box": table.query("points_inside < num_points")[
-            [UID, "num_points", "points_inside"]
-        ],
-        "Labels and points at odds": find_contradictions(cached, points),
-        "Equal volumes": cached[cached.duplicated("sum", keep=False)].sort_values("sum")[[UID, "sum"]],
+        "Points outside the box": outside[[UID, "num_points", "points_inside"]],
+        "Labels and points at odds": find_contradictions(table.dropna(subset="slab_mm"), points),
         "Kinds of repairs and assumptions": count_notes(table),
     }
-
-
-def trouble_section(troubles: dict[str, pd.DataFrame]) -> str:
-    parts = []
-    for title, rows in troubles.items():
-        parts += [f"<h3>{title}: {len(rows)}</h3>", show_table(rows) if len(rows) else absent("None.")]
-    return section("trouble", "What went wrong", *parts)
 
 
 def find_contradictions(cached: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
@@ -382,32 +329,40 @@ def find_contradictions(cached: pd.DataFrame, points: pd.DataFrame) -> pd.DataFr
         "labelled, but no point": (pairs["stated"] == 1) & pairs["x_mm"].isna(),
         "a point on the other side": pairs["x_mm"] * side < -ASKEW_MM,
     }
-    return pd.concat([pairs.loc[fault, [UID, "label"]].assign(what=what) for what, fault in faults.items()])
+    pairs["what"] = np.select(list(faults.values()), list(faults), "")
+    return pairs.loc[pairs["what"] != "", [UID, "label", "what"]]
 
 
 def count_notes(table: pd.DataFrame) -> pd.DataFrame:
     """Kinds of notes, most frequent first; notes that differ in numbers only are of one kind."""
-    notes = table.set_index(UID)["notes"].str.split("; ").explode().dropna().reset_index(name="example")
-    kinds = notes["example"].str.replace(r"(?<![\w(,])[-+]?\d[\d.]*", "n", regex=True)
-    counts = notes.groupby(kinds).agg(series=(UID, "nunique"), example=("example", "first"))
-    return counts.sort_values("series", ascending=False)
+    notes = table["notes"].str.split("; ").explode()
+    kinds = notes.str.replace(r"(?<![\w(,])[-+]?\d[\d.]*", "n", regex=True)
+    return kinds[kinds != ""].value_counts().reset_index(name="series")
+
+
+def trouble_section(troubles: dict[str, pd.DataFrame]) -> str:
+    parts = []
+    for title, rows in troubles.items():
+        parts.append(f"<h3>{title}: {len(rows)}</h3>")
+        parts.append(show_table(rows) if len(rows) else absent("None."))
+    return f"""<section id="trouble"><h2>What went wrong</h2>{"".join(parts)}</section>"""
 
 
 # --- section: the results -----------------------------------------------------------------------------------
 
 
 def results_section(runs: list[dict], pooled: pd.DataFrame, result: dict) -> str:
-    groups = sorted({run["group"] for run in runs})
-    tables = {group: pool_oof([run for run in runs if run["group"] == group]) for group in groups}
-    parts = [paragraph(describe_score(result, len(runs))), runs_table(runs, tables)]
-    for key in ("operating_points", "froc"):
-        rows = [{"run": run["folder"].name, **row} for run in runs for row in run["metrics"].get(key, [])]
-        parts.append(show_table(pd.DataFrame(rows), key.replace("_", " ")) if rows else "")
-    parts.append(grid([*training_figures(runs, groups), roc_figure(tables | {"all runs": pooled})]))
+    tables = {}
+    for group in sorted({run["group"] for run in runs}):
+        tables[group] = pool_oof([run for run in runs if run["group"] == group])
+    figures = [*training_figures(runs, list(tables)), roc_figure(tables | {"all runs": pooled})]
+    parts = []
     for name in ("label", "modality", "plane"):
         rows = pd.DataFrame(result[f"per_{name}"]).T.drop(columns="undefined", errors="ignore")
         parts.append(show_table(rows.reset_index(names=name), f"The pooled predictions by {name}"))
-    return section("results", "The results", *parts)
+    return f"""<section id="results"><h2>The results</h2><p>{esc(describe_score(result, len(runs)))}</p>
+        {runs_table(runs, tables)}{points_table(runs, "operating_points")}{points_table(runs, "froc")}
+        {grid(figures)}{"".join(parts)}</section>"""
 
 
 def runs_table(runs: list[dict], tables: dict[str, pd.DataFrame]) -> str:
@@ -417,10 +372,16 @@ def runs_table(runs: list[dict], tables: dict[str, pd.DataFrame]) -> str:
     means = metrics.groupby([run["group"] for run in runs]).mean()
     means.insert(0, "wAUC", [interval(score_oof(tables[group]), "wauc") for group in means.index])
     caption = (
-        "Runs compared, on patients held back. oracle_wauc: with crops at annotated places, which no new patient "
-        "has; leak: what that adds. Both are diagnostics, not results."
+        "Runs compared, on patients held back. oracle_wauc: with crops at annotated places, which no new "
+        "patient has; leak: what that adds. Both are diagnostics, not results."
     )
     return show_table(means.reset_index(names="runs"), caption)
+
+
+def points_table(runs: list[dict], key: str) -> str:
+    """A list of metrics.json, such as the operating points, of all runs that have it."""
+    rows = [{"run": run["folder"].name, **row} for run in runs for row in run["metrics"].get(key, [])]
+    return show_table(pd.DataFrame(rows), key.replace("_", " ")) if rows else ""
 
 
 def training_figures(runs: list[dict], groups: list[str]) -> list[str]:
@@ -449,58 +410,62 @@ def roc_figure(tables: dict[str, pd.DataFrame]) -> str:
     return show_chart("ROC of Aneurysm Present", "Chance is the diagonal.", axes)
 
 
-def cases_section(pooled: pd.DataFrame, runs: list[dict], cache: Path) -> str:
-    """The predictions that are most wrong, and what a locator finds in them."""
-    places = pd.concat([run["proposals"].assign(folder=run["folder"]) for run in runs])
-    places = places.sort_values("score").drop_duplicates(UID, keep="last").set_index(UID)
+# --- section: the hardest cases -----------------------------------------------------------------------------
+
+
+def cases_section(runs: list[dict], pooled: pd.DataFrame, cache: Path) -> str:
+    """The predictions that are most wrong, of positives and of negatives."""
+    proposals = pd.concat([run["proposals"].assign(folder=run["folder"]) for run in runs])
     errors = (pooled[TRUTH[AP]] - pooled[LABELS[AP]]).abs()
-    rows = (
-        pooled.assign(error=errors).sort_values("error", ascending=False).groupby(TRUTH[AP]).head(MAX_CASES)
-    )
-    cases = [show_case(row, places, read_scan(row[UID], cache)) for row in rows.to_dict("records")]
-    return section("cases", "The hardest cases", grid(cases, "wide"))
+    rows = pooled.assign(error=errors).sort_values("error", ascending=False)
+    cases = []
+    for row in rows.groupby(TRUTH[AP]).head(MAX_CASES).to_dict("records"):
+        places = proposals[proposals[UID] == row[UID]].sort_values("score")
+        try:
+            cases.append(show_case(row, places, read_scan(row[UID], cache)))
+        except (OSError, ValueError) as error:
+            cases.append(absent(f"{row[UID]}: {hide_folders(error)}"))
+    return f"""<section id="cases"><h2>The hardest cases</h2>
+        <p>Left the slab of a locator's likeliest place, else of the annotated one; right the same slab with the
+        locator's probability of an aneurysm, or a coronal projection where there is no locator.</p>
+        {grid(cases, "wide")}</section>"""
 
 
 def show_case(row: dict, places: pd.DataFrame, scan: Scan) -> str:
-    """The slab of a locator's likeliest place, else of the annotated one; beside it the heat map of a positive,
-    or a coronal projection."""
-    figure, place_lps, text = Figure(figsize=(7, 3.3), layout="constrained"), scan.place_lps, ""
-    plain, beside = figure.subplots(1, 2)
-    if row[UID] in places.index:
-        place_lps = places.loc[row[UID], ["x_mm", "y_mm", "z_mm"]].to_numpy(float)
-    draw_plane(plain, scan, 0, place_lps)
-    if row[UID] in places.index and row[TRUTH[AP]] == 1:
-        draw_plane(beside, scan, 0, place_lps)
-        try:
-            draw_heat(beside, scan, place_lps, places.loc[row[UID], "folder"])
-        except ValueError as error:
-            text = f"No heat map: {hide_folders(error)}"
+    """A slab, beside it its heat map or a coronal projection. places: rows of proposals, the best one last."""
+    figure = Figure(figsize=(7, 3.3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    if len(places):
+        place_lps = places[PLACE].to_numpy(float)[-1]
+        draw_plane(right, scan, 0, place_lps)
+        draw_heat(right, scan, place_lps, places["folder"].iloc[-1])
     else:
-        draw_plane(beside, scan, 1, place_lps, REACH_MM)
-    distances = np.linalg.norm(scan.points_lps - place_lps, axis=1)
-    away = [f"{name} {mm:.0f} mm away" for name, mm in zip(scan.names, distances, strict=True)]
-    truth = "positive" if row[TRUTH[AP]] else "negative"
-    title = f"{row['modality']} …{row[UID][-8:]}, {truth}, predicted {row[LABELS[AP]]:.2f}"
-    return show_picture(title, f"Annotated: {', '.join(away) or 'nothing'}. {text}", figure)
+        place_lps = scan.place_lps
+        draw_plane(right, scan, 1, place_lps, REACH_MM)
+    draw_plane(left, scan, 0, place_lps)
+    truth = ", ".join(scan.names) or ("positive" if row[TRUTH[AP]] else "negative")
+    title = f"{row['modality']} …{row[UID][-8:]}"
+    return show_picture(title, f"Truth: {truth}. Predicted: {row[LABELS[AP]]:.2f}.", figure)
 
 
 def draw_heat(axes: Axes, scan: Scan, place_lps: np.ndarray, folder: Path) -> None:
-    """A locator's probability of an aneurysm, the sum of its 13 maps, over the slab of a place; on a scale from
-    0 to 1. Raises ValueError if it cannot be had."""
+    """A locator's probability of an aneurysm, the sum of its 13 maps, over the slab of a place, on a scale from
+    0 to 1. Raises ValueError if the locator cannot be asked."""
     run = common.load_run(folder)
     difference = common.describe_difference(scan.settings, common.volume_settings(run.cfg))
     if difference:
-        raise ValueError(f"the locator's volumes differ: {difference}")
+        raise ValueError(f"{folder.name} has volumes of other settings: {difference}")
     with torch.inference_mode():
         maps = run.model(torch.from_numpy(scan.voxels)[None].float() / 255).maps
     z = round(to_voxel(place_lps, scan.affine)[0, 0])
     heat = maps[0, :, z].sigmoid().sum(0).numpy()
-    extent = (-0.5, scan.voxels.shape[2] - 0.5, scan.voxels.shape[1] - 0.5, -0.5)
+    edges = np.array(scan.voxels.shape) - 0.5
+    extent = (-0.5, edges[2], edges[1], -0.5)
     image = axes.imshow(heat, "inferno", extent=extent, alpha=heat, vmin=0, vmax=1)
     axes.figure.colorbar(image, ax=axes).ax.tick_params(colors="white")
 
 
-# --- charts, pictures, page ---------------------------------------------------------------------------------
+# --- charts, pictures, tables -------------------------------------------------------------------------------
 
 FORE = "#123457"  # becomes the page's own text colour, light or dark
 CHART_STYLE = {
@@ -516,7 +481,6 @@ CHART_STYLE = {
     "lines.markersize": 4,
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), FORE),
 }
-RING = {"marker": "o", "markersize": 10, "fillstyle": "none", "color": "yellow"}
 LETTERS = {"color": "white", "fontsize": 8, "path_effects": [withStroke(linewidth=2, foreground="black")]}
 
 
@@ -535,17 +499,18 @@ def show_chart(title: str, caption: str, axes: Axes) -> str:
     text = io.StringIO()
     axes.figure.savefig(text, format="svg", transparent=True)
     drawing = text.getvalue()
-    drawing = re.sub(r' id="\w+_\d+"', "", drawing[drawing.index("<svg") :])  # they would stand there twice
+    drawing = re.sub(r' id="\w+_\d+"', "", drawing[drawing.index("<svg") :])  # each id once on a page
     return show_figure(title, caption, drawing.replace(FORE, "currentColor"))
 
 
 def draw_histogram(title: str, caption: str, table: pd.DataFrame, column: str, unit: str = "series") -> str:
     """Values of a column, stacked by modality."""
-    kinds = list(table.dropna(subset=column).groupby("modality")[column])
-    if not kinds:
+    groups = list(table.dropna(subset=column).groupby("modality")[column])
+    if not groups:
         return absent(f"{title}: no series states it.")
+    kinds, values = zip(*groups, strict=True)
     axes = new_chart(title, unit)
-    axes.hist([values for _, values in kinds], 24, stacked=True, label=[kind for kind, _ in kinds])
+    axes.hist(values, 24, stacked=True, label=kinds)
     return show_chart(title, caption, axes)
 
 
@@ -558,13 +523,13 @@ def draw_plane(axes: Axes, scan: Scan, axis: int, place_lps: np.ndarray, reach_m
     reach = reach_mm / steps[axis]
     first, last = np.clip(np.rint([centre - reach, centre + reach]), 0, num - 1).astype(int)
     image = scan.voxels.take(range(first, last + 1), axis).max(axis)
-    axes.imshow(
-        image, aspect=steps[down] / steps[across], origin="lower" if axis else "upper", vmin=0, vmax=255
-    )
+    axes.imshow(image, vmin=0, vmax=255, aspect=steps[down] / steps[across])
     axes.set_axis_off()
+    if axis:
+        axes.invert_yaxis()  # z grows upwards
     for point, name in zip(to_voxel(scan.points_lps, scan.affine), scan.names, strict=True):
         if abs(point[axis] - centre) * steps[axis] <= max(reach_mm, NEAR_MM):
-            axes.plot(point[across], point[down], **RING)
+            axes.plot(point[across], point[down], "o", markersize=10, fillstyle="none", color="yellow")
             axes.text(point[across], point[down], f"   {name}", **LETTERS)
     low, high = to_voxel(scan.box_lps, scan.affine)[:, [across, down]]
     axes.add_patch(Rectangle(low, *(high - low), fill=False, color="C0"))
@@ -593,26 +558,16 @@ def show_figure(title: str, caption: str, body: str) -> str:
 
 def show_table(table: pd.DataFrame, caption: str = "") -> str:
     """The first rows of a table, escaped."""
+    table = table.rename_axis(columns=None)
     with pd.option_context("display.max_colwidth", None):
-        body = (
-            table[:MAX_ROWS]
-            .rename_axis(columns=None)
-            .to_html(index=False, border=0, na_rep="–", float_format="{:.4g}".format)
-        )
-    more = f"and {len(table) - MAX_ROWS} more" if len(table) > MAX_ROWS else ""
-    return f'{paragraph(caption)}<div class="scroll">{body}</div>{absent(more)}'
+        body = table[:MAX_ROWS].to_html(index=False, border=0, na_rep="–", float_format="{:.4g}".format)
+    if len(table) > MAX_ROWS:
+        caption += f" ({MAX_ROWS} of {len(table)} rows)"
+    return f'<p>{esc(caption)}</p><div class="scroll">{body}</div>'
 
 
 def grid(figures: Iterable[str], kind: str = "") -> str:
     return f'<div class="grid {kind}">{"".join(figures)}</div>'
-
-
-def section(name: str, title: str, *parts: str) -> str:
-    return f'<section id="{name}"><h2>{title}</h2>{"".join(parts)}</section>'
-
-
-def paragraph(text: str) -> str:
-    return f"<p>{esc(text)}</p>"
 
 
 def absent(text: str) -> str:
@@ -640,6 +595,8 @@ def interval(result: dict, name: str) -> str:
     return f"{result[name]:.3f} ({result['low']:.2f} to {result['high']:.2f})"
 
 
+# --- the page -----------------------------------------------------------------------------------------------
+
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --fore: #1c1e21; --soft: #5c6166; --line: #d5d8db; }
 @media screen and (prefers-color-scheme: dark) {
@@ -665,64 +622,60 @@ th, td { border: 1px solid var(--line); padding: 2px 7px; min-width: 4em; text-a
 
 
 def make_page(cache: Path, src: Path, outputs: Path) -> str:
-    facts = {"Command": describe_command({"cache": cache, "src": src, "outputs": outputs})}
-    sections, warnings, readable = [], [], set()
+    """What was run, what came out and what to look at first; then the sections."""
+    sections, facts = [], []
+    runs, warnings = read_runs(outputs)
     try:
         table, points, faults = read_cache(cache)
     except (OSError, ValueError, KeyError) as error:
         warnings.append(f"No data: index.csv of the cache: {hide_folders(error)}")
     else:
-        facts["Series"], troubles = describe_series(table), find_troubles(table, points)
-        readable = set(table.loc[table["slab_mm"].notna(), UID])
-        warnings += faults
+        facts.append(describe_series(table))
+        troubles = find_troubles(table, points)
         for title, rows in troubles.items():
             if len(rows):
                 warnings.append(f"{title}: {len(rows)}; first {', '.join(map(str, rows.iloc[0]))}")
+        warnings += faults
         sections += [data_section(table), images_section(table, points, cache, src)]
         sections += [points_section(table, points), trouble_section(troubles)]
-    runs, faults = read_runs(outputs)
-    warnings = find_constant_runs(runs) + warnings + faults
     if runs:
         pooled = pool_oof(runs)
         result = score_oof(pooled)
-        facts["Score"] = describe_score(result, len(runs))
-        sections.append(results_section(runs, pooled, result))
-        sections.append(cases_section(pooled[pooled[UID].isin(readable)], runs, cache))
+        facts.append(describe_score(result, len(runs)))
+        warnings = find_constant_runs(runs) + warnings
+        sections += [results_section(runs, pooled, result), cases_section(runs, pooled, cache)]
     else:
-        sections.append(section("results", "The results", absent("No training runs.")))
-    return assemble(facts, warnings, sections)
-
-
-def assemble(facts: dict[str, str], warnings: list[str], sections: list[str]) -> str:
-    """The page: what was run, what came out, what to look at first; then the sections."""
-    items = "".join(f"<li>{esc(text)}</li>" for text in warnings or ["Nothing stands out."])
-    rows = "".join(f"<p><b>{name}</b> {esc(text)}</p>" for name, text in facts.items())
-    top = section("top", "At a glance", rows, f"<h3>Look at this first</h3><ul>{items}</ul>")
-    body = "".join([top, *sections])
-    links = re.sub(r'.*?<section id="(\w+)"><h2>(.*?)</h2>|.*', r'<a href="#\1">\2</a>', body, flags=re.S)
-    title = "Intracranial aneurysms: data and results"
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>{STYLE}</style></head>
-<body><h1>{title}</h1><p>Research software, not a medical device.</p><nav>{links}</nav><main>{body}</main></body></html>
+        facts.append("No finished training runs.")
+    names = re.findall(r'<section id="(\w+)"><h2>(.*?)</h2>', "".join(sections))
+    return f"""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
+        <meta name="viewport" content="width=device-width, initial-scale=1">
+        <title>Intracranial aneurysms</title><style>{STYLE}</style></head>
+        <body><h1>Intracranial aneurysms: data and results</h1>
+        <nav>{"".join(f'<a href="#{name}">{title}</a>' for name, title in names)}</nav><main>
+        <p>python eda.py --cache {esc(cache.name)} --src {esc(src.name)} --outputs {esc(outputs.name)};
+        {time.strftime("%Y-%m-%d %H:%M %Z")}; Python {sys.version.split()[0]}, torch {torch.__version__},
+        pandas {pd.__version__}, numpy {np.__version__}. Research software, not a medical device.</p>
+        {"".join(f"<p><b>{esc(text)}</b></p>" for text in facts)}
+        <h3>Look at this first</h3>
+        <ul>{"".join(f"<li>{esc(text)}</li>" for text in warnings or ["Nothing stands out."])}</ul>
+        {"".join(sections)}</main></body></html>
 """
 
 
 def main() -> int:
     parser = common.make_parser(__doc__)
-    defaults = {"cache": Path("cache"), "src": Path("dicoms"), "outputs": Path("outputs")}
-    for name, path in defaults.items():
-        parser.add_argument(f"--{name}", type=Path, metavar="DIR", default=path, help=f"default: {path}")
-    paths = vars(parser.parse_args())
-    for name, path in paths.items():
-        if path != defaults[name] and not path.is_dir():
-            parser.error(f"--{name} {path}: no such folder")
-    if not (paths["cache"] / "index.csv").is_file() and not paths["outputs"].is_dir():
-        common.log(f"nothing to report on: neither {paths['cache']}/index.csv nor {paths['outputs']}/ exists")
+    parser.add_argument("--cache", type=Path, metavar="DIR", default=Path("cache"), help="default: cache")
+    parser.add_argument("--src", type=Path, metavar="DIR", default=Path("dicoms"), help="default: dicoms")
+    parser.add_argument(
+        "--outputs", type=Path, metavar="DIR", default=Path("outputs"), help="default: outputs"
+    )
+    args = parser.parse_args()
+    if not (args.cache / "index.csv").is_file() and not args.outputs.is_dir():
+        common.log(f"nothing to report on: neither {args.cache}/index.csv nor {args.outputs}/ exists")
         return 1
     stdout = common.reserve_stdout()
     with matplotlib.rc_context(CHART_STYLE), stdout:
-        stdout.write(make_page(**paths))
+        stdout.write(make_page(args.cache, args.src, args.outputs))
     return 0
 
 
