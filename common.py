@@ -615,6 +615,8 @@ def wait_result(future: concurrent.futures.Future, timeout_s: float) -> tuple[ty
 
 # --- metric -------------------------------------------------------------------------------------------------
 
+MIN_POSITIVES = 5  # of a label whose AUC gets an interval
+
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
     """Probabilities (float64) of logits of any shape."""
@@ -725,7 +727,7 @@ def compare_waucs(
 
 def score(table: pd.DataFrame, probs: np.ndarray, draws: int = 2000) -> dict:
     """Everything said of predictions: wAUC with its interval over patients, per label, and wAUC per modality
-    and plane.
+    and plane. A label of fewer than MIN_POSITIVES positive series has no interval.
 
     table: rows aligned with probs (N, 14); columns patient, Modality, plane and the 14 labels.
     """
@@ -737,9 +739,11 @@ def score(table: pd.DataFrame, probs: np.ndarray, draws: int = 2000) -> dict:
     low, high = percentile_interval(waucs)
     per_label = {}
     for k, name in enumerate(LABELS):
-        label_low, label_high = percentile_interval(aucs[:, k])
+        num_positives = overall["positives"][k]
+        drawn = aucs[:, k] if num_positives >= MIN_POSITIVES else np.empty(0)
+        label_low, label_high = percentile_interval(drawn)
         row = {"auc": overall["auc"][k], "low": label_low, "high": label_high}
-        per_label[name] = row | {"positives": overall["positives"][k]}
+        per_label[name] = row | {"positives": num_positives, "draws_used": int(np.isfinite(drawn).sum())}
     result = {
         "wauc": overall["wauc"],
         "low": low,
