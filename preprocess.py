@@ -155,7 +155,7 @@ def cache_series(job: dict) -> str | OSError:
         notes.append(f"{len(series.skipped)} of {len(job['files'])} files left out: {file.name}: {reason}")
     points, point_labels, problems = place_points(series, volume.affine, job["points"])
     meta = describe_series(series, job) | {
-        UID: uid,
+        "uid": uid,
         "affine": volume.affine.tolist(),
         "spacing_mm": volume.spacing_mm,
         "settings": settings,
@@ -257,8 +257,8 @@ def check_volume(path: Path, names: Sequence[str] | None = None) -> dict:
         raise ValueError(
             f"{path}: shape {tensors['volume'].shape}, expected {shape}; run preprocess.py again"
         )
-    if meta[UID] != path.stem:
-        raise ValueError(f"{path}: holds series {meta[UID]}; run preprocess.py again")
+    if meta["uid"] != path.stem:
+        raise ValueError(f"{path}: holds series {meta['uid']}; run preprocess.py again")
     return meta
 
 
@@ -292,7 +292,7 @@ def index_rows(dst: Path, cached: dict[str, dict]) -> list[dict]:
     for uid, meta in cached.items():
         status = "doubtful" if meta["doubts"] else "ok"
         reason, notes = "; ".join(meta["doubts"]), "; ".join(meta["notes"])
-        rows[uid] = meta | {"status": status, "reason": reason, "notes": notes}
+        rows[uid] = meta | {UID: uid, "status": status, "reason": reason, "notes": notes}
     return [rows[uid] for uid in sorted(rows)]
 
 
