@@ -227,17 +227,24 @@ def read_identity(path: Path) -> tuple[str, str] | None:
     """
     try:
         with open(path, "rb", buffering=0) as file:
-            head = unpack_head(file.read(2**14))
-            if not head.strip(b"\0"):
-                return None
-            is_dicom = head[128:132] == b"DICM"
-            if not is_dicom and head[:2] not in (b"\x02\0", b"\x08\0", b"\0\x08"):
-                raise ValueError("not DICOM")
-            try:
-                header = _walk_header(head)
-            except (ValueError, struct.error):  # unusual, longer, or cut short
+            for limit in (2**14, 2**18, HEAD_BYTES):
                 file.seek(0)
-                header = parse_head(unpack_head(file.read(HEAD_BYTES)))
+                head = unpack_head(file.read(limit))
+                if not head.strip(b"\0"):
+                    return None
+                is_dicom = head[128:132] == b"DICM"
+                if not is_dicom and head[:2] not in (b"\x02\0", b"\x08\0", b"\0\x08"):
+                    raise ValueError("not DICOM")
+                try:
+                    header = _walk_header(head)
+                except struct.error:  # longer, or cut short
+                    continue
+                except ValueError:  # unusual
+                    header = parse_head(head)
+                if "Rows" in header:
+                    break
+            else:
+                header = parse_head(head)
     except OSError:
         return None
     kind = header.get("SOPClassUID", "")
