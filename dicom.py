@@ -219,6 +219,24 @@ def group_files(
     return series
 
 
+def _one_line_errors(function: typing.Callable) -> typing.Callable:
+    """Whatever goes wrong inside becomes a ValueError of one line: what parsers raise on hostile bytes, and a
+    decoder's own BaseException (pylibjpeg-rle: PanicException). Interrupts and exits pass through."""
+
+    @functools.wraps(function)
+    def wrapped(*args: object) -> object:
+        try:
+            return function(*args)
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:
+            kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+            raise ValueError(kind + " ".join(str(error).split())[:300]) from error
+
+    return wrapped
+
+
+@_one_line_errors
 def read_identity(path: Path) -> tuple[str, str] | None:
     """((0020,000E) SeriesInstanceUID, (0010,0020) PatientID) of an image, "" where absent; None if it is too
     damaged to tell, empty or blank. ValueError if it is not an image.
@@ -282,29 +300,11 @@ def parse_head(head: bytes) -> dict[str, str]:
         for name in names:
             if name in dataset:
                 header[name] = (dataset.get_item(name).value or b"").decode("latin-1").strip(" \0")
-        header["SOPClassUID"] = dataset.file_meta.get("MediaStorageSOPClassUID") or header.get(
-            "SOPClassUID", ""
-        )
+        stated = dataset.file_meta.get("MediaStorageSOPClassUID") or header.get("SOPClassUID", "")
+        header["SOPClassUID"] = str(stated)
     except Exception:  # pydicom raises many kinds on damaged bytes; what is known by then counts
         return header
     return header
-
-
-def _one_line_errors(function: typing.Callable) -> typing.Callable:
-    """Whatever goes wrong inside becomes a ValueError of one line: what parsers raise on hostile bytes, and a
-    decoder's own BaseException (pylibjpeg-rle: PanicException). Interrupts and exits pass through."""
-
-    @functools.wraps(function)
-    def wrapped(*args: object) -> object:
-        try:
-            return function(*args)
-        except (KeyboardInterrupt, SystemExit, GeneratorExit):
-            raise
-        except BaseException as error:
-            kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-            raise ValueError(kind + " ".join(str(error).split())[:300]) from error
-
-    return wrapped
 
 
 @_one_line_errors
