@@ -977,7 +977,7 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
     geometry |= _by_image(frames)
     frames = _one_volume(frames, notes)
     header = frames[0].header
-    modality = modality_of(header)
+    modality, patient = modality_of(header), header.get("PatientID", "")
     if not modality:
         modality = "CT" if min(frame.intercept for frame in frames) <= -500 else "MR"
         notes.append(f"no (0008,0060) Modality: {modality} assumed from (0028,1052) RescaleIntercept")
@@ -985,7 +985,7 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
     return Series(
         uid=safe_uid(uid or header.get("SeriesInstanceUID") or os.path.abspath(frames[0].path.parent)),
         modality=modality,
-        patient=header.get("PatientID", ""),
+        patient=patient,
         age=header.get("PatientAge", ""),
         sex=header.get("PatientSex", ""),
         frames=_repaired(frames, modality, notes),
