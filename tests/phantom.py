@@ -443,9 +443,8 @@ def fit_head(series: Series, files: list[Path]) -> Background:
     if reach_mm < 112 * scale[2]:
         raise ValueError(f"it ends {reach_mm:.0f} mm below the vertex; expected {112 * scale[2]:.0f} mm")
     middle = np.median(bounds[upper].mean(1), axis=0) - 0.5
-    pose = np.eye(4)
-    pose[:3, :3] = (volume.affine[:3, :3] / step_mm)[:, ::-1]
-    pose[:3, 3] = to_lps([len(bounds) - 0.5 + above_mm / step_mm[0], *middle], volume.affine)[0]
+    vertex = to_lps([len(bounds) - 0.5 + above_mm / step_mm[0], *middle], volume.affine)[0]
+    pose = make_pose((volume.affine[:3, :3] / step_mm)[:, ::-1], vertex)
     return Background(series.uid, files, series.modality, series.plane, pose, scale)
 
 
@@ -504,39 +503,39 @@ def rotation(degrees: ndarray) -> ndarray:
     return Rotation.from_euler("xyz", degrees, degrees=True).as_matrix()
 
 
+def make_pose(turn: ndarray, origin: ndarray) -> ndarray:
+    """Affine (4, 4) of a rotation (3, 3) and the place of the origin (3,)."""
+    pose = np.eye(4)
+    pose[:3, :3], pose[:3, 3] = turn, origin
+    return pose
+
+
 def make_scan(job: Job) -> Scan:
     """Field of view, spacing, coverage and obliqueness as scanners of that modality have them."""
     if job.background is not None:
         return make_real_scan(job, job.background)
-    rng, is_ct = job.generator("scan"), job.modality == "CTA"
-    pose = np.eye(4)
-    pose[:3, :3] = rotation(np.clip(rng.normal(0, [8, 4, 4]), -16, 16))
-    pose[:3, 3] = rng.uniform(-60, 60, 3)
-    pose[2, 3] += rng.choice([0, 900, -1400])  # the table's zero
-    # in the plane: MR may have a narrow field of view, and pixels taller than wide
-    fov_mm, is_narrow, ratio = rng.uniform(212, 245), rng.random() < 0.5, rng.choice([1, 1, 1, 1, 1, 1.2])
-    pixel_mm = fov_mm / job.matrix
-    row_mm = pixel_mm if is_ct else pixel_mm * ratio
-    is_narrow = is_narrow and not is_ct and job.plane != "sagittal"
-    rows, cols = round(fov_mm / row_mm), round((0.84 if is_narrow else 1) * job.matrix)
+    rng, is_ct, is_axial = job.generator("scan"), job.modality == "CTA", job.plane == "axial"
+    table_mm = rng.uniform(-60, 60, 3) + np.array([0, 0, rng.choice([0, 900, -1400])])
+    pose = make_pose(rotation(np.clip(rng.normal(0, [8, 4, 4]), -16, 16)), table_mm)
+    pixel_mm = rng.uniform(212, 245) / job.matrix
     # along the normal: a small matrix gets wider spacing, but thick slices stay as they are
     low, high = {"CTA": (0.6, 1.25), "MRA": (0.5, 1.0), "MRI T2": (3, 5), "MRI T1post": (1, 3)}[job.modality]
     low, high = (low, high) if rng.random() < 0.8 else (1.5, 5)
     spacing_mm = rng.uniform(low, high) * (max(1, pixel_mm / 0.75) if high < 2 else 1)
-    thickness_mm = spacing_mm * rng.choice([0.8, 0.9, 1.0] if low > 2 else [1.0, 1.0, 1.3])
-    bottom_mm, top_mm = draw_coverage(job, rng)
+    thickness_mm = spacing_mm * rng.choice([0.8, 0.9, 1.0, 1.3])
+    heights_mm = np.arange(*draw_coverage(job, rng), spacing_mm)
     # a tilted gantry leans the slices, while the table still moves along z; elsewhere the slices turn
-    is_upright = is_ct and job.plane == "axial"
+    is_upright = is_ct and is_axial
     turn = rotation(np.clip(rng.normal(0, 5, 3), -9, 9) * (not is_upright))
     tilt = rotation([rng.choice([0, 10, -12], p=[0.9, 0.05, 0.05]) * is_upright, 0, 0])
     row = turn @ ((0, 1, 0) if job.plane == "sagittal" else (1, 0, 0))
-    col = turn @ ((0, 1, 0) if job.plane == "axial" else (0, 0, -1))
-    step = np.cross(row, col) * (1 if job.plane == "axial" else rng.choice([1, -1]))
-    centre = rng.uniform(-4, 4, 3) * [1, 1, 0] - [0, 0, 0 if job.plane == "axial" else 95]
-    down, across = tilt @ col * row_mm, row * pixel_mm
-    corner = (pose @ [*centre, 1])[:3] - down * (rows - 1) / 2 - across * (cols - 1) / 2
-    corners = corner + np.arange(bottom_mm, top_mm, spacing_mm)[:, None] * step
-    return Scan(corners, down, across, (rows, cols), thickness_mm, pose, draw_greys(job, rng))
+    col = turn @ ((0, 1, 0) if is_axial else (0, 0, -1))
+    step = np.cross(row, col) * (1 if is_axial else rng.choice([1, -1]))
+    down, across = tilt @ col * pixel_mm, row * pixel_mm
+    centre = pose[:3, 3] + rng.uniform(-4, 4, 3) - pose[:3, 2] * (0 if is_axial else 95)
+    corner = centre - (down + across) * (job.matrix - 1) / 2
+    corners = corner + heights_mm[:, None] * step
+    return Scan(corners, down, across, (job.matrix, job.matrix), thickness_mm, pose, draw_greys(job, rng))
 
 
 def draw_coverage(job: Job, rng: np.random.Generator) -> tuple[float, float]:
@@ -584,9 +583,8 @@ def make_real_scan(job: Job, real: Background) -> Scan:
     down, across = first.col_dir * first.spacing_mm[0], first.row_dir * first.spacing_mm[1]
     corners = np.array([frame.position for frame in series.frames]) + (factor - 1) / 2 * (down + across)
     corners = (corners - vertex) @ change + vertex
-    pose = np.eye(4)
-    pose[:3, :3] = mirror @ real.pose[:3, :3] @ mirror @ rotation(rng.normal(0, 2.5, 3))
-    pose[:3, 3] = vertex + pose[:3, :3] @ rng.normal([0, 0, -8], [1.5, 3, 4])
+    turn = mirror @ real.pose[:3, :3] @ mirror @ rotation(rng.normal(0, 2.5, 3))
+    pose = make_pose(turn, vertex + turn @ rng.normal([0, 0, -8], [1.5, 3, 4]))
     thickness_mm = first.thickness_mm or series.spacing_mm[0]
     size = (first.rows // factor, first.cols // factor)
     down, across = down @ change * factor, across @ change * factor
@@ -785,14 +783,14 @@ def read_background(job: Job, real: Background) -> ndarray:
 
 def match(values: ndarray, scan: Scan, job: Job) -> tuple[dict[str, float], float]:
     """Grey by tissue for a real series, scaled so that its brain is as in the table, and its noise, from what
-    the middle slice loses in a slight blur."""
-    image = values[len(values) // 2]
-    lost = (image - cv2.GaussianBlur(image, (3, 3), 0.8))[image > 100]
-    noise = float(1.7 * np.median(np.abs(lost))) if lost.size else 0.0
-    if job.modality == "CTA":
+    the brain of the middle slice loses in a slight blur."""
+    image, is_ct = values[len(values) // 2], job.modality == "CTA"
+    brain = (image > 0) & (image < 80) if is_ct else image > 0.3 * np.percentile(image, 98)
+    lost = (image - cv2.GaussianBlur(image, (3, 3), 0.8))[brain]
+    noise = float(1.7 * np.median(np.abs(lost)))
+    if is_ct:
         return scan.grey, noise
-    brain = float(np.median(image[image > 100])) if lost.size else 400.0
-    scale = brain / (scan.grey["grey"] + scan.grey["white"]) * 2
+    scale = 2 * float(np.median(image[brain])) / (scan.grey["grey"] + scan.grey["white"])
     return {tissue: value * scale for tissue, value in scan.grey.items()}, noise
 
 
@@ -910,7 +908,7 @@ def header(job: Job, scan: Scan) -> Dataset:
 def store(values: ndarray, job: Job, d: Dataset) -> ndarray:
     """Stored integers (z, y, x) of grey values, in one of four ways; adds the tags that undo it to `d`."""
     is_ct, ways = job.modality == "CTA", ("shifted", "as is", "signed and shifted", "scaled")
-    way = ways[generator(job.seed, job.number, "storage").integers(4)]
+    way = ways[job.generator("storage").integers(4)]
     if job.form == "monochrome1":
         way = "shifted"
     is_signed = way in ("as is", "signed and shifted")
@@ -944,7 +942,7 @@ def save(d: Dataset, stored: ndarray, job: Job, path: Path) -> None:
 
 def write_frames(d: Dataset, stored: ndarray, scan: Scan, job: Job, folder: Path) -> list[tuple[str, int]]:
     """Write the files of a series. Returns SOPInstanceUID and frame of each slice."""
-    is_downward = generator(job.seed, job.number, "order").random() < 0.5
+    is_downward = job.generator("order").random() < 0.5
     count = len(stored)
     order = np.arange(count)[:: -1 if is_downward else 1]  # slice of each instance or frame
     positions = [[round(v, 6) for v in corner] for corner in scan.corners]
@@ -953,9 +951,8 @@ def write_frames(d: Dataset, stored: ndarray, scan: Scan, job: Job, folder: Path
         to_functional_groups(d, [positions[k] for k in order])
         save(d, stored[order], job, folder / f"{d.SOPInstanceUID}.dcm")
         return [(d.SOPInstanceUID, int(frame)) for frame in np.argsort(order)]
-    names = [
-        uid(job.seed, "instance", job.number, k) for k in range(count)
-    ]  # sorting them sorts nothing else
+    # sorted names are not in the order of the slices
+    names = [uid(job.seed, "instance", job.number, k) for k in range(count)]
     for number, k in enumerate(order):
         d.SOPInstanceUID, d.InstanceNumber, d.ImagePositionPatient = names[k], number + 1, positions[k]
         save(d, stored[k], job, folder / f"{names[k]}.dcm")
