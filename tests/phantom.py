@@ -305,20 +305,20 @@ class Anatomy:
         return vessels
 
 
-def make_head(seed: int, patient: int, aneurysms: tuple[Aneurysm, ...], scale: ndarray | None = None) -> Head:
-    """Anatomy of one patient, of a given scale or of a random one. Aneurysms take no part in its draws."""
-    rng = generator(seed, patient, "anatomy")
-    random_scale = np.clip(rng.normal(1, 0.045, 3), 0.9, 1.1)
-    scale = random_scale if scale is None else scale
+def make_head(job: Job) -> Head:
+    """A job's patient; on a real series, as large as the real head. Aneurysms take no part in its draws."""
+    rng = generator(job.seed, job.patient, "anatomy")
+    scale = np.clip(rng.normal(1, 0.045, 3), 0.9, 1.1)
+    scale = job.background.scale if job.background else scale
     anatomy = Anatomy(rng, scale)
     arteries, veins = anatomy.grow_all(ANATOMY["arteries"]), anatomy.grow_all(ANATOMY["veins"])
     vary_arteries(arteries, rng)
     for vein in veins.values():
         vein.radii *= rng.uniform(0.4, 1.2)
     sacs = []
-    for number, aneurysm in enumerate(aneurysms):
+    for number, aneurysm in enumerate(job.aneurysms):
         artery = arteries[aneurysm.vessel, aneurysm.side]
-        sacs.append(make_sac(aneurysm, artery, generator(seed, patient, f"sac {number}")))
+        sacs.append(make_sac(aneurysm, artery, generator(job.seed, job.patient, f"sac {number}")))
     twigs = [grow_twig(arteries, rng) for _ in range(rng.integers(15, 60))]
     plaques = [grow_plaque(arteries, rng) for _ in range(rng.poisson(3) * rng.integers(2))]
     parts = place_parts(scale, rng)
@@ -512,8 +512,8 @@ def make_pose(turn: ndarray, origin: ndarray) -> ndarray:
 
 def make_scan(job: Job) -> Scan:
     """Field of view, spacing, coverage and obliqueness as scanners of that modality have them."""
-    if job.background is not None:
-        return make_real_scan(job, job.background)
+    if job.background:
+        return make_real_scan(job)
     rng, is_ct, is_axial = job.generator("scan"), job.modality == "CTA", job.plane == "axial"
     table_mm = rng.uniform(-60, 60, 3) + np.array([0, 0, rng.choice([0, 900, -1400])])
     pose = make_pose(rotation(np.clip(rng.normal(0, [8, 4, 4]), -16, 16)), table_mm)
@@ -573,17 +573,18 @@ def draw_greys(job: Job, rng: np.random.Generator) -> dict[str, float]:
     return grey
 
 
-def make_real_scan(job: Job, real: Background) -> Scan:
+def make_real_scan(job: Job) -> Scan:
     """A real series' geometry, mirrored in half of the series and resized about the vertex, with at most
     about `matrix` columns. The tree lies a little elsewhere each time."""
-    rng, series = job.generator("real scan"), read_series(real.files, real.uid)
-    first, factor, vertex = series.frames[0], bin_factor(series, job.matrix), real.pose[:3, 3]
+    rng, (series, factor) = job.generator("real scan"), open_background(job)
+    first, pose = series.frames[0], job.background.pose
+    vertex = pose[:3, 3]
     mirror = np.diag([rng.choice([1.0, -1.0]), 1, 1])
     change = mirror * rng.uniform(0.93, 1.07)
     down, across = first.col_dir * first.spacing_mm[0], first.row_dir * first.spacing_mm[1]
     corners = np.array([frame.position for frame in series.frames]) + (factor - 1) / 2 * (down + across)
     corners = (corners - vertex) @ change + vertex
-    turn = mirror @ real.pose[:3, :3] @ mirror @ rotation(rng.normal(0, 2.5, 3))
+    turn = mirror @ pose[:3, :3] @ mirror @ rotation(rng.normal(0, 2.5, 3))
     pose = make_pose(turn, vertex + turn @ rng.normal([0, 0, -8], [1.5, 3, 4]))
     thickness_mm = first.thickness_mm or series.spacing_mm[0]
     size = (first.rows // factor, first.cols // factor)
@@ -591,9 +592,10 @@ def make_real_scan(job: Job, real: Background) -> Scan:
     return Scan(corners, down, across, size, thickness_mm, pose, draw_greys(job, rng))
 
 
-def bin_factor(series: Series, matrix: int) -> int:
-    """By how much the images of a real series shrink to have about `matrix` columns at most."""
-    return max(1, round(series.frames[0].cols / matrix))
+def open_background(job: Job) -> tuple[Series, int]:
+    """A job's real series, and by how much its images shrink to have about `matrix` columns at most."""
+    series = read_series(job.background.files, job.background.uid)
+    return series, max(1, round(series.frames[0].cols / job.matrix))
 
 
 # --- painting -----------------------------------------------------------------------------------------------
@@ -764,12 +766,11 @@ def paint_head(canvases: list[Canvas], head: Head, scan: Scan, job: Job) -> ndar
     return values
 
 
-def read_background(job: Job, real: Background) -> ndarray:
+def read_background(job: Job) -> ndarray:
     """Grey values (n, rows, cols) float32 of a real series: HU for CT; MR scaled to 1000 near the brightest,
     with a random gamma, and in half of the T2 series with its contrast turned round."""
-    rng, series = job.generator("real contrast"), read_series(real.files, real.uid)
-    first, factor = series.frames[0], bin_factor(series, job.matrix)
-    rows, cols = first.rows // factor, first.cols // factor
+    rng, (series, factor) = job.generator("real contrast"), open_background(job)
+    rows, cols = series.frames[0].rows // factor, series.frames[0].cols // factor
     images = (series.values(i)[: rows * factor, : cols * factor] for i in range(len(series.frames)))
     values = np.stack([cv2.resize(image, (cols, rows), interpolation=cv2.INTER_AREA) for image in images])
     gamma, is_turned, brightest = rng.uniform(0.7, 1.5), rng.random() < 0.5, rng.uniform(500, 1000)
@@ -800,19 +801,17 @@ def render(head: Head, scan: Scan, job: Job) -> ndarray:
     count = min(6, max(1, round(scan.thickness_mm / (1.6 * scan.spacing_mm[2]))))
     shifts_mm = ((np.arange(count) + 0.5) / count - 0.5) * scan.thickness_mm
     canvases = [Canvas(scan, shift_mm, scan.thickness_mm / count) for shift_mm in shifts_mm]
-    is_real = job.background is not None
-    values = read_background(job, job.background) if is_real else paint_head(canvases, head, scan, job)
+    is_real = bool(job.background)
+    values = read_background(job) if is_real else paint_head(canvases, head, scan, job)
     grey, noise = match(values, scan, job) if is_real else (scan.grey, 0.0)
     fade_mm = rng.uniform(60, 250) if job.modality == "MRA" else 1e6
     strengths = rng.uniform(0.65, 1.0, len(head.sacs)) ** (job.modality != "CTA")  # slow flow in a sac
-    layers = {tissue: [] for tissue in ("vein", "artery", "calcium")}
-    layers["vein"] = [(tube, 1e6, 1.0) for tube in head.veins]
-    layers["artery"] = [(tube, fade_mm, 1.0) for tube in head.arteries]
+    arteries = [(tube, fade_mm, 1.0) for tube in head.arteries]
     for sac, strength in zip(head.sacs, strengths, strict=True) if job.draw_aneurysms else ():
-        layers["artery"] += [(tube, fade_mm, strength) for tube in sac.tubes]
-    layers["calcium"] = [(tube, 1e6, 1.0) for tube in head.plaques]
+        arteries += [(tube, fade_mm, strength) for tube in sac.tubes]
+    veins, plaques = ([(tube, 1e6, 1.0) for tube in tubes] for tubes in (head.veins, head.plaques))
     covered = np.zeros_like(values)
-    for tissue, tubes in layers.items():
+    for tissue, tubes in (("vein", veins), ("artery", arteries), ("calcium", plaques)):
         share = cover(canvases, tubes, blur=0.5 if is_real else 0)
         values += share * (np.float32(grey[tissue]) - values)
         np.maximum(covered, share, out=covered)
@@ -843,7 +842,7 @@ def acquire(values: ndarray, noise: ndarray, scan: Scan, job: Job) -> None:
     bias = Clouds(rng, 60, np.array([240, 240, 240]), len(values))
     for k, image in enumerate(values):
         real, imaginary = noise_rng.standard_normal((2, *shape), dtype=np.float32)
-        if job.background is not None:
+        if job.background:
             image += noise[k] * real
             continue
         cv2.GaussianBlur(image, (0, 0), sigma, dst=image)
@@ -986,11 +985,6 @@ def to_functional_groups(d: Dataset, positions: list[list[float]]) -> None:
 # --- the set ------------------------------------------------------------------------------------------------
 
 
-def draw_head(job: Job) -> Head:
-    """The patient of a job; on a real series, as large as the real head."""
-    return make_head(job.seed, job.patient, job.aneurysms, job.background and job.background.scale)
-
-
 def truth(job: Job, head: Head, scan: Scan) -> list[tuple[str, ndarray, float]]:
     """(location, centre in LPS mm (3,), half of the diameter) of every aneurysm that a scan covers."""
     covered = []
@@ -1003,7 +997,7 @@ def truth(job: Job, head: Head, scan: Scan) -> list[tuple[str, ndarray, float]]:
 
 def write_series(job: Job, root: Path) -> tuple[dict, list[dict]]:
     """Draw and write one series below `root`; returns its rows of train.csv and train_localizers.csv."""
-    head, scan = draw_head(job), make_scan(job)
+    head, scan = make_head(job), make_scan(job)
     sacs = truth(job, head, scan)
     d = header(job, scan)
     folder = root / "series" / d.SeriesInstanceUID
@@ -1040,7 +1034,7 @@ def make_set(
     if matrix < 40:
         raise ValueError(f"--matrix {matrix}: expected 40 or more, the least that OpenJPEG can encode")
     jobs = plan(series, seed, matrix, modality, plane, plain, draw_aneurysms)
-    if backgrounds is not None:
+    if backgrounds:
         jobs = place_on(find_backgrounds(backgrounds), jobs, modality, plane)
     known = {uid(seed, "series", job.number) for job in jobs}
     foreign = [p.name for p in Path(dst, "series").glob("*") if p.name not in known]
@@ -1071,13 +1065,17 @@ def main() -> None:
     add("--plane", choices=planes, default="mixed", help="one of them, or mixed (mixed)")
     add("--plain", action="store_true", help="single-frame, uncompressed little endian only")
     add("--backgrounds", type=Path, metavar="DIR", help="real CT and MR heads to draw the arteries into")
-    add("--no-aneurysms-drawn", action="store_true", help="same labels and localizers, but no aneurysm")
+    add(
+        "--no-aneurysms-drawn",
+        dest="draw_aneurysms",
+        action="store_false",
+        help="same labels and localizers, but no aneurysm",
+    )
     add("--workers", type=int, default=os.cpu_count(), help="processes (all cores)")
     args = parser.parse_args()
     start = time.perf_counter()
-    kind, draw = (args.modality, args.plane, args.plain), not args.no_aneurysms_drawn
     try:
-        make_set(args.dst, args.series, args.seed, args.matrix, *kind, draw, args.workers, args.backgrounds)
+        make_set(**vars(args))
     except ValueError as error:
         parser.error(str(error))
     print(f"{args.dst}: {args.series} series written in {time.perf_counter() - start:.0f} s", file=sys.stderr)

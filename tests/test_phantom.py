@@ -84,7 +84,7 @@ def test_files_form_the_challenges_tree(dicoms):
 def test_pydicom_decodes_every_file_to_the_grey_values_that_were_drawn(dicoms):
     for job in JOBS:
         scan = phantom.make_scan(job)
-        drawn = phantom.render(phantom.draw_head(job), scan, job)
+        drawn = phantom.render(phantom.make_head(job), scan, job)
         lowest = -1024 if job.modality == "CTA" else 0
         for d in read(dicoms, job):
             pixels = d.pixel_array.reshape(-1, d.Rows, d.Columns).astype(np.float64)
@@ -106,7 +106,7 @@ def test_localizers_lie_at_the_aneurysms_within_a_pixel_and_agree_with_the_label
     assert (table[list(LOCATIONS)].sum() > 0).all()
     for job in JOBS:
         uid, scan = phantom.uid(0, "series", job.number), phantom.make_scan(job)
-        truth = phantom.truth(job, phantom.draw_head(job), scan)
+        truth = phantom.truth(job, phantom.make_head(job), scan)
         rows = points.get_group(uid) if uid in points.groups else pd.DataFrame()
         assert len(rows) == len(truth)
         names = {name for name, _, _ in truth}
@@ -123,7 +123,7 @@ def test_localizers_lie_at_the_aneurysms_within_a_pixel_and_agree_with_the_label
 
 def test_left_is_the_patients_left_and_sacs_are_2_to_12_mm():
     for job in phantom.plan(200, 1, 40, "CTA", "axial"):
-        for aneurysm, sac in zip(job.aneurysms, phantom.draw_head(job).sacs, strict=True):
+        for aneurysm, sac in zip(job.aneurysms, phantom.make_head(job).sacs, strict=True):
             side = {"Left": 1, "Right": -1}.get(aneurysm.location.split()[0], 0)
             assert side == 0 or sac.centre[0] * side > 0, aneurysm  # x grows to the patient's left
             assert 2 <= 2 * sac.half_mm <= 12
@@ -177,7 +177,7 @@ def test_without_aneurysms_only_their_voxels_change(is_real, normal, tmp_path):
     for path in filecmp.cmpfiles(drawn, erased, files, shallow=False)[1]:
         job, a, b = jobs[path.parent.name], dcmread(drawn / path), dcmread(erased / path)
         scan = phantom.make_scan(job)
-        truth = phantom.truth(job, phantom.draw_head(job), scan)
+        truth = phantom.truth(job, phantom.make_head(job), scan)
         assert truth
         for y, x in np.argwhere(a.pixel_array != b.pixel_array):
             gaps_mm = [norm - 2.3 * half for norm, half in distances(to_lps(a, {"x": x, "y": y}), truth)]
