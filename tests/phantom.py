@@ -255,9 +255,8 @@ class Head:
 def curve(points: ndarray, step_mm: float = 2.5) -> tuple[ndarray, ndarray]:
     """Smooth curve through (n, 3) points: samples (m, 3) about `step_mm` apart and their places (m,)."""
     counts = np.ceil(norm(np.diff(points, axis=0), axis=1) / step_mm).astype(int)
-    places = np.concatenate(
-        [*(i + np.arange(count) / count for i, count in enumerate(counts)), [len(counts)]]
-    )
+    places = [i + np.arange(count) / count for i, count in enumerate(counts)]
+    places = np.append(np.concatenate(places), len(counts))
     return Akima1DInterpolator(np.arange(len(points)), points)(places), places
 
 
@@ -285,9 +284,8 @@ class Anatomy:
         rng, last = self.rng, len(template) - 1
         points, steps = curve(np.array([self.move(point) for point in template]))
         lengths_mm = norm(np.diff(template, axis=0), axis=1)
-        bends_mm = (
-            np.minimum(0.09 * lengths_mm, 1.8) * self.tortuosity * rng.choice([1, 3], last, p=[0.95, 0.05])
-        )
+        bends_mm = self.tortuosity * np.minimum(0.09 * lengths_mm, 1.8)
+        bends_mm *= rng.choice([1, 3], last, p=[0.95, 0.05])
         bends = rng.normal(0, 1, (last, 3)) * bends_mm[:, None]
         points = points + bends[np.minimum(steps.astype(int), last - 1)] * np.sin(np.pi * steps)[:, None] ** 2
         widths = 1 + np.interp(steps, np.arange(last + 1), rng.normal(0, 0.11, last + 1))
@@ -420,9 +418,8 @@ def fit_head(series: Series, files: list[Path]) -> Background:
     settings = VolumeSettings(40, 64, 256.0, 160.0, (-250.0, 150.0), (1.0, 99.0))
     volume, grid = make_volume(series, settings), canonical_grid(series)
     step_mm, scanned_mm = np.array(volume.spacing_mm), [np.ptp(grid.extent_mm(axis)) for axis in range(3)]
-    bounds = np.array(
-        [outline(slab) for slab in volume.voxels[::-1]]
-    )  # (Z, 2, 2) from the top: low, high; y, x
+    # (Z, 2, 2) from the top downwards: low and high edge, by y and x
+    bounds = np.array([outline(slab) for slab in volume.voxels[::-1]])
     sizes_mm = np.diff(bounds, axis=1)[:, 0] * step_mm[1:]
     depths_mm = (np.arange(len(bounds)) + 0.5) * step_mm[0]
     upper = (depths_mm < 90) & (sizes_mm.min(1) > 0)
@@ -570,7 +567,7 @@ def draw_greys(job: Job, rng: np.random.Generator) -> dict[str, float]:
         grey["artery"] = brain * (0.05 + 0.4 * brightness)
     else:
         grey["artery"] = max(grey["artery"], brain * (1.5 + 1.5 * brightness))
-    return grey
+    return {tissue: float(value) for tissue, value in grey.items()}
 
 
 def make_real_scan(job: Job) -> Scan:
@@ -611,14 +608,15 @@ class Canvas:
         self.corners = (scan.corners + shift_mm * scan.normal) @ turn.T + to_head[:3, 3]
         self.down, self.across, self.normal = turn @ scan.down, turn @ scan.across, turn @ scan.normal
         self.pixel_mm = scan.spacing_mm[1:]
-        self.width_mm = (self.pixel_mm.sum() + thickness_mm) / 3
+        self.width_mm = float(self.pixel_mm.sum() + thickness_mm) / 3
+        self.heights = self.corners @ self.normal
         self.to_row_col = np.stack([self.down, self.across], 1) / self.pixel_mm**2
 
     def box(self, points: ndarray, reach_mm: float) -> Box | None:
         """Voxels within `reach_mm` of the points (n, 3), cut to the volume; None if there are none."""
-        heights, depths = self.corners @ self.normal, points @ self.normal
-        near = (heights > depths.min() - reach_mm) & (heights < depths.max() + reach_mm)
-        slices = np.flatnonzero(near)
+        depths = points @ self.normal
+        low, high = depths.min() - reach_mm, depths.max() + reach_mm
+        slices = np.flatnonzero((self.heights > low) & (self.heights < high))
         if len(slices) == 0:
             return None
         ends = self.corners[slices[[0, -1]]]
@@ -691,7 +689,7 @@ class Tissue:
     def __init__(self, canvas: Canvas, head: Head, grey: dict[str, float], rng: np.random.Generator) -> None:
         self.canvas, self.head, self.grey, self.width_mm = canvas, head, grey, canvas.width_mm
         count, *shape = canvas.values.shape
-        extent_mm = np.array([np.ptp(canvas.corners @ canvas.normal), *(canvas.pixel_mm * shape)])
+        extent_mm = np.array([np.ptp(canvas.heights), *(canvas.pixel_mm * shape)])
         fold_mm = rng.uniform(8, 14)
         sizes_mm = (70, 70, 70, 18, 8, fold_mm, fold_mm)
         self.clouds = [Clouds(rng, size_mm, extent_mm, count) for size_mm in sizes_mm]
@@ -719,7 +717,8 @@ class Tissue:
         everything = (slice(k, k + 1), slice(0, rows), slice(0, cols))
         x, y, z = (c[0] for c in self.canvas.coordinates(everything, np.zeros(3)))
         *warps, rough, fine, fold, other_fold = (cloud.slice(k, shape) for cloud in self.clouds)
-        x, y, z = (c / s + 2.5 * warp for c, s, warp in zip((x, y, z), self.head.scale, warps, strict=True))
+        scale = self.head.scale.astype(np.float32)
+        x, y, z = (c / s + 2.5 * warp for c, s, warp in zip((x, y, z), scale, warps, strict=True))
         height = (z + 80) / np.where(z > -80, np.float32(80), np.float32(120))
         skull = (1 - np.sqrt((x / 75) ** 2 + (y / 95) ** 2 + height**2)) * 82 * (1 + 0.06 * rough)
         skull /= self.skull_width ** np.clip(skull / 8, 0, 1)
@@ -788,7 +787,7 @@ def match(values: ndarray, scan: Scan, job: Job) -> tuple[dict[str, float], floa
     image, is_ct = values[len(values) // 2], job.modality == "CTA"
     brain = (image > 0) & (image < 80) if is_ct else image > 0.3 * np.percentile(image, 98)
     lost = (image - cv2.GaussianBlur(image, (3, 3), 0.8))[brain]
-    noise = float(1.7 * np.median(np.abs(lost)))
+    noise = float(1.7 * np.median(np.abs(lost))) if brain.any() else 0.0
     if is_ct:
         return scan.grey, noise
     scale = 2 * float(np.median(image[brain])) / (scan.grey["grey"] + scan.grey["white"])
