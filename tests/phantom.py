@@ -723,14 +723,16 @@ class Tissue:
         skull = (1 - np.sqrt((x / 75) ** 2 + (y / 95) ** 2 + height**2)) * 82 * (1 + 0.06 * rough)
         skull /= self.skull_width ** np.clip(skull / 8, 0, 1)
         neck = np.minimum((1 - np.sqrt((x / 56) ** 2 + ((y - 20) / 60) ** 2)) * 58, -110 - z)
-        base = -147 + 24 / (1 + np.exp((y - 10) / 4)) + 22 / (1 + np.exp((y + 28) / 3)) + 3 * rough
+        base = -147 + 24 / (1 + np.exp((y - 10) / 4)) + 22 / (1 + np.exp((y + 28) / 3)) + 4 * rough
         above_base = (z - base) / self.width_mm
         floor = self.shells(skull, "0 soft 1.5 fat 5 soft 7 bone")
-        floor += np.clip(fine, 0, 1) * (skull > 7) * (self.grey["marrow"] - floor)
+        floor += np.clip(1.5 * fine + 0.3, 0, 1) * (skull > 7) * (self.grey["marrow"] - floor)
         below = self.shells(np.maximum(skull, neck), "0 soft 2 fat 7 soft")
         in_face = np.clip(1.3 * fine + 0.4 * rough - 0.4, 0, 1) * (np.maximum(skull, neck) > 2)
         below += in_face * (self.grey["fat"] - below)
-        values = below + np.clip(above_base + 7 / self.width_mm, 0, 1) * (floor - below)
+        septa = np.clip(1.2 - 6 * np.abs(fold), 0, 1) * (y < -15) * (skull > 7)
+        below += septa * (self.grey["bone"] - below)
+        values = below + np.clip(above_base + 5 / self.width_mm, 0, 1) * (floor - below)
         values += np.clip(above_base, 0, 1) * (self.paint_brain(x, z, skull, fold, other_fold) - values)
         self.canvas.values[k] = values + np.float32(0.05) * (rough + fine) * np.maximum(values, 0)
 
