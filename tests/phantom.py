@@ -180,7 +180,7 @@ def plan(
 
 
 def place_on(backgrounds: list[Background], jobs: list[Job], modality: str, plane: str) -> list[Job]:
-    """The jobs on real series in turn: CT becomes CTA, MR one of the others; the plane is the real one."""
+    """The jobs on real series, a head for each patient: CT becomes CTA, MR one of the others."""
     real_modality = {"all": ("CT", "MR"), "CTA": ("CT",)}.get(modality, ("MR",))
     fitting = [b for b in backgrounds if b.modality in real_modality and plane in (b.plane, "mixed")]
     if not fitting:
@@ -190,11 +190,11 @@ def place_on(backgrounds: list[Background], jobs: list[Job], modality: str, plan
         )
     names = ["MRA"] * 3 + ["MRI T2"] * 2 + ["MRI T1post"] * 2 if modality == "all" else [modality]
     names = deal(jobs[0].seed, "real modality", names, len(jobs))
+    heads = deal(jobs[0].seed, "real head", fitting, len(jobs))
     placed = []
-    for job, name, real in zip(
-        jobs, names, deal(jobs[0].seed, "real series", fitting, len(jobs)), strict=True
-    ):
-        name = "CTA" if real.modality == "CT" else name
+    for job in jobs:
+        real = heads[job.patient]
+        name = "CTA" if real.modality == "CT" else names[job.number]
         placed.append(replace(job, modality=name, plane=real.plane, background=real))
     return placed
 
