@@ -705,11 +705,9 @@ class Tissue:
     def shells(self, depth: ndarray, layers: str) -> ndarray:
         """Grey by depth below the skin: `layers` holds mm and tissue in turn, from outside to inside."""
         names, half_mm = layers.split(), self.width_mm / 2
-        starts = np.array(names[::2], float)
+        knots = np.array([(float(start) - half_mm, float(start) + half_mm) for start in names[::2]])
         greys = np.repeat([self.grey[name] for name in ("air", *names[1::2])], 2)[1:-1]
-        return np.interp(depth, np.stack([starts - half_mm, starts + half_mm], 1).ravel(), greys).astype(
-            np.float32
-        )
+        return np.interp(depth, knots.ravel(), greys).astype(np.float32)
 
     def paint_slice(self, k: int) -> None:
         """Scalp, skull, skull base, brain with gyri, face and neck of one slice."""
@@ -730,21 +728,18 @@ class Tissue:
         below = self.shells(np.maximum(skull, neck), "0 soft 2 fat 7 soft")
         in_face = np.clip(1.3 * fine + 0.4 * rough - 0.4, 0, 1) * (np.maximum(skull, neck) > 2)
         below += in_face * (self.grey["fat"] - below)
-        septa = np.clip(1.2 - 6 * np.abs(fold), 0, 1) * (y < -15) * (skull > 7)
+        folds = np.minimum(np.abs(fold), np.abs(other_fold))
+        septa = np.clip(1.2 - 6 * folds, 0, 1) * (y < -15) * (skull > 7)
         below += septa * (self.grey["bone"] - below)
         values = below + np.clip(above_base + 5 / self.width_mm, 0, 1) * (floor - below)
-        values += np.clip(above_base, 0, 1) * (self.paint_brain(x, z, skull, fold, other_fold) - values)
+        values += np.clip(above_base, 0, 1) * (self.paint_brain(x, z, skull, folds) - values)
         self.canvas.values[k] = values + np.float32(0.05) * (rough + fine) * np.maximum(values, 0)
 
-    def paint_brain(
-        self, x: ndarray, z: ndarray, skull: ndarray, fold: ndarray, other_fold: ndarray
-    ) -> ndarray:
-        """Calvaria and brain: sulci run where a random field changes sign, with grey matter beside them."""
-        values = self.shells(
-            skull, "0 soft 1.5 fat 5 soft 5.6 bone 7 marrow 9 bone 10.5 dura 11.3 csf 13 white"
-        )
-        depth = skull - 13
-        ridge = 1 - 2.2 * np.minimum(np.abs(fold), np.abs(other_fold)) - np.clip((depth - 16) / 14, 0, 2)
+    def paint_brain(self, x: ndarray, z: ndarray, skull: ndarray, fold: ndarray) -> ndarray:
+        """Calvaria and brain: sulci run where a random field is near 0, with grey matter beside them."""
+        layers = "0 soft 1.5 fat 5 soft 5.6 bone 7 marrow 9 bone 10.5 dura 11.3 csf 13 white"
+        values, depth = self.shells(skull, layers), skull - 13
+        ridge = 1 - 2.2 * fold - np.clip((depth - 16) / 14, 0, 2)
         cortex = np.maximum(np.clip((ridge - 0.25) / 0.2, 0, 1), np.clip((5 - depth) / 2, 0, 1))
         sulci = np.clip((ridge - 1.1 + self.atrophy) / 0.25, 0, 1)
         falx = np.clip(1 - np.abs(x) / self.width_mm, 0, 1) * np.clip((30 - depth) / 4, 0, 0.7) * (z > -70)
@@ -767,33 +762,28 @@ def paint_head(canvases: list[Canvas], head: Head, scan: Scan, job: Job) -> ndar
     return values
 
 
-def read_background(job: Job) -> ndarray:
-    """Grey values (n, rows, cols) float32 of a real series: HU for CT; MR scaled to 1000 near the brightest,
-    with a random gamma, and in half of the T2 series with its contrast turned round."""
+def read_background(job: Job, scan: Scan) -> tuple[ndarray, dict[str, float], float]:
+    """A real series: grey values (n, rows, cols) float32, grey by tissue to go with its brain, and its noise,
+    from what the brain of the middle slice loses in a slight blur. CT in HU; MR with 1000 near the brightest,
+    a random gamma, and in half of the T2 series with its contrast turned round."""
     rng, (series, factor) = job.generator("real contrast"), open_background(job)
-    rows, cols = series.frames[0].rows // factor, series.frames[0].cols // factor
+    is_ct, (rows, cols) = job.modality == "CTA", scan.shape
     images = (series.values(i)[: rows * factor, : cols * factor] for i in range(len(series.frames)))
     values = np.stack([cv2.resize(image, (cols, rows), interpolation=cv2.INTER_AREA) for image in images])
     gamma, is_turned, brightest = rng.uniform(0.7, 1.5), rng.random() < 0.5, rng.uniform(500, 1000)
-    if job.modality == "CTA":
-        return values
-    values = np.clip(values / max(np.percentile(values, 99.5), 1e-6), 0, 2)
-    if job.modality == "MRI T2" and is_turned:
-        values = np.clip(values / 0.15 - 0.5, 0, 1) * np.clip(1.1 - values, 0.05, 1)
-    return (brightest * values**gamma).astype(np.float32)
-
-
-def match(values: ndarray, scan: Scan, job: Job) -> tuple[dict[str, float], float]:
-    """Grey by tissue for a real series, scaled so that its brain is as in the table, and its noise, from what
-    the brain of the middle slice loses in a slight blur."""
-    image, is_ct = values[len(values) // 2], job.modality == "CTA"
+    if not is_ct:
+        values = np.clip(values / max(np.percentile(values, 99.5), 1e-6), 0, 2)
+        if job.modality == "MRI T2" and is_turned:
+            values = np.clip(values / 0.15 - 0.5, 0, 1) * np.clip(1.1 - values, 0.05, 1)
+        values = (brightest * values**gamma).astype(np.float32)
+    image = values[len(values) // 2]
     brain = (image > 0) & (image < 80) if is_ct else image > 0.3 * np.percentile(image, 98)
     lost = (image - cv2.GaussianBlur(image, (3, 3), 0.8))[brain]
     noise = float(1.7 * np.median(np.abs(lost))) if brain.any() else 0.0
-    if is_ct:
-        return scan.grey, noise
-    scale = 2 * float(np.median(image[brain])) / (scan.grey["grey"] + scan.grey["white"])
-    return {tissue: value * scale for tissue, value in scan.grey.items()}, noise
+    scale = 1.0
+    if not is_ct:
+        scale = 2 * float(np.median(image[brain])) / (scan.grey["grey"] + scan.grey["white"])
+    return values, {tissue: value * scale for tissue, value in scan.grey.items()}, noise
 
 
 def render(head: Head, scan: Scan, job: Job) -> ndarray:
@@ -803,8 +793,10 @@ def render(head: Head, scan: Scan, job: Job) -> ndarray:
     shifts_mm = ((np.arange(count) + 0.5) / count - 0.5) * scan.thickness_mm
     canvases = [Canvas(scan, shift_mm, scan.thickness_mm / count) for shift_mm in shifts_mm]
     is_real = bool(job.background)
-    values = read_background(job) if is_real else paint_head(canvases, head, scan, job)
-    grey, noise = match(values, scan, job) if is_real else (scan.grey, 0.0)
+    if is_real:
+        values, grey, noise = read_background(job, scan)
+    else:
+        values, grey, noise = paint_head(canvases, head, scan, job), scan.grey, 0.0
     fade_mm = rng.uniform(60, 250) if job.modality == "MRA" else 1e6
     strengths = rng.uniform(0.65, 1.0, len(head.sacs)) ** (job.modality != "CTA")  # slow flow in a sac
     arteries = [(tube, fade_mm, 1.0) for tube in head.arteries]
