@@ -124,7 +124,7 @@ def parse_coordinates(text: str) -> tuple[float, float, int | None]:
 
 def fingerprint(files: list[Path], points: list[list], key: bytes) -> str:
     """What a volume was made from: name, size and samples (start, middle and end) of each file, the annotated
-    points, and the key of its patient. 1,000 files in memory take 0.03 s; where reading follows it is free."""
+    points, and the key of its patient. 0.03 s for 1,000 files in memory, nothing where reading follows."""
     digest = hmac.new(key, str(points).encode(), "sha256")
     for path in sorted(files):
         with open(path, "rb", buffering=0) as file:
