@@ -28,14 +28,13 @@ import json
 import math
 import multiprocessing
 import os
-import resource
 import shutil
 import signal
 import sys
 import time
 import typing
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -481,10 +480,7 @@ def start_worker(_: int) -> None:
 def predict(
     model: nn.Module, dataset: SeriesDataset, cfg: Config, accelerator: Accelerator
 ) -> tuple[np.ndarray, list[list]]:
-    """Logits (N, 14) of every item on every rank, and where the model makes maps the rows of proposals.csv.
-
-    Raises RuntimeError unless each index arrives exactly once.
-    """
+    """Logits (N, 14) of every item on every rank, and where the model makes maps the rows of proposals.csv."""
     model.eval()
     order = list(range(accelerator.process_index, len(dataset), accelerator.num_processes))
     batches = [order[i : i + cfg.batch_size] for i in range(0, len(order), cfg.batch_size)]
@@ -498,13 +494,11 @@ def predict(
             if output.maps is not None:
                 probs = torch.sigmoid(output.maps[i].float()).cpu().numpy()
                 peaks = common.propose(probs, batch["spacing_mm"][i].cpu().numpy(), cfg)
-                places_mm = to_lps(peaks[:, :3], batch["affine"][i].cpu().numpy())
-                for place, (score, label) in zip(places_mm, peaks[:, 3:], strict=True):
-                    places.append([dataset.uids[index], *place, score, int(label)])
+                peaks[:, :3] = to_lps(peaks[:, :3], batch["affine"][i].cpu().numpy())
+                places = [[dataset.uids[index], *peak] for peak in peaks.tolist()]
             answers.append((index, logits[i], places))
     answers = sorted(gather_object(answers), key=lambda answer: answer[0])
-    if [index for index, _, _ in answers] != list(range(len(dataset))):
-        raise RuntimeError(f"validation saw {len(answers)} rows; expected each of {len(dataset)} once")
+    assert [index for index, _, _ in answers] == list(range(len(dataset))), "each series exactly once"
     logits = np.stack([values for _, values, _ in answers])
     return logits, [row for _, _, places in answers for row in places]
 
@@ -515,14 +509,6 @@ def score_epoch(val_table: pd.DataFrame, logits: np.ndarray, cfg: Config) -> dic
     truth = torch.tensor(val_table[list(LABELS)].to_numpy(np.float32))
     loss = label_loss(torch.tensor(logits), truth, cfg.label_smoothing).mean().item()
     return {"val_loss": loss, "wauc": metrics["wauc"], "low": metrics["low"], "high": metrics["high"]}
-
-
-def is_better(row: dict, best: dict) -> bool:
-    """Higher wAUC; where it is undefined (a fold with one class), lower validation loss. The first of equals
-    stays."""
-    if math.isnan(row["wauc"]):
-        return row["val_loss"] < best["val_loss"]
-    return row["wauc"] > best["wauc"]
 
 
 def write_best(
@@ -541,7 +527,8 @@ def write_best(
     oof[[f"label {label}" for label in labels]] = val_table[labels]
     write_table(folder / "oof.csv", oof)
     if places:
-        write_table(folder / "proposals.csv", pd.DataFrame(places, columns=PROPOSAL_COLUMNS))
+        table = pd.DataFrame(places, columns=PROPOSAL_COLUMNS).astype({"label": int})
+        write_table(folder / "proposals.csv", table)
     meta = meta | {"operating_points": operating_points(val_table, probs[:, AP], cfg.bootstrap)}
     common.save_checkpoint(folder / "best_ema.safetensors", model, cfg, meta)
 
@@ -567,9 +554,7 @@ def finish(
         return
     if (folder / "proposals.csv").exists():
         metrics |= score_proposals(folder, cfg, val_table)
-    device, peak = "cpu", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
-    if accelerator.device.type == "cuda":
-        device, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
+    is_gpu = accelerator.device.type == "cuda"
     modules = ("torch", "timm", "accelerate", "numpy")
     metrics |= {
         "operating_points": run.meta["operating_points"],
@@ -577,12 +562,11 @@ def finish(
         "epochs": progress.epoch,
         "history": progress.history,
         "seconds": round(progress.seconds, 1),
-        "peak_memory_gb": round(peak / 2**30, 3),
-        "device": device,
+        "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 3) if is_gpu else None,
+        "device": torch.cuda.get_device_name() if is_gpu else "cpu",
         "precision": effective_precision(accelerator),
         "num_processes": accelerator.num_processes,
         "versions": {name: importlib.metadata.version(name) for name in modules},
-        "finished": True,
     }
     metrics = json.loads(json.dumps(metrics), parse_constant=lambda _: None)  # JSON has no NaN
     common.write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
@@ -610,13 +594,13 @@ def measure_leak(
 
 def operating_points(val_table: pd.DataFrame, scores: np.ndarray, draws: int) -> list[dict]:
     """Sensitivity of `Aneurysm Present`, scores (N,), at each of SPECIFICITIES; see measure_sensitivity."""
-    is_negative = (val_table[LABELS[AP]] == 0).to_numpy()
-    scores = np.stack([scores, np.arange(len(scores))], axis=1)
-    weights = draw_weights(val_table, draws)
+    is_present = (val_table[LABELS[AP]] == 1).to_numpy()
+    rows = np.flatnonzero(is_present)
+    positives, negatives = np.stack([scores[rows], rows], axis=1), scores[~is_present]
     points = []
     for specificity in SPECIFICITIES:
-        allowed = (1 - specificity) * weights[:, is_negative].sum(1)
-        point = measure_sensitivity(scores[~is_negative], scores[is_negative], weights, allowed)
+        allowed = (1 - specificity) * len(negatives)
+        point = measure_sensitivity(positives, negatives, allowed, val_table, draws)
         points.append({"specificity": specificity, **point})
     return points
 
@@ -625,7 +609,7 @@ def score_proposals(folder: Path, cfg: Config, val_table: pd.DataFrame) -> dict:
     """How well a locator's proposals find annotated points, within REACH_MM: all of them (recall_10mm: value,
     low, high), and those above a threshold that lets FALSE_PER_SCAN others pass (froc)."""
     rows = pd.read_csv(folder / "proposals.csv", dtype={UID: str})
-    hits, misses = [], []  # (score, row of val_table): the best near a point or 0; away from all points
+    hits, misses = [], []  # the best score near each point or 0, with its row of val_table; scores elsewhere
     for i, uid in enumerate(val_table[UID]):
         tensors, meta = common.load_volume(common.volume_path(cfg.cache, uid), ["points"])
         points_mm = to_lps(tensors["points"], np.array(meta["affine"]))
@@ -634,12 +618,10 @@ def score_proposals(folder: Path, cfg: Config, val_table: pd.DataFrame) -> dict:
         away_mm = np.linalg.norm(points_mm[:, None] - proposals[PLACE].to_numpy(), axis=2)
         is_near = away_mm <= REACH_MM  # (points, proposals)
         hits += [(score, i) for score in (is_near * scores).max(axis=1, initial=0)]
-        misses += [(score, i) for score in scores[~is_near.any(axis=0)]]
-    hits, misses = np.reshape(hits, (-1, 2)), np.reshape(misses, (-1, 2))
-    weights = draw_weights(val_table, cfg.bootstrap)
+        misses += scores[~is_near.any(axis=0)].tolist()
     froc = []
     for rate in (*FALSE_PER_SCAN, math.inf):
-        point = measure_sensitivity(hits, misses, weights, rate * weights.sum(1))
+        point = measure_sensitivity(hits, misses, rate * len(val_table), val_table, cfg.bootstrap)
         froc.append({"false_per_scan": rate, **point})
     every = froc.pop()
     return {
@@ -650,30 +632,22 @@ def score_proposals(folder: Path, cfg: Config, val_table: pd.DataFrame) -> dict:
 
 
 def measure_sensitivity(
-    positives: np.ndarray, negatives: np.ndarray, weights: np.ndarray, allowed: np.ndarray
+    positives: list, negatives: Sequence, allowed: float, val_table: pd.DataFrame, draws: int
 ) -> dict:
-    """Share of positives above the lowest threshold that at most `allowed` (D,) negatives exceed, with its
-    95 % interval.
+    """Share of positives above the lowest threshold that at most `allowed` negatives exceed, with its 95 %
+    interval over patients.
 
-    positives and negatives (n, 2): a score above 0, and the row of the table that it belongs to. weights (D,
-    N): how often each row counts, once in the first draw, then as the bootstrap drew it.
+    negatives are scores above 0, positives pairs of a score and its row of val_table.
     """
-    negatives = negatives[np.argsort(-negatives[:, 0])]
-    is_over = weights[:, negatives[:, 1].astype(int)].cumsum(1) > allowed[:, None] + 1e-9
-    first = np.where(is_over.any(1), is_over.argmax(1), len(negatives))
-    thresholds = np.append(negatives[:, 0], 0.0)[first]
-    weights = weights[:, positives[:, 1].astype(int)]
-    is_above = positives[:, 0] > thresholds[:, None]
+    ranked = [*sorted(negatives, reverse=True), 0.0]
+    threshold = ranked[int(min(allowed + 1e-9, len(negatives)))]
+    scores, rows = np.reshape(positives, (-1, 2)).T
+    draws = common.patient_weights(val_table["patient"], draws)
+    weights = np.concatenate([np.ones((1, len(val_table))), *draws])[:, rows.astype(int)]
     with np.errstate(invalid="ignore"):
-        shares = (weights * is_above).sum(1) / weights.sum(1)
+        shares = (weights @ (scores > threshold)) / weights.sum(1)
     low, high = common.percentile_interval(shares[1:])
-    return {"threshold": thresholds[0], "sensitivity": shares[0], "low": low, "high": high}
-
-
-def draw_weights(val_table: pd.DataFrame, draws: int) -> np.ndarray:
-    """(1 + draws, N): ones, then how often each row counts in a draw of patients."""
-    ones = np.ones((1, len(val_table)))
-    return np.concatenate([ones, *common.patient_weights(val_table["patient"], draws)])
+    return {"threshold": threshold, "sensitivity": shares[0], "low": low, "high": high}
 
 
 # --- checkpoints for --resume -------------------------------------------------------------------------------
@@ -708,16 +682,12 @@ def save_last(folder: Path, state: TrainState, accelerator: Accelerator) -> None
 
 
 def load_last(folder: Path) -> dict | None:
-    """The states of the newest checkpoint that verifies, and `progress`; None without checkpoints. Says when
-    it falls back."""
-    paths = sorted((folder / "last").glob("*.pt"), reverse=True)
-    for path in paths:
+    """The states of the newest checkpoint that verifies, and `progress`; None where there is none."""
+    for path in sorted((folder / "last").glob("*.pt"), reverse=True):
         data = memoryview(path.read_bytes())
         if hashlib.sha256(data[:-32]).digest() == data[-32:]:
             return torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
         common.log(f"{path}: differs from its sum; falling back to the one before")
-    if paths:
-        raise ValueError(f"{folder / 'last'}: no checkpoint verifies; start again with --overwrite")
     return None
 
 
@@ -744,35 +714,35 @@ def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> No
     }
     progress = state.progress
     state.model, state.optimizer = accelerator.prepare(state.raw, state.optimizer)
-    with locked(folder, accelerator):
+    with fail_together(accelerator):
+        lock = claim_folder(folder, cfg, args.overwrite) if is_main else None
+    settings = {key: str(value) for key, value in common.config_to_dict(cfg).items()}
+    accelerator.init_trackers("aneurysm", settings)
+    announce(folder, cfg, accelerator, state, len(train_set), len(val_set))
+    while progress.epoch < min(cfg.epochs, progress.best["epoch"] + (cfg.patience or cfg.epochs)):
+        clock = time.perf_counter()
+        loss_sum, waited = train_epoch(cfg, accelerator, state, train_set)
+        logits, places = predict(state.ema.module, val_set, cfg, accelerator)
+        seconds = time.perf_counter() - clock
+        row = {
+            "epoch": progress.epoch + 1,
+            "lr": state.optimizer.param_groups[0]["lr"],
+            "train_loss": sum(gather_object([loss_sum])) / len(train_set),
+            **score_epoch(val_table, logits, cfg),
+            "seconds": seconds,
+            "data_wait": waited / seconds,
+        }
+        add_epoch(progress, row, cfg)
+        accelerator.log(row, step=progress.epoch)
         if is_main:
-            prepare_folder(folder, cfg, args.overwrite)
-        if cfg.tracker:
-            settings = {key: str(value) for key, value in common.config_to_dict(cfg).items()}
-            accelerator.init_trackers("aneurysm", settings)
-        announce(folder, cfg, accelerator, state, len(train_set), len(val_set))
-        while progress.epoch < min(cfg.epochs, progress.best["epoch"] + (cfg.patience or cfg.epochs)):
-            clock = time.perf_counter()
-            loss_sum, waited = train_epoch(cfg, accelerator, state, train_set)
-            logits, places = predict(state.ema.module, val_set, cfg, accelerator)
-            seconds = time.perf_counter() - clock
-            row = {
-                "epoch": progress.epoch + 1,
-                "lr": state.optimizer.param_groups[0]["lr"],
-                "train_loss": sum(gather_object([loss_sum])) / len(train_set),
-                **score_epoch(val_table, logits, cfg),
-                "seconds": seconds,
-                "data_wait": waited / seconds,
-            }
-            add_epoch(progress, row, cfg)
-            accelerator.log(row, step=progress.epoch)
-            if is_main:
-                if progress.best is row:
-                    best = meta | {"epoch": progress.epoch, "wauc": row["wauc"]}
-                    write_best(folder, state.ema.module, cfg, best, val_table, logits, places)
-                write_table(folder / "log.csv", pd.DataFrame(progress.history))
-                save_last(folder, state, accelerator)
-        finish(folder, cfg, accelerator, val_table, progress)
+            if progress.best is row:
+                best = meta | {"epoch": progress.epoch, "wauc": row["wauc"]}
+                write_best(folder, state.ema.module, cfg, best, val_table, logits, places)
+            write_table(folder / "log.csv", pd.DataFrame(progress.history))
+            save_last(folder, state, accelerator)
+    finish(folder, cfg, accelerator, val_table, progress)
+    if lock:
+        lock.close()
 
 
 def begin(
@@ -811,18 +781,6 @@ def begin(
     return state
 
 
-def prepare_folder(folder: Path, cfg: Config, overwrite: bool) -> None:
-    """Write the settings; with overwrite delete what an earlier run left, but for the lock."""
-    for path in folder.iterdir() if overwrite else []:
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != ".lock":
-            path.unlink()
-    common.remove_leftovers(folder)
-    text = yaml.safe_dump(common.config_to_dict(cfg), sort_keys=False)
-    common.write_atomic(folder / "config.yaml", text.encode())
-
-
 def announce(
     folder: Path, cfg: Config, accelerator: Accelerator, state: TrainState, num_train: int, num_val: int
 ) -> None:
@@ -843,7 +801,9 @@ def add_epoch(progress: Progress, row: dict, cfg: Config) -> None:
     progress.epoch += 1
     progress.seconds += row["seconds"]
     progress.history.append(row)
-    if is_better(row, progress.best):
+    # where wAUC is undefined, in a fold with one class, the loss decides; the first of equals stays
+    is_best = row["wauc"] > progress.best["wauc"]
+    if is_best or (math.isnan(row["wauc"]) and row["val_loss"] < progress.best["val_loss"]):
         progress.best = row
     left_s = (cfg.epochs - progress.epoch) * progress.seconds / progress.epoch
     common.log(
@@ -874,25 +834,29 @@ def fail_together(accelerator: Accelerator) -> Iterator[None]:
         common.exit_rank(1)
 
 
-@contextlib.contextmanager
-def locked(folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Hold folder/.lock for the run; a second run in the same folder is refused."""
-    with fail_together(accelerator):
-        if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = open(folder / ".lock", "w")  # noqa: SIM115
-            try:
-                # unlike flock it is not inherited, so loaders that outlive a killed run do not hold it
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                raise ValueError(
-                    f"{folder}: another run is writing here; wait for it, or change tag, seed or fold"
-                ) from None
-            except OSError as error:
-                common.log(f"{folder}: not locked ({error.strerror}); let no second run write here")
-    yield
-    if accelerator.is_main_process:
-        lock.close()
+def claim_folder(folder: Path, cfg: Config, overwrite: bool) -> typing.IO:
+    """Make the run's folder, empty with overwrite, and write the settings. Returns its open lock, which a
+    second run waits for in vain: it gets a ValueError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "w")  # noqa: SIM115
+    try:
+        # unlike flock's it is not inherited, so loaders that outlive a killed run do not hold it
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(
+            f"{folder}: another run is writing here; wait for it, or change tag, seed or fold"
+        ) from None
+    except OSError as error:
+        common.log(f"{folder}: not locked ({error.strerror}); let no second run write here")
+    common.remove_leftovers(folder)
+    for path in folder.iterdir() if overwrite else []:
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
+    text = yaml.safe_dump(common.config_to_dict(cfg), sort_keys=False)
+    common.write_atomic(folder / "config.yaml", text.encode())
+    return lock
 
 
 def fit_workers(cfg: Config) -> Config:
@@ -913,13 +877,6 @@ def fit_workers(cfg: Config) -> Config:
     return replace(cfg, workers=workers)
 
 
-def use_cores(accelerator: Accelerator) -> None:
-    """`accelerate launch` gives a single CPU process one thread (OMP_NUM_THREADS=1): let it use all cores."""
-    is_launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ
-    if is_launched and accelerator.device.type == "cpu" and accelerator.num_processes == 1:
-        torch.set_num_threads(common.usable_cores())
-
-
 def stop(number: int, _frame: object) -> None:
     """End the run at a signal, at once: an exception could be lost in a destructor. The last finished epoch is
     saved."""
@@ -932,19 +889,15 @@ def stop(number: int, _frame: object) -> None:
     os._exit(128 + number)
 
 
-def parse_arguments() -> argparse.Namespace:
+def main() -> int:
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  started with 2>&-
     parser = common.make_parser(__doc__, has_config=True)
     parser.add_argument("--print-config", action="store_true", help="print the settings as YAML and end")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="a quick look: N series alone")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="go on with an unfinished run, if there is one")
     either.add_argument("--overwrite", action="store_true", help="delete what the run folder holds")
-    return parser.parse_args()
-
-
-def main() -> int:
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  started with 2>&-
-    args = parse_arguments()
+    args = parser.parse_args()
     try:
         cfg = fit_workers(common.load_config(args.config, args.set))
         if args.print_config:
@@ -964,7 +917,9 @@ def main() -> int:
             log_with=cfg.tracker or None,
             project_dir=Path(cfg.outputs) / cfg.run_name if cfg.tracker else None,
         )
-        use_cores(accelerator)
+        is_alone = accelerator.num_processes == 1 and accelerator.device.type == "cpu"
+        if is_alone and "ACCELERATE_DYNAMO_BACKEND" in os.environ:
+            torch.set_num_threads(common.usable_cores())  # accelerate launch has set OMP_NUM_THREADS=1
         train(cfg, accelerator, args)
         accelerator.end_training()
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
