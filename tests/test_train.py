@@ -32,20 +32,12 @@ from common import AP, LABELS, UID, SeriesDataset
 ROOT = Path(__file__).parents[1]
 QUICK = change(TINY, epochs=4, batch_size=4, num_folds=4, precision="no", workers=0, bootstrap=50, lr=1e-3)
 NAME = "test_efficientnet_seed0_fold0"
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+BATCHES = change(QUICK, model_name="test_vit", ema_decay=0.9, clip_grad=0.0)  # no BatchNorm
+NORM = change(QUICK, batch_size=3, tag="norm")
 NEUTRAL = [0.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0] + [1.0] * 8  # augmentation that changes nothing
-
-
-@pytest.fixture(autouse=True)
-def fresh_state(monkeypatch):
-    """A CPU and no Accelerate state or signal handlers of another test."""
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    for number, handler in handlers:
-        signal.signal(number, handler)
+NO_DECOYS = np.zeros((0, 3))
+for name, value in {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}.items():
+    os.environ[name] = value
 
 
 @pytest.fixture(scope="module")
@@ -57,38 +49,36 @@ def cache(tmp_path_factory) -> Path:
 
 def arguments(folder: Path, cfg: common.Config, *options: str) -> list[str]:
     """Options of a run below folder/outputs."""
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(common.config_to_dict(cfg)))
-    return ["--config", str(path), "--set", f"outputs={folder / 'outputs'}", *options]
+    path = folder / f"{cfg.run_name}.yaml"
+    path.write_text(yaml.safe_dump(common.config_to_dict(change(cfg, outputs=str(folder / "outputs")))))
+    return ["--config", str(path), *options]
 
 
 def run(folder: Path, cfg: common.Config, *options: str, code: int = 0) -> str:
     """stderr of train.py's main in this process."""
-    errors = io.StringIO()
+    errors, handlers = io.StringIO(), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
         patch.setattr(sys, "argv", ["train.py", *arguments(folder, cfg, *options)])
         AcceleratorState._reset_state(reset_partial_state=True)
         try:
-            found = train.main()
+            returned = train.main()
         except SystemExit as ended:
-            found = ended.code
-    assert found == code, errors.getvalue()
+            returned = ended.code
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+        signal.signal(number, handler)
+    assert returned == code, errors.getvalue()
     return errors.getvalue()
 
 
-def start(folder: Path, cfg: common.Config, *options: str, processes: int = 1) -> subprocess.Popen:
-    """train.py as a user starts it, torchrun for several CPU processes."""
+def start(folder: Path, *command: str, processes: int = 1) -> subprocess.Popen:
+    """A script as a user starts it, with torchrun where there are several CPU processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / "train.py")]
-    command += arguments(folder, cfg, *options)
+    command = [sys.executable, *(torchrun if processes > 1 else []), *command]
     return subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def run_two(folder: Path, cfg: common.Config, *options: str) -> str:
-    process = start(folder, cfg, *options, processes=2)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    return errors
+def start_train(folder: Path, cfg: common.Config, *options: str, processes: int = 1) -> subprocess.Popen:
+    return start(folder, str(ROOT / "train.py"), *arguments(folder, cfg, *options), processes=processes)
 
 
 def wait_for_checkpoint(folder: Path, process: subprocess.Popen, epoch: int = 1) -> Path:
@@ -100,16 +90,16 @@ def wait_for_checkpoint(folder: Path, process: subprocess.Popen, epoch: int = 1)
 
 
 def assert_same_run(folder: Path, expected: Path) -> None:
-    ours, theirs = load_file(folder / "best_ema.safetensors"), load_file(expected / "best_ema.safetensors")
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
     ours, theirs = train.load_last(folder), train.load_last(expected)
-    for part in ("model", "ema"):
-        assert all(torch.equal(ours[part][k], theirs[part][k]) for k in theirs[part]), part
+    pairs = [(ours[part], theirs[part]) for part in ("model", "ema")]
+    pairs += [tuple(load_file(path / "best_ema.safetensors") for path in (folder, expected))]
+    for a, b in pairs:
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert (folder / "oof.csv").read_bytes() == (expected / "oof.csv").read_bytes()
     ours, theirs = (json.loads((p / "metrics.json").read_text()) for p in (folder, expected))
     for metrics in (ours, theirs):
         for row in (metrics, *metrics["history"]):
-            for name in ("seconds", "data_wait", "peak_memory_gb"):
+            for name in ("seconds", "data_wait"):
                 row.pop(name, None)
     assert ours == theirs
 
@@ -315,7 +305,7 @@ def test_fp16_skips_steps_that_overflow_and_rate_and_ema_wait(cache, tmp_path, t
         return loss
 
     monkeypatch.setattr(train, "label_loss", watch)
-    dataset = SeriesDataset(cfg, train.load_table(cfg)[:8], "train", np.zeros((0, 3)))
+    dataset = SeriesDataset(cfg, train.load_table(cfg)[:8], "train", NO_DECOYS)
     after = [*state.raw.parameters(), *state.ema.module.parameters()]
     before = [p.clone() for p in after]
     train.train_epoch(cfg, accelerator, state, dataset)
@@ -336,7 +326,7 @@ def test_fp16_skips_steps_that_overflow_and_rate_and_ema_wait(cache, tmp_path, t
 def test_a_loader_that_dies_or_a_volume_cut_short_is_named(tmp_path):
     write_cache(tmp_path, random_table(6), QUICK)
     cfg = change(QUICK, cache=str(tmp_path))
-    dataset = SeriesDataset(cfg, random_table(6), "train", np.zeros((0, 3)))
+    dataset = SeriesDataset(cfg, random_table(6), "train", NO_DECOYS)
 
     class Killed(SeriesDataset):
         def __getitem__(self, index: int) -> dict:
@@ -344,7 +334,7 @@ def test_a_loader_that_dies_or_a_volume_cut_short_is_named(tmp_path):
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().__getitem__(index)
 
-    killed = Killed(cfg, random_table(6), "train", np.zeros((0, 3)))
+    killed = Killed(cfg, random_table(6), "train", NO_DECOYS)
     device = torch.device("cpu")
     with pytest.raises(ValueError, match=r"^series 1.2.2, 1.2.3: DataLoader worker .* exited unexpectedly"):
         list(train.load_batches(killed, [[0, 1], [2, 3], [4]], change(cfg, workers=2), device, []))
@@ -450,7 +440,7 @@ def test_a_killed_run_resumes_to_the_same_bits_and_its_orphans_hold_no_lock(
     undisturbed, cache, tmp_path, monkeypatch
 ):
     cfg = change(QUICK, cache=str(cache), workers=1)
-    process = start(tmp_path, cfg)
+    process = start_train(tmp_path, cfg)
     folder = wait_for_checkpoint(tmp_path, process)
     os.kill(process.pid, signal.SIGSTOP)
     assert "another run is writing here" in run(tmp_path, cfg, "--resume", code=1)
@@ -458,8 +448,7 @@ def test_a_killed_run_resumes_to_the_same_bits_and_its_orphans_hold_no_lock(
     process.wait()
     orphans = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True)
     assert orphans.stdout and not (folder / "metrics.json").exists()
-    with train.locked(folder, Accelerator(cpu=True)):
-        pass
+    train.claim_folder(folder, cfg, overwrite=False).close()
     os.killpg(process.pid, signal.SIGKILL)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")  # it changes nothing
     assert "resumed after epoch" in run(tmp_path, change(cfg, workers=0), "--resume")
@@ -470,7 +459,7 @@ def test_a_stopped_run_ends_with_one_line_and_the_code_of_its_signal(cache, tmp_
     """The signal goes to the process group, as a scheduler or a terminal sends it: also to the loader."""
     cfg = change(QUICK, cache=str(cache), workers=1, epochs=1000)
     for epoch, (number, code) in enumerate(((signal.SIGTERM, 143), (signal.SIGINT, 130))):
-        process = start(tmp_path, cfg, *["--resume"] * epoch)
+        process = start_train(tmp_path, cfg, *["--resume"] * epoch)
         folder = wait_for_checkpoint(tmp_path, process, 1 + epoch)
         os.killpg(process.pid, number)
         _, err = process.communicate(timeout=60)
@@ -514,91 +503,74 @@ def test_a_used_folder_is_refused_and_nothing_in_it_changes(undisturbed, cache, 
     assert [path.name for path in (folder / "last").iterdir()] == ["0001.pt"]
 
 
-def test_two_processes_follow_one(cache, tmp_path):
-    """A model without BatchNorm: half the batch on each of two processes is the same training."""
-    cfg = change(QUICK, cache=str(cache), model_name="test_vit", ema_decay=0.9, clip_grad=0.0)
-    (tmp_path / "two").mkdir()
-    run(tmp_path, cfg)
-    err = run_two(tmp_path / "two", change(cfg, batch_size=2))
-    assert "batch 2 x 2 processes x accumulation 1 = 4 series per update, lr 0.001" in err
-    paths = [path / "outputs" / "test_vit_seed0_fold0" / "log.csv" for path in (tmp_path, tmp_path / "two")]
-    assert_same_log(*map(pd.read_csv, paths))
+@pytest.fixture(scope="module")
+def pair(cache, tmp_path_factory) -> Path:
+    """The folder of what one pair of processes trained: runs tagged `half` and `norm`, every config, and a
+    classifier with the proposals of two locators.
+
+    maxvit_base_tf_384 of the base recipe, 120 M weights, is replaced by test_efficientnet; all other names
+    are those of the configs.
+    """
+    folder = tmp_path_factory.mktemp("pair")
+    small = {**common.config_to_dict(TINY), "img_size": 64, "num_folds": 2, "batch_size": 2, "bootstrap": 20}
+    small |= {"epochs": 1, "precision": "no", "workers": 0, "cache": str(folder / "cache"), "proposals": ""}
+    write_cache(folder / "cache", random_table(16), change(TINY, img_size=64))
+    runs = [change(BATCHES, cache=str(cache), batch_size=2, tag="half"), change(NORM, cache=str(cache))]
+    for path in sorted(ROOT.glob("configs/*.yaml")):
+        cfg = common.load_config(path)
+        name = TINY.model_name if cfg.model_name.startswith("maxvit_base") else cfg.model_name
+        kept = ("task", "max_localizer_crops", "locator_stride", "p_localizer_dropout", "drop_path_rate")
+        own = {key: common.config_to_dict(cfg)[key] for key in kept}
+        runs.append(change(cfg, **small | own | {"fold": 0, "model_name": name, "tag": path.stem}))
+    lite = change(TINY, **small | {"task": "locate", "model_name": "tf_efficientnet_lite0"})
+    runs += [lite, change(lite, fold=1)]
+    runs.append(change(lite, task="classify", proposals=f"{folder}/outputs/locator_*lite0_seed0_fold*"))
+    commands = [["train.py", *arguments(folder, cfg)] for cfg in runs]
+    (folder / "all.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train\n"
+        f"train.Accelerator.end_training = lambda _: None  # keep the pair\nfor sys.argv in {commands!r}:\n"
+        "    assert train.main() == 0, sys.argv\ntrain.common.exit_rank(0)"
+    )
+    process = start(folder, "all.py", processes=2)
+    _, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors
+    assert "batch 2 x 2 processes x accumulation 1 = 4 series per update, lr 0.001" in errors
+    metrics = [json.loads(path.read_text()) for path in folder.glob("outputs/*/metrics.json")]
+    assert len(metrics) == len(runs) >= 14 and all(m["num_processes"] == 2 for m in metrics)
+    return folder / "outputs"
 
 
-def assert_same_log(ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
+def assert_same_log(ours: Path, theirs: Path) -> None:
+    ours, theirs = pd.read_csv(ours / "log.csv"), pd.read_csv(theirs / "log.csv")
     assert ours["lr"].tolist() == theirs["lr"].tolist()
     for name in ("train_loss", "val_loss"):
         assert ours[name].to_numpy() == pytest.approx(theirs[name].to_numpy(), abs=1e-4)
 
 
-def test_accumulated_batches_follow_one_large_batch(cache, tmp_path):
+def test_two_processes_and_accumulated_batches_follow_one_large_batch(pair, cache, tmp_path):
     """Updates of 5 of the 24 training series end with one of 4: also that one weighs right."""
-    cfg = change(QUICK, cache=str(cache), model_name="test_vit", epochs=2, ema_decay=0.9, clip_grad=0.0)
-    logs = []
-    for tag, (batch_size, accumulation) in {"large": (5, 1), "parts": (1, 5)}.items():
-        run(tmp_path, change(cfg, tag=tag, batch_size=batch_size, accumulation=accumulation))
-        logs.append(pd.read_csv(tmp_path / "outputs" / f"test_vit_{tag}_seed0_fold0" / "log.csv"))
-    assert_same_log(*logs)
+    cfg, outputs = change(BATCHES, cache=str(cache)), tmp_path / "outputs"
+    run(tmp_path, cfg)
+    assert_same_log(pair / "test_vit_half_seed0_fold0", outputs / "test_vit_seed0_fold0")
+    run(tmp_path, change(cfg, epochs=2, batch_size=5, tag="large"))
+    run(tmp_path, change(cfg, epochs=2, batch_size=1, accumulation=5, tag="parts"))
+    assert_same_log(outputs / "test_vit_parts_seed0_fold0", outputs / "test_vit_large_seed0_fold0")
 
 
-def test_two_processes_with_batchnorm_resume_to_the_same_bits(cache, tmp_path):
-    cfg = change(QUICK, cache=str(cache), batch_size=3)
-    folders = [tmp_path / name for name in ("undisturbed", "killed")]
-    for folder in folders:
-        folder.mkdir()
-    run_two(folders[0], cfg)
-    process = start(folders[1], cfg, processes=2)
-    killed = wait_for_checkpoint(folders[1], process)
+def test_two_processes_with_batchnorm_resume_to_the_same_bits_after_a_kill(pair, cache, tmp_path):
+    cfg = change(NORM, cache=str(cache))
+    process = start_train(tmp_path, cfg, processes=2)
+    killed = wait_for_checkpoint(tmp_path, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     for pid in (process.pid, *map(int, children)):  # ranks live on without their launcher
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.communicate()
     assert len(children) >= 2 and not (killed / "metrics.json").exists()
-    run_two(folders[1], cfg, "--resume")
-    assert_same_run(killed, folders[0] / killed.relative_to(folders[1]))
-
-
-def test_every_config_trains_on_two_processes(tmp_path):
-    """Two updates of each, in one pair of processes. maxvit_base_tf_384 of the base recipe, 120 M weights, is
-    replaced by test_efficientnet; all other names are those of the configs."""
-    small = {
-        "img_size": 64,
-        "base_slices": 8,
-        "roi_mm": 160.0,
-        "num_folds": 2,
-        "batch_size": 2,
-        "bootstrap": 20,
-    }
-    small |= {"epochs": 1, "pretrained": False, "precision": "no", "workers": 0, "accumulation": 1}
-    write_cache(tmp_path / "cache", random_table(16), change(TINY, **{k: small[k] for k in list(small)[:3]}))
-    small |= {"cache": str(tmp_path / "cache"), "proposals": ""}
-    locate = {"model_name": "tf_efficientnet_lite0", "task": "locate"}
-    overrides = [(path, {"fold": 0}) for path in sorted(ROOT.glob("configs/**/*.yaml"))]
-    overrides += [(None, {"fold": fold, **locate}) for fold in (0, 1)]
-    proposals = str(tmp_path / "outputs" / "locator_tf_efficientnet_lite0_run*_fold*")
-    overrides += [(None, {"fold": 0, "model_name": "test_efficientnet", "proposals": proposals})]
-    commands = []
-    for i, (path, changes) in enumerate(overrides):
-        cfg = common.load_config(path)
-        if cfg.model_name.startswith("maxvit_base"):
-            changes = {"model_name": "test_efficientnet"} | changes
-        cfg = change(cfg, **(small | changes | {"tag": f"run{i}"}))
-        (tmp_path / str(i)).mkdir()
-        options = arguments(tmp_path / str(i), cfg)
-        commands.append([*options, "--set", f"outputs={tmp_path / 'outputs'}"])
-    script = f"""import sys; sys.path.insert(0, {str(ROOT)!r}); import train
-for command in {commands!r}:
-    sys.argv = ["train.py", *command]
-    assert train.main() == 0, command
-train.common.exit_rank(0)"""
-    (tmp_path / "all.py").write_text(script)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "all.py")]
-    done = subprocess.run([sys.executable, *torchrun], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    metrics = [json.loads(path.read_text()) for path in tmp_path.glob("outputs/*/metrics.json")]
-    assert len(metrics) == len(commands) >= 14
-    assert all(m["num_processes"] == 2 and m["history"][0]["train_loss"] > 0 for m in metrics)
+    process = start_train(tmp_path, cfg, "--resume", processes=2)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0 and "resumed after epoch" in errors, errors
+    assert_same_run(killed, pair / killed.name)
 
 
 def test_a_locator_writes_proposals_and_a_classifier_of_other_volumes_uses_them(cache, tmp_path):
