@@ -24,6 +24,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -32,7 +33,6 @@ import shutil
 import signal
 import sys
 import time
-import typing
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -78,7 +78,9 @@ def load_table(cfg: Config, limit: int = 0) -> pd.DataFrame:
     if num_patients < cfg.num_folds:
         faults[f"table with fewer patients than num_folds, {cfg.num_folds}"] = [str(num_patients)]
     if faults:
-        texts = [f"{len(places)} x {fault}: {', '.join(places[:3])}" for fault, places in faults.items()]
+        texts = []
+        for fault, places in faults.items():
+            texts.append(f"{len(places)} x {fault}: {', '.join(places[:3])}")
         raise ValueError(f"{cfg.cache}: cannot train: {'; '.join(texts)}")
     table["fold"] = make_folds(table, cfg.num_folds, cfg.fold_seed)
     return table
@@ -88,7 +90,8 @@ def merge_labels(cfg: Config) -> pd.DataFrame:
     """The rows of train.csv whose volumes are in the cache, with their patient and plane of index.csv; says
     how many series it leaves out."""
     cache = Path(cfg.cache)
-    if not (cache / "index.csv").is_file() or not (cache / "train.csv").is_file():
+    files = [cache / "index.csv", cache / "train.csv"]
+    if not all(path.is_file() for path in files):
         raise ValueError(
             f"{cache}: lacks index.csv or train.csv; expected a cache with labels: put train.csv beside the "
             f"series and run python preprocess.py --src dicoms --dst {cache}"
@@ -101,7 +104,8 @@ def merge_labels(cfg: Config) -> pd.DataFrame:
     status = table["status"].fillna("not in the cache")
     is_usable = status.isin(["ok", "doubtful"] if cfg.use_doubtful else ["ok"])
     left_out = status[~is_usable].value_counts().to_dict()
-    left_out["without labels"] = len(set(index[UID]) - set(labels[UID]))
+    is_labelled = index[UID].isin(labels[UID])
+    left_out["without labels"] = (~is_labelled).sum()
     counts = [f"{count} {reason}" for reason, count in left_out.items() if count]
     if counts:
         common.log(f"{cache}: {is_usable.sum()} series; left out: {', '.join(counts)}")
@@ -112,7 +116,8 @@ def merge_labels(cfg: Config) -> pd.DataFrame:
 
 def check_volumes(cfg: Config, table: pd.DataFrame) -> dict[str, list[str]]:
     """What is wrong with the volumes, and with which: unreadable, of other settings, with shared images."""
-    faults, series_of_image = defaultdict(list), {}
+    faults = defaultdict(list)
+    series_of_image = {}
     expected = common.volume_settings(cfg)
     for uid in table[UID]:
         try:
@@ -148,7 +153,8 @@ def make_folds(table: pd.DataFrame, num_folds: int, seed: int) -> pd.Series:
     filled = np.zeros((num_folds, counts.shape[1]))
     folds = {}
     for i in shuffled[np.argsort(rarity[shuffled], kind="stable")]:
-        growth = (((filled + counts[i]) ** 2 - filled**2) / total**2).sum(1)
+        grown = (filled + counts[i]) ** 2 - filled**2
+        growth = (grown / total**2).sum(1)
         fold = int(np.argmin(growth))  # the lowest fold of several equal ones
         filled[fold] += counts[i]
         folds[per_patient.index[i]] = fold
@@ -180,11 +186,13 @@ def load_proposals(cfg: Config, table: pd.DataFrame) -> tuple[dict[str, np.ndarr
     """
     if not cfg.proposals:
         return None, ""
-    names, proposals = {}, {}
+    names = {}
+    proposals = {}
     for path in sorted(glob.glob(f"{cfg.proposals}/proposals.csv")):
         folder = Path(path).parent
         locator_cfg = common.load_config(folder / "config.yaml")
-        fold, rows = locator_cfg.fold, pd.read_csv(path, dtype={UID: str})
+        fold = locator_cfg.fold
+        rows = pd.read_csv(path, dtype={UID: str})
         has_other_folds = (locator_cfg.num_folds, locator_cfg.fold_seed) != (cfg.num_folds, cfg.fold_seed)
         if has_other_folds or set(rows[UID]) != set(table[UID][table["fold"] == fold]):
             raise ValueError(
@@ -217,8 +225,11 @@ def augment(batch: dict[str, Tensor], cfg: Config) -> tuple[Tensor, Tensor, Tens
     only: crops have their own centre), gain and offset (all). What only moves bytes happens before they
     become floats. points (B, 8, 4) follow; label -1 means that a row holds no point.
     """
-    images, labels, points = batch["image"], batch["labels"], batch["points"].clone()
-    slabs, extent = cfg.volume.base_slices, images.shape[-1]
+    images = batch["image"]
+    labels = batch["labels"]
+    points = batch["points"].clone()
+    slabs = cfg.volume.base_slices
+    extent = images.shape[-1]
     values = batch["augment"][:, : common.NUM_AUGMENT, None, None]
     flip, degrees, scale, dx, dy, gain, offset, step = values.unbind(1)  # each (B, 1, 1)
     is_shown = batch["augment"][:, common.NUM_AUGMENT :]
@@ -227,29 +238,34 @@ def augment(batch: dict[str, Tensor], cfg: Config) -> tuple[Tensor, Tensor, Tens
     is_flipped = flip[:, 0] > 0.5  # (B, 1)
     labels = torch.where(is_flipped, labels[:, SWAP], labels)
     swap = points.new_tensor([*SWAP, -1])  # the last one for rows without a point
-    points[..., 0] = torch.where(is_flipped, swap[points[..., 0].long()], points[..., 0])
+    names = points[..., 0]
+    points[..., 0] = torch.where(is_flipped, swap[names.long()], names)
     crops = images[:, slabs:]
     crops = torch.where(is_flipped[..., None, None], common.mirror(crops), crops)
 
     source = torch.arange(slabs, device=images.device) - step[:, 0].long()  # (B, Z)
     is_shown = is_shown * ((source >= 0) & (source < slabs))
     rows = torch.arange(len(images), device=images.device)[:, None]
-    moved = images[rows, source.clamp(0, slabs - 1)] * is_shown[..., None, None].to(images.dtype)
+    moved = images[rows, source.clamp(0, slabs - 1)]
+    moved = moved * is_shown[..., None, None].to(images.dtype)
     points[..., 1:2] += step
 
     # out(p) = in(mirror(R p / scale + shift)) in [-1, 1] coordinates; a point moves by the inverse.
     angle = torch.deg2rad(degrees)
-    rotation = torch.cat([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
+    cos, sin = angle.cos(), angle.sin()
+    rotation = torch.cat([cos, -sin, sin, cos], dim=1).view(-1, 2, 2)
     shift = torch.cat([dx, dy], dim=1) * 2 / cfg.volume.roi_mm  # (B, xy, 1)
     mirrored = torch.cat([1 - 2 * flip, torch.ones_like(flip)], dim=1)
     theta = torch.cat([rotation / scale, shift], dim=2) * mirrored
     grid = F.affine_grid(theta, moved.shape, align_corners=False)
     moved = F.grid_sample(moved.float(), grid, align_corners=False)  # 0 outside
-    centred = ((2 * points[..., [3, 2]] + 1) / extent - 1) * mirrored.mT - shift.mT  # (B, 8, xy)
-    points[..., [3, 2]] = ((centred @ rotation * scale + 1) * extent - 1) / 2
+    centred = (2 * points[..., [3, 2]] + 1) / extent - 1  # (B, 8, xy)
+    centred = (centred * mirrored.mT - shift.mT) @ rotation * scale
+    points[..., [3, 2]] = ((centred + 1) * extent - 1) / 2
 
     images = torch.cat([moved, crops.float()], dim=1)
-    images.flatten(2).mul_(gain / 255).add_(offset).clamp_(0, 1)  # in place, through a view
+    pixels = images.flatten(2)  # a view
+    pixels.mul_(gain / 255).add_(offset).clamp_(0, 1)
     return images, labels, points
 
 
@@ -268,10 +284,12 @@ def map_targets(
     """
     targets = points.new_zeros(shape)
     step = points.new_tensor([1, stride, stride])
-    axes = torch.meshgrid(*(torch.arange(n, device=points.device) for n in shape[2:]), indexing="ij")
-    cells = torch.stack(axes, dim=-1) * step + (step - 1) / 2  # (Z, h, w, 3) voxels
+    axes = [torch.arange(size, device=points.device) for size in shape[2:]]
+    cells = torch.cartesian_prod(*axes).view(*shape[2:], 3)  # (Z, h, w, zyx)
+    centres = cells * step + (step - 1) / 2  # voxels
     for b, p in (points[..., 0] >= 0).nonzero().tolist():
-        squared = (((cells - points[b, p, 1:]) * spacing_mm[b]) ** 2).sum(-1)
+        away_mm = (centres - points[b, p, 1:]) * spacing_mm[b]
+        squared = (away_mm**2).sum(-1)
         bump = torch.exp(-squared / (2 * sigma_mm**2))
         is_in_volume = squared.min() <= ((spacing_mm[b] * step) ** 2).sum()
         if is_in_volume:
@@ -290,7 +308,8 @@ def map_loss(maps: Tensor, targets: Tensor) -> Tensor:
     """
     log_probs = F.logsigmoid(maps.float())
     log_find = torch.logsumexp(log_probs, 1).clamp(max=-1e-6)  # p: the sum over arteries
-    find, target = log_find.exp(), targets.amax(1)
+    find = log_find.exp()
+    target = targets.amax(1)
     positive_loss = -((1 - find) ** 2) * log_find
     negative_loss = -((1 - target) ** 4) * find**2 * torch.log1p(-find)
     finding = torch.where(target == 1, positive_loss, negative_loss)
@@ -341,10 +360,14 @@ def train_epoch(
 
     Raises FloatingPointError at a loss that is NaN or infinite.
     """
-    progress, rank = state.progress, accelerator.process_index
+    progress = state.progress
+    rank = accelerator.process_index
     plan = plan_epoch(len(dataset), cfg, progress.epoch, rank, accelerator.num_processes)
-    total, warmup = cfg.epochs * len(plan), max(1, round(cfg.warmup_epochs * len(plan)))
-    dataset.epoch, loss_sum, waits = progress.epoch, 0.0, []
+    total = cfg.epochs * len(plan)
+    warmup = max(1, round(cfg.warmup_epochs * len(plan)))
+    loss_sum = 0.0
+    waits = []
+    dataset.epoch = progress.epoch
     indices = [indices for update in plan for indices, _ in update]
     batches = load_batches(dataset, indices, cfg, accelerator.device, waits)
     bar = common.progress(len(plan), f"epoch {progress.epoch + 1}", accelerator.is_main_process)
@@ -359,14 +382,12 @@ def train_epoch(
         losses = []
         for _, weight in update:
             batch = next(batches)
-            # Gradients add up over the update's batches; ranks exchange them with the last one only.
-            is_last = len(losses) == len(update) - 1
-            with contextlib.nullcontext() if is_last else accelerator.no_sync(state.model):
-                images, labels, points = augment(batch, cfg)
-                with accelerator.autocast():
-                    output = state.model(images)
-                batch_losses = sample_losses(output, labels, points, batch["spacing_mm"], cfg)
-                accelerator.backward(batch_losses.sum() * weight)
+            images, labels, points = augment(batch, cfg)
+            with accelerator.autocast():
+                output = state.model(images)
+            batch_losses = sample_losses(output, labels, points, batch["spacing_mm"], cfg)
+            # Gradients add up over the batches of an update, and DDP averages them over ranks.
+            accelerator.backward(batch_losses.sum() * weight)
             losses.append(batch_losses.detach() * (weight > 0))
         if cfg.clip_grad:
             accelerator.clip_grad_norm_(state.model.parameters(), cfg.clip_grad)
@@ -400,8 +421,11 @@ def plan_epoch(
         group = order[start : start + size]
         num_steps = math.ceil(len(group) / (cfg.batch_size * world))
         parts = np.array_split(group, num_steps * world)[rank::world]
-        weight = world / len(group)  # DDP averages over ranks, so scale
-        plan.append([(part.tolist(), weight) if len(part) else ([0], 0.0) for part in parts])
+        weight = world / len(group)  # DDP averages over ranks, so scale: each sample weighs 1 / len(group)
+        update = []
+        for part in parts:
+            update.append((part.tolist(), weight) if len(part) else ([0], 0.0))
+        plan.append(update)
     return plan
 
 
@@ -411,7 +435,8 @@ def learning_rate(update: int, total: int, warmup: int, cfg: Config) -> float:
     if update < warmup:
         return cfg.lr * (update + 1) / warmup
     share = min(1.0, (update - warmup) / max(1, total - warmup))
-    return cfg.min_lr + (cfg.lr - cfg.min_lr) * (1 + math.cos(math.pi * share)) / 2
+    height = (1 + math.cos(math.pi * share)) / 2
+    return cfg.min_lr + (cfg.lr - cfg.min_lr) * height
 
 
 def add_losses(losses: Tensor, update: list[tuple], dataset: SeriesDataset, number: int) -> float:
@@ -480,7 +505,7 @@ def start_worker(_: int) -> None:
 def predict(
     model: nn.Module, dataset: SeriesDataset, cfg: Config, accelerator: Accelerator
 ) -> tuple[np.ndarray, list[list]]:
-    """Logits (N, 14) of every item on every rank, and where the model makes maps the rows of proposals.csv."""
+    """Logits (N, 14) of every item, on every rank, and the rows of proposals.csv where the model makes maps."""
     model.eval()
     order = list(range(accelerator.process_index, len(dataset), accelerator.num_processes))
     batches = [order[i : i + cfg.batch_size] for i in range(0, len(order), cfg.batch_size)]
@@ -489,48 +514,35 @@ def predict(
         with torch.inference_mode(), accelerator.autocast():
             output = model(batch["image"].float() / 255)
         logits = output.logits.float().cpu().numpy()
+        spacing_mm = batch["spacing_mm"].cpu().numpy()
+        affine = batch["affine"].cpu().numpy()
         for i, index in enumerate(batch["index"].tolist()):
             places = []
             if output.maps is not None:
-                probs = torch.sigmoid(output.maps[i].float()).cpu().numpy()
-                peaks = common.propose(probs, batch["spacing_mm"][i].cpu().numpy(), cfg)
-                peaks[:, :3] = to_lps(peaks[:, :3], batch["affine"][i].cpu().numpy())
+                probs = output.maps[i].float().sigmoid().cpu().numpy()
+                peaks = common.propose(probs, spacing_mm[i], cfg)
+                peaks[:, :3] = to_lps(peaks[:, :3], affine[i])
                 places = [[dataset.uids[index], *peak] for peak in peaks.tolist()]
             answers.append((index, logits[i], places))
     answers = sorted(gather_object(answers), key=lambda answer: answer[0])
-    assert [index for index, _, _ in answers] == list(range(len(dataset))), "each series exactly once"
-    logits = np.stack([values for _, values, _ in answers])
-    return logits, [row for _, _, places in answers for row in places]
+    indices, logits, places = zip(*answers, strict=True)
+    assert indices == tuple(range(len(dataset))), "validation sees each series exactly once"
+    return np.stack(logits), list(itertools.chain(*places))
 
 
-def score_epoch(val_table: pd.DataFrame, logits: np.ndarray, cfg: Config) -> dict[str, float]:
-    """The columns of log.csv that validation fills. ValueError for logits that are NaN or infinite."""
-    metrics = common.score(val_table, logits, cfg.bootstrap)
-    truth = torch.tensor(val_table[list(LABELS)].to_numpy(np.float32))
-    loss = label_loss(torch.tensor(logits), truth, cfg.label_smoothing).mean().item()
-    return {"val_loss": loss, "wauc": metrics["wauc"], "low": metrics["low"], "high": metrics["high"]}
-
-
-def write_best(
-    folder: Path,
-    model: nn.Module,
-    cfg: Config,
-    meta: dict,
-    val_table: pd.DataFrame,
-    logits: np.ndarray,
-    places: list[list],
-) -> None:
+def write_best(run: common.Run, val_table: pd.DataFrame, logits: np.ndarray, places: list[list]) -> None:
     """best_ema.safetensors, oof.csv and for a locator proposals.csv, each atomic."""
-    labels, probs = list(LABELS), common.sigmoid(logits)
+    labels = list(LABELS)
     oof = val_table[[UID, "patient", "Modality", "plane"]].rename(columns={"Modality": "modality"})
-    oof[labels] = probs
+    oof[labels] = common.sigmoid(logits)
     oof[[f"label {label}" for label in labels]] = val_table[labels]
-    write_table(folder / "oof.csv", oof)
+    write_table(run.folder / "oof.csv", oof)
     if places:
         table = pd.DataFrame(places, columns=PROPOSAL_COLUMNS).astype({"label": int})
-        write_table(folder / "proposals.csv", table)
-    meta = meta | {"operating_points": operating_points(val_table, probs[:, AP], cfg.bootstrap)}
-    common.save_checkpoint(folder / "best_ema.safetensors", model, cfg, meta)
+        write_table(run.folder / "proposals.csv", table)
+    points = operating_points(val_table, oof[LABELS[AP]].to_numpy(), run.cfg.bootstrap)
+    meta = run.meta | {"operating_points": points}
+    common.save_checkpoint(run.folder / "best_ema.safetensors", run.model, run.cfg, meta)
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
@@ -596,7 +608,8 @@ def operating_points(val_table: pd.DataFrame, scores: np.ndarray, draws: int) ->
     """Sensitivity of `Aneurysm Present`, scores (N,), at each of SPECIFICITIES; see measure_sensitivity."""
     is_present = (val_table[LABELS[AP]] == 1).to_numpy()
     rows = np.flatnonzero(is_present)
-    positives, negatives = np.stack([scores[rows], rows], axis=1), scores[~is_present]
+    positives = np.stack([scores[rows], rows], axis=1)
+    negatives = scores[~is_present]
     points = []
     for specificity in SPECIFICITIES:
         allowed = (1 - specificity) * len(negatives)
@@ -609,7 +622,8 @@ def score_proposals(folder: Path, cfg: Config, val_table: pd.DataFrame) -> dict:
     """How well a locator's proposals find annotated points, within REACH_MM: all of them (recall_10mm: value,
     low, high), and those above a threshold that lets FALSE_PER_SCAN others pass (froc)."""
     rows = pd.read_csv(folder / "proposals.csv", dtype={UID: str})
-    hits, misses = [], []  # the best score near each point or 0, with its row of val_table; scores elsewhere
+    hits = []  # of each point the best score of a place near it, or 0, and the point's row of val_table
+    misses = []  # scores of places away from all points
     for i, uid in enumerate(val_table[UID]):
         tensors, meta = common.load_volume(common.volume_path(cfg.cache, uid), ["points"])
         points_mm = to_lps(tensors["points"], np.array(meta["affine"]))
@@ -617,7 +631,8 @@ def score_proposals(folder: Path, cfg: Config, val_table: pd.DataFrame) -> dict:
         scores = proposals["score"].to_numpy()
         away_mm = np.linalg.norm(points_mm[:, None] - proposals[PLACE].to_numpy(), axis=2)
         is_near = away_mm <= REACH_MM  # (points, proposals)
-        hits += [(score, i) for score in (is_near * scores).max(axis=1, initial=0)]
+        best = (is_near * scores).max(axis=1, initial=0)
+        hits += [(score, i) for score in best]
         misses += scores[~is_near.any(axis=0)].tolist()
     froc = []
     for rate in (*FALSE_PER_SCAN, math.inf):
@@ -643,7 +658,9 @@ def measure_sensitivity(
     threshold = ranked[int(min(allowed + 1e-9, len(negatives)))]
     scores, rows = np.reshape(positives, (-1, 2)).T
     draws = common.patient_weights(val_table["patient"], draws)
-    weights = np.concatenate([np.ones((1, len(val_table))), *draws])[:, rows.astype(int)]
+    every_row = np.ones((1, len(val_table)))
+    weights = np.concatenate([every_row, *draws])
+    weights = weights[:, rows.astype(int)]
     with np.errstate(invalid="ignore"):
         shares = (weights @ (scores > threshold)) / weights.sum(1)
     low, high = common.percentile_interval(shares[1:])
@@ -662,7 +679,7 @@ def describe_run(cfg: Config, table: pd.DataFrame, world: int) -> dict:
     return settings | {"processes": world, "series and labels": data}
 
 
-def list_parts(state: TrainState, accelerator: Accelerator) -> dict[str, typing.Any]:
+def list_parts(state: TrainState, accelerator: Accelerator) -> dict:
     """What has a state_dict to be saved."""
     parts = {"model": state.raw, "ema": state.ema.module, "optimizer": state.optimizer}
     return parts | ({"scaler": accelerator.scaler} if accelerator.scaler else {})
@@ -671,8 +688,9 @@ def list_parts(state: TrainState, accelerator: Accelerator) -> dict[str, typing.
 def save_last(folder: Path, state: TrainState, accelerator: Accelerator) -> None:
     """Write last/<epoch>.pt, which ends with the SHA-256 of what stands before it, then prune older ones."""
     states = {name: part.state_dict() for name, part in list_parts(state, accelerator).items()}
+    states["progress"] = asdict(state.progress)
     buffer = io.BytesIO()
-    torch.save(states | {"progress": asdict(state.progress)}, buffer)
+    torch.save(states, buffer)
     buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
     (folder / "last").mkdir(exist_ok=True)
     common.write_atomic(folder / "last" / f"{state.progress.epoch:04d}.pt", buffer.getbuffer())
@@ -685,8 +703,9 @@ def load_last(folder: Path) -> dict | None:
     """The states of the newest checkpoint that verifies, and `progress`; None where there is none."""
     for path in sorted((folder / "last").glob("*.pt"), reverse=True):
         data = memoryview(path.read_bytes())
-        if hashlib.sha256(data[:-32]).digest() == data[-32:]:
-            return torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
+        states = data[:-32]
+        if hashlib.sha256(states).digest() == data[-32:]:
+            return torch.load(io.BytesIO(states), map_location="cpu", weights_only=True)
         common.log(f"{path}: differs from its sum; falling back to the one before")
     return None
 
@@ -696,10 +715,12 @@ def load_last(folder: Path) -> dict | None:
 
 def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> None:
     """Everything from an empty run folder to metrics.json; see the top of the file."""
-    folder, is_main = Path(cfg.outputs) / cfg.run_name, accelerator.is_main_process
+    folder = Path(cfg.outputs) / cfg.run_name
+    is_main = accelerator.is_main_process
     with fail_together(accelerator):
         table = load_table(cfg, args.limit)
-        val_table, train_table = table[table["fold"] == cfg.fold], table[table["fold"] != cfg.fold]
+        train_table = table[table["fold"] != cfg.fold]
+        val_table = table[table["fold"] == cfg.fold]
         decoys = collect_decoys(cfg, train_table)
         proposals, locator = load_proposals(cfg, table)
         identity = describe_run(cfg, table, accelerator.num_processes)
@@ -712,6 +733,7 @@ def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> No
         "val_uids": val_set.uids,
         "locator": locator,
     }
+    val_labels = torch.tensor(val_set.labels)
     progress = state.progress
     state.model, state.optimizer = accelerator.prepare(state.raw, state.optimizer)
     with fail_together(accelerator):
@@ -724,11 +746,15 @@ def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> No
         loss_sum, waited = train_epoch(cfg, accelerator, state, train_set)
         logits, places = predict(state.ema.module, val_set, cfg, accelerator)
         seconds = time.perf_counter() - clock
+        metrics = common.score(val_table, logits, cfg.bootstrap)
         row = {
             "epoch": progress.epoch + 1,
             "lr": state.optimizer.param_groups[0]["lr"],
             "train_loss": sum(gather_object([loss_sum])) / len(train_set),
-            **score_epoch(val_table, logits, cfg),
+            "val_loss": label_loss(torch.tensor(logits), val_labels, cfg.label_smoothing).mean().item(),
+            "wauc": metrics["wauc"],
+            "low": metrics["low"],
+            "high": metrics["high"],
             "seconds": seconds,
             "data_wait": waited / seconds,
         }
@@ -736,8 +762,9 @@ def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> No
         accelerator.log(row, step=progress.epoch)
         if is_main:
             if progress.best is row:
-                best = meta | {"epoch": progress.epoch, "wauc": row["wauc"]}
-                write_best(folder, state.ema.module, cfg, best, val_table, logits, places)
+                best_meta = meta | {"epoch": progress.epoch, "wauc": row["wauc"]}
+                best_run = common.Run(folder, state.ema.module, cfg, best_meta)
+                write_best(best_run, val_table, logits, places)
             write_table(folder / "log.csv", pd.DataFrame(progress.history))
             save_last(folder, state, accelerator)
     finish(folder, cfg, accelerator, val_table, progress)
@@ -785,7 +812,8 @@ def announce(
     folder: Path, cfg: Config, accelerator: Accelerator, state: TrainState, num_train: int, num_val: int
 ) -> None:
     """One line on what is about to run."""
-    precision, world = effective_precision(accelerator), accelerator.num_processes
+    precision = effective_precision(accelerator)
+    world = accelerator.num_processes
     num_weights = sum(p.numel() for p in state.raw.parameters())
     common.log(
         f"{folder}: {num_train} series train, {num_val} validate; {num_weights / 1e6:.1f} M weights; "
@@ -803,7 +831,9 @@ def add_epoch(progress: Progress, row: dict, cfg: Config) -> None:
     progress.history.append(row)
     # where wAUC is undefined, in a fold with one class, the loss decides; the first of equals stays
     is_best = row["wauc"] > progress.best["wauc"]
-    if is_best or (math.isnan(row["wauc"]) and row["val_loss"] < progress.best["val_loss"]):
+    if math.isnan(row["wauc"]):
+        is_best = row["val_loss"] < progress.best["val_loss"]
+    if is_best:
         progress.best = row
     left_s = (cfg.epochs - progress.epoch) * progress.seconds / progress.epoch
     common.log(
@@ -834,7 +864,7 @@ def fail_together(accelerator: Accelerator) -> Iterator[None]:
         common.exit_rank(1)
 
 
-def claim_folder(folder: Path, cfg: Config, overwrite: bool) -> typing.IO:
+def claim_folder(folder: Path, cfg: Config, overwrite: bool) -> io.TextIOBase:
     """Make the run's folder, empty with overwrite, and write the settings. Returns its open lock, which a
     second run waits for in vain: it gets a ValueError."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -865,8 +895,9 @@ def fit_workers(cfg: Config) -> Config:
     if not os.path.isdir("/dev/shm"):
         return cfg
     disk = os.statvfs("/dev/shm")
-    num_bytes = disk.f_bavail * disk.f_frsize // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    num_batches = num_bytes // (cfg.batch_size * cfg.in_chans * cfg.volume.img_size**2)
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    batch_bytes = cfg.batch_size * cfg.in_chans * cfg.volume.img_size**2
+    num_batches = disk.f_bavail * disk.f_frsize // num_processes // batch_bytes
     # a loader works two batches ahead; another one is in use, and one on its way
     workers = min(cfg.workers, max(0, (num_batches - 2) // 2))
     if workers < cfg.workers:
@@ -878,8 +909,7 @@ def fit_workers(cfg: Config) -> Config:
 
 
 def stop(number: int, _frame: object) -> None:
-    """End the run at a signal, at once: an exception could be lost in a destructor. The last finished epoch is
-    saved."""
+    """End the run at a signal, at once (a destructor could swallow an exception); finished epochs are saved."""
     if int(os.environ.get("RANK", 0)) == 0:
         name = signal.Signals(number).name
         text = f"\ntrain.py: stopped by {name}; --resume goes on after the last finished epoch\n"
