@@ -505,7 +505,7 @@ def start_worker(_: int) -> None:
 def predict(
     model: nn.Module, dataset: SeriesDataset, cfg: Config, accelerator: Accelerator
 ) -> tuple[np.ndarray, list[list]]:
-    """Logits (N, 14) of every item, on every rank, and of a model that makes maps the rows of proposals.csv."""
+    """Logits (N, 14) of every item, on every rank, and of a model with maps the rows of proposals.csv."""
     model.eval()
     order = list(range(accelerator.process_index, len(dataset), accelerator.num_processes))
     batches = [order[i : i + cfg.batch_size] for i in range(0, len(order), cfg.batch_size)]
@@ -909,7 +909,7 @@ def fit_workers(cfg: Config) -> Config:
 
 
 def stop(number: int, _frame: object) -> None:
-    """End the run at a signal, at once: a destructor could swallow an exception. Finished epochs are saved."""
+    """End at once at a signal (an exception could be lost in a destructor); finished epochs are saved."""
     if int(os.environ.get("RANK", 0)) == 0:
         name = signal.Signals(number).name
         text = f"\ntrain.py: stopped by {name}; --resume goes on after the last finished epoch\n"
