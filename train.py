@@ -585,7 +585,8 @@ def finish(
     best = progress.best
     common.log(
         f"{folder}: best epoch {best['epoch']}, wAUC {best['wauc']:.4f} (95 % interval "
-        f"{best['low']:.4f} to {best['high']:.4f}, {metrics['num_patients']} patients)"
+        f"{best['low']:.4f} to {best['high']:.4f}, {metrics['num_patients']} patients); without an AUC, as "
+        f"of one class: {', '.join(metrics['undefined']) or 'none'}"
     )
 
 
