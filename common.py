@@ -69,20 +69,26 @@ MODALITIES = ("CTA", "MRA", "MRI T2", "MRI T1post")
 UID = "SeriesInstanceUID"
 
 
+def read_csv(path: Path, columns: Sequence[str], **options) -> pd.DataFrame:
+    """A CSV file with at least these columns; options are those of pandas. ValueError where it is not one."""
+    try:
+        table = pd.read_csv(path, **options)
+    except (ValueError, OSError) as error:  # pandas' parser errors are ValueErrors
+        raise ValueError(f"{path}: not a readable CSV: {' '.join(str(error).split())}") from None
+    missing = [name for name in columns if name not in table]
+    if missing:
+        names = ", ".join(map(repr, missing))
+        raise ValueError(f"{path}: columns missing: {names}; expected {', '.join(columns)}")
+    return table
+
+
 def read_label_table(path: Path) -> pd.DataFrame:
     """A label table such as train.csv: SeriesInstanceUID as text in the form of the cache's file names, the
     14 labels as 0 or 1, and its other columns.
 
     Raises ValueError that names every fault, so that one run shows them all.
     """
-    try:
-        table = pd.read_csv(path, dtype={UID: str})
-    except (ValueError, OSError) as error:  # pandas' parser errors are ValueErrors
-        raise ValueError(f"{path}: not a readable CSV: {' '.join(str(error).split())}") from None
-    missing = [name for name in (UID, *LABELS) if name not in table]
-    if missing:
-        names = ", ".join(map(repr, missing))
-        raise ValueError(f"{path}: columns missing: {names}; expected {UID} and the 14 labels")
+    table = read_csv(path, [UID, *LABELS], dtype={UID: str})
     faults = []
     for name in LABELS:
         odd = table.loc[~table[name].isin([0, 1]), name].unique()
@@ -366,6 +372,8 @@ def progress(total: int, desc: str, show: bool = True) -> tqdm:
 
 def reserve_stdout() -> typing.TextIO:
     """stdout for the script's data alone: whatever else a library prints goes to stderr from here on."""
+    if sys.stdout is None:
+        raise OSError("stdout is closed; expected a file or a pipe")
     sys.stdout.flush()
     stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -387,7 +395,7 @@ def exit_rank(code: int) -> typing.NoReturn:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write data under a temporary name beside path, sync it, rename it: a reader sees the old file or the
-    new one."""
+    new one. OSError names path."""
     temporary = path.with_name(f".{path.name}.{host_name()}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -607,6 +615,8 @@ def wait_result(future: concurrent.futures.Future, timeout_s: float) -> tuple[ty
 
 # --- metric -------------------------------------------------------------------------------------------------
 
+MIN_POSITIVES = 5  # of a label whose AUC gets an interval
+
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
     """Probabilities (float64) of logits of any shape."""
@@ -717,7 +727,7 @@ def compare_waucs(
 
 def score(table: pd.DataFrame, probs: np.ndarray, draws: int = 2000) -> dict:
     """Everything said of predictions: wAUC with its interval over patients, per label, and wAUC per modality
-    and plane.
+    and plane. A label of fewer than MIN_POSITIVES positive series has no interval.
 
     table: rows aligned with probs (N, 14); columns patient, Modality, plane and the 14 labels.
     """
@@ -729,9 +739,11 @@ def score(table: pd.DataFrame, probs: np.ndarray, draws: int = 2000) -> dict:
     low, high = percentile_interval(waucs)
     per_label = {}
     for k, name in enumerate(LABELS):
-        label_low, label_high = percentile_interval(aucs[:, k])
+        num_positives = overall["positives"][k]
+        drawn = aucs[:, k] if num_positives >= MIN_POSITIVES else np.empty(0)
+        label_low, label_high = percentile_interval(drawn)
         row = {"auc": overall["auc"][k], "low": label_low, "high": label_high}
-        per_label[name] = row | {"positives": overall["positives"][k]}
+        per_label[name] = row | {"positives": num_positives, "draws_used": int(np.isfinite(drawn).sum())}
     result = {
         "wauc": overall["wauc"],
         "low": low,
@@ -1241,4 +1253,7 @@ def check_run_metadata(meta: dict) -> Config:
         raise ValueError(f"decoys have shape {decoys.shape}; expected finite rows of (z, y, x)")
     if not all(isinstance(uid, str) for uid in [*meta["val_uids"], meta["locator"]]):
         raise ValueError("val_uids and locator: expected text")
-    return config_from_dict(meta["config"])
+    for point in meta.get("operating_points", []):
+        if not all(isinstance(point[key], float) for key in ("specificity", "threshold", "sensitivity")):
+            raise ValueError(f"operating point {point}: expected numbers")
+    return config_from_dict(dict(meta["config"]))
