@@ -193,15 +193,15 @@ def load_proposals(cfg: Config, table: pd.DataFrame) -> tuple[dict[str, np.ndarr
         locator_cfg = common.load_config(folder / "config.yaml")
         fold = locator_cfg.fold
         rows = pd.read_csv(path, dtype={UID: str})
-        has_other_folds = (locator_cfg.num_folds, locator_cfg.fold_seed) != (cfg.num_folds, cfg.fold_seed)
-        if has_other_folds or set(rows[UID]) != set(table[UID][table["fold"] == fold]):
+        is_finished = (folder / "metrics.json").exists()
+        has_folds = (locator_cfg.num_folds, locator_cfg.fold_seed) == (cfg.num_folds, cfg.fold_seed)
+        has_series = set(rows[UID]) == set(table[UID][table["fold"] == fold])
+        if not (is_finished and has_folds and has_series):
             raise ValueError(
-                f"{folder}: made with num_folds {locator_cfg.num_folds}, fold_seed {locator_cfg.fold_seed} "
-                f"and {rows[UID].nunique()} series in fold {fold}; expected num_folds {cfg.num_folds}, "
-                f"fold_seed {cfg.fold_seed} and the series of this run's fold {fold}"
+                f"{folder}: finished {is_finished}, num_folds {locator_cfg.num_folds}, fold_seed "
+                f"{locator_cfg.fold_seed}, {rows[UID].nunique()} series in fold {fold}; expected a finished "
+                f"locator of num_folds {cfg.num_folds}, fold_seed {cfg.fold_seed} and this run's series"
             )
-        if not (folder / "metrics.json").exists():
-            raise ValueError(f"{folder}: this locator is not finished; go on with it (--resume) first")
         if fold in names:
             raise ValueError(f"proposals: {folder} and {names[fold]} validate the same fold; expected one")
         names[fold] = folder.name
@@ -705,7 +705,8 @@ def load_last(folder: Path) -> dict | None:
     for path in sorted((folder / "last").glob("*.pt"), reverse=True):
         data = memoryview(path.read_bytes())
         states = data[:-32]
-        if hashlib.sha256(states).digest() == data[-32:]:
+        is_intact = hashlib.sha256(states).digest() == data[-32:]
+        if is_intact:
             return torch.load(io.BytesIO(states), map_location="cpu", weights_only=True)
         common.log(f"{path}: differs from its sum; falling back to the one before")
     return None
@@ -799,7 +800,13 @@ def begin(
     model = common.build_model(cfg, pretrained=last is None).to(accelerator.device)
     # a fused step that the fp16 scaler skips is not reported as skipped
     fused = accelerator.scaler is None
-    optimizer = create_optimizer_v2(model, "adamw", lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
+    optimizer = create_optimizer_v2(
+        model,
+        opt="adamw",
+        lr=cfg.lr,
+        weight_decay=cfg.weight_decay,
+        fused=fused,
+    )
     ema = ModelEmaV3(model, decay=cfg.ema_decay, use_warmup=True, foreach=True)
     state = TrainState(model, model, ema, optimizer, progress)
     if last:

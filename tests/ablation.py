@@ -42,7 +42,7 @@ def train_all(seeds: int, num_jobs: int) -> None:
         options = ["--matrix", "128", "--modality", "CTA", "--plane", "axial", "--plain"]
         call("tests/phantom.py", "--dst", "ablation/dicoms", "--series", "1600", "--seed", "0", *options)
     folders = ["--src", "ablation/dicoms", "--dst", "ablation/cache"]
-    call("preprocess.py", *folders, "--config", "configs/demo.yaml")  # skips finished series
+    call("preprocess.py", *folders, "--config", "configs/ablation/base.yaml")  # skips finished series
     threads = str(max(1, common.usable_cores() // num_jobs))
 
     def train(job: tuple[str, int, int]) -> None:  # refuses to go on with a run of other settings
