@@ -9,6 +9,10 @@ run  accelerate launch train.py --config configs/fold0.yaml
      accelerate launch train.py --config configs/fold0.yaml --set seed=1 --set lr=5.0e-5 --resume
      ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 train.py --config configs/demo.yaml
 
+`accelerate launch` takes every GPU of the machine; --num_processes 1 takes one, and --quiet leaves out the
+launcher's own traceback after a failure. lr belongs to the global batch, batch_size x processes x
+accumulation, which the first line names: with more processes lower batch_size, or raise lr in proportion.
+
 Validation sees what a new patient has: no annotated crop ever, only decoys or a locator's proposals.
 A run that was stopped or killed goes on after its last finished epoch and ends with the same bits.
 exit 0 trained, 1 refused or failed (one line says why), 2 wrong usage, 130 or 143 stopped by a signal.
@@ -61,7 +65,7 @@ PROPOSAL_COLUMNS = [UID, *PLACE, "score", "label"]
 KEEP_CHECKPOINTS = 2  # of last/: the newest and one to fall back to
 
 
-# --- what there is to train on ------------------------------------------------------------------------------
+# --- the series to train on ---------------------------------------------------------------------------------
 
 
 def load_table(cfg: Config, limit: int = 0) -> pd.DataFrame:
@@ -222,7 +226,7 @@ def augment(batch: dict[str, Tensor], cfg: Config) -> tuple[Tensor, Tensor, Tens
     """Apply each sample's drawn augmentation on the device: -> images (B, C, H, W) in [0, 1], labels, points.
 
     Flip (all channels, labels swapped), slab shift and drop-out, rotation, scale and shift in plane (slabs
-    only: crops have their own centre), gain and offset (all). What only moves bytes happens before they
+    only: crops have a centre to themselves), gain and offset (all). What only moves bytes happens before they
     become floats. points (B, 8, 4) follow; label -1 means that a row holds no point.
     """
     images = batch["image"]
@@ -446,7 +450,7 @@ def add_losses(losses: Tensor, update: list[tuple], dataset: SeriesDataset, numb
         uids = [dataset.uids[i] for indices, _ in update for i in indices]
         raise FloatingPointError(
             f"loss is {losses.tolist()} in epoch {dataset.epoch + 1}, update {number + 1}, series "
-            f"{', '.join(uids)}; lower lr or clip_grad, or look at these series"
+            f"{', '.join(uids)}; lower lr or clip_grad, or check these series"
         )
     return total
 
@@ -701,7 +705,7 @@ def save_last(folder: Path, state: TrainState, accelerator: Accelerator) -> None
 
 
 def load_last(folder: Path) -> dict | None:
-    """The states of the newest checkpoint that verifies, and `progress`; None where there is none."""
+    """The states of the newest checkpoint that verifies, and `progress`; None without one."""
     for path in sorted((folder / "last").glob("*.pt"), reverse=True):
         data = memoryview(path.read_bytes())
         states = data[:-32]
@@ -786,7 +790,7 @@ def begin(
     if is_used and not (args.resume or args.overwrite):
         raise ValueError(
             f"{folder}: holds a run; --resume goes on with it, --overwrite starts again, another tag, "
-            f"seed or fold has a folder of its own"
+            f"seed or fold gets another folder"
         )
     last = load_last(folder) if args.resume else None
     progress = Progress(**last["progress"]) if last else Progress(identity)
@@ -933,7 +937,7 @@ def main() -> int:
     parser.add_argument("--print-config", action="store_true", help="print the settings as YAML and end")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="a quick look: N series alone")
     either = parser.add_mutually_exclusive_group()
-    either.add_argument("--resume", action="store_true", help="go on with an unfinished run, if there is one")
+    either.add_argument("--resume", action="store_true", help="go on with the run in the folder, if any")
     either.add_argument("--overwrite", action="store_true", help="delete what the run folder holds")
     args = parser.parse_args()
     try:

@@ -103,7 +103,7 @@ def assert_same_run(folder: Path, expected: Path) -> None:
     assert ours == theirs
 
 
-# --- what there is to train on ------------------------------------------------------------------------------
+# --- the series to train on ---------------------------------------------------------------------------------
 
 
 def test_folds_keep_patients_together_and_do_not_depend_on_row_order():
