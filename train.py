@@ -139,9 +139,10 @@ def check_volumes(cfg: Config, table: pd.DataFrame) -> dict[str, list[str]]:
 
 
 def make_folds(table: pd.DataFrame, num_folds: int, seed: int) -> pd.Series:
-    """Fold of every row; a patient's series share one, and the order of the rows does not matter.
+    """Fold of every row; a patient's series share one. Neither the order of the rows matters nor the names of
+    the patients, which each cache hides by another key.
 
-    table has `patient`, `Modality` and the 14 labels. Patients come rarest positive location first; each
+    table has UID, `patient`, `Modality` and the 14 labels. Patients come rarest positive location first; each
     goes to the fold that it leaves most even: the least growth of sum((count / total)^2) over the columns, so
     that a rare location weighs more than presence or a modality.
     """
@@ -149,7 +150,8 @@ def make_folds(table: pd.DataFrame, num_folds: int, seed: int) -> pd.Series:
     modalities = pd.get_dummies(table["Modality"]).astype(float)
     is_absent = (1 - table[LABELS[AP]]).rename("absent")
     columns = pd.concat([labels, modalities, is_absent], axis=1)
-    per_patient = columns.groupby(table["patient"]).sum()  # sorted by patient
+    patients = table.groupby("patient")[UID].transform("min")  # the first of a patient's series names it
+    per_patient = columns.groupby(patients).sum()
     counts = per_patient.to_numpy()  # (patients, columns)
     total = np.maximum(counts.sum(0), 1)
     rarity = np.where(counts > 0, total, np.inf).min(1)
@@ -162,7 +164,7 @@ def make_folds(table: pd.DataFrame, num_folds: int, seed: int) -> pd.Series:
         fold = int(np.argmin(growth))  # the lowest fold of several equal ones
         filled[fold] += counts[i]
         folds[per_patient.index[i]] = fold
-    return table["patient"].map(folds)
+    return patients.map(folds)
 
 
 def collect_decoys(cfg: Config, train_table: pd.DataFrame) -> np.ndarray:

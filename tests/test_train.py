@@ -106,13 +106,15 @@ def assert_same_run(folder: Path, expected: Path) -> None:
 # --- the series to train on ---------------------------------------------------------------------------------
 
 
-def test_folds_keep_patients_together_and_do_not_depend_on_row_order():
+def test_folds_keep_patients_together_and_depend_neither_on_row_order_nor_on_their_names():
     table = random_table(300)
     folds = train.make_folds(table, 5, seed=0)
     assert table.groupby("patient")[UID].count().max() == 2
     assert folds.groupby(table["patient"]).nunique().max() == 1
     assert train.make_folds(table.sample(frac=1, random_state=1), 5, seed=0).sort_index().equals(folds)
     assert not train.make_folds(table, 5, seed=1).equals(folds)
+    renamed = table.assign(patient=table["patient"].map(lambda name: name[::-1]))
+    assert train.make_folds(renamed, 5, seed=0).equals(folds)
 
 
 def test_folds_spread_presence_modalities_and_every_location():
