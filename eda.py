@@ -190,10 +190,10 @@ def describe_series(table: pd.DataFrame) -> str:
 def describe_score(result: dict, num_runs: int) -> str:
     present = result["per_label"][PRESENT]
     return (
-        f"wAUC {interval(result, 'wauc')}, AUC of {PRESENT} {interval(present, 'auc')}: out-of-fold "
-        f"predictions pooled over {plural(num_runs, 'run')}; {result['num_series']} series of "
-        f"{plural(result['num_patients'], 'patient')}. In brackets: 95 % interval over "
-        f"{result['draws_used']} draws of patients; one that leaves a label without a class does not count."
+        f"wAUC {interval(result, 'wauc')}, AUC of {PRESENT} {interval(present, 'auc')}: predictions "
+        f"out of fold, pooled over {plural(num_runs, 'run')}; {result['num_series']} series of "
+        f"{plural(result['num_patients'], 'patient')}. In brackets: 95 % interval, over how many draws "
+        f"of patients; one that leaves a label without a class does not count."
     )
 
 
@@ -219,11 +219,12 @@ def data_section(table: pd.DataFrame) -> str:
     positives = table.groupby("modality")[NAMES].sum().T
     positives["all"] = positives.sum(axis=1)
     num_labelled = table[PRESENT].notna().sum()
+    labelled = f"Positive series of {num_labelled} with labels in train.csv."
     figures = [draw_histogram(title, meaning, table, name) for name, (title, meaning) in MEASURES.items()]
     return f"""<section id="data"><h2>The data</h2>
         {show_table(settings, "Settings of the volumes; the box reaches down from the top of the head")}
         {show_table(planes, "Series by plane and modality")}
-        {show_table(positives.reset_index(names="label"), f"Positive series of {num_labelled} with labels")}
+        {show_table(positives.reset_index(names="label") if num_labelled else positives[:0], labelled)}
         <div class="grid">{"".join(figures)}</div></section>"""
 
 
@@ -282,9 +283,9 @@ def images_section(
     src: Path,
 ) -> str:
     """An example per modality and plane, with an annotated point where there is one."""
-    cached = table.dropna(subset="slab_mm").assign(is_bare=~table[UID].isin(points[UID]))
-    cached = cached.sort_values(["modality", "plane", "is_bare", UID])
-    chosen = cached.drop_duplicates(["modality", "plane"])
+    cached = table.dropna(subset="slab_mm").assign(is_marked=table[UID].isin(points[UID]))
+    cached = cached.sort_values(["modality", "plane", "is_marked", "num_slices", UID])
+    chosen = cached.drop_duplicates(["modality", "plane"], keep="last")
     examples = [show_example(row, read_scan(row[UID], cache), src) for row in chosen.to_dict("records")]
     return f"""<section id="images"><h2>The images</h2>
         <p>A series per modality and plane, with an annotated aneurysm where there is one (ring). R and L are
@@ -302,8 +303,9 @@ def show_example(row: dict, scan: Scan, src: Path) -> str:
         whole = read_whole_head(scan, row[UID], src)
     except (ValueError, OSError, KeyError) as error:
         fault = f"The volume alone is shown: {hide_folders(error)}"
-    facts = f"{row[UID]}: {row['num_slices']} slices, {row['slice_mm']:.2f} mm apart. {row['notes']} {fault}"
-    return f"""<h3>{escape(row["modality"])}, {escape(row["plane"])}</h3>{absent(facts)}
+    spacing = f"{plural(int(row['num_slices']), 'slice')}, {row['slice_mm']:.2f} mm apart"
+    return f"""<h3>{escape(row["modality"])}, {escape(row["plane"])}</h3>
+        {absent(f"{row[UID]}: {spacing}. {row['notes']} {fault}")}
         <div class="grid panes">
         {show_plane("Coronal projection", whole, 1, REACH_MM)}
         {show_plane("Sagittal projection", whole, 2, REACH_MM)}
@@ -375,7 +377,7 @@ def find_contradictions(cached: pd.DataFrame, points: pd.DataFrame) -> pd.DataFr
 def count_notes(table: pd.DataFrame) -> pd.DataFrame:
     """Kinds of notes, most frequent first; notes that differ in numbers only are of one kind."""
     notes = table["notes"].str.split("; ").explode()
-    kinds = notes.str.replace(r"(?<![\w(,])[-+]?\d[\d.]*", "n", regex=True)
+    kinds = notes.str.replace(r"(?<!\w)[-+]?\d[\d.]*(?![\w,]*\))", "n", regex=True)
     return kinds[kinds != ""].value_counts().reset_index(name="series")
 
 
@@ -553,9 +555,9 @@ def draw_histogram(
     kind: str = "modality",
 ) -> str:
     """How often a column has which value, stacked by another column."""
-    if not table[column].notna().any():
+    values = table.pivot(columns=kind, values=column).dropna(axis=1, how="all")
+    if values.empty:
         return absent(f"{title}: no series states it.")
-    values = table.pivot(columns=kind, values=column)
     axes = new_chart(title, "number")
     axes.hist(values.to_numpy(), 24, stacked=True, label=list(values))
     axes.yaxis.get_major_locator().set_params(integer=True)
@@ -639,10 +641,10 @@ def plural(count: int, noun: str) -> str:
 
 
 def interval(result: dict, name: str) -> str:
-    """`0.712 (0.65 to 0.77)`; a dash where undefined."""
+    """`0.712 (0.65 to 0.77, 1990 draws)`; a dash where undefined."""
     if np.isnan(result[name]):
         return "–"
-    return f"{result[name]:.3f} ({result['low']:.2f} to {result['high']:.2f})"
+    return f"{result[name]:.3f} ({result['low']:.2f} to {result['high']:.2f}, {result['draws_used']} draws)"
 
 
 # --- the page -----------------------------------------------------------------------------------------------
@@ -666,7 +668,7 @@ figure { margin: 0; break-inside: avoid; } figure svg, img { width: 100%; height
 figcaption, table { font-size: 13px; line-height: 1.4; } figcaption { margin-bottom: 4px; }
 .table { display: inline-block; vertical-align: top; overflow: auto; max-width: 100%; max-height: 500px;
   margin: 8px 36px 16px 0; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; overflow-wrap: normal; font-variant-numeric: tabular-nums; }
 th, td { border: 1px solid var(--line); padding: 2px 7px; min-width: 4em; text-align: left;
   vertical-align: top; }
 @media print { nav { display: none; } .table { overflow: visible; max-height: none; } }
@@ -703,11 +705,10 @@ def make_page(cache: Path, src: Path, outputs: Path) -> str:
         <title>Intracranial aneurysms</title><style>{STYLE}</style></head>
         <body><h1>Intracranial aneurysms</h1>
         <nav>{"".join(f'<a href="#{name}">{title}</a>' for name, title in names)}</nav><main>
-        <p>python eda.py --cache {escape(cache.name)} --src {escape(src.name)}
-        --outputs {escape(outputs.name)}; {time.strftime("%Y-%m-%d %H:%M %Z")};
-        Python {sys.version.split()[0]},
-        torch {torch.__version__}, pandas {pd.__version__}, numpy {np.__version__}.
-        Research software, not a medical device.</p>
+        <p>python eda.py --cache {escape(cache.absolute().name)} --src {escape(src.absolute().name)}
+        --outputs {escape(outputs.absolute().name)}; {time.strftime("%Y-%m-%d %H:%M %Z")};
+        Python {sys.version.split()[0]}, torch {torch.__version__}, pandas {pd.__version__},
+        numpy {np.__version__}. Research software, not a medical device.</p>
         {"".join(f"<p><b>{escape(text)}</b></p>" for text in facts)}
         <h3>Look at this first</h3>
         <ul>{"".join(f"<li>{escape(text)}</li>" for text in warnings or ["Nothing stands out."])}</ul>
