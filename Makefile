@@ -1,5 +1,6 @@
-# make demo    phantoms -> cache -> two small models -> submission.csv, report.html and a score on held-out series
+# make demo    phantoms -> cache -> a small locator -> submission.csv, report.html and a score on other patients
 # make test    the tests (10 minutes on two cores)      make lint    ruff      make clean    what the demo wrote
+# make shell   a shell in which `python` and `accelerate` are those of .venv
 # make ablation    the README's table of crops; can be stopped and run again
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,14 +9,14 @@ LAUNCH = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pre
 INFER = $(BIN)/python infer.py --outputs 'demo/outputs/*_seed*_fold*'
 PHANTOMS = --matrix 128 --modality CTA --plane axial --plain
 
-.PHONY: install demo test lint clean ablation
+.PHONY: install demo test lint clean ablation shell
 
 install: $(VENV)/installed
 
-$(VENV)/installed: requirements.txt
+$(VENV)/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
 test: install
@@ -24,6 +25,9 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+shell: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" $${SHELL:-sh}
 
 # Graded down so that two cores learn something in minutes: one modality, one plane, 96 pixels.
 demo: install

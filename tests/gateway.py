@@ -2,7 +2,7 @@
 
 in   --data DIR   a folder per series, as below `series/`; --strip keeps the 25 tags of the hidden test
 out  --out CSV    SeriesInstanceUID and the 14 probabilities that the script under test answered
-run  python tests/gateway.py --data dicoms/series --out answers.csv -- infer.py --serve --outputs "outputs/*"
+run  python tests/gateway.py --data dicoms/series --out answers.csv -- infer.py --serve --outputs outputs
 
 It runs the script with a package `kaggle_evaluation` that exists for this process only. A series is copied
 into KAGGLE_SHARED and `predict` called from another thread, as a gRPC server does. Its answer is checked, and
@@ -12,9 +12,7 @@ run with code 1.
 
 from __future__ import annotations
 
-import argparse
 import os
-import runpy
 import shutil
 import sys
 import time
@@ -27,7 +25,7 @@ import pandas as pd
 import pydicom
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import LABELS, UID
+from common import LABELS, UID, make_parser
 
 START_LIMIT_S, CALL_LIMIT_S = 15 * 60, 30 * 60
 KEPT_TAGS = (
@@ -83,9 +81,7 @@ def play(predict: Callable, data: Path, out: Path, strip: bool, started: float) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--strip", action="store_true", help="keep only the hidden test's 25 tags")
@@ -110,7 +106,10 @@ def main() -> None:
     package.rsna_inference_server = module
     sys.modules |= {package.__name__: package, module.__name__: module}
     sys.argv = args.script
-    runpy.run_path(args.script[0], run_name="__main__")
+    script = types.ModuleType("__main__")  # worker processes import it by its file, as if it ran alone
+    script.__file__ = args.script[0]
+    sys.modules |= {"__main__": script, "__mp_main__": script}
+    exec(compile(Path(args.script[0]).read_text(), args.script[0], "exec"), script.__dict__)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""infer.py: what a user sees (through subprocesses), and the functions behind it; members are tiny."""
+"""infer.py: what a user meets (through subprocesses), and the functions behind it; members are tiny."""
 
 import argparse
 import ast
@@ -13,6 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import phantom
@@ -21,42 +22,31 @@ import torch
 
 import common
 import infer
-from common import AP, LABELS, SWAP, UID, Config, SeriesDataset, Volume
+from common import AP, LABELS, SWAP, UID, Config, Output, SeriesDataset
+from dicom import Volume, VolumeSettings, find_series, make_volume, read_series, to_lps, to_voxel
 
 ROOT = Path(__file__).parents[1]
-BASE = Config(
-    model_name="test_efficientnet", pretrained=False, img_size=64, base_slices=8, drop_path_rate=0.0
-)
-NOISE = """
-import os, sys
-sys.path.insert(0, sys.argv.pop(1))
-import common, infer
-load_run = common.load_run
-def noisy(*args):
-    print("a library prints"); os.system("echo so does a child")
-    return load_run(*args)
-common.load_run = noisy
-sys.exit(infer.main())
-"""
-KILLED = """
+VOLUME = VolumeSettings(base_slices=8, img_size=64)
+BASE = Config(model_name="test_efficientnet", pretrained=False, volume=VOLUME, drop_path_rate=0.0)
+POINTS = [{"specificity": 0.9, "threshold": 0.2, "sensitivity": 0.7}]
+FULL = infer.Plan(False, 5)
+PATCHED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv.pop(1))
 import infer
-open_partial, kept = infer.open_partial, []
-def deadly(*args):
-    done, keep = open_partial(*args)
-    def keep_five(answer):
-        keep(answer)
-        kept.append(answer)
-        if len(kept) == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-    return done, keep_five
-infer.open_partial = deadly
+answer_series, calls = infer.answer_series, []
+def noisy(*args):
+    print("a library prints"); os.system("echo so does a child")
+    calls.append(args)
+    if len(calls) == 6 and "SIGNAL" in os.environ:
+        os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
+    return answer_series(*args)
+infer.answer_series = noisy
 sys.exit(infer.main())
 """
 
 
-def write_run(outputs: Path, weights: int, val_uids: list[str], **settings) -> None:
+def write_run(outputs: Path, weights: int, val_uids: list[str], locator: str = "", **settings) -> None:
     """A member with random weights, strong enough that inputs move its logits."""
     cfg = replace(BASE, **settings)
     torch.manual_seed(weights)
@@ -66,13 +56,11 @@ def write_run(outputs: Path, weights: int, val_uids: list[str], **settings) -> N
             parameter += 0.1 * torch.randn_like(parameter)
         if cfg.task == "locate":
             model.find.bias.fill_(-1.0)
-    meta = {"prior": np.linspace(0.1, 0.4, 14).tolist(), "fold": cfg.fold, "val_uids": val_uids}
-    meta |= {"decoys": np.random.default_rng(weights).random((20, 3)).tolist()}
-    meta["locator"] = Path(
-        cfg.proposals.replace("*", "test_efficientnet", 1).replace("*", str(cfg.fold))
-    ).name
+    decoys = np.random.default_rng(weights).random((20, 3)).tolist()
+    meta = {"prior": np.linspace(0.1, 0.4, 14).tolist(), "val_uids": val_uids, "decoys": decoys}
+    meta |= {"locator": locator, "operating_points": POINTS}
     (outputs / cfg.run_name).mkdir(parents=True)
-    common.save_checkpoint(outputs / cfg.run_name / "best_ema.safetensors", model, cfg, meta)
+    common.save_checkpoint(outputs / cfg.run_name / infer.CHECKPOINT, model, cfg, meta)
 
 
 @pytest.fixture(scope="session")
@@ -80,46 +68,34 @@ def work(tmp_path_factory) -> Path:
     """Ten series as DICOM and as a cache, and an ensemble of two folds with their locators."""
     work = tmp_path_factory.mktemp("infer")
     phantom.make_set(work / "dicoms", 10, 3, matrix=48, plane="axial", plain=True)
-    labels = pd.read_csv(work / "dicoms" / "train.csv", dtype={UID: str})
     cache = work / "cache"
     cache.mkdir()
-    labels.to_csv(cache / "train.csv", index=False)
+    shutil.copy(work / "dicoms" / "train.csv", cache)
     points = pd.read_csv(work / "dicoms" / "train_localizers.csv", dtype=str)
     rows = []
-    for uid, files in common.find_series(work / "dicoms" / "series")[0].items():
-        series = common.read_series(files, uid)
-        volume = common.make_volume(series, BASE)
-        own = points[points[UID] == uid]
-        places = [
-            series.point(
-                row.SOPInstanceUID, **{k: float(v) for k, v in ast.literal_eval(row.coordinates).items()}
-            )
-            for row in own.itertuples()
-        ]
-        voxels = common.to_voxel(np.array(places).reshape(-1, 3), volume.affine)
+    for uid, files in find_series(work / "dicoms" / "series")[0].items():
+        series = read_series(files, uid)
+        volume = make_volume(series, VOLUME)
+        places_mm, labels = [], []
+        for row in points[points[UID] == uid].itertuples():
+            at = ast.literal_eval(row.coordinates)
+            places_mm.append(series.point(row.SOPInstanceUID, *map(float, at.values())))
+            labels.append(LABELS.index(row.location))
+        places = to_voxel(np.array(places_mm).reshape(-1, 3), volume.affine)
         meta = {"uid": uid, "affine": volume.affine.tolist(), "spacing_mm": volume.spacing_mm}
-        meta["settings"] = common.volume_settings(BASE)
-        kinds = np.array([LABELS.index(name) for name in own["location"]], np.int64)
-        common.save_volume(cache / f"{uid}.safetensors", volume.voxels, voxels, kinds, meta)
-        rows.append((uid, "ok", "", series.patient, series.plane))
-    columns = [UID, "status", "reason", "patient", "plane"]
+        meta |= {"settings": common.volume_settings(BASE), "doubts": []}
+        common.save_volume(cache / f"{uid}.safetensors", volume.voxels, places, np.array(labels), meta)
+        rows.append((uid, "ok", "", uid[-3:]))
+    columns = [UID, "status", "reason", "patient"]
     pd.DataFrame(rows, columns=columns).to_csv(cache / "index.csv", index=False)
-    uids = sorted(row[0] for row in rows)
-    locators = "outputs/locator_*_seed0_fold*"
+    uids, outputs = sorted(row[0] for row in rows), work / "outputs"
     for fold, val_uids in enumerate((uids[:5], uids[5:9])):  # the last series is held out by none
-        write_run(work / "outputs", fold, val_uids, fold=fold, proposals=locators)
-        write_run(
-            work / "outputs",
-            10 + fold,
-            val_uids,
-            fold=fold,
-            task="locate",
-            max_localizer_crops=0,
-            locator_width=8,
-            ensemble_weight=0.5,
-        )
-    write_run(work / "outputs", 20, uids[:5], model_name="test_maxvit", max_localizer_crops=0)
-    (work / "outputs" / "unfinished_seed0_fold0").mkdir()
+        locator = f"locator_test_efficientnet_seed0_fold{fold}"
+        write_run(outputs, fold, val_uids, locator, fold=fold, proposals="outputs/locator_*_seed0_fold*")
+        settings = {"task": "locate", "locator_width": 8, "ensemble_weight": 0.5}
+        write_run(outputs, 10 + fold, val_uids, fold=fold, **settings)
+    write_run(outputs, 20, uids[:5], model_name="test_maxvit", max_localizer_crops=0)
+    (outputs / "unfinished_seed0_fold0").mkdir()
     return work
 
 
@@ -137,25 +113,39 @@ def table_of(text: str) -> pd.DataFrame:
 
 
 def arguments(work: Path, *more: str) -> argparse.Namespace:
-    args = infer.parse_arguments(
-        ["--src", str(work / "cache"), "--outputs", str(work / "outputs/*_seed*"), *more]
-    )
-    args.precision = "no"
+    common_ones = ["--src", str(work / "cache"), "--outputs", str(work / "outputs")]
+    args = infer.parse_arguments([*common_ones, *more])
+    args.is_main = True
     return args
 
 
-def load(work: Path, *more: str) -> infer.Ensemble:
-    return infer.load_ensemble(arguments(work, *more), torch.device("cpu"), common.volume_settings(BASE))
+def load(work: Path, *more: str, devices: tuple = ("cpu",)) -> infer.Ensemble:
+    devices = [torch.device(name) for name in devices]
+    return infer.load_ensemble(arguments(work, *more), devices, common.volume_settings(BASE))
+
+
+def scan_of(voxels: np.ndarray, **values) -> infer.Scan:
+    return infer.Scan({VOLUME: Volume(voxels, np.diag([4.0, 3.0, 3.0, 1.0]), [], **values)}, [])
+
+
+def blank_scan(**values) -> infer.Scan:
+    return scan_of(np.zeros((8, 64, 64), np.uint8), **values)
+
+
+def answer(ensemble: infer.Ensemble, scan: infer.Scan, args: argparse.Namespace) -> infer.Answer:
+    deadline = infer.begin_deadline(ensemble, args)
+    return infer.answer_series(ensemble, ("1.2.3", scan, ""), FULL, deadline, args)
 
 
 @pytest.fixture(scope="session")
 def reference(work) -> pd.DataFrame:
     """infer.py on the cache, mirrored view included, while a library and a child process print to stdout."""
-    assert len(common.find_series(work / "dicoms" / "series")[0]) == 10
-    stdout, stderr = run(work, str(ROOT), "--tta", "--labels", "cache/train.csv", start=("-c", NOISE))
+    assert len(find_series(work / "dicoms" / "series")[0]) == 10
+    stdout, stderr = run(work, str(ROOT), "--tta", "--labels", "cache/train.csv", start=("-c", PATCHED))
     table = table_of(stdout)
     assert "unfinished_seed0_fold0" in stderr and "so does a child" in stderr and "wAUC" in stderr
-    assert "the score is too high: 9 series trained some of the members" in stderr
+    assert "no --src: predicting the training cache" in stderr and "10 rows, 0 of them the prior" in stderr
+    assert "the 10 series that not all held out" in stderr
     assert len(stdout.splitlines()) == 11
     return table
 
@@ -167,37 +157,31 @@ def test_the_table_has_a_sorted_row_per_series_and_nothing_else_is_on_stdout(wor
     assert list(reference.columns) == list(LABELS)
     assert list(reference.index) == sorted(path.stem for path in (work / "cache").glob("*.safetensors"))
     assert ((reference >= 0) & (reference <= 1)).all(axis=None)
-    assert reference.std().min() > 0  # the members do look at the series
+    assert reference.std().min() > 0  # the members do depend on the series
 
 
 def test_rows_are_the_weighted_mean_of_what_validation_computes(work, reference):
     uid = reference.index[0]
     labels = pd.read_csv(work / "cache" / "train.csv", dtype={UID: str})
-    runs = [common.load_run(folder) for folder in sorted((work / "outputs").glob("*_fold*"))[:-1]]
-    runs = {run.cfg.run_name: run for run in runs}
+    runs = [common.load_run(path.parent) for path in sorted((work / "outputs").glob(f"*/{infer.CHECKPOINT}"))]
+    runs = {run.folder.name: run for run in runs}
     assert len(runs) == 5
     total, weights = np.zeros(14), 0.0
     for run_ in runs.values():
-        cfg, found = replace(run_.cfg, cache=str(work / "cache")), None
-        tensors, meta = common.load_volume(work / "cache" / f"{uid}.safetensors")
-        if cfg.proposals:
-            locator = runs[f"locator_test_efficientnet_seed0_fold{cfg.fold}"].model
+        cfg, proposals = replace(run_.cfg, cache=str(work / "cache")), None
+        if name := run_.meta["locator"]:
+            tensors, meta = common.load_volume(work / "cache" / f"{uid}.safetensors")
             with torch.no_grad():
-                scores, maps = locator(torch.from_numpy(tensors["volume"])[None].float() / 255)
-            spacing_mm = np.array(json.loads(meta["spacing_mm"]))
-            peaks = common.find_peaks(torch.sigmoid(maps[0]).numpy(), spacing_mm, 3, cfg.min_peak_mm, 8)
-            found = {uid: common.Proposal(peaks[:, :3], scores[0].numpy())}
+                maps = runs[name].model(torch.from_numpy(tensors["volume"])[None].float() / 255).maps[0]
+            peaks = common.propose(torch.sigmoid(maps).numpy(), np.array(meta["spacing_mm"]), runs[name].cfg)
+            proposals = {uid: to_lps(peaks[:, :3], np.array(meta["affine"]))}
             assert len(peaks) == 3
-        rows = labels[labels[UID] == uid]
-        decoys = np.array(run_.meta["decoys"])
-        dataset = SeriesDataset(cfg, rows, "deploy", decoys, found)
-        image, scores = dataset[0]["image"][None].float() / 255, dataset[0]["scores"][None]
-        views = [(image, scores), (image.flip(-1), scores[:, SWAP])]
-        assert cfg.has_scores == bool(scores.any())
+        dataset = SeriesDataset(
+            cfg, labels[labels[UID] == uid], "deploy", np.array(run_.meta["decoys"]), proposals
+        )
+        image = dataset[0]["image"][None].float() / 255
         with torch.no_grad():
-            outputs = [run_.model(*(view if cfg.has_scores else view[:1])) for view in views]
-        logits = [output[0] if isinstance(output, tuple) else output for output in outputs]
-        probs = [torch.sigmoid(own)[0].numpy() for own in logits]
+            probs = [torch.sigmoid(run_.model(view).logits)[0].numpy() for view in (image, image.flip(-1))]
         total += cfg.ensemble_weight * (probs[0] + probs[1][SWAP]) / 2
         weights += cfg.ensemble_weight
     assert weights == 4.0
@@ -207,26 +191,22 @@ def test_rows_are_the_weighted_mean_of_what_validation_computes(work, reference)
 def test_dicom_and_cache_give_the_same_rows_also_when_killed_and_resumed_beside_broken_series(
     work, reference
 ):
-    tree, out = work / "tree", work / "out.csv"
-    tree.mkdir()
-    for path in (work / "dicoms" / "series").glob("*/*"):
-        (tree / path.parent.name).mkdir(exist_ok=True)
-        os.link(path, tree / path.parent.name / path.name)
-    (tree / "1.2.3").mkdir()
-    (tree / "1.2.3" / "a.dcm").write_bytes(b"not DICOM")
-    (tree / "1.2.4").mkdir()
-    (tree / "1.2.4" / "empty.dcm").write_bytes(b"")
-    (tree / "1.2.6").mkdir()
+    tree, out = work / "tree", work / "out[1].csv"
+    shutil.copytree(work / "dicoms" / "series", tree)
+    for uid, content in (("1.2.3", b"not DICOM"), ("1.2.4", b"")):
+        (tree / uid).mkdir()
+        (tree / uid / "a.dcm").write_bytes(content)
     (work / "list.csv").write_text("\n".join([UID, "1.2.5", *reference.index[::-1], "1.2.3", "1.2.4"]))
-    assert infer.find_source(tree).failed == {"1.2.6": "an empty folder"}
-    options = ["--src", "tree", "--tta", "--out", "out.csv", "--sample-submission", "list.csv"]
-    run(work, str(ROOT), *options, start=("-c", KILLED), code=-signal.SIGKILL)
-    partial = work / "out.csv.partial"
-    assert not out.exists() and len(partial.read_text().splitlines()) == 1 + 5
-    partial.write_text(partial.read_text() + '{"uid": "torn')
+    options = ["--src", "tree", "--tta", "--out", out.name, "--series-list", "list.csv"]
+    neighbour = work / "out1.csv.partial.csv"
+    neighbour.write_text("of another run")
+    run(work, str(ROOT), *options, start=("-c", PATCHED), code=-signal.SIGKILL, SIGNAL="SIGKILL")
+    partial = work / "out[1].csv.partial.csv"
+    assert not out.exists() and len(partial.read_text().splitlines()) == 2 + 4
+    partial.write_text(partial.read_text() + f"{reference.index[0]},0.5,0.")
 
     stdout, stderr = run(work, *options, code=3)
-    assert stdout == "" and not partial.exists()
+    assert stdout == "" and not partial.exists() and neighbour.exists()
     assert "4 series were answered before" in stderr  # the fifth was the prior of 1.2.5, which is tried again
     table = table_of(out.read_text())
     assert list(table.index) == ["1.2.5", *reference.index[::-1], "1.2.3", "1.2.4"]
@@ -237,135 +217,192 @@ def test_dicom_and_cache_give_the_same_rows_also_when_killed_and_resumed_beside_
 
 def test_two_processes_answer_every_series_once_and_like_one(work, reference):
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "infer.py"))
-    stdout, stderr = run(work, "--tta", start=launch)
-    table = table_of(stdout)
-    assert "2 processes" in stderr
+    run(work, "--tta", "--out", "two.csv", start=launch)
+    table = table_of((work / "two.csv").read_text())
     assert list(table.index) == list(reference.index)
     assert np.abs(table.to_numpy() - reference.to_numpy()).max() < 1e-6
+    assert not list(work.glob("two.csv.partial*"))
 
 
 def test_a_gateway_gets_the_same_answers_from_the_25_tags_of_the_hidden_test(work, reference):
     data = work / "dicoms" / "series"
     start = (str(ROOT / "tests" / "gateway.py"), "--data", str(data), "--out", "answers.csv", "--strip", "--")
     serve = (str(ROOT / "infer.py"), "--serve", "--tta")
-    stdout, _ = run(work, *serve, start=start, KAGGLE_SHARED=str(work / "shared"))
-    assert stdout == ""
+    stdout, stderr = run(work, *serve, start=start, KAGGLE_SHARED=str(work / "shared"))
+    assert stdout == "" and "10 rows, 0 of them the prior" in stderr
     table = table_of((work / "answers.csv").read_text())
     assert list(table.index) == list(reference.index)
     assert np.abs(table.to_numpy() - reference.to_numpy()).max() < 1e-6
 
 
-def test_out_of_fold_rows_come_from_members_that_never_saw_the_series(work, reference):
-    stdout, stderr = run(work, "--oof", "--explain", "pictures", "--explain-threshold", "0")
-    table, uids = table_of(stdout), list(reference.index)
-    assert "1 of 10 series left out" in stderr and list(table.index) == uids[:9]
-    assert "wAUC" in stderr and "9 series of" in stderr and "plane axial" in stderr
-    ensemble = load(work, "--oof")
-    for uid, fold in ((uids[0], 0), (uids[6], 1)):
-        voters = ensemble.voters(uid, True)
-        assert {m.run.cfg.fold for m in voters} == {fold} and len(voters) == (3, 2)[fold]
-        volumes, *_ = infer.read_cached(work / "cache" / f"{uid}.safetensors", common.volume_settings(BASE))
-        probs, *_ = infer.predict_series(ensemble, voters, uid, volumes, False)
-        assert np.abs(probs - table.loc[uid].to_numpy()).max() < 1e-6
+def test_sigterm_and_sigint_end_with_one_line_and_their_code(work):
+    for name, code in (("SIGTERM", 143), ("SIGINT", 130)):
+        stdout, stderr = run(work, str(ROOT), start=("-c", PATCHED), code=code, SIGNAL=name)
+        assert stdout == "" and f"stopped by {name}" in stderr and "Traceback" not in stderr
 
-    hottest = pd.read_csv(work / "pictures" / "hottest.csv", dtype={UID: str}).set_index(UID)
-    labels = pd.read_csv(work / "cache" / "train.csv", dtype={UID: str}).set_index(UID)
-    positive = [uid for uid in uids[:9] if labels.loc[uid, LABELS[AP]]]
-    assert 2 <= len(positive) < 9
-    assert sorted(hottest.index[hottest["distance_mm"].notna()]) == positive
-    near = int((hottest["distance_mm"] <= 10).sum())
-    assert f"within 10 mm of an annotated point: {near} of {len(positive)} series" in stderr
-    for uid in uids[:9]:
-        assert (work / "pictures" / f"{uid}.png").read_bytes()[:4] == b"\x89PNG"
+
+def test_a_table_that_cannot_be_written_is_one_line_that_names_the_place(work):
+    command = f"{sys.executable} {ROOT / 'infer.py'} --limit 1"
+    for ending, text in (
+        ("> /dev/full", "No space left on device: 'stdout'"),
+        (">&-", "stdout is closed"),
+        ("--out missing/a.csv", "missing"),
+    ):
+        done = subprocess.run(f"{command} {ending}", shell=True, cwd=work, capture_output=True, text=True)
+        assert done.returncode == 1 and text in done.stderr.splitlines()[-1], done.stderr
+        assert "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
 # --- members ------------------------------------------------------------------------------------------------
 
 
-def test_locators_stand_first_and_propose_for_their_own_fold(work):
-    ensemble = load(work)
-    assert [m.run.cfg.task for m in ensemble.members] == ["locate"] * 2 + ["classify"] * 3
-    for member in ensemble.members[2:4]:
-        assert member.locator in ensemble.members[:2]
-        assert member.locator.run.cfg.fold == member.run.cfg.fold
-    assert ensemble.members[4].locator is None
+def test_the_heaviest_members_stand_first_and_locators_propose_for_the_run_that_names_them(work):
+    members = load(work).members
+    assert [member.run.cfg.ensemble_weight for member in members] == [1.0, 1.0, 1.0, 0.5, 0.5]
+    assert [member.name for member in members[:3]] == sorted(member.name for member in members[:3])
+    classifiers = [member for member in members if member.run.meta["locator"]]
+    assert len(classifiers) == 2
+    for member in classifiers:
+        assert member.locator in members[3:] and member.locator.run.cfg.fold == member.run.cfg.fold
 
 
-def test_a_classifier_keeps_the_locator_it_was_trained_with(work, tmp_path):
-    shutil.copytree(work / "outputs", tmp_path / "outputs")
-    settings = {"task": "locate", "max_localizer_crops": 0, "locator_width": 8, "model_name": "test_resnet"}
-    write_run(tmp_path / "outputs", 30, [], **settings)
-    ensemble = load(work, "--outputs", str(tmp_path / "outputs/*_seed*"))
-    names = [member.run.folder.name for member in ensemble.members if member.run.cfg.task == "locate"]
-    assert "locator_test_resnet_seed0_fold0" in names and len(names) == 3
-    first = next(m for m in ensemble.members if m.run.cfg.proposals and m.run.cfg.fold == 0)
-    assert first.locator.run.folder.name == "locator_test_efficientnet_seed0_fold0"
+def test_runs_are_a_folder_of_runs_a_run_or_a_glob_also_with_brackets_in_its_name(work, tmp_path, capsys):
+    outputs = tmp_path / "heads [a]"
+    shutil.copytree(work / "outputs", outputs)
+    assert len(infer.find_runs(str(outputs))) == 5
+    assert "without best_ema.safetensors: unfinished_seed0_fold0" in capsys.readouterr().err
+    single = outputs / "test_maxvit_seed0_fold0"
+    assert infer.find_runs(str(single)) == [single]
+    assert len(infer.find_runs(str(work / "outputs" / "locator_*"))) == 2
+    with pytest.raises(ValueError, match="none of 0 folders is a run"):
+        infer.find_runs("nothing/*")
 
 
 def test_members_without_their_locator_or_with_other_volumes_are_named(work, tmp_path, capsys):
-    proposals = "outputs/locator_*_seed0_fold*"
-    write_run(tmp_path / "outputs", 0, ["1.2"], fold=2, proposals=proposals, locator_scores=False)
-    write_run(tmp_path / "outputs", 0, ["1.2"], fold=3, proposals=proposals)
-    write_run(tmp_path / "outputs", 1, ["1.2"], seed=1, base_slices=6)
-    (tmp_path / "outputs" / "test_efficientnet_seed0_fold2" / "last").mkdir()
-    args = arguments(work, "--outputs", str(tmp_path / "outputs/*"))
-    (member,) = infer.load_ensemble(args, torch.device("cpu"), common.volume_settings(BASE)).members
-    said = capsys.readouterr().err
-    assert member.run.cfg.fold == 2 and member.locator is None and "decoys instead of proposals" in said
-    assert "seed0_fold2: still training; its best epoch so far is used" in said
-    assert "seed0_fold3: their fold's locator, whose scores they take, is missing" in said
-    assert "test_efficientnet_seed1_fold0: needs other volumes: base_slices 6 (cache: 8)" in said
-    both = infer.load_ensemble(args, torch.device("cpu"), None)
-    assert sorted(cfg.base_slices for cfg in both.configs) == [6, 8]
-    with pytest.raises(ValueError, match="none of 0 folders"):
-        infer.load_ensemble(arguments(work, "--outputs", "nothing/*"), torch.device("cpu"), None)
+    outputs = tmp_path / "outputs"
+    write_run(outputs, 0, ["1.2"], "locator_gone", fold=2)
+    write_run(outputs, 1, ["1.2"], seed=1, volume=replace(VOLUME, base_slices=6))
+    (member,) = load(work, "--outputs", str(outputs)).members
+    text = capsys.readouterr().err
+    assert member.run.cfg.fold == 2 and member.locator is None
+    assert "decoys instead of proposals, as its locator locator_gone is missing" in text
+    assert "test_efficientnet_seed1_fold0: the cache does not fit: base_slices 8 (expected 6)" in text
+    both = infer.load_ensemble(arguments(work, "--outputs", str(outputs)), [torch.device("cpu")])
+    assert sorted(settings.base_slices for settings in both.settings) == [6, 8]
 
 
-def test_one_reading_serves_differing_volumes(work):
-    uid, files = next(iter(common.find_series(work / "dicoms" / "series")[0].items()))
-    configs = [BASE, replace(BASE, base_slices=6, img_size=32)]
-    volumes, *_ = infer.read_dicom((uid, files), configs)
-    for volume, cfg in zip(volumes, configs, strict=True):
-        alone = common.make_volume(common.read_series(files, uid), cfg)
-        assert np.array_equal(volume.voxels, alone.voxels) and np.array_equal(volume.affine, alone.affine)
+def test_a_bad_checkpoint_never_spoils_the_good_ones(work, tmp_path, capsys):
+    good = common.load_run(work / "outputs" / "test_maxvit_seed0_fold0")
+    uids = {"prior": good.meta["prior"], "val_uids": [], "locator": "", "decoys": []}
+    config = common.config_to_dict(good.cfg)
+    bad = {
+        "list": [1, 2],
+        "no_prior": {key: value for key, value in uids.items() if key != "prior"},
+        "infinite_decoys": uids | {"decoys": [[0.5, float("inf"), 0.5]]},
+        "infinite_weight": uids | {"config": config | {"ensemble_weight": float("inf")}},
+        "absurd_size": uids | {"config": config | {"img_size": 10**9}},
+        "text_config": uids | {"config": "maxvit"},
+        "text_points": uids | {"operating_points": "often"},
+    }
+    state = {name: value.contiguous() for name, value in good.model.state_dict().items()}
+    for name, meta in bad.items():
+        record = {"config": config, "labels": LABELS, **meta} if isinstance(meta, dict) else meta
+        (tmp_path / name).mkdir()
+        from safetensors.torch import save_file
+
+        save_file(state, tmp_path / name / infer.CHECKPOINT, {"run": json.dumps(record)})
+    shutil.copytree(good.folder, tmp_path / "good")
+    ensemble = load(work, "--outputs", str(tmp_path))
+    assert [member.run.folder.name for member in ensemble.members] == ["good"]
+    text = capsys.readouterr().err
+    assert all(f"left out: {tmp_path / name}" in text for name in bad) and "Traceback" not in text
+
+
+def test_files_decoded_once_serve_volumes_of_different_settings(work):
+    uid, files = next(iter(find_series(work / "dicoms" / "series")[0].items()))
+    settings = [VOLUME, replace(VOLUME, base_slices=6, img_size=32)]
+    scan = infer.read_dicom((uid, files), settings)
+    for each in settings:
+        alone = make_volume(read_series(files, uid), each)
+        assert np.array_equal(scan.volumes[each].voxels, alone.voxels)
+        assert np.array_equal(scan.volumes[each].affine, alone.affine)
+
+
+def test_proposals_reach_a_classifier_of_another_volume_in_millimetres(work, monkeypatch):
+    ensemble = load(work)
+    classifier = next(member for member in ensemble.members if member.locator)
+    wide = VolumeSettings(base_slices=4, img_size=32)
+    classifier.locator.run.cfg = replace(classifier.locator.run.cfg, volume=wide)
+    maps = np.full((13, 4, 4, 4), 0.01, np.float32)
+    maps[4, 3, 1, 2] = 0.9  # its cells are 8 pixels wide: voxel (3, 11.5, 19.5) of the locator's volume
+    coarse, fine = np.diag([8.0, 6.0, 6.0, 1.0]), np.diag([4.0, 3.0, 3.0, 1.0])
+    fine[:3, 3] = [2, 1, 1]
+    scan = blank_scan()
+    scan.volumes[VOLUME].affine[:] = fine
+    scan.volumes[wide] = Volume(np.zeros((4, 32, 32), np.uint8), coarse, [])
+    monkeypatch.setattr(infer, "predict_views", lambda member, *_: Output(np.zeros((1, 14)), maps))
+    places = []
+    monkeypatch.setattr(common, "cut_crop", lambda volume, place, *_: places.append(place) or 0)
+    infer.run_member(classifier, "1.2", scan, False, {})
+    assert places[0] == pytest.approx([(24 - 2) / 4, (69 - 1) / 3, (117 - 1) / 3])
+
+
+def test_models_share_the_devices_and_a_classifier_lies_beside_its_locator(work):
+    members = load(work).members
+    spread = load(work, devices=("cpu", "cpu:1"))
+    devices = [str(member.device) for member in spread.members]
+    assert set(devices) == {"cpu", "cpu:1"} and 2 <= devices.count("cpu") <= 3
+    assert all(member.device == member.locator.device for member in spread.members if member.locator)
+    scan = blank_scan()
+    alone = infer.predict_series(load(work), "1.2", scan, FULL)[0]
+    assert len(members) == 5 and np.array_equal(infer.predict_series(spread, "1.2", scan, FULL)[0], alone)
 
 
 def test_the_mirrored_view_makes_predictions_equivariant(work):
     ensemble = load(work)
-    member = ensemble.members[4]  # without crops, whose decoys do not move along
+    ensemble.members = [m for m in ensemble.members if m.run.cfg.num_crops == 0][
+        :1
+    ]  # decoys do not move along
     voxels = np.random.default_rng(0).integers(0, 256, (8, 64, 64), dtype=np.uint8)
-    volume = Volume(voxels, np.diag([4.0, 3.0, 3.0, 1.0]), [])
-    mirrored = replace(volume, voxels=np.ascontiguousarray(voxels[..., ::-1]))
-    plain = [infer.predict_series(ensemble, [member], "1", [v], False)[0] for v in (volume, mirrored)]
-    both = [infer.predict_series(ensemble, [member], "1", [v], True)[0] for v in (volume, mirrored)]
+    scans = [scan_of(voxels), scan_of(voxels[..., ::-1])]
+    plain = [infer.predict_series(ensemble, "1", scan, infer.Plan(False, 1))[0] for scan in scans]
+    both = [infer.predict_series(ensemble, "1", scan, infer.Plan(True, 1))[0] for scan in scans]
     assert np.abs(plain[0] - plain[1][SWAP]).max() > 1e-3
     assert np.abs(both[0] - both[1][SWAP]).max() < 1e-6
 
 
-def test_combine_by_hand():
+def test_average_members_by_hand():
     one, two = np.zeros((1, 14)), np.zeros((2, 14))
-    two[0, 0], two[1, 1] = np.log(3), np.log(3)  # p 0.75: left in one view, right in the mirrored one
-    probs = infer.combine([one, two], [1.0, 3.0], "probs")
+    two[:, 0] = np.log(3)  # p 0.75
+    probs = infer.average_members([one, two], [1.0, 3.0])
     assert probs[0] == pytest.approx((0.5 + 3 * 0.75) / 4) and probs[1] == pytest.approx(0.5)
-    logits = infer.combine([one, two], [1.0, 3.0], "logits")
-    assert logits[0] == pytest.approx(1 / (1 + 3**-0.75)) and logits[1] == pytest.approx(0.5)
 
 
 def test_a_member_that_is_not_finite_is_left_out_and_a_row_without_members_is_the_prior(work, capsys):
-    ensemble = load(work)
-    volume = Volume(np.zeros((8, 64, 64), np.uint8), np.eye(4), [])
-    good = infer.predict_series(ensemble, ensemble.members[4:], "1", [volume], False)[0]
+    ensemble, args = load(work), arguments(work)
+    first, last = ensemble.members[0], ensemble.members[-1]
+    ensemble.members = [last]
+    good = infer.predict_series(ensemble, "1", blank_scan(), FULL)[0]
     with torch.no_grad():
-        next(ensemble.members[0].run.model.parameters()).fill_(float("nan"))
-    voters = [ensemble.members[0], ensemble.members[4]]
-    assert np.array_equal(infer.predict_series(ensemble, voters, "1", [volume], False)[0], good)
-    assert "logits not finite" in capsys.readouterr().err
-    ensemble.members = voters[:1]
-    answer, _ = infer.answer_one(ensemble, ("1", ([volume], 0, 0), None), (False, 1), arguments(work))
-    assert answer.probs == ensemble.prior.tolist() and "no member" in answer.reason
+        next(first.run.model.parameters()).fill_(float("nan"))
+    ensemble.members = [first, last]
+    assert np.array_equal(infer.predict_series(ensemble, "1", blank_scan(), FULL)[0], good)
+    assert "NaN or infinite" in capsys.readouterr().err
+    ensemble.members = [first]
+    row = answer(ensemble, blank_scan(), args)
+    assert np.array_equal(row.probs, ensemble.prior) and "no member" in row.reason
 
 
-# --- never stop, never late ---------------------------------------------------------------------------------
+def test_a_gpu_that_is_gone_stops_the_run_instead_of_giving_priors(work, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(infer, "predict_series", broken)
+    with pytest.raises(OSError, match=r"1\.2\.3: RuntimeError: CUDA error: an illegal memory access"):
+        answer(load(work), blank_scan(), arguments(work))
+
+
+# --- never late ---------------------------------------------------------------------------------------------
 
 
 def simulate(hours: float, seed: int, hard_last: bool = False, num: int = 2500) -> tuple[float, list, float]:
@@ -374,173 +411,193 @@ def simulate(hours: float, seed: int, hard_last: bool = False, num: int = 2500) 
     size = rng.lognormal(0, 0.7, num)
     size = np.sort(size) if hard_last else size
     reads_s = size * (1 + 20 * (rng.random(num) < 0.01))  # one in a hundred stalls
-    forwards_s = np.array([0.3, 1.2, 1.2, 1.2, 1.2, 1.2])
-    budget, plans, clock, is_read = infer.Budget(hours * 3600, True, 6), [], 60.0, 60.0
-    last = clock
+    forwards_s = np.array([1.2, 1.2, 1.2, 1.2, 1.2, 0.3])
+    start_s = clock = is_read = 60.0
+    deadline, plans = infer.Deadline(hours * 3600, infer.Plan(True, 6), start_s), []
     for i in range(num):
-        plans.append(budget.plan(clock, num - i))
-        tta, members = plans[-1]
-        if not members:
+        plans.append(deadline.next_plan(clock, num - i))
+        if plans[-1].num_members == 0:
             break
-        is_read = max(is_read, last - 2) + reads_s[i]  # reading runs ahead of the models
-        members_s = forwards_s[:members] * (1.7 if tta else 1.0) * rng.uniform(0.9, 1.1)
-        clock = max(clock, is_read) + members_s.sum() + 0.05
-        budget.observe(clock - last, reads_s[i], list(members_s), tta)
-        last = clock
-    whole_s = sum(max(read_s, 1.7 * forwards_s.sum()) for read_s in reads_s)
-    return clock, plans, whole_s
-
-
-def test_a_gpu_that_is_gone_stops_the_run_instead_of_giving_priors(work, monkeypatch):
-    def broken(*_):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    ensemble, args = load(work), arguments(work)
-    monkeypatch.setattr(infer, "predict_series", broken)
-    with pytest.raises(OSError, match=r"1\.2\.3: CUDA error: an illegal memory access"):
-        infer.answer_one(ensemble, ("1.2.3", ([], 0.0, 0.0), None), (False, 5), args)
+        is_read = max(is_read, clock - 2) + reads_s[i]  # reading runs ahead of the models
+        views = 1.7 if plans[-1].is_mirrored else 1.0
+        forward_s = forwards_s[: plans[-1].num_members].sum() * views * rng.uniform(0.9, 1.1)
+        forward_s += 20 if i == 0 else 0  # the first series starts the GPU
+        clock = max(clock, is_read) + forward_s + 0.05
+        deadline.observe(clock, forward_s, plans[-1])
+    everything_s = sum(max(read_s, 1.7 * forwards_s.sum()) for read_s in reads_s)
+    return clock, plans, everything_s
 
 
 @pytest.mark.parametrize("hard_last", [False, True])
 def test_2500_uneven_series_never_end_late_and_use_the_time(hard_last):
     for hours in (0.3, 1, 2, 3, 4, 5, 6, 7):
-        clock, plans, whole_s = simulate(hours, seed=int(10 * hours), hard_last=hard_last)
-        assert whole_s > hours * 3600  # all of it does not fit
+        clock, plans, everything_s = simulate(hours, seed=int(10 * hours), hard_last=hard_last)
+        assert everything_s > hours * 3600
         assert 0.9 * hours * 3600 < clock < hours * 3600
         if hours >= 2:
-            assert plans[-1][1] > 0 or len(plans) > 2400
+            assert plans[-1].num_members > 0 or len(plans) > 2400
         if hours >= 5 and not hard_last:
-            assert {members for _, members in plans} == {6}  # the mirrored view goes before members do
+            assert {plan.num_members for plan in plans} == {6}  # the mirrored view goes before members do
 
 
 def test_nothing_is_cut_when_there_is_time():
     for hours, seed in ((8.5, 0), (9, 1), (12, 2)):
-        clock, plans, whole_s = simulate(hours, seed)
-        assert 0.6 < whole_s / (hours * 3600) < 0.97
-        assert set(plans) == {(True, 6)} and clock < hours * 3600
+        clock, plans, everything_s = simulate(hours, seed)
+        assert 0.6 < everything_s / (hours * 3600) < 0.97
+        assert set(plans) == {infer.Plan(True, 6)} and clock < hours * 3600
 
 
 def test_when_the_time_is_over_the_rest_is_the_prior_and_a_started_series_is_finished(work, capsys):
-    args = arguments(work, "--budget-hours", "1")
-    ensemble, source = load(work), infer.find_source(work / "cache")
+    args, ensemble = arguments(work, "--budget-hours", "1"), load(work)
+    source = infer.find_source(work / "cache")
     args.started = time.monotonic() - 3600 * 0.985  # over the 98 % after which no series starts
     answers = infer.answer_all(ensemble, source, sorted(source.series), args, lambda answer: None)
     assert [answer.reason for answer in answers] == ["no time left"] * 10
     assert "10 series get the prior" in capsys.readouterr().err
-    args.started = time.monotonic() - 3600
-    volume = Volume(np.zeros((8, 64, 64), np.uint8), np.eye(4), [])
-    answer, members_s = infer.answer_one(ensemble, ("1", ([volume], 0, 0), None), (False, 5), args)
-    assert answer.reason == "" and len(members_s) == 1  # no second member starts
+    _, outputs = infer.predict_series(ensemble, "1", blank_scan(), FULL, time.monotonic())
+    assert len(set(outputs) - {ensemble.members[0].locator.name}) == 1  # no second member starts
 
 
 def test_predict_answers_whatever_comes(work, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(infer, "SHARED", tmp_path / "shared")
-    ensemble = infer.load_ensemble(arguments(work), torch.device("cpu"), None)
-    prior = [ensemble.prior.tolist()]
+    ensemble = infer.load_ensemble(arguments(work), [torch.device("cpu")])
+    prior, answers, bar = [ensemble.prior.tolist()], [], common.progress(9, "series", show=False)
     (tmp_path / "shared" / "1.2.3").mkdir(parents=True)
     (tmp_path / "shared" / "1.2.3" / "a.dcm").write_bytes(b"DICM" * 100)
-    predict = infer.make_predict(ensemble, arguments(work, "--serve"))
+    predict = infer.make_predict(ensemble, arguments(work, "--serve"), answers, bar)
     assert predict.__name__ == "predict"
     assert predict(str(tmp_path / "shared" / "1.2.3")).to_numpy().tolist() == prior
     assert (tmp_path / "shared").is_dir() and not list((tmp_path / "shared").iterdir())
     assert list(predict(None).columns) == list(LABELS)
-    slow = infer.make_predict(ensemble, arguments(work, "--serve", "--series-timeout", "0.001"))
     folder = next((work / "dicoms" / "series").iterdir())
-    assert slow(str(folder)).to_numpy().tolist() == prior
-    over = infer.make_predict(ensemble, arguments(work, "--serve", "--budget-hours", "1e-9"))
-    assert over(str(folder)).to_numpy().tolist() == prior
-    said = capsys.readouterr().err
-    assert "took longer than 0.001 s" in said and "no time left" in said
+    over = arguments(work, "--serve", "--budget-hours", "1e-9")
+    assert infer.make_predict(ensemble, over, answers, bar)(str(folder)).to_numpy().tolist() == prior
+    assert [bool(answer.reason) for answer in answers] == [True] * 3
+    assert "no time left" in capsys.readouterr().err
 
 
-def test_without_kaggles_package_serve_says_so(work, capsys):
-    assert infer.serve(arguments(work, "--serve")) == 1
-    assert "kaggle_evaluation" in capsys.readouterr().err
+def test_without_kaggles_package_serve_is_one_line(work):
+    assert "kaggle_evaluation" in run(work, "--serve", code=1)[1].splitlines()[-1]
+
+
+# --- the series ---------------------------------------------------------------------------------------------
 
 
 def test_damaged_and_foreign_volumes_of_a_cache_cost_only_themselves(work, tmp_path):
     good = sorted((work / "cache").glob("*.safetensors"))[0]
-    (tmp_path / good.name).write_bytes(good.read_bytes())
+    shutil.copy(good, tmp_path)
     (tmp_path / "1.2.safetensors").write_bytes(good.read_bytes()[:5000])
-    other = common.volume_settings(replace(BASE, roi_mm=150.0))
-    tensors = common.load_volume(good)[0]
-    meta = {"settings": other, "affine": np.eye(4).tolist()}
-    common.save_volume(tmp_path / "1.3.safetensors", tensors["volume"], np.zeros((0, 3)), np.zeros(0), meta)
-    index = pd.DataFrame({UID: ["1.4", "1.5"], "status": ["failed", "ok"], "reason": ["no slices", ""]})
-    index.to_csv(tmp_path / "index.csv", index=False)
+    meta = {"settings": common.volume_settings(replace(BASE, volume=replace(VOLUME, roi_mm=150.0)))}
+    meta |= {"affine": np.eye(4).tolist(), "doubts": []}
+    voxels = common.load_volume(good)[0]["volume"]
+    common.save_volume(tmp_path / "9.3.safetensors", voxels, np.zeros((0, 3)), np.zeros(0), meta)
+    index = f"{UID},status,reason,patient\n1.4,failed,no slices,\n1.5,ok,,p\n"
+    (tmp_path / "index.csv").write_text(index)
+    source, uids = infer.find_source(tmp_path), ["1.2", "9.3", "1.4", "1.5", good.stem]
+    source.settings = common.volume_settings(BASE)
+    scans = infer.read_scans(source, uids, [VOLUME], arguments(work))
+    reasons = {uid: reason for uid, _, reason in scans}
+    assert reasons[good.stem] == "" and "roi_mm" in reasons["9.3"] and "not a readable" in reasons["1.2"]
+    assert "no slices" in reasons["1.4"] and "missing" in reasons["1.5"]
+
+
+def test_a_doubtful_volume_is_used_and_named(work, capsys):
+    assert answer(load(work), blank_scan(doubts=["air is bright"]), arguments(work)).reason == ""
+    assert "1.2.3: doubtful, but used: air is bright" in capsys.readouterr().err
+
+
+def test_other_programs_files_do_not_make_a_dicom_tree_a_cache(work, tmp_path):
+    uid = next((work / "dicoms" / "series").iterdir()).name
+    shutil.copytree(work / "dicoms" / "series" / uid, tmp_path / uid)
+    (tmp_path / "index.csv").write_text("name;size\na;1\n")
+    (tmp_path / "weights.safetensors").write_bytes(b"\x00")
     source = infer.find_source(tmp_path)
-    assert "no slices" in source.failed["1.4"] and "gone" in source.failed["1.5"]
-    uids = ["1.2", "1.3", good.stem]
-    reasons = {uid: reason for uid, _, reason in infer.read_all(source, uids, [BASE], arguments(work))}
-    assert reasons[good.stem] is None and "other settings" in reasons["1.3"] and "Error" in reasons["1.2"]
-
-
-def test_a_partial_of_other_members_or_settings_is_refused(work, tmp_path):
-    ensemble = load(work)
-    path = tmp_path / "out.csv.partial"
-    settings = infer.run_settings(ensemble, arguments(work))
-    done, keep = infer.open_partial(path, settings)
-    assert done == {}
-    keep(infer.Answer("1.2", [0.5] * 14))
-    assert list(infer.open_partial(path, settings)[0]) == ["1.2"]
-    with pytest.raises(ValueError, match="begun with other tta"):
-        infer.open_partial(path, infer.run_settings(ensemble, arguments(work, "--tta")))
-    ensemble.members.pop()
-    with pytest.raises(ValueError, match="begun with other members"):
-        infer.open_partial(path, infer.run_settings(ensemble, arguments(work)))
-
-
-def test_wrong_usage_ends_with_2(tmp_path, capsys):
-    for wrong in (
-        ["--workers", "0"],
-        ["--budget-hours", "-1"],
-        ["--labels", "none.csv"],
-        ["--mean", "median"],
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            infer.parse_arguments(wrong)
-        assert stopped.value.code == 2
-    with pytest.raises(ValueError, match="expected DICOM files"):
-        infer.find_source(tmp_path)
+    assert not source.is_cache and list(source.series) == [uid]
     with pytest.raises(ValueError, match="no such folder"):
         infer.find_source(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeff1.2\r\n1.3\r\n",
+        f"{UID};Left\n1.2;0\n\n1.3;1\n1.2;0\n",
+        " 1.2 \n\n 1.3\n",
+        f'Modality,"{UID}"\nCTA,"1.2"\nMRA,"1.3"\n',
+    ],
+)
+def test_a_list_of_series_is_read_with_marks_semicolons_blanks_and_empty_lines(text, tmp_path):
+    (tmp_path / "list.csv").write_text(text, encoding="utf-8")
+    assert infer.choose_series(infer.Source(False, {}, {}), tmp_path / "list.csv") == ["1.2", "1.3"]
+    (tmp_path / "empty.csv").write_text(f"\n{UID}\n")
+    with pytest.raises(ValueError, match="lists no series"):
+        infer.choose_series(infer.Source(False, {}, {}), tmp_path / "empty.csv")
+
+
+def test_finished_rows_of_other_members_or_settings_are_refused(work, tmp_path):
+    ensemble, path = load(work), tmp_path / "out.csv.partial.csv"
+    identity = infer.describe_run(ensemble, arguments(work), 1)
+    done, save = infer.open_partial(path, identity)
+    assert done == {}
+    save(infer.Answer("1.2", np.full(14, 1 / 3)))
+    save(infer.Answer("1.3", np.full(14, 0.5), "unreadable"))
+    done, _ = infer.open_partial(path, identity)
+    assert list(done) == ["1.2"] and done["1.2"].probs.tolist() == [1 / 3] * 14
+    others = [infer.describe_run(ensemble, arguments(work, "--tta"), 1)]
+    others.append(infer.describe_run(ensemble, arguments(work), 2))
+    ensemble.models.pop()
+    others.append(infer.describe_run(ensemble, arguments(work), 1))
+    for other in others:
+        with pytest.raises(ValueError, match="from other members or settings"):
+            infer.open_partial(path, other)
 
 
 # --- explanations -------------------------------------------------------------------------------------------
 
 
-class OneVoxel(torch.nn.Module):
-    """The logit of `Aneurysm Present` is one voxel; the heat must be there."""
-
-    def forward(self, images):
-        return images[:, 5, 40, 10, None] * torch.ones(14)
-
-
-def test_the_gradient_is_hottest_at_the_voxel_that_decides(work):
-    volume = Volume(np.full((8, 64, 64), 128, np.uint8), np.diag([4.0, 3.0, 3.0, 1.0]), [])
-    run_ = common.Run(Path(), OneVoxel(), BASE, {})
-    heat = infer.gradient_map(run_, np.full((11, 64, 64), 128, np.uint8), volume, torch.device("cpu"))
-    assert heat.shape == (8, 64, 64)
-    assert np.unravel_index(heat.argmax(), heat.shape) == (5, 40, 10)
+def test_a_place_is_the_one_that_series_point_gives_back(work):
+    folder = next((work / "dicoms" / "series").iterdir())
+    series = read_series(folder, folder.name)
+    volume = make_volume(series, VOLUME)
+    for voxel in ([3, 20.0, 40.0], [5, 33.3, 7.1]):
+        place = infer.describe_place(np.array(voxel), volume, series.frames)
+        point = series.point(place["SOPInstanceUID"], place["column"], place["row"], place["frame"])
+        away = to_lps(np.array(voxel), volume.affine)[0] - point
+        assert abs(away @ series.normal) <= series.spacing_mm[0] / 2 + 1e-6  # the nearest image
+        assert np.linalg.norm(away - (away @ series.normal) * series.normal) < 0.05
+        assert place["lps_mm"] == pytest.approx(to_lps(np.array(voxel), volume.affine)[0], abs=0.006)
 
 
-def test_a_locators_peak_is_the_hottest_place_in_millimetres(work, tmp_path):
-    ensemble = load(work)
-    locator = ensemble.members[0]
-    assert locator.run.cfg.locator_stride == 8
-    maps = np.full((13, 8, 8, 8), 0.01, np.float32)
-    maps[4, 5, 2, 6] = 0.9
-    affine = np.eye(4)
-    affine[:3] = [[0, 0, 3, -90], [0, 3, 0, -80], [4, 0, 0, -20]]  # (z, y, x) -> LPS
-    volume = Volume(np.zeros((8, 64, 64), np.uint8), affine, [])
-    answer = infer.Answer("1.2", [0.5] * 14)
-    seen = {locator.name: (None, None, maps)}
-    hottest = infer.explain(ensemble, [locator], answer, [volume], seen, tmp_path)
-    place = [hottest[name] for name in ("z", "y", "x", "x_mm", "y_mm", "z_mm")]
-    assert place == [5, 19.5, 51.5, 51.5 * 3 - 90, 19.5 * 3 - 80, 0]  # cell centres are at 8 i + 3.5
-    assert (tmp_path / "1.2.png").is_file()
+def test_one_scan_is_answered_in_words_with_a_picture_and_where_to_look(work, reference):
+    folder = next((work / "dicoms" / "series").iterdir())
+    _, stderr = run(work, "--src", str(folder), "--explain", "pictures")
+    assert f"{folder.name}: Aneurysm Present 0." in stderr
+    assert "above 0.20, the threshold of specificity 0.90, sensitivity 0.70" in stderr
+    assert cv2.imread(str(work / "pictures" / f"{folder.name}.png")).shape[0] > 300
+    findings = json.loads((work / "pictures" / "findings.json").read_text())
+    assert len(findings) == 3 and findings[0]["score"] >= findings[1]["score"]
+    assert set(findings[0]) == {
+        *(UID, "artery", "score", "voxel", "lps_mm", "SOPInstanceUID", "frame", "column", "row")
+    }
+    assert findings[0]["artery"] in LABELS[:AP]
+    _, stderr = run(work, "--explain", "pictures", "--limit", "1")
+    assert "--src DICOM_FILES adds the image, column and row" in stderr
+    assert "SOPInstanceUID" not in json.loads((work / "pictures" / "findings.json").read_text())[0]
 
 
-def test_wilson_interval_by_hand():
-    assert infer.wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    assert infer.wilson(0, 10)[0] == pytest.approx(0, abs=1e-12)
+def test_an_ensemble_without_a_locator_says_that_it_has_no_explanation(work):
+    outputs = "outputs/test_maxvit_seed0_fold0"
+    _, stderr = run(work, "--outputs", outputs, "--limit", "1", "--explain", "none")
+    assert "no locator among the members" in stderr and not list((work / "none").glob("*.png"))
+
+
+def test_low_heat_does_not_glow_and_high_heat_does():
+    volume = Volume(np.full((8, 64, 64), 90, np.uint8), np.diag([4.0, 3.0, 3.0, 1.0]), [])
+    answer = infer.Answer("1.2", np.full(14, 0.5), findings=[{"voxel": [5, 20, 30], "artery": "", "score": 0}])
+    coloured = {}
+    for value in (0.02, 0.9):
+        png = infer.draw_findings(volume, np.full((8, 64, 64), value, np.float32), answer)
+        image = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR).astype(int)
+        panels = image[:, : int(0.85 * image.shape[1])]  # without the colour bar
+        coloured[value] = float((panels[..., 2] - panels[..., 0] > 40).mean())
+    assert coloured[0.02] == 0 and coloured[0.9] > 0.2
