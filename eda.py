@@ -283,7 +283,7 @@ def images_section(
     src: Path,
 ) -> str:
     """An example per modality and plane, with an annotated point where there is one."""
-    cached = table.dropna(subset="slab_mm").assign(is_marked=table[UID].isin(points[UID]))
+    cached = table.assign(is_marked=table[UID].isin(points[UID])).dropna(subset="slab_mm")
     cached = cached.sort_values(["modality", "plane", "is_marked", "num_slices", UID])
     chosen = cached.drop_duplicates(["modality", "plane"], keep="last")
     examples = [show_example(row, read_scan(row[UID], cache), src) for row in chosen.to_dict("records")]
@@ -340,8 +340,8 @@ def points_section(points: pd.DataFrame) -> str:
         axes.invert_yaxis()
         figures.append(show_chart(view, "0 is the middle of the box that the model sees.", axes))
     return f"""<section id="points"><h2>Where the aneurysms are</h2>
-        {"" if len(points) else absent("No annotated points in the cache.")}
-        <div class="grid">{"".join(figures)}</div></section>"""
+        <div class="grid">{"".join(figures) if len(points) else absent("No annotated points in the cache.")}
+        </div></section>"""
 
 
 # --- section: what went wrong -------------------------------------------------------------------------------
@@ -362,7 +362,7 @@ def find_troubles(table: pd.DataFrame, points: pd.DataFrame) -> dict[str, pd.Dat
 
 def find_contradictions(cached: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
     """Where labels, points and sides do not fit each other."""
-    points = points.assign(label=[LABELS[label] for label in points["label"]])
+    points = points.assign(label=np.array(LABELS)[points["label"].astype(int)])
     pairs = cached.melt(UID, NAMES[:AP], "label", "stated").merge(points, how="left")
     side = pairs["label"].str[0].map({"L": 1, "R": -1})
     faults = {
@@ -667,7 +667,7 @@ p, li { max-width: 85ch; } .soft { color: var(--soft); font-size: 13px; }
 figure { margin: 0; break-inside: avoid; } figure svg, img { width: 100%; height: auto; display: block; }
 figcaption, table { font-size: 13px; line-height: 1.4; } figcaption { margin-bottom: 4px; }
 .table { display: inline-block; vertical-align: top; overflow: auto; max-width: 100%; max-height: 500px;
-  margin: 8px 36px 16px 0; }
+  margin: 8px 0 16px; padding-right: 36px; }
 table { border-collapse: collapse; overflow-wrap: normal; font-variant-numeric: tabular-nums; }
 th, td { border: 1px solid var(--line); padding: 2px 7px; min-width: 4em; text-align: left;
   vertical-align: top; }
