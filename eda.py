@@ -71,11 +71,11 @@ MEASURES = {  # columns of the table, with name and meaning
     ),
     "slab_mm": ("Slab of the volume (mm)", "The thicker, the more a small aneurysm is averaged away."),
 }
-TEXT = dict.fromkeys((UID, "patient"), str)  # types of columns that look like numbers
+TEXT = dict.fromkeys((UID, "patient", "plane", "reason", "notes"), str)  # columns, even if all are empty
 NAMES, TRUTH = list(LABELS), [f"label {name}" for name in LABELS]  # columns of oof.csv
 PRESENT, IS_PRESENT = NAMES[AP], TRUTH[AP]
 PLACE = ["x_mm", "y_mm", "z_mm"]  # columns of proposals.csv
-DIAGNOSTICS = ["recall_10mm", "oracle_wauc", "leak", "seconds"]  # of metrics.json
+DIAGNOSTICS = ["recall_10mm", "oracle_wauc", "leak"]  # of metrics.json
 WHOLE_HEAD = {"base_slices": 256, "img_size": 256, "roi_mm": 280.0, "roi_top_mm": 600.0}
 REACH_MM, NEAR_MM, ASKEW_MM = 20.0, 8.0, 10.0  # half of a projection; points shown on a slab; a wrong side
 MAX_CASES, MAX_ROWS = 6, 200  # bounds that keep the page small
@@ -113,13 +113,7 @@ def read_header(path: Path) -> tuple[dict, list[tuple]]:
     box, mm below its top, and that depth as a share of the box. No pixels are read."""
     tensors, meta = common.load_volume(path, ["points", "point_labels"])
     settings, spacing_mm = meta["settings"], meta["spacing_mm"]
-    shape = np.array(
-        [
-            settings["base_slices"],
-            settings["img_size"],
-            settings["img_size"],
-        ]
-    )
+    shape = np.array([settings["base_slices"]] + [settings["img_size"]] * 2)
     z, y, x = ((tensors["points"] + 0.5 - shape / 2) * spacing_mm).T
     height_mm = shape[0] * spacing_mm[0]
     depth_mm = height_mm / 2 - z
@@ -169,11 +163,11 @@ def pool_oof(runs: list[dict]) -> pd.DataFrame:
     return series.first().assign(**means).reset_index()
 
 
-def score_oof(rows: pd.DataFrame) -> dict:
+def score_oof(rows: pd.DataFrame, draws: int) -> dict:
     """common.score of a pooled table."""
     truth = rows[["patient", "plane"]].assign(Modality=rows["modality"])
     truth[NAMES] = rows[TRUTH]
-    return common.score(truth, rows[NAMES].to_numpy())
+    return common.score(truth, rows[NAMES].to_numpy(), draws)
 
 
 # --- section: at a glance -----------------------------------------------------------------------------------
@@ -218,7 +212,7 @@ def data_section(table: pd.DataFrame) -> str:
     planes = pd.crosstab(table["plane"], table["modality"], margins=True).reset_index()
     positives = table.groupby("modality")[NAMES].sum().T
     positives["all"] = positives.sum(axis=1)
-    num_labelled = table[PRESENT].notna().sum()
+    num_labelled = table[PRESENT].count()
     labelled = f"Positive series of {num_labelled} with labels in train.csv."
     figures = [draw_histogram(title, meaning, table, name) for name, (title, meaning) in MEASURES.items()]
     return f"""<section id="data"><h2>The data</h2>
@@ -284,7 +278,7 @@ def images_section(
 ) -> str:
     """An example per modality and plane, with an annotated point where there is one."""
     cached = table.assign(is_marked=table[UID].isin(points[UID])).dropna(subset="slab_mm")
-    cached = cached.sort_values(["modality", "plane", "is_marked", "num_slices", UID])
+    cached = cached.sort_values(["modality", "plane", "is_marked", "num_slices"])
     chosen = cached.drop_duplicates(["modality", "plane"], keep="last")
     examples = [show_example(row, read_scan(row[UID], cache), src) for row in chosen.to_dict("records")]
     return f"""<section id="images"><h2>The images</h2>
@@ -408,7 +402,7 @@ def runs_table(runs: list[dict], tables: dict[str, pd.DataFrame]) -> str:
     metrics = pd.DataFrame([run["metrics"] for run in runs]).reindex(columns=DIAGNOSTICS)
     metrics = metrics.map(lambda value: np.ravel(value)[0]).astype(float)  # [value, low, high] or a value
     means = metrics.groupby([run["group"] for run in runs]).mean()
-    means.insert(0, "wAUC", [interval(score_oof(tables[group]), "wauc") for group in means.index])
+    means.insert(0, "wAUC", [interval(score_oof(tables[group], 500), "wauc") for group in means.index])
     caption = (
         "Runs compared, on patients held back. oracle_wauc: with crops at annotated places, which no new "
         "patient has; leak: what that adds. Both are diagnostics, not results."
@@ -496,8 +490,8 @@ def draw_heat(axes: Axes, scan: Scan, z: int, folder: Path) -> None:
     with torch.inference_mode():
         maps = run.model(torch.from_numpy(scan.voxels)[None].float() / 255).maps
     heat = maps[0, :, z].sigmoid().sum(0).numpy()
-    edges = np.array(scan.voxels.shape) - 0.5
-    extent = (-0.5, edges[2], edges[1], -0.5)
+    _, height, width = scan.voxels.shape
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     image = axes.imshow(heat, "inferno", extent=extent, alpha=heat, vmin=0, vmax=1)
     axes.figure.colorbar(image, ax=axes).ax.tick_params(colors="white")
 
@@ -522,10 +516,7 @@ CHART_STYLE = {
         FORE,
     ),
 }
-LETTERS = {
-    "color": "white",
-    "path_effects": [withStroke(linewidth=2, foreground="black")],
-}
+LETTERS = {"color": "white", "path_effects": [withStroke(linewidth=2, foreground="black")]}
 
 
 def new_chart(x_name: str, y_name: str, height: float = 2.6) -> Axes:
@@ -616,7 +607,7 @@ def show_figure(title: str, caption: str, body: str) -> str:
 
 def show_table(table: pd.DataFrame, caption: str = "") -> str:
     """The first rows of a table, escaped."""
-    if not len(table):
+    if table.empty:
         return absent(f"{caption} None.")
     table = table.rename_axis(columns=None)
     with pd.option_context("display.max_colwidth", None):
@@ -693,7 +684,7 @@ def make_page(cache: Path, src: Path, outputs: Path) -> str:
         sections += [points_section(points), trouble_section(troubles)]
     if runs:
         pooled = pool_oof(runs)
-        result = score_oof(pooled)
+        result = score_oof(pooled, 2000)
         facts.append(describe_score(result, len(runs)))
         warnings = find_constant_runs(runs) + warnings
         sections += [results_section(runs, pooled, result), cases_section(runs, pooled, cache)]
@@ -719,7 +710,7 @@ def make_page(cache: Path, src: Path, outputs: Path) -> str:
 def main() -> int:
     parser = common.make_parser(__doc__)
     for name, folder in (("cache", "cache"), ("src", "dicoms"), ("outputs", "outputs")):
-        parser.add_argument(f"--{name}", type=Path, default=Path(folder), metavar="DIR")
+        parser.add_argument(f"--{name}", type=Path, default=folder, metavar="DIR")
     paths = vars(parser.parse_args())
     if not (paths["cache"] / "index.csv").is_file() and not paths["outputs"].is_dir():
         common.log(f"nothing to report on: no index.csv in {paths['cache']}, no folder {paths['outputs']}")
