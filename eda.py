@@ -1,8 +1,8 @@
 """Show the data, what went wrong and the results on one page that a radiologist and an engineer both read.
 
-in   --cache DIR    what preprocess.py wrote: index.csv, volumes, and train.csv where there are labels
-     --src DIR      the DICOM tree, to show whole heads beside their volumes
-     --outputs DIR  finished runs of train.py, at any depth
+in   --cache DIR    (cache) what preprocess.py wrote: index.csv, volumes, train.csv where there are labels
+     --src DIR      (dicoms) the DICOM tree, to show whole heads beside their volumes
+     --outputs DIR  (outputs) finished runs of train.py, at any depth
 out  one HTML page on stdout that needs no other file and no network; progress goes to stderr
 run  python eda.py > report.html
 
@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import base64
 import functools
-import html
 import io
 import json
 import re
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 
 import matplotlib
@@ -31,7 +30,6 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from sklearn.metrics import roc_curve
 
@@ -40,8 +38,20 @@ from common import AP, LABELS, UID
 from dicom import find_series, make_volume, read_series, to_lps, to_voxel
 
 SHORT = (  # of the 14 labels
-    *("L ICA infra", "R ICA infra", "L ICA supra", "R ICA supra", "L MCA", "R MCA", "ACom", "L ACA", "R ACA"),
-    *("L PCom", "R PCom", "Basilar tip", "Other post.", "Present"),
+    "L ICA infra",
+    "R ICA infra",
+    "L ICA supra",
+    "R ICA supra",
+    "L MCA",
+    "R MCA",
+    "ACom",
+    "L ACA",
+    "R ACA",
+    "L PCom",
+    "R PCom",
+    "Basilar tip",
+    "Other post.",
+    "Present",
 )
 MEASURES = {  # columns of the table, with name and meaning
     "age": ("Age (years)", "Not an input of the models."),
@@ -61,29 +71,26 @@ MEASURES = {  # columns of the table, with name and meaning
     ),
     "slab_mm": ("Slab of the volume (mm)", "The thicker, the more a small aneurysm is averaged away."),
 }
-TEXT = dict.fromkeys((UID, "patient", "age"), str)  # types of columns that look like numbers
+TEXT = dict.fromkeys((UID, "patient", "plane", "reason", "notes"), str)  # columns, even if all are empty
 NAMES, TRUTH = list(LABELS), [f"label {name}" for name in LABELS]  # columns of oof.csv
+PRESENT, IS_PRESENT = NAMES[AP], TRUTH[AP]
 PLACE = ["x_mm", "y_mm", "z_mm"]  # columns of proposals.csv
-DIAGNOSTICS = ["oracle_wauc", "leak", "recall_10mm", "false_per_negative", "seconds"]  # of metrics.json
-PLANES = ("axial", "coronal", "sagittal")  # across z, y, x
+DIAGNOSTICS = ["recall_10mm", "oracle_wauc", "leak"]  # of metrics.json
 WHOLE_HEAD = {"base_slices": 256, "img_size": 256, "roi_mm": 280.0, "roi_top_mm": 600.0}
 REACH_MM, NEAR_MM, ASKEW_MM = 20.0, 8.0, 10.0  # half of a projection; points shown on a slab; a wrong side
-MAX_EXAMPLES, MAX_CASES, MAX_ROWS = 12, 6, 200  # bounds that keep the page small
+MAX_CASES, MAX_ROWS = 6, 200  # bounds that keep the page small
 list_series = functools.cache(find_series)
 
 # --- what there is ------------------------------------------------------------------------------------------
 
 
-def read_cache(cache: Path) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
-    """A row per series: index.csv, its labels (nan where there are none), facts of its volume; a row per
-    annotated point; and what is wrong with train.csv. Raises ValueError or KeyError if index.csv is."""
-    table, faults = pd.read_csv(cache / "index.csv", dtype=TEXT), []
+def read_cache(cache: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A row per series: index.csv, its labels (nan where there are none), facts of its volume; and a row per
+    annotated point. Raises ValueError or KeyError for a table that is broken."""
+    table = pd.read_csv(cache / "index.csv", dtype=TEXT)
     labels = pd.DataFrame(columns=[UID, "Modality", *NAMES])
     if (cache / "train.csv").is_file():
-        try:
-            labels = common.read_label_table(cache / "train.csv")
-        except ValueError as error:
-            faults.append(hide_folders(error))
+        labels = common.read_label_table(cache / "train.csv")
     table = table.merge(labels, on=UID, how="left")
     table["modality"] = table["Modality"].fillna(table["modality"])  # the label table tells CTA from CT
     table["age"] = table["age"].map(common.parse_age)
@@ -98,20 +105,21 @@ def read_cache(cache: Path) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
         points += [(uid, *place) for place in places]
     facts = pd.DataFrame(facts, columns=[UID, "unreadable", "settings", "slab_mm"])
     points = pd.DataFrame(points, columns=[UID, "label", "x_mm", "y_mm", "depth_mm", "depth"])
-    return table.merge(facts, on=UID, how="left"), points, faults
+    return table.merge(facts, on=UID, how="left"), points
 
 
-def read_header(path: Path) -> tuple[dict, Iterable[tuple]]:
+def read_header(path: Path) -> tuple[dict, list[tuple]]:
     """Facts of a cached volume, and of each point: label, mm to the left and to the back of the middle of the
     box, mm below its top, and that depth as a share of the box. No pixels are read."""
     tensors, meta = common.load_volume(path, ["points", "point_labels"])
     settings, spacing_mm = meta["settings"], meta["spacing_mm"]
-    shape = np.array([settings["base_slices"], settings["img_size"], settings["img_size"]])
+    shape = np.array([settings["base_slices"]] + [settings["img_size"]] * 2)
     z, y, x = ((tensors["points"] + 0.5 - shape / 2) * spacing_mm).T
     height_mm = shape[0] * spacing_mm[0]
     depth_mm = height_mm / 2 - z
     places = zip(tensors["point_labels"], x, y, depth_mm, depth_mm / height_mm, strict=True)
-    return {"settings": json.dumps(settings), "slab_mm": spacing_mm[0]}, places
+    facts = {"settings": json.dumps(settings), "slab_mm": spacing_mm[0]}
+    return facts, list(places)
 
 
 def read_runs(outputs: Path) -> tuple[list[dict], list[str]]:
@@ -128,18 +136,21 @@ def read_runs(outputs: Path) -> tuple[list[dict], list[str]]:
 def read_run(folder: Path) -> dict:
     """{folder, group: its name without seed and fold, weight, metrics, log, oof, proposals}."""
     cfg = common.load_config(folder / "config.yaml")
-    run = {"folder": folder, "group": re.sub(r"_seed\d+_fold\d+$", "", folder.name)}
-    run["weight"] = max(cfg.ensemble_weight, 1e-9)  # 0: a locator that only proposes
-    run["metrics"] = json.loads((folder / "metrics.json").read_text())
-    run["log"] = pd.read_csv(folder / "log.csv")[["epoch", "train_loss", "val_loss", "wauc"]]
     oof = pd.read_csv(folder / "oof.csv", dtype=TEXT)
-    run["oof"] = oof[[UID, "patient", "modality", "plane", *NAMES, *TRUTH]]
-    run["proposals"] = pd.DataFrame(columns=[UID, *PLACE, "score"])
-    if cfg.task == "locate":
-        run["proposals"] = pd.read_csv(folder / "proposals.csv", dtype=TEXT)[[UID, *PLACE, "score"]]
     if not np.isfinite(oof[NAMES + TRUTH].to_numpy(float)).all():
         raise ValueError("oof.csv: predictions are NaN or infinite")
-    return run
+    proposals = pd.DataFrame(columns=[UID, *PLACE, "score"])
+    if (folder / "proposals.csv").is_file():
+        proposals = pd.read_csv(folder / "proposals.csv", dtype=TEXT)[list(proposals)]
+    return {
+        "folder": folder,
+        "group": re.sub(r"_seed\d+_fold\d+$", "", folder.name),
+        "weight": max(cfg.ensemble_weight, 1e-9),  # 0: a locator that only proposes
+        "metrics": json.loads((folder / "metrics.json").read_text()),
+        "log": pd.read_csv(folder / "log.csv"),
+        "oof": oof[[UID, "patient", "modality", "plane", *NAMES, *TRUTH]],
+        "proposals": proposals,
+    }
 
 
 def pool_oof(runs: list[dict]) -> pd.DataFrame:
@@ -152,11 +163,11 @@ def pool_oof(runs: list[dict]) -> pd.DataFrame:
     return series.first().assign(**means).reset_index()
 
 
-def score_oof(rows: pd.DataFrame) -> dict:
+def score_oof(rows: pd.DataFrame, draws: int) -> dict:
     """common.score of a pooled table."""
     truth = rows[["patient", "plane"]].assign(Modality=rows["modality"])
     truth[NAMES] = rows[TRUTH]
-    return common.score(truth, rows[NAMES].to_numpy())
+    return common.score(truth, rows[NAMES].to_numpy(), draws)
 
 
 # --- section: at a glance -----------------------------------------------------------------------------------
@@ -164,17 +175,19 @@ def score_oof(rows: pd.DataFrame) -> dict:
 
 def describe_series(table: pd.DataFrame) -> str:
     counts = table["status"].value_counts()
-    states = ", ".join(f"{counts.get(status, 0)} {status}" for status in ("ok", "doubtful", "failed"))
-    return f"{len(table)} series of {plural(table['patient'].nunique(), 'patient')}: {states}."
+    return (
+        f"{len(table)} series of {plural(table['patient'].nunique(), 'patient')}: {counts.get('ok', 0)} ok, "
+        f"{counts.get('doubtful', 0)} doubtful, {counts.get('failed', 0)} failed."
+    )
 
 
 def describe_score(result: dict, num_runs: int) -> str:
-    present = result["per_label"][LABELS[AP]]
+    present = result["per_label"][PRESENT]
     return (
-        f"wAUC {interval(result, 'wauc')}, AUC of {LABELS[AP]} {interval(present, 'auc')}: out-of-fold "
-        f"predictions pooled over {plural(num_runs, 'run')}; {result['num_series']} series of "
-        f"{plural(result['num_patients'], 'patient')}. In brackets: 95 % interval over "
-        f"{result['draws_used']} draws of patients; one that leaves a label without a class does not count."
+        f"wAUC {interval(result, 'wauc')}, AUC of {PRESENT} {interval(present, 'auc')}: predictions "
+        f"out of fold, pooled over {plural(num_runs, 'run')}; {result['num_series']} series of "
+        f"{plural(result['num_patients'], 'patient')}. In brackets: 95 % interval, over how many draws "
+        f"of patients; one that leaves a label without a class does not count."
     )
 
 
@@ -182,7 +195,7 @@ def find_constant_runs(runs: list[dict]) -> list[str]:
     """A warning per run whose predictions hardly differ from series to series."""
     warnings = []
     for run in runs:
-        low, high = run["oof"][LABELS[AP]].quantile([0.05, 0.95])
+        low, high = run["oof"][PRESENT].quantile([0.05, 0.95])
         if high - low < 0.02:
             warnings.append(
                 f"NEARLY THE SAME FOR ALL SERIES: 90 % of what {run['folder'].name} predicts lies between "
@@ -197,15 +210,16 @@ def find_constant_runs(runs: list[dict]) -> list[str]:
 def data_section(table: pd.DataFrame) -> str:
     settings = pd.DataFrame(map(json.loads, table["settings"].dropna().unique()))
     planes = pd.crosstab(table["plane"], table["modality"], margins=True).reset_index()
-    positives = table.groupby("modality")[NAMES].sum().T.astype(int)
+    positives = table.groupby("modality")[NAMES].sum().T
     positives["all"] = positives.sum(axis=1)
-    num_labelled = table[LABELS[AP]].notna().sum()
+    num_labelled = table[PRESENT].count()
+    labelled = f"Positive series of {num_labelled} with labels in train.csv."
     figures = [draw_histogram(title, meaning, table, name) for name, (title, meaning) in MEASURES.items()]
     return f"""<section id="data"><h2>The data</h2>
         {show_table(settings, "Settings of the volumes; the box reaches down from the top of the head")}
         {show_table(planes, "Series by plane and modality")}
-        {show_table(positives.reset_index(names="label"), f"Positive series of {num_labelled} with labels")}
-        {grid(figures)}</section>"""
+        {show_table(positives.reset_index(names="label") if num_labelled else positives[:0], labelled)}
+        <div class="grid">{"".join(figures)}</div></section>"""
 
 
 # --- section: the images ------------------------------------------------------------------------------------
@@ -236,7 +250,14 @@ def read_scan(uid: str, cache: Path) -> Scan:
     points_lps = to_lps(tensors["points"], affine)
     names = [SHORT[label] for label in tensors["point_labels"]]
     box_lps = to_lps([[-0.5] * 3, np.array(voxels.shape) - 0.5], affine)
-    return Scan(voxels, affine, points_lps, names, box_lps, meta["settings"])
+    return Scan(
+        voxels,
+        affine,
+        points_lps,
+        names,
+        box_lps,
+        meta["settings"],
+    )
 
 
 def read_whole_head(scan: Scan, uid: str, src: Path) -> Scan:
@@ -249,11 +270,16 @@ def read_whole_head(scan: Scan, uid: str, src: Path) -> Scan:
     return replace(scan, voxels=volume.voxels, affine=volume.affine)
 
 
-def images_section(table: pd.DataFrame, points: pd.DataFrame, cache: Path, src: Path) -> str:
+def images_section(
+    table: pd.DataFrame,
+    points: pd.DataFrame,
+    cache: Path,
+    src: Path,
+) -> str:
     """An example per modality and plane, with an annotated point where there is one."""
-    cached = table.dropna(subset="slab_mm").assign(is_bare=~table[UID].isin(points[UID]))
-    cached = cached.sort_values(["modality", "plane", "is_bare", UID])
-    chosen = cached.drop_duplicates(["modality", "plane"])[:MAX_EXAMPLES]
+    cached = table.assign(is_marked=table[UID].isin(points[UID])).dropna(subset="slab_mm")
+    cached = cached.sort_values(["modality", "plane", "is_marked", "num_slices"])
+    chosen = cached.drop_duplicates(["modality", "plane"], keep="last")
     examples = [show_example(row, read_scan(row[UID], cache), src) for row in chosen.to_dict("records")]
     return f"""<section id="images"><h2>The images</h2>
         <p>A series per modality and plane, with an annotated aneurysm where there is one (ring). R and L are
@@ -265,13 +291,16 @@ def images_section(table: pd.DataFrame, points: pd.DataFrame, cache: Path, src: 
 
 def show_example(row: dict, scan: Scan, src: Path) -> str:
     """A series: where the box lies in the head, and a slice before and after."""
-    whole, fault, axis = scan, "", PLANES.index(row["plane"])
+    common.log(f"example: {row['modality']}, {row['plane']}")
+    whole, fault, axis = scan, "", {"coronal": 1, "sagittal": 2}.get(row["plane"], 0)
     try:
         whole = read_whole_head(scan, row[UID], src)
     except (ValueError, OSError, KeyError) as error:
-        fault = f"The volume alone is shown, DICOM is not at hand: {hide_folders(error)}"
-    facts = f"{row[UID]}: {row['num_slices']} slices, {row['slice_mm']:.2f} mm apart. {row['notes']} {fault}"
-    return f"""<h3>{esc(row["modality"])}, {esc(row["plane"])}</h3>{absent(facts)}<div class="grid panes">
+        fault = f"The volume alone is shown: {hide_folders(error)}"
+    spacing = f"{plural(int(row['num_slices']), 'slice')}, {row['slice_mm']:.2f} mm apart"
+    return f"""<h3>{escape(row["modality"])}, {escape(row["plane"])}</h3>
+        {absent(f"{row[UID]}: {spacing}. {row['notes']} {fault}")}
+        <div class="grid panes">
         {show_plane("Coronal projection", whole, 1, REACH_MM)}
         {show_plane("Sagittal projection", whole, 2, REACH_MM)}
         {show_plane("Before: as acquired", whole, axis)}
@@ -281,13 +310,18 @@ def show_example(row: dict, scan: Scan, src: Path) -> str:
 # --- section: where the aneurysms are -----------------------------------------------------------------------
 
 
-def points_section(table: pd.DataFrame, points: pd.DataFrame) -> str:
+def points_section(points: pd.DataFrame) -> str:
     """All annotated points in the frame of the box, from three sides; their depth below its top."""
-    points = points.merge(table[[UID, "modality"]], on=UID)
-    points["artery"] = [re.sub("^[LR] ", "", SHORT[label]) for label in points["label"]]
-    names = {"x_mm": "right  ←  mm  →  left", "y_mm": "front  ←  mm  →  back", "depth_mm": "mm below the top"}
+    points = points.assign(
+        artery=[SHORT[label].removeprefix("L ").removeprefix("R ") for label in points["label"]]
+    )
+    names = {
+        "x_mm": "right  ←  mm  →  left",
+        "y_mm": "front  ←  mm  →  back",
+        "depth_mm": "mm below the top",
+    }
     meaning = f"{(points['depth'] < 1 / 3).mean():.0%} of the points lie in the upper third of their box."
-    figures = [draw_histogram("Depth below the top of the box (mm)", meaning, points, "depth_mm", "points")]
+    figures = [draw_histogram("Depth below the top of the box (mm)", meaning, points, "depth_mm", "artery")]
     for view, x, y in (
         ("From below", "x_mm", "y_mm"),
         ("From the front", "x_mm", "depth_mm"),
@@ -300,7 +334,8 @@ def points_section(table: pd.DataFrame, points: pd.DataFrame) -> str:
         axes.invert_yaxis()
         figures.append(show_chart(view, "0 is the middle of the box that the model sees.", axes))
     return f"""<section id="points"><h2>Where the aneurysms are</h2>
-        {grid(figures) if len(points) else absent("No annotated points in the cache.")}</section>"""
+        <div class="grid">{"".join(figures) if len(points) else absent("No annotated points in the cache.")}
+        </div></section>"""
 
 
 # --- section: what went wrong -------------------------------------------------------------------------------
@@ -321,9 +356,9 @@ def find_troubles(table: pd.DataFrame, points: pd.DataFrame) -> dict[str, pd.Dat
 
 def find_contradictions(cached: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
     """Where labels, points and sides do not fit each other."""
-    points = points.assign(label=[LABELS[label] for label in points["label"]])
+    points = points.assign(label=np.array(LABELS)[points["label"].astype(int)])
     pairs = cached.melt(UID, NAMES[:AP], "label", "stated").merge(points, how="left")
-    side = pairs["label"].str.split().str[0].map({"Left": 1, "Right": -1})
+    side = pairs["label"].str[0].map({"L": 1, "R": -1})
     faults = {
         "a point, but the label is 0": (pairs["stated"] == 0) & pairs["x_mm"].notna(),
         "labelled, but no point": (pairs["stated"] == 1) & pairs["x_mm"].isna(),
@@ -336,15 +371,12 @@ def find_contradictions(cached: pd.DataFrame, points: pd.DataFrame) -> pd.DataFr
 def count_notes(table: pd.DataFrame) -> pd.DataFrame:
     """Kinds of notes, most frequent first; notes that differ in numbers only are of one kind."""
     notes = table["notes"].str.split("; ").explode()
-    kinds = notes.str.replace(r"(?<![\w(,])[-+]?\d[\d.]*", "n", regex=True)
+    kinds = notes.str.replace(r"(?<!\w)[-+]?\d[\d.]*(?![\w,]*\))", "n", regex=True)
     return kinds[kinds != ""].value_counts().reset_index(name="series")
 
 
 def trouble_section(troubles: dict[str, pd.DataFrame]) -> str:
-    parts = []
-    for title, rows in troubles.items():
-        parts.append(f"<h3>{title}: {len(rows)}</h3>")
-        parts.append(show_table(rows) if len(rows) else absent("None."))
+    parts = [f"<h3>{title}: {len(rows)}</h3>{show_table(rows)}" for title, rows in troubles.items()]
     return f"""<section id="trouble"><h2>What went wrong</h2>{"".join(parts)}</section>"""
 
 
@@ -360,9 +392,9 @@ def results_section(runs: list[dict], pooled: pd.DataFrame, result: dict) -> str
     for name in ("label", "modality", "plane"):
         rows = pd.DataFrame(result[f"per_{name}"]).T.drop(columns="undefined", errors="ignore")
         parts.append(show_table(rows.reset_index(names=name), f"The pooled predictions by {name}"))
-    return f"""<section id="results"><h2>The results</h2><p>{esc(describe_score(result, len(runs)))}</p>
+    return f"""<section id="results"><h2>The results</h2>
         {runs_table(runs, tables)}{points_table(runs, "operating_points")}{points_table(runs, "froc")}
-        {grid(figures)}{"".join(parts)}</section>"""
+        <div class="grid">{"".join(figures)}</div>{"".join(parts)}</section>"""
 
 
 def runs_table(runs: list[dict], tables: dict[str, pd.DataFrame]) -> str:
@@ -370,7 +402,7 @@ def runs_table(runs: list[dict], tables: dict[str, pd.DataFrame]) -> str:
     metrics = pd.DataFrame([run["metrics"] for run in runs]).reindex(columns=DIAGNOSTICS)
     metrics = metrics.map(lambda value: np.ravel(value)[0]).astype(float)  # [value, low, high] or a value
     means = metrics.groupby([run["group"] for run in runs]).mean()
-    means.insert(0, "wAUC", [interval(score_oof(tables[group]), "wauc") for group in means.index])
+    means.insert(0, "wAUC", [interval(score_oof(tables[group], 500), "wauc") for group in means.index])
     caption = (
         "Runs compared, on patients held back. oracle_wauc: with crops at annotated places, which no new "
         "patient has; leak: what that adds. Both are diagnostics, not results."
@@ -381,7 +413,8 @@ def runs_table(runs: list[dict], tables: dict[str, pd.DataFrame]) -> str:
 def points_table(runs: list[dict], key: str) -> str:
     """A list of metrics.json, such as the operating points, of all runs that have it."""
     rows = [{"run": run["folder"].name, **row} for run in runs for row in run["metrics"].get(key, [])]
-    return show_table(pd.DataFrame(rows), key.replace("_", " ")) if rows else ""
+    caption = f"{key.replace('_', ' ')} with 95 % intervals over `bootstrap` (a setting) draws of patients."
+    return show_table(pd.DataFrame(rows), caption)
 
 
 def training_figures(runs: list[dict], groups: list[str]) -> list[str]:
@@ -404,9 +437,8 @@ def roc_figure(tables: dict[str, pd.DataFrame]) -> str:
     """ROC of Aneurysm Present per group of runs; the last one on top."""
     axes = new_chart("false alarms: share of negatives", "found: share of positives")
     for name, rows in tables.items():
-        if rows[TRUTH[AP]].nunique() == 2:
-            false_alarms, found, _ = roc_curve(rows[TRUTH[AP]], rows[LABELS[AP]])
-            axes.plot(false_alarms, found, label=name)
+        false_alarms, found, _ = roc_curve(rows[IS_PRESENT], rows[PRESENT])
+        axes.plot(false_alarms, found, label=name)
     return show_chart("ROC of Aneurysm Present", "Chance is the diagonal.", axes)
 
 
@@ -416,51 +448,50 @@ def roc_figure(tables: dict[str, pd.DataFrame]) -> str:
 def cases_section(runs: list[dict], pooled: pd.DataFrame, cache: Path) -> str:
     """The predictions that are most wrong, of positives and of negatives."""
     proposals = pd.concat([run["proposals"].assign(folder=run["folder"]) for run in runs])
-    errors = (pooled[TRUTH[AP]] - pooled[LABELS[AP]]).abs()
-    rows = pooled.assign(error=errors).sort_values("error", ascending=False)
+    rows = pooled.assign(error=abs(pooled[IS_PRESENT] - pooled[PRESENT]))
+    rows = rows.sort_values("error", ascending=False)
     cases = []
-    for row in rows.groupby(TRUTH[AP]).head(MAX_CASES).to_dict("records"):
+    for row in rows.groupby(IS_PRESENT).head(MAX_CASES).to_dict("records"):
+        common.log(f"hard case: {row[UID]}")
         places = proposals[proposals[UID] == row[UID]].sort_values("score")
         try:
             cases.append(show_case(row, places, read_scan(row[UID], cache)))
         except (OSError, ValueError) as error:
             cases.append(absent(f"{row[UID]}: {hide_folders(error)}"))
     return f"""<section id="cases"><h2>The hardest cases</h2>
-        <p>Left the slab of a locator's likeliest place, else of the annotated one; right the same slab with the
+        <p>Left the slab of a locator's likeliest place, else of the annotated one; right the same with the
         locator's probability of an aneurysm, or a coronal projection where there is no locator.</p>
-        {grid(cases, "wide")}</section>"""
+        <div class="grid wide">{"".join(cases)}</div></section>"""
 
 
 def show_case(row: dict, places: pd.DataFrame, scan: Scan) -> str:
-    """A slab, beside it its heat map or a coronal projection. places: rows of proposals, the best one last."""
+    """A slab, and its heat map or a coronal projection. places: rows of proposals, the best one last."""
     figure = Figure(figsize=(7, 3.3), layout="constrained")
     left, right = figure.subplots(1, 2)
-    if len(places):
-        place_lps = places[PLACE].to_numpy(float)[-1]
-        draw_plane(right, scan, 0, place_lps)
-        draw_heat(right, scan, place_lps, places["folder"].iloc[-1])
-    else:
-        place_lps = scan.place_lps
-        draw_plane(right, scan, 1, place_lps, REACH_MM)
+    place_lps = [scan.place_lps, *places[PLACE].to_numpy(float)][-1]
+    z = round(to_voxel(place_lps, scan.affine)[0, 0])
     draw_plane(left, scan, 0, place_lps)
-    truth = ", ".join(scan.names) or ("positive" if row[TRUTH[AP]] else "negative")
-    title = f"{row['modality']} …{row[UID][-8:]}"
-    return show_picture(title, f"Truth: {truth}. Predicted: {row[LABELS[AP]]:.2f}.", figure)
+    if len(places):
+        draw_plane(right, scan, 0, place_lps)
+        draw_heat(right, scan, z, places["folder"].iloc[-1])
+    else:
+        draw_plane(right, scan, 1, place_lps, REACH_MM)
+    truth = ", ".join(scan.names) or f"{row[IS_PRESENT]:.0f}"
+    caption = f"Predicted {row[PRESENT]:.2f}, truth: {truth}; slab {z} of 0 to {len(scan.voxels) - 1}."
+    return show_picture(f"{row['modality']} …{row[UID][-8:]}", caption, figure)
 
 
-def draw_heat(axes: Axes, scan: Scan, place_lps: np.ndarray, folder: Path) -> None:
-    """A locator's probability of an aneurysm, the sum of its 13 maps, over the slab of a place, on a scale from
-    0 to 1. Raises ValueError if the locator cannot be asked."""
+def draw_heat(axes: Axes, scan: Scan, z: int, folder: Path) -> None:
+    """A locator's probability of an aneurysm, the sum of its 13 maps, over slab z, on a scale from 0 to 1.
+    Raises ValueError if the locator cannot be asked."""
     run = common.load_run(folder)
-    difference = common.describe_difference(scan.settings, common.volume_settings(run.cfg))
-    if difference:
-        raise ValueError(f"{folder.name} has volumes of other settings: {difference}")
+    if scan.settings != common.volume_settings(run.cfg):
+        raise ValueError(f"{folder.name}: its volumes have other settings than those of the cache")
     with torch.inference_mode():
         maps = run.model(torch.from_numpy(scan.voxels)[None].float() / 255).maps
-    z = round(to_voxel(place_lps, scan.affine)[0, 0])
     heat = maps[0, :, z].sigmoid().sum(0).numpy()
-    edges = np.array(scan.voxels.shape) - 0.5
-    extent = (-0.5, edges[2], edges[1], -0.5)
+    _, height, width = scan.voxels.shape
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     image = axes.imshow(heat, "inferno", extent=extent, alpha=heat, vmin=0, vmax=1)
     axes.figure.colorbar(image, ax=axes).ax.tick_params(colors="white")
 
@@ -472,16 +503,20 @@ CHART_STYLE = {
     "font.size": 8,
     "text.parse_math": False,
     "svg.fonttype": "none",
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
     "image.cmap": "gray",
     "legend.frameon": False,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 4,
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), FORE),
+    **dict.fromkeys(
+        (
+            "text.color",
+            "axes.edgecolor",
+            "axes.labelcolor",
+            "xtick.color",
+            "ytick.color",
+        ),
+        FORE,
+    ),
 }
-LETTERS = {"color": "white", "fontsize": 8, "path_effects": [withStroke(linewidth=2, foreground="black")]}
+LETTERS = {"color": "white", "path_effects": [withStroke(linewidth=2, foreground="black")]}
 
 
 def new_chart(x_name: str, y_name: str, height: float = 2.6) -> Axes:
@@ -503,36 +538,50 @@ def show_chart(title: str, caption: str, axes: Axes) -> str:
     return show_figure(title, caption, drawing.replace(FORE, "currentColor"))
 
 
-def draw_histogram(title: str, caption: str, table: pd.DataFrame, column: str, unit: str = "series") -> str:
-    """Values of a column, stacked by modality."""
-    groups = list(table.dropna(subset=column).groupby("modality")[column])
-    if not groups:
+def draw_histogram(
+    title: str,
+    caption: str,
+    table: pd.DataFrame,
+    column: str,
+    kind: str = "modality",
+) -> str:
+    """How often a column has which value, stacked by another column."""
+    values = table.pivot(columns=kind, values=column).dropna(axis=1, how="all")
+    if values.empty:
         return absent(f"{title}: no series states it.")
-    kinds, values = zip(*groups, strict=True)
-    axes = new_chart(title, unit)
-    axes.hist(values, 24, stacked=True, label=kinds)
+    axes = new_chart(title, "number")
+    axes.hist(values.to_numpy(), 24, stacked=True, label=list(values))
+    axes.yaxis.get_major_locator().set_params(integer=True)
     return show_chart(title, caption, axes)
 
 
-def draw_plane(axes: Axes, scan: Scan, axis: int, place_lps: np.ndarray, reach_mm: float = 0.0) -> None:
+def draw_plane(
+    axes: Axes,
+    scan: Scan,
+    axis: int,
+    place_lps: np.ndarray,
+    reach_mm: float = 0.0,
+) -> None:
     """The plane through a place, or the maximum within reach of it, head up: with directions, a bar of 50 mm,
     the points near it, and the box."""
     down, across = (a for a in range(3) if a != axis)
+    planes = np.moveaxis(scan.voxels, axis, 0)
     steps = np.linalg.norm(scan.affine[:3, :3], axis=0)
-    centre, num = to_voxel(place_lps, scan.affine)[0, axis], scan.voxels.shape[axis]
+    centre = to_voxel(place_lps, scan.affine)[0, axis].clip(0, len(planes) - 1)
     reach = reach_mm / steps[axis]
-    first, last = np.clip(np.rint([centre - reach, centre + reach]), 0, num - 1).astype(int)
-    image = scan.voxels.take(range(first, last + 1), axis).max(axis)
+    first, last = max(round(centre - reach), 0), round(centre + reach)
+    image = planes[first : last + 1].max(0)
     axes.imshow(image, vmin=0, vmax=255, aspect=steps[down] / steps[across])
     axes.set_axis_off()
     if axis:
         axes.invert_yaxis()  # z grows upwards
     for point, name in zip(to_voxel(scan.points_lps, scan.affine), scan.names, strict=True):
+        x, y = point[across], point[down]
         if abs(point[axis] - centre) * steps[axis] <= max(reach_mm, NEAR_MM):
-            axes.plot(point[across], point[down], "o", markersize=10, fillstyle="none", color="yellow")
-            axes.text(point[across], point[down], f"   {name}", **LETTERS)
-    low, high = to_voxel(scan.box_lps, scan.affine)[:, [across, down]]
-    axes.add_patch(Rectangle(low, *(high - low), fill=False, color="C0"))
+            axes.plot(x, y, "o", markersize=10, fillstyle="none", color="yellow")
+            axes.text(x, y, f"   {name}", **LETTERS)
+    box = to_voxel(scan.box_lps, scan.affine)
+    axes.plot(box[[0, 0, 1, 1, 0], across], box[[0, 1, 1, 0, 0], down], color="C0")
     bar = 50 / steps[across] / image.shape[1]
     axes.plot([0.05, 0.05 + bar], [0.04, 0.04], color="white", transform=axes.transAxes)
     for x, y, text in ((0.05, 0.06, "50 mm"), (0.02, 0.5, "RRA"[axis]), (0.94, 0.5, "LLP"[axis])):
@@ -549,39 +598,33 @@ def show_picture(title: str, caption: str, figure: Figure) -> str:
     data = io.BytesIO()
     figure.savefig(data, format="jpeg", dpi=150, facecolor="black")
     uri = f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
-    return show_figure(title, caption, f'<img alt="{esc(title)}" src="{uri}">')
+    return show_figure(title, caption, f'<img alt="{escape(title)}" src="{uri}">')
 
 
 def show_figure(title: str, caption: str, body: str) -> str:
-    return f"<figure><figcaption><b>{esc(title)}.</b> {esc(caption)}</figcaption>{body}</figure>"
+    return f"<figure><figcaption><b>{escape(title)}.</b> {escape(caption)}</figcaption>{body}</figure>"
 
 
 def show_table(table: pd.DataFrame, caption: str = "") -> str:
     """The first rows of a table, escaped."""
+    if table.empty:
+        return absent(f"{caption} None.")
     table = table.rename_axis(columns=None)
     with pd.option_context("display.max_colwidth", None):
         body = table[:MAX_ROWS].to_html(index=False, border=0, na_rep="–", float_format="{:.4g}".format)
     if len(table) > MAX_ROWS:
         caption += f" ({MAX_ROWS} of {len(table)} rows)"
-    return f'<p>{esc(caption)}</p><div class="scroll">{body}</div>'
-
-
-def grid(figures: Iterable[str], kind: str = "") -> str:
-    return f'<div class="grid {kind}">{"".join(figures)}</div>'
+    return f'<figure class="table"><figcaption>{escape(caption)}</figcaption>{body}</figure>'
 
 
 def absent(text: str) -> str:
     """A line in place of what is absent."""
-    return f'<p class="soft">{esc(text)}</p>'
-
-
-def esc(text: str) -> str:
-    return html.escape(text)
+    return f'<p class="soft">{escape(text)}</p>'
 
 
 def hide_folders(error: Exception) -> str:
-    """The message without the folders of its paths, on one line."""
-    return re.sub(r"\S*/", "", " ".join(str(error).split()))
+    """The message without the folders of its paths."""
+    return re.sub(r"\S*/", "", str(error))
 
 
 def plural(count: int, noun: str) -> str:
@@ -589,10 +632,10 @@ def plural(count: int, noun: str) -> str:
 
 
 def interval(result: dict, name: str) -> str:
-    """`0.712 (0.65 to 0.77)`; a dash where undefined."""
+    """`0.712 (0.65 to 0.77, 1990 draws)`; a dash where undefined."""
     if np.isnan(result[name]):
         return "–"
-    return f"{result[name]:.3f} ({result['low']:.2f} to {result['high']:.2f})"
+    return f"{result[name]:.3f} ({result['low']:.2f} to {result['high']:.2f}, {result['draws_used']} draws)"
 
 
 # --- the page -----------------------------------------------------------------------------------------------
@@ -614,10 +657,12 @@ p, li { max-width: 85ch; } .soft { color: var(--soft); font-size: 13px; }
 .wide { --width: 520px; } .panes { --width: 260px; }
 figure { margin: 0; break-inside: avoid; } figure svg, img { width: 100%; height: auto; display: block; }
 figcaption, table { font-size: 13px; line-height: 1.4; } figcaption { margin-bottom: 4px; }
-.scroll { overflow: auto; max-height: 480px; margin: -6px 0 20px; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { border: 1px solid var(--line); padding: 2px 7px; min-width: 4em; text-align: left; vertical-align: top; }
-@media print { nav { display: none; } .scroll { overflow: visible; max-height: none; } }
+.table { display: inline-block; vertical-align: top; overflow: auto; max-width: 100%; max-height: 500px;
+  margin: 8px 0 16px; padding-right: 36px; }
+table { border-collapse: collapse; overflow-wrap: normal; font-variant-numeric: tabular-nums; }
+th, td { border: 1px solid var(--line); padding: 2px 7px; min-width: 4em; text-align: left;
+  vertical-align: top; }
+@media print { nav { display: none; } .table { overflow: visible; max-height: none; } }
 """
 
 
@@ -626,21 +671,20 @@ def make_page(cache: Path, src: Path, outputs: Path) -> str:
     sections, facts = [], []
     runs, warnings = read_runs(outputs)
     try:
-        table, points, faults = read_cache(cache)
+        table, points = read_cache(cache)
     except (OSError, ValueError, KeyError) as error:
-        warnings.append(f"No data: index.csv of the cache: {hide_folders(error)}")
+        warnings.append(f"No data, since index.csv or train.csv cannot be read: {hide_folders(error)}")
     else:
         facts.append(describe_series(table))
         troubles = find_troubles(table, points)
         for title, rows in troubles.items():
             if len(rows):
-                warnings.append(f"{title}: {len(rows)}; first {', '.join(map(str, rows.iloc[0]))}")
-        warnings += faults
+                warnings.append(f"{title}: {len(rows)}; first {' '.join(map(str, rows.iloc[0]))}")
         sections += [data_section(table), images_section(table, points, cache, src)]
-        sections += [points_section(table, points), trouble_section(troubles)]
+        sections += [points_section(points), trouble_section(troubles)]
     if runs:
         pooled = pool_oof(runs)
-        result = score_oof(pooled)
+        result = score_oof(pooled, 2000)
         facts.append(describe_score(result, len(runs)))
         warnings = find_constant_runs(runs) + warnings
         sections += [results_section(runs, pooled, result), cases_section(runs, pooled, cache)]
@@ -650,32 +694,30 @@ def make_page(cache: Path, src: Path, outputs: Path) -> str:
     return f"""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
         <meta name="viewport" content="width=device-width, initial-scale=1">
         <title>Intracranial aneurysms</title><style>{STYLE}</style></head>
-        <body><h1>Intracranial aneurysms: data and results</h1>
+        <body><h1>Intracranial aneurysms</h1>
         <nav>{"".join(f'<a href="#{name}">{title}</a>' for name, title in names)}</nav><main>
-        <p>python eda.py --cache {esc(cache.name)} --src {esc(src.name)} --outputs {esc(outputs.name)};
-        {time.strftime("%Y-%m-%d %H:%M %Z")}; Python {sys.version.split()[0]}, torch {torch.__version__},
-        pandas {pd.__version__}, numpy {np.__version__}. Research software, not a medical device.</p>
-        {"".join(f"<p><b>{esc(text)}</b></p>" for text in facts)}
+        <p>python eda.py --cache {escape(cache.absolute().name)} --src {escape(src.absolute().name)}
+        --outputs {escape(outputs.absolute().name)}; {time.strftime("%Y-%m-%d %H:%M %Z")};
+        Python {sys.version.split()[0]}, torch {torch.__version__}, pandas {pd.__version__},
+        numpy {np.__version__}. Research software, not a medical device.</p>
+        {"".join(f"<p><b>{escape(text)}</b></p>" for text in facts)}
         <h3>Look at this first</h3>
-        <ul>{"".join(f"<li>{esc(text)}</li>" for text in warnings or ["Nothing stands out."])}</ul>
+        <ul>{"".join(f"<li>{escape(text)}</li>" for text in warnings or ["Nothing stands out."])}</ul>
         {"".join(sections)}</main></body></html>
 """
 
 
 def main() -> int:
     parser = common.make_parser(__doc__)
-    parser.add_argument("--cache", type=Path, metavar="DIR", default=Path("cache"), help="default: cache")
-    parser.add_argument("--src", type=Path, metavar="DIR", default=Path("dicoms"), help="default: dicoms")
-    parser.add_argument(
-        "--outputs", type=Path, metavar="DIR", default=Path("outputs"), help="default: outputs"
-    )
-    args = parser.parse_args()
-    if not (args.cache / "index.csv").is_file() and not args.outputs.is_dir():
-        common.log(f"nothing to report on: neither {args.cache}/index.csv nor {args.outputs}/ exists")
+    for name, folder in (("cache", "cache"), ("src", "dicoms"), ("outputs", "outputs")):
+        parser.add_argument(f"--{name}", type=Path, default=folder, metavar="DIR")
+    paths = vars(parser.parse_args())
+    if not (paths["cache"] / "index.csv").is_file() and not paths["outputs"].is_dir():
+        common.log(f"nothing to report on: no index.csv in {paths['cache']}, no folder {paths['outputs']}")
         return 1
     stdout = common.reserve_stdout()
     with matplotlib.rc_context(CHART_STYLE), stdout:
-        stdout.write(make_page(args.cache, args.src, args.outputs))
+        stdout.write(make_page(**paths))
     return 0
 
 
