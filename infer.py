@@ -615,8 +615,10 @@ def describe_answer(answer: Answer, members: list[Member]) -> str:
 def draw_findings(volume: Volume, heat: np.ndarray, answer: Answer) -> bytes:
     """A PNG with a row per finding: its slab plain, and under the heat with a cross at the finding. The heat
     (Z, H, W) is absolute: at 0.02 nothing glows."""
+    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
+    window = PowerNorm(0.6, 0, 255)  # lifts the lower half, where CT has its contrast-filled arteries
     num = len(answer.findings)
     figure = Figure(figsize=(9, 1 + 4 * num), layout="constrained")
     panels = figure.subplots(num, 2, squeeze=False)
@@ -624,7 +626,7 @@ def draw_findings(volume: Volume, heat: np.ndarray, answer: Answer) -> bytes:
         z, y, x = finding["voxel"]
         slab = round(z)
         for axes in (plain, overlay):
-            axes.imshow(volume.voxels[slab], cmap="gray", vmin=0, vmax=255)
+            axes.imshow(volume.voxels[slab], cmap="gray", norm=window)
             axes.set_title("R", loc="left")  # of the patient
             axes.set_title("L", loc="right")
             axes.set_axis_off()
