@@ -167,7 +167,8 @@ def read_scans(
 def read_cached(path: Path, expected: dict, settings: list[VolumeSettings]) -> Scan:
     """The cached volume, without its annotated points. Raises ValueError if its settings are not expected."""
     tensors, meta = common.load_volume(path, ["volume"])
-    if difference := common.describe_difference(meta["settings"], expected):
+    difference = common.describe_difference(meta["settings"], expected)
+    if difference:
         raise ValueError(f"{path}: differs from the rest of the cache: {difference}; preprocess again")
     volume = Volume(tensors["volume"], np.array(meta["affine"]), [], meta["doubts"])
     return Scan(dict.fromkeys(settings, volume), [])
@@ -212,25 +213,24 @@ class Ensemble:
 
 
 def find_runs(outputs: str) -> list[Path]:
-    """Folders with a checkpoint: outputs itself, else all in it, or else all that it matches as a glob."""
+    """Folders with a checkpoint: outputs itself or those in it; where it is no folder, what it matches as a
+    glob."""
     folder = Path(outputs)
-    if (folder / CHECKPOINT).is_file():
-        return [folder]
-    paths = folder.iterdir() if folder.is_dir() else map(Path, glob.glob(outputs, recursive=True))
+    paths = folder.iterdir() if folder.is_dir() else map(Path, glob.glob(outputs))
     folders = [path for path in sorted(paths) if path.is_dir()]
-    empty = [path for path in folders if not (path / CHECKPOINT).is_file()]
-    if len(empty) == len(folders):
+    runs = [path for path in (folder, *folders) if (path / CHECKPOINT).is_file()]
+    if not runs:
         raise ValueError(f"--outputs {outputs}: none of {len(folders)} folders is a run of train.py")
-    if empty:
-        log(f"passed over, without {CHECKPOINT}: {', '.join(path.name for path in empty)}")
-    return [path for path in folders if path not in empty]
+    empty = [path.name for path in folders if path not in runs]
+    if empty and folder not in runs:
+        log(f"passed over, without {CHECKPOINT}: {', '.join(empty)}")
+    return runs
 
 
 def load_ensemble(
     args: argparse.Namespace, devices: list[torch.device], cache_settings: dict | None = None
 ) -> Ensemble:
     """Every run of --outputs that can be loaded and fits the cache, if any; the others are named."""
-
     precision = args.precision or ("fp16" if devices[0].type == "cuda" else "no")
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": None}[precision]
 
@@ -239,7 +239,8 @@ def load_ensemble(
         try:
             run = common.load_run(folder)
             settings = common.volume_settings(run.cfg)
-            if difference := common.describe_difference(cache_settings or settings, settings):
+            difference = common.describe_difference(cache_settings or settings, settings)
+            if difference:
                 raise ValueError(f"{folder}: the cache does not fit: {difference}")
         except (ValueError, RuntimeError, MemoryError, OSError) as error:
             log(f"left out: {error}")
@@ -251,14 +252,17 @@ def load_ensemble(
     if not members:
         raise ValueError(f"--outputs {args.outputs}: none of its runs can be used; see the lines above")
     members.sort(key=lambda member: (-member.run.cfg.ensemble_weight, member.name))
+    models = {member.name: member for member in members}
     for member in members:
         member.locator = find_locator(member.run, load)
-    models = {model.name: model for m in members for model in (m, m.locator) if model}
-    assign_devices(list(models.values()), devices)
-    settings = list(dict.fromkeys(model.run.cfg.volume for model in models.values()))
+        if member.locator:
+            models[member.locator.name] = member.locator
+    models = list(models.values())
+    assign_devices(models, devices)
+    settings = list(dict.fromkeys(model.run.cfg.volume for model in models))
     prior = np.mean([member.run.meta["prior"] for member in members], axis=0)
     threads = ThreadPoolExecutor(len(devices))
-    return Ensemble(members, list(models.values()), settings, prior, devices, threads)
+    return Ensemble(members, models, settings, prior, devices, threads)
 
 
 def find_locator(run: Run, load: Callable[[Path], Member | None]) -> Member | None:
@@ -318,17 +322,19 @@ def run_member(member: Member, uid: str, scan: Scan, is_mirrored: bool, outputs:
     found again instead of running twice."""
     if member.name in outputs:
         return outputs[member.name]
-    cfg, places = member.run.cfg, None
-    volume = scan.volumes[cfg.volume]
-    if locator := member.locator:
-        seen = scan.volumes[locator.run.cfg.volume]
-        maps = run_member(locator, uid, scan, is_mirrored, outputs).maps
-        peaks = common.propose(maps, np.array(seen.spacing_mm), locator.run.cfg)
-        places = to_voxel(to_lps(peaks[:, :3], seen.affine), volume.affine)
+    cfg = member.run.cfg
+    volume, proposals = scan.volumes[cfg.volume], None
+    if member.locator:
+        locator_cfg = member.locator.run.cfg
+        locator_volume = scan.volumes[locator_cfg.volume]
+        maps = run_member(member.locator, uid, scan, is_mirrored, outputs).maps
+        peaks = common.propose(maps, locator_volume.spacing_mm, locator_cfg)
+        proposals_mm = to_lps(peaks[:, :3], locator_volume.affine)
+        proposals = to_voxel(proposals_mm, volume.affine)
     image = volume.voxels
     if cfg.num_crops:
         decoys = np.array(member.run.meta["decoys"]).reshape(-1, 3)
-        crops = common.deployed_crops(image, np.array(volume.spacing_mm), uid, decoys, places, cfg)
+        crops = common.deployed_crops(image, volume.spacing_mm, uid, decoys, proposals, cfg)
         image = np.concatenate([image, crops])
     outputs[member.name] = predict_views(member, image, is_mirrored)
     return outputs[member.name]
@@ -526,6 +532,15 @@ def describe_run(ensemble: Ensemble, args: argparse.Namespace, num_processes: in
     return f"# {facts}\n"
 
 
+@contextlib.contextmanager
+def name_errors(place: Path | str) -> Iterator[None]:
+    """An OSError says where it happened, as that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(place)) from error
+
+
 def open_partial(path: Path, identity: str) -> tuple[dict[str, Answer], Callable[[Answer], None]]:
     """Answers that a stopped run left, and a function that adds one and syncs, so that a kill costs only the
     series at work. The prior is not saved, so that a second start tries those series again.
@@ -543,7 +558,9 @@ def open_partial(path: Path, identity: str) -> tuple[dict[str, Answer], Callable
     file = open(path, "a")  # noqa: SIM115  open until the process ends
 
     def save(answer: Answer) -> None:
-        if not answer.reason:
+        if answer.reason:
+            return
+        with name_errors(path):
             file.write(",".join([answer.uid, *map(str, answer.probs.tolist())]) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -557,22 +574,26 @@ def open_partial(path: Path, identity: str) -> tuple[dict[str, Answer], Callable
 
 def explain_series(answer: Answer, ensemble: Ensemble, scan: Scan, outputs: dict, folder: Path) -> None:
     """Find places in the mean of the locators' maps, draw <uid>.png, say the answer in words."""
-    maps = {}  # of locators that see the same volume at the same stride
+    groups = {}  # maps of locators that see the same volume at the same stride
     for model in ensemble.models:
-        if model.name in outputs and outputs[model.name].maps is not None:
-            key = (model.run.cfg.volume, model.run.cfg.locator_stride)
-            maps.setdefault(key, (model.run.cfg, []))[1].append(outputs[model.name].maps)
-    if not maps:
+        cfg = model.run.cfg
+        maps = outputs[model.name].maps if model.name in outputs else None
+        if maps is not None:
+            _, group = groups.setdefault((cfg.volume, cfg.locator_stride), (cfg, []))
+            group.append(maps)
+    if not groups:
         log_once("--explain: no locator among the members that ran, so no picture and no findings")
         return
-    cfg, maps = next(iter(maps.values()))
-    volume, mean = scan.volumes[cfg.volume], np.mean(maps, axis=0)
-    for *voxel, score, label in common.propose(mean, np.array(volume.spacing_mm), cfg).tolist():
-        finding = {UID: answer.uid, "artery": LABELS[int(label)], "score": round(score, 4)}
-        answer.findings.append(finding | describe_place(np.array(voxel), volume, scan.frames))
+    cfg, group = next(iter(groups.values()))
+    volume, maps = scan.volumes[cfg.volume], np.mean(group, axis=0)
+    for peak in common.propose(maps, volume.spacing_mm, cfg):
+        score, label = float(peak[3]), int(peak[4])
+        finding = {UID: answer.uid, "artery": LABELS[label], "score": round(score, 4)}
+        answer.findings.append(finding | describe_place(peak[:3], volume, scan.frames))
     size = volume.voxels.shape[:0:-1]  # cv2 wants (W, H)
-    heat = np.stack([cv2.resize(slab, size) for slab in mean.sum(0)])
-    common.write_atomic(folder / f"{safe_uid(answer.uid)}.png", draw_findings(volume, heat, answer))
+    heat = np.stack([cv2.resize(slab, size) for slab in maps.sum(0)])
+    picture = draw_findings(volume, heat, answer)
+    common.write_atomic(folder / f"{safe_uid(answer.uid)}.png", picture)
     log(describe_answer(answer, ensemble.members), everywhere=True)
 
 
@@ -580,14 +601,20 @@ def describe_place(voxel: np.ndarray, volume: Volume, frames: list[Frame]) -> di
     """A place (z, y, x) of the volume in LPS mm and, where frames are known, in the nearest DICOM image:
     column and row count pixel centres from 0, as in train_localizers.csv."""
     point_mm = to_lps(voxel, volume.affine)[0]
-    place = {"voxel": voxel.round(1).tolist(), "lps_mm": point_mm.round(2).tolist()}
-    if frames:
-        distances_mm = [abs((point_mm - f.position) @ np.cross(f.row_dir, f.col_dir)) for f in frames]
-        frame = frames[int(np.argmin(distances_mm))]
-        offset_mm, (row_mm, col_mm) = point_mm - frame.position, frame.spacing_mm
-        place |= {"SOPInstanceUID": frame.sop_uid, "frame": frame.index}
-        place["column"] = round(float(offset_mm @ frame.row_dir / col_mm), 2)
-        place["row"] = round(float(offset_mm @ frame.col_dir / row_mm), 2)
+    place = {"voxel": np.round(voxel, 1).tolist(), "lps_mm": point_mm.round(2).tolist()}
+    if not frames:
+        return place
+
+    def distance_mm(frame: Frame) -> float:
+        normal = np.cross(frame.row_dir, frame.col_dir)
+        return abs(normal @ (point_mm - frame.position))
+
+    frame = min(frames, key=distance_mm)
+    offset_mm = point_mm - frame.position
+    row_mm, col_mm = frame.spacing_mm
+    place |= {"SOPInstanceUID": frame.sop_uid, "frame": frame.index}
+    place["column"] = round(float(offset_mm @ frame.row_dir) / col_mm, 2)
+    place["row"] = round(float(offset_mm @ frame.col_dir) / row_mm, 2)
     return place
 
 
@@ -648,8 +675,9 @@ def draw_findings(volume: Volume, heat: np.ndarray, answer: Answer) -> bytes:
 def write_findings(answers: list[Answer], source: Source, folder: Path) -> None:
     findings = [row for answer in answers for row in answer.findings]
     common.write_atomic(folder / "findings.json", json.dumps(findings, indent=1).encode())
-    hint = "; --src DICOM_FILES adds the image, column and row of each" if source.is_cache else ""
-    log(f"{folder / 'findings.json'}: {len(findings)} places{hint}")
+    log(f"{folder / 'findings.json'}: {len(findings)} places")
+    if source.is_cache:
+        log("a cache has no image, column and row of them; --src DICOM_FILES has")
 
 
 # --- score --------------------------------------------------------------------------------------------------
@@ -664,15 +692,22 @@ def describe_score(
     table = labels[labels[UID].isin(probs)].assign(plane="", Modality="")
     if table.empty:
         raise ValueError(f"--labels: none of the {len(answers)} predicted series is among them")
-    table["patient"] = table[UID].map(index["patient"]).replace("", None).fillna(table[UID])
+    patients = table[UID].map(index["patient"]).replace("", None)
+    table["patient"] = patients.fillna(table[UID])
     result = common.score(table, np.stack([probs[uid] for uid in table[UID]]))
-    text = pd.DataFrame(result["per_label"]).T.to_string(float_format="%.3f")
-    text += "\nwAUC {wauc:.4f} (95 % interval {low:.4f} to {high:.4f}, {draws_used} draws)".format(**result)
-    text += ", {num_series} series of {num_patients} patients".format(**result)
+    lines = [
+        pd.DataFrame(result["per_label"]).T.to_string(float_format="%.3f"),
+        "wAUC {wauc:.4f} (95 % interval {low:.4f} to {high:.4f}, {draws_used} draws), ".format(**result)
+        + "{num_series} series of {num_patients} patients".format(**result),
+    ]
     held_out = set.intersection(*(set(member.run.meta["val_uids"]) for member in members))
-    if num_trained := sum(uid not in held_out for uid in table[UID]):
-        text += f"; too high where members were trained on the {num_trained} series that not all held out"
-    return text
+    num_trained = len(set(table[UID]) - held_out)
+    if num_trained:
+        lines.append(
+            f"{num_trained} of {len(table)} scored series were not held out by all members: the score is too "
+            f"high, unless these are new patients"
+        )
+    return "\n".join(lines)
 
 
 # --- Kaggle's server ----------------------------------------------------------------------------------------
@@ -690,7 +725,6 @@ def serve(args: argparse.Namespace) -> int:
     ensemble, answers = load_ensemble(args, devices), []
     with common.progress(args.num_series, "series") as bar:
         server = RSNAInferenceServer(make_predict(ensemble, args, answers, bar))
-        log(f"{len(ensemble.members)} members ready after {time.monotonic() - args.started:.0f} s")
         if os.environ.get("KAGGLE_IS_COMPETITION_RERUN"):
             server.serve()
         else:
@@ -753,6 +787,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             "--limit, --workers, --series-timeout, --memory-gb, --budget-hours: expected more than 0"
         )
     args.started = time.monotonic()
+    args.explain_from = 0.0 if args.series_list else SUSPICIOUS
     args.late_at = args.started + 0.99 * 3600 * args.budget_hours
     return args
 
@@ -776,7 +811,7 @@ def predict_table(args: argparse.Namespace, stdout: typing.TextIO) -> int:
         done, save = open_partial(partial_path(args.out, state.process_index), identity)
     if args.explain:  # what is to be explained is answered again, as findings are not saved
         args.explain.mkdir(parents=True, exist_ok=True)
-        args.explain_from = 0.0 if args.series_list or len(uids) == 1 else SUSPICIOUS
+        args.explain_from = 0.0 if len(uids) == 1 else args.explain_from
         done = {uid: answer for uid, answer in done.items() if answer.probs[AP] < args.explain_from}
     share = uids[state.process_index :: state.num_processes]
     answers = [done[uid] for uid in share if uid in done]
@@ -804,16 +839,18 @@ def write_table(answers: list[Answer], out: Path | None, stdout: typing.TextIO) 
         common.write_atomic(out, text.encode())
         return
     try:
-        stdout.write(text)
-        stdout.flush()
-    except OSError as error:
+        with name_errors("stdout"):
+            stdout.write(text)
+            stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())  # Python flushes once more at its end
-        raise OSError(error.errno, error.strerror, "stdout") from error
+        raise
 
 
 def summarise(answers: list[Answer], args: argparse.Namespace) -> int:
     """The closing line, and the exit code."""
-    num_prior, seconds = sum(bool(answer.reason) for answer in answers), time.monotonic() - args.started
+    num_prior = sum(bool(answer.reason) for answer in answers)
+    seconds = time.monotonic() - args.started
     log(f"{len(answers)} rows, {num_prior} of them the prior; {seconds:.1f} s")
     return 3 if num_prior else 0
 
@@ -830,8 +867,7 @@ def main() -> int:
         stdout = common.reserve_stdout()
         return serve(args) if args.serve else predict_table(args, stdout)
     except KeyboardInterrupt as stop:
-        hint = "; the same command goes on from the finished rows" if args.out else ""
-        log(f"stopped by {signal.Signals(stop.args[0]).name}{hint}")
+        log(f"stopped by {signal.Signals(stop.args[0]).name}")
         return 128 + stop.args[0]
     except (ValueError, OSError) as error:
         log(str(error))

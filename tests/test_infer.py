@@ -145,7 +145,7 @@ def reference(work) -> pd.DataFrame:
     table = table_of(stdout)
     assert "unfinished_seed0_fold0" in stderr and "so does a child" in stderr and "wAUC" in stderr
     assert "no --src: predicting the training cache" in stderr and "10 rows, 0 of them the prior" in stderr
-    assert "the 10 series that not all held out" in stderr
+    assert "10 of 10 scored series were not held out by all members" in stderr
     assert len(stdout.splitlines()) == 11
     return table
 
@@ -581,7 +581,7 @@ def test_one_scan_is_answered_in_words_with_a_picture_and_where_to_look(work, re
     }
     assert findings[0]["artery"] in LABELS[:AP]
     _, stderr = run(work, "--explain", "pictures", "--limit", "1")
-    assert "--src DICOM_FILES adds the image, column and row" in stderr
+    assert "a cache has no image, column and row" in stderr
     assert "SOPInstanceUID" not in json.loads((work / "pictures" / "findings.json").read_text())[0]
 
 
