@@ -30,11 +30,9 @@ import io
 import json
 import math
 import os
-import queue
 import re
 import shutil
 import signal
-import threading
 import time
 import typing
 from collections.abc import Callable, Iterator
@@ -144,8 +142,9 @@ def choose_series(source: Source, path: Path | None) -> list[str]:
 
 def read_scans(
     source: Source, uids: list[str], settings: list[VolumeSettings], args: argparse.Namespace
-) -> Iterator[tuple[str, Scan | None, str]]:
-    """(uid, scan, "") or (uid, None, why not); each series fails alone. DICOM files come in any order."""
+) -> Iterator[tuple[str, Scan | None, str] | None]:
+    """(uid, scan, "") or (uid, None, why not); each series fails alone. DICOM files come in any order, read
+    ahead while the models work; None comes after each second of waiting for them."""
     paths = {uid: source.series[safe_uid(uid)] for uid in uids if safe_uid(uid) in source.series}
     for uid in uids:
         if uid not in paths:
@@ -155,12 +154,17 @@ def read_scans(
                 yield uid, read_cached(paths[uid], source.settings, settings), ""
             except (OSError, ValueError, KeyError) as error:
                 yield uid, None, f"{type(error).__name__}: {error}"
-    if not source.is_cache:
-        function = functools.partial(read_dicom, settings=settings)
-        limits = {"timeout_s": args.series_timeout, "memory_gb": args.memory_gb}
-        work = common.run_isolated(function, paths.items(), workers=args.workers, **limits)
-        with contextlib.closing(work):
-            for (uid, _), scan, reason in work:
+    if source.is_cache:
+        return
+    function = functools.partial(read_dicom, settings=settings)
+    limits = {"timeout_s": args.series_timeout, "memory_gb": args.memory_gb}
+    work = common.run_isolated(function, paths.items(), workers=args.workers, tick_s=1.0, **limits)
+    with contextlib.closing(work):
+        for answer in work:
+            if answer is None:
+                yield None
+            else:
+                (uid, _), scan, reason = answer
                 yield uid, scan, reason or ""
 
 
@@ -447,21 +451,17 @@ class Answer:
 def answer_all(
     ensemble: Ensemble, source: Source, uids: list[str], args: argparse.Namespace, save: Callable
 ) -> list[Answer]:
-    """An answer for each of uids, saved as soon as it is known; reading goes on while the models work."""
-    ready = read_ahead(read_scans(source, uids, ensemble.settings, args))
+    """An answer for each of uids, saved as soon as it is known."""
     deadline, answers, left = begin_deadline(ensemble, args), [], set(uids)
-    with common.progress(len(uids), "series", show=args.is_main) as bar:
-        while left:
+    scans = read_scans(source, uids, ensemble.settings, args)
+    bar = common.progress(len(uids), "series", show=args.is_main)
+    with bar, contextlib.closing(scans):
+        for item in scans:
             plan = choose_plan(deadline, len(left), args)
             if plan.num_members == 0:
                 break
-            seconds_left = max(args.late_at - time.monotonic(), 0.0)
-            try:
-                item = ready.get(timeout=min(seconds_left, threading.TIMEOUT_MAX))
-            except queue.Empty:
-                break
-            if isinstance(item, Exception):
-                raise item
+            if item is None:
+                continue
             answers.append(answer_series(ensemble, item, plan, deadline, args))
             save(answers[-1])
             left.remove(answers[-1].uid)
@@ -469,21 +469,6 @@ def answer_all(
     if left:
         log(f"the time is over: {len(left)} series get the prior", everywhere=True)
     return answers + [Answer(uid, ensemble.prior, "no time left") for uid in sorted(left)]
-
-
-def read_ahead(items: Iterator) -> queue.Queue:
-    """A queue that a thread fills, up to two items ahead; an exception is put into it too."""
-    ready: queue.Queue = queue.Queue(maxsize=2)
-
-    def fetch() -> None:
-        try:
-            for item in items:
-                ready.put(item)
-        except Exception as error:  # raised again where the queue is read
-            ready.put(error)
-
-    threading.Thread(target=fetch, daemon=True).start()
-    return ready
 
 
 def answer_series(
@@ -746,7 +731,8 @@ def make_predict(
             plan = choose_plan(deadline, max(1, args.num_series - len(answers)), args)
             if plan.num_members:
                 source = Source(False, {safe_uid(uid): Path(series_path)}, {})
-                item = next(read_scans(source, [uid], ensemble.settings, args))
+                scans = read_scans(source, [uid], ensemble.settings, args)
+                item = next(filter(None, scans))
             answers.append(answer_series(ensemble, item, plan, deadline, args))
         except Exception as error:
             answers.append(answer_prior(ensemble, uid, f"{type(error).__name__}: {error}"))
@@ -870,7 +856,7 @@ def main() -> int:
         log(f"stopped by {signal.Signals(stop.args[0]).name}")
         return 128 + stop.args[0]
     except (ValueError, OSError) as error:
-        log(str(error))
+        log(str(error), everywhere=True)
         return 1
 
 

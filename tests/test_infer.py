@@ -225,7 +225,7 @@ def test_sigterm_and_sigint_end_with_one_line_and_their_code(work):
 
 
 def test_a_table_that_cannot_be_written_is_one_line_that_names_the_place(work):
-    endings = {"> /dev/full": "No space left on device: 'stdout'", ">&-": "stdout is closed"}
+    endings = {"> /dev/full": "No space left on device: 'stdout'", ">&-": "stdout or stderr is closed"}
     for ending, text in {**endings, "--out missing/a.csv": "missing"}.items():
         command = f"{sys.executable} {ROOT / 'infer.py'} --limit 1 {ending}"
         done = subprocess.run(command, shell=True, cwd=work, capture_output=True, text=True)
