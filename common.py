@@ -19,6 +19,7 @@ import json
 import math
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import re
 import signal
@@ -359,7 +360,7 @@ def usable_cores() -> int:
 
 def log(text: str, everywhere: bool = False) -> None:
     """One line on stderr, from the main process (everywhere: from any), without breaking a progress bar."""
-    if everywhere or int(os.environ.get("RANK", 0)) == 0:
+    if sys.stderr and (everywhere or int(os.environ.get("RANK", 0)) == 0):
         tqdm.write(text, file=sys.stderr)
         sys.stderr.flush()
 
@@ -372,8 +373,8 @@ def progress(total: int, desc: str, show: bool = True) -> tqdm:
 
 def reserve_stdout() -> typing.TextIO:
     """stdout for the script's data alone: whatever else a library prints goes to stderr from here on."""
-    if sys.stdout is None:
-        raise OSError("stdout is closed; expected a file or a pipe")
+    if sys.stdout is None or sys.stderr is None:
+        raise OSError("stdout or stderr is closed; expected files, pipes or a terminal")
     sys.stdout.flush()
     stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -519,15 +520,21 @@ def is_inside(points: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 
 
 def run_isolated(
-    function: Callable, items: Iterable, *, workers: int, timeout_s: float, memory_gb: float
-) -> Iterator[tuple[typing.Any, typing.Any, str | None]]:
+    function: Callable,
+    items: Iterable,
+    *,
+    workers: int,
+    timeout_s: float,
+    memory_gb: float,
+    tick_s: float | None = None,
+) -> Iterator[tuple[typing.Any, typing.Any, str | None] | None]:
     """Yield (item, function(item), None), or (item, None, reason) where it failed, in the order of
     completion.
 
     Each item runs in one of `workers` processes, so that a crash of a decoder, a bomb of memory (over
     memory_gb; Linux alone enforces it) or an endless loop (over timeout_s) costs that item alone. They work
     on while the caller handles an answer. function must be picklable, so top-level; close() ends all
-    processes.
+    processes. With tick_s a None comes after so many seconds without an answer, for a caller with a deadline.
     """
     context = start_forkserver()
     call = functools.partial(call_safely, function, memory_gb)
@@ -539,7 +546,9 @@ def run_isolated(
                 scheduled[pool.schedule(call, args=[item], timeout=timeout_s)] = item
             if not scheduled:
                 return
-            done, _ = concurrent.futures.wait(scheduled, return_when=concurrent.futures.FIRST_COMPLETED)
+            done, _ = concurrent.futures.wait(scheduled, tick_s, concurrent.futures.FIRST_COMPLETED)
+            if not done:
+                yield None
             for future in done:
                 yield scheduled.pop(future), *wait_result(future, timeout_s)
     finally:
@@ -558,9 +567,12 @@ def start_forkserver() -> multiprocessing.context.BaseContext:
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
     paths = [str(Path(__file__).resolve().parent), before["PYTHONPATH"]]
     os.environ |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}
+    multiprocessing.resource_tracker.ensure_running()  # its start would unblock the signal
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C while it imports is for the parent
     try:
         multiprocessing.forkserver.ensure_running()
     finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for name, value in before.items():
             os.environ.pop(name)
             if value is not None:

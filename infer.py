@@ -30,11 +30,9 @@ import io
 import json
 import math
 import os
-import queue
 import re
 import shutil
 import signal
-import threading
 import time
 import typing
 from collections.abc import Callable, Iterator
@@ -144,8 +142,9 @@ def choose_series(source: Source, path: Path | None) -> list[str]:
 
 def read_scans(
     source: Source, uids: list[str], settings: list[VolumeSettings], args: argparse.Namespace
-) -> Iterator[tuple[str, Scan | None, str]]:
-    """(uid, scan, "") or (uid, None, why not); each series fails alone. DICOM files come in any order."""
+) -> Iterator[tuple[str, Scan | None, str] | None]:
+    """(uid, scan, "") or (uid, None, why not); each series fails alone. DICOM files come in any order, read
+    ahead while the models work; None comes after each second of waiting for them."""
     paths = {uid: source.series[safe_uid(uid)] for uid in uids if safe_uid(uid) in source.series}
     for uid in uids:
         if uid not in paths:
@@ -155,19 +154,25 @@ def read_scans(
                 yield uid, read_cached(paths[uid], source.settings, settings), ""
             except (OSError, ValueError, KeyError) as error:
                 yield uid, None, f"{type(error).__name__}: {error}"
-    if not source.is_cache:
-        function = functools.partial(read_dicom, settings=settings)
-        limits = {"timeout_s": args.series_timeout, "memory_gb": args.memory_gb}
-        work = common.run_isolated(function, paths.items(), workers=args.workers, **limits)
-        with contextlib.closing(work):
-            for (uid, _), scan, reason in work:
+    if source.is_cache:
+        return
+    function = functools.partial(read_dicom, settings=settings)
+    limits = {"timeout_s": args.series_timeout, "memory_gb": args.memory_gb}
+    work = common.run_isolated(function, paths.items(), workers=args.workers, tick_s=1.0, **limits)
+    with contextlib.closing(work):
+        for answer in work:
+            if answer is None:
+                yield None
+            else:
+                (uid, _), scan, reason = answer
                 yield uid, scan, reason or ""
 
 
 def read_cached(path: Path, expected: dict, settings: list[VolumeSettings]) -> Scan:
     """The cached volume, without its annotated points. Raises ValueError if its settings are not expected."""
     tensors, meta = common.load_volume(path, ["volume"])
-    if difference := common.describe_difference(meta["settings"], expected):
+    difference = common.describe_difference(meta["settings"], expected)
+    if difference:
         raise ValueError(f"{path}: differs from the rest of the cache: {difference}; preprocess again")
     volume = Volume(tensors["volume"], np.array(meta["affine"]), [], meta["doubts"])
     return Scan(dict.fromkeys(settings, volume), [])
@@ -212,25 +217,24 @@ class Ensemble:
 
 
 def find_runs(outputs: str) -> list[Path]:
-    """Folders with a checkpoint: outputs itself, else all in it, or else all that it matches as a glob."""
+    """Folders with a checkpoint: outputs itself or those in it; where it is no folder, what it matches as a
+    glob."""
     folder = Path(outputs)
-    if (folder / CHECKPOINT).is_file():
-        return [folder]
-    paths = folder.iterdir() if folder.is_dir() else map(Path, glob.glob(outputs, recursive=True))
+    paths = folder.iterdir() if folder.is_dir() else map(Path, glob.glob(outputs))
     folders = [path for path in sorted(paths) if path.is_dir()]
-    empty = [path for path in folders if not (path / CHECKPOINT).is_file()]
-    if len(empty) == len(folders):
+    runs = [path for path in (folder, *folders) if (path / CHECKPOINT).is_file()]
+    if not runs:
         raise ValueError(f"--outputs {outputs}: none of {len(folders)} folders is a run of train.py")
-    if empty:
-        log(f"passed over, without {CHECKPOINT}: {', '.join(path.name for path in empty)}")
-    return [path for path in folders if path not in empty]
+    empty = [path.name for path in folders if path not in runs]
+    if empty and folder not in runs:
+        log(f"passed over, without {CHECKPOINT}: {', '.join(empty)}")
+    return runs
 
 
 def load_ensemble(
     args: argparse.Namespace, devices: list[torch.device], cache_settings: dict | None = None
 ) -> Ensemble:
     """Every run of --outputs that can be loaded and fits the cache, if any; the others are named."""
-
     precision = args.precision or ("fp16" if devices[0].type == "cuda" else "no")
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": None}[precision]
 
@@ -239,7 +243,8 @@ def load_ensemble(
         try:
             run = common.load_run(folder)
             settings = common.volume_settings(run.cfg)
-            if difference := common.describe_difference(cache_settings or settings, settings):
+            difference = common.describe_difference(cache_settings or settings, settings)
+            if difference:
                 raise ValueError(f"{folder}: the cache does not fit: {difference}")
         except (ValueError, RuntimeError, MemoryError, OSError) as error:
             log(f"left out: {error}")
@@ -251,14 +256,17 @@ def load_ensemble(
     if not members:
         raise ValueError(f"--outputs {args.outputs}: none of its runs can be used; see the lines above")
     members.sort(key=lambda member: (-member.run.cfg.ensemble_weight, member.name))
+    models = {member.name: member for member in members}
     for member in members:
         member.locator = find_locator(member.run, load)
-    models = {model.name: model for m in members for model in (m, m.locator) if model}
-    assign_devices(list(models.values()), devices)
-    settings = list(dict.fromkeys(model.run.cfg.volume for model in models.values()))
+        if member.locator:
+            models[member.locator.name] = member.locator
+    models = list(models.values())
+    assign_devices(models, devices)
+    settings = list(dict.fromkeys(model.run.cfg.volume for model in models))
     prior = np.mean([member.run.meta["prior"] for member in members], axis=0)
     threads = ThreadPoolExecutor(len(devices))
-    return Ensemble(members, list(models.values()), settings, prior, devices, threads)
+    return Ensemble(members, models, settings, prior, devices, threads)
 
 
 def find_locator(run: Run, load: Callable[[Path], Member | None]) -> Member | None:
@@ -318,17 +326,19 @@ def run_member(member: Member, uid: str, scan: Scan, is_mirrored: bool, outputs:
     found again instead of running twice."""
     if member.name in outputs:
         return outputs[member.name]
-    cfg, places = member.run.cfg, None
-    volume = scan.volumes[cfg.volume]
-    if locator := member.locator:
-        seen = scan.volumes[locator.run.cfg.volume]
-        maps = run_member(locator, uid, scan, is_mirrored, outputs).maps
-        peaks = common.propose(maps, np.array(seen.spacing_mm), locator.run.cfg)
-        places = to_voxel(to_lps(peaks[:, :3], seen.affine), volume.affine)
+    cfg = member.run.cfg
+    volume, proposals = scan.volumes[cfg.volume], None
+    if member.locator:
+        locator_cfg = member.locator.run.cfg
+        locator_volume = scan.volumes[locator_cfg.volume]
+        maps = run_member(member.locator, uid, scan, is_mirrored, outputs).maps
+        peaks = common.propose(maps, locator_volume.spacing_mm, locator_cfg)
+        proposals_mm = to_lps(peaks[:, :3], locator_volume.affine)
+        proposals = to_voxel(proposals_mm, volume.affine)
     image = volume.voxels
     if cfg.num_crops:
         decoys = np.array(member.run.meta["decoys"]).reshape(-1, 3)
-        crops = common.deployed_crops(image, np.array(volume.spacing_mm), uid, decoys, places, cfg)
+        crops = common.deployed_crops(image, volume.spacing_mm, uid, decoys, proposals, cfg)
         image = np.concatenate([image, crops])
     outputs[member.name] = predict_views(member, image, is_mirrored)
     return outputs[member.name]
@@ -441,21 +451,17 @@ class Answer:
 def answer_all(
     ensemble: Ensemble, source: Source, uids: list[str], args: argparse.Namespace, save: Callable
 ) -> list[Answer]:
-    """An answer for each of uids, saved as soon as it is known; reading goes on while the models work."""
-    ready = read_ahead(read_scans(source, uids, ensemble.settings, args))
+    """An answer for each of uids, saved as soon as it is known."""
     deadline, answers, left = begin_deadline(ensemble, args), [], set(uids)
-    with common.progress(len(uids), "series", show=args.is_main) as bar:
-        while left:
+    scans = read_scans(source, uids, ensemble.settings, args)
+    bar = common.progress(len(uids), "series", show=args.is_main)
+    with bar, contextlib.closing(scans):
+        for item in scans:
             plan = choose_plan(deadline, len(left), args)
             if plan.num_members == 0:
                 break
-            seconds_left = max(args.late_at - time.monotonic(), 0.0)
-            try:
-                item = ready.get(timeout=min(seconds_left, threading.TIMEOUT_MAX))
-            except queue.Empty:
-                break
-            if isinstance(item, Exception):
-                raise item
+            if item is None:
+                continue
             answers.append(answer_series(ensemble, item, plan, deadline, args))
             save(answers[-1])
             left.remove(answers[-1].uid)
@@ -463,21 +469,6 @@ def answer_all(
     if left:
         log(f"the time is over: {len(left)} series get the prior", everywhere=True)
     return answers + [Answer(uid, ensemble.prior, "no time left") for uid in sorted(left)]
-
-
-def read_ahead(items: Iterator) -> queue.Queue:
-    """A queue that a thread fills, up to two items ahead; an exception is put into it too."""
-    ready: queue.Queue = queue.Queue(maxsize=2)
-
-    def fetch() -> None:
-        try:
-            for item in items:
-                ready.put(item)
-        except Exception as error:  # raised again where the queue is read
-            ready.put(error)
-
-    threading.Thread(target=fetch, daemon=True).start()
-    return ready
 
 
 def answer_series(
@@ -526,6 +517,15 @@ def describe_run(ensemble: Ensemble, args: argparse.Namespace, num_processes: in
     return f"# {facts}\n"
 
 
+@contextlib.contextmanager
+def name_errors(place: Path | str) -> Iterator[None]:
+    """An OSError says where it happened, as that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(place)) from error
+
+
 def open_partial(path: Path, identity: str) -> tuple[dict[str, Answer], Callable[[Answer], None]]:
     """Answers that a stopped run left, and a function that adds one and syncs, so that a kill costs only the
     series at work. The prior is not saved, so that a second start tries those series again.
@@ -543,7 +543,9 @@ def open_partial(path: Path, identity: str) -> tuple[dict[str, Answer], Callable
     file = open(path, "a")  # noqa: SIM115  open until the process ends
 
     def save(answer: Answer) -> None:
-        if not answer.reason:
+        if answer.reason:
+            return
+        with name_errors(path):
             file.write(",".join([answer.uid, *map(str, answer.probs.tolist())]) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -557,22 +559,26 @@ def open_partial(path: Path, identity: str) -> tuple[dict[str, Answer], Callable
 
 def explain_series(answer: Answer, ensemble: Ensemble, scan: Scan, outputs: dict, folder: Path) -> None:
     """Find places in the mean of the locators' maps, draw <uid>.png, say the answer in words."""
-    maps = {}  # of locators that see the same volume at the same stride
+    groups = {}  # maps of locators that see the same volume at the same stride
     for model in ensemble.models:
-        if model.name in outputs and outputs[model.name].maps is not None:
-            key = (model.run.cfg.volume, model.run.cfg.locator_stride)
-            maps.setdefault(key, (model.run.cfg, []))[1].append(outputs[model.name].maps)
-    if not maps:
+        cfg = model.run.cfg
+        maps = outputs[model.name].maps if model.name in outputs else None
+        if maps is not None:
+            _, group = groups.setdefault((cfg.volume, cfg.locator_stride), (cfg, []))
+            group.append(maps)
+    if not groups:
         log_once("--explain: no locator among the members that ran, so no picture and no findings")
         return
-    cfg, maps = next(iter(maps.values()))
-    volume, mean = scan.volumes[cfg.volume], np.mean(maps, axis=0)
-    for *voxel, score, label in common.propose(mean, np.array(volume.spacing_mm), cfg).tolist():
-        finding = {UID: answer.uid, "artery": LABELS[int(label)], "score": round(score, 4)}
-        answer.findings.append(finding | describe_place(np.array(voxel), volume, scan.frames))
+    cfg, group = next(iter(groups.values()))
+    volume, maps = scan.volumes[cfg.volume], np.mean(group, axis=0)
+    for peak in common.propose(maps, volume.spacing_mm, cfg):
+        score, label = float(peak[3]), int(peak[4])
+        finding = {UID: answer.uid, "artery": LABELS[label], "score": round(score, 4)}
+        answer.findings.append(finding | describe_place(peak[:3], volume, scan.frames))
     size = volume.voxels.shape[:0:-1]  # cv2 wants (W, H)
-    heat = np.stack([cv2.resize(slab, size) for slab in mean.sum(0)])
-    common.write_atomic(folder / f"{safe_uid(answer.uid)}.png", draw_findings(volume, heat, answer))
+    heat = np.stack([cv2.resize(slab, size) for slab in maps.sum(0)])
+    picture = draw_findings(volume, heat, answer)
+    common.write_atomic(folder / f"{safe_uid(answer.uid)}.png", picture)
     log(describe_answer(answer, ensemble.members), everywhere=True)
 
 
@@ -580,14 +586,20 @@ def describe_place(voxel: np.ndarray, volume: Volume, frames: list[Frame]) -> di
     """A place (z, y, x) of the volume in LPS mm and, where frames are known, in the nearest DICOM image:
     column and row count pixel centres from 0, as in train_localizers.csv."""
     point_mm = to_lps(voxel, volume.affine)[0]
-    place = {"voxel": voxel.round(1).tolist(), "lps_mm": point_mm.round(2).tolist()}
-    if frames:
-        distances_mm = [abs((point_mm - f.position) @ np.cross(f.row_dir, f.col_dir)) for f in frames]
-        frame = frames[int(np.argmin(distances_mm))]
-        offset_mm, (row_mm, col_mm) = point_mm - frame.position, frame.spacing_mm
-        place |= {"SOPInstanceUID": frame.sop_uid, "frame": frame.index}
-        place["column"] = round(float(offset_mm @ frame.row_dir / col_mm), 2)
-        place["row"] = round(float(offset_mm @ frame.col_dir / row_mm), 2)
+    place = {"voxel": np.round(voxel, 1).tolist(), "lps_mm": point_mm.round(2).tolist()}
+    if not frames:
+        return place
+
+    def distance_mm(frame: Frame) -> float:
+        normal = np.cross(frame.row_dir, frame.col_dir)
+        return abs(normal @ (point_mm - frame.position))
+
+    frame = min(frames, key=distance_mm)
+    offset_mm = point_mm - frame.position
+    row_mm, col_mm = frame.spacing_mm
+    place |= {"SOPInstanceUID": frame.sop_uid, "frame": frame.index}
+    place["column"] = round(float(offset_mm @ frame.row_dir) / col_mm, 2)
+    place["row"] = round(float(offset_mm @ frame.col_dir) / row_mm, 2)
     return place
 
 
@@ -615,8 +627,10 @@ def describe_answer(answer: Answer, members: list[Member]) -> str:
 def draw_findings(volume: Volume, heat: np.ndarray, answer: Answer) -> bytes:
     """A PNG with a row per finding: its slab plain, and under the heat with a cross at the finding. The heat
     (Z, H, W) is absolute: at 0.02 nothing glows."""
+    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
+    window = PowerNorm(0.6, 0, 255)  # lifts the lower half, where CT has its contrast-filled arteries
     num = len(answer.findings)
     figure = Figure(figsize=(9, 1 + 4 * num), layout="constrained")
     panels = figure.subplots(num, 2, squeeze=False)
@@ -624,7 +638,7 @@ def draw_findings(volume: Volume, heat: np.ndarray, answer: Answer) -> bytes:
         z, y, x = finding["voxel"]
         slab = round(z)
         for axes in (plain, overlay):
-            axes.imshow(volume.voxels[slab], cmap="gray", vmin=0, vmax=255)
+            axes.imshow(volume.voxels[slab], cmap="gray", norm=window)
             axes.set_title("R", loc="left")  # of the patient
             axes.set_title("L", loc="right")
             axes.set_axis_off()
@@ -646,8 +660,9 @@ def draw_findings(volume: Volume, heat: np.ndarray, answer: Answer) -> bytes:
 def write_findings(answers: list[Answer], source: Source, folder: Path) -> None:
     findings = [row for answer in answers for row in answer.findings]
     common.write_atomic(folder / "findings.json", json.dumps(findings, indent=1).encode())
-    hint = "; --src DICOM_FILES adds the image, column and row of each" if source.is_cache else ""
-    log(f"{folder / 'findings.json'}: {len(findings)} places{hint}")
+    log(f"{folder / 'findings.json'}: {len(findings)} places")
+    if source.is_cache:
+        log("a cache has no image, column and row of them; --src DICOM_FILES has")
 
 
 # --- score --------------------------------------------------------------------------------------------------
@@ -662,15 +677,22 @@ def describe_score(
     table = labels[labels[UID].isin(probs)].assign(plane="", Modality="")
     if table.empty:
         raise ValueError(f"--labels: none of the {len(answers)} predicted series is among them")
-    table["patient"] = table[UID].map(index["patient"]).replace("", None).fillna(table[UID])
+    patients = table[UID].map(index["patient"]).replace("", None)
+    table["patient"] = patients.fillna(table[UID])
     result = common.score(table, np.stack([probs[uid] for uid in table[UID]]))
-    text = pd.DataFrame(result["per_label"]).T.to_string(float_format="%.3f")
-    text += "\nwAUC {wauc:.4f} (95 % interval {low:.4f} to {high:.4f}, {draws_used} draws)".format(**result)
-    text += ", {num_series} series of {num_patients} patients".format(**result)
+    lines = [
+        pd.DataFrame(result["per_label"]).T.to_string(float_format="%.3f"),
+        "wAUC {wauc:.4f} (95 % interval {low:.4f} to {high:.4f}, {draws_used} draws), ".format(**result)
+        + "{num_series} series of {num_patients} patients".format(**result),
+    ]
     held_out = set.intersection(*(set(member.run.meta["val_uids"]) for member in members))
-    if num_trained := sum(uid not in held_out for uid in table[UID]):
-        text += f"; too high where members were trained on the {num_trained} series that not all held out"
-    return text
+    num_trained = len(set(table[UID]) - held_out)
+    if num_trained:
+        lines.append(
+            f"{num_trained} of {len(table)} scored series were not held out by all members: the score is too "
+            f"high, unless these are new patients"
+        )
+    return "\n".join(lines)
 
 
 # --- Kaggle's server ----------------------------------------------------------------------------------------
@@ -688,7 +710,6 @@ def serve(args: argparse.Namespace) -> int:
     ensemble, answers = load_ensemble(args, devices), []
     with common.progress(args.num_series, "series") as bar:
         server = RSNAInferenceServer(make_predict(ensemble, args, answers, bar))
-        log(f"{len(ensemble.members)} members ready after {time.monotonic() - args.started:.0f} s")
         if os.environ.get("KAGGLE_IS_COMPETITION_RERUN"):
             server.serve()
         else:
@@ -710,7 +731,8 @@ def make_predict(
             plan = choose_plan(deadline, max(1, args.num_series - len(answers)), args)
             if plan.num_members:
                 source = Source(False, {safe_uid(uid): Path(series_path)}, {})
-                item = next(read_scans(source, [uid], ensemble.settings, args))
+                scans = read_scans(source, [uid], ensemble.settings, args)
+                item = next(filter(None, scans))
             answers.append(answer_series(ensemble, item, plan, deadline, args))
         except Exception as error:
             answers.append(answer_prior(ensemble, uid, f"{type(error).__name__}: {error}"))
@@ -751,6 +773,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             "--limit, --workers, --series-timeout, --memory-gb, --budget-hours: expected more than 0"
         )
     args.started = time.monotonic()
+    args.explain_from = 0.0 if args.series_list else SUSPICIOUS
     args.late_at = args.started + 0.99 * 3600 * args.budget_hours
     return args
 
@@ -774,7 +797,7 @@ def predict_table(args: argparse.Namespace, stdout: typing.TextIO) -> int:
         done, save = open_partial(partial_path(args.out, state.process_index), identity)
     if args.explain:  # what is to be explained is answered again, as findings are not saved
         args.explain.mkdir(parents=True, exist_ok=True)
-        args.explain_from = 0.0 if args.series_list or len(uids) == 1 else SUSPICIOUS
+        args.explain_from = 0.0 if len(uids) == 1 else args.explain_from
         done = {uid: answer for uid, answer in done.items() if answer.probs[AP] < args.explain_from}
     share = uids[state.process_index :: state.num_processes]
     answers = [done[uid] for uid in share if uid in done]
@@ -802,16 +825,18 @@ def write_table(answers: list[Answer], out: Path | None, stdout: typing.TextIO) 
         common.write_atomic(out, text.encode())
         return
     try:
-        stdout.write(text)
-        stdout.flush()
-    except OSError as error:
+        with name_errors("stdout"):
+            stdout.write(text)
+            stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())  # Python flushes once more at its end
-        raise OSError(error.errno, error.strerror, "stdout") from error
+        raise
 
 
 def summarise(answers: list[Answer], args: argparse.Namespace) -> int:
     """The closing line, and the exit code."""
-    num_prior, seconds = sum(bool(answer.reason) for answer in answers), time.monotonic() - args.started
+    num_prior = sum(bool(answer.reason) for answer in answers)
+    seconds = time.monotonic() - args.started
     log(f"{len(answers)} rows, {num_prior} of them the prior; {seconds:.1f} s")
     return 3 if num_prior else 0
 
@@ -828,11 +853,10 @@ def main() -> int:
         stdout = common.reserve_stdout()
         return serve(args) if args.serve else predict_table(args, stdout)
     except KeyboardInterrupt as stop:
-        hint = "; the same command goes on from the finished rows" if args.out else ""
-        log(f"stopped by {signal.Signals(stop.args[0]).name}{hint}")
+        log(f"stopped by {signal.Signals(stop.args[0]).name}")
         return 128 + stop.args[0]
     except (ValueError, OSError) as error:
-        log(str(error))
+        log(str(error), everywhere=True)
         return 1
 
 
