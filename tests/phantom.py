@@ -780,10 +780,13 @@ def read_background(job: Job, scan: Scan) -> tuple[ndarray, dict[str, float], fl
     brain = (image > 0) & (image < 80) if is_ct else image > 0.3 * np.percentile(image, 98)
     lost = (image - cv2.GaussianBlur(image, (3, 3), 0.8))[brain]
     noise = float(1.7 * np.median(np.abs(lost))) if brain.any() else 0.0
-    scale = 1.0
-    if not is_ct:
-        scale = 2 * float(np.median(image[brain])) / (scan.grey["grey"] + scan.grey["white"])
-    return values, {tissue: value * scale for tissue, value in scan.grey.items()}, noise
+    if is_ct:
+        return values, scan.grey, noise
+    scale = 2 * float(np.median(image[brain])) / (scan.grey["grey"] + scan.grey["white"])
+    grey = {tissue: value * scale for tissue, value in scan.grey.items()}
+    if job.modality != "MRI T2":  # fresh or enhanced blood outshines nearly everything
+        grey["artery"] = max(grey["artery"], float(np.percentile(image, 98)) * rng.uniform(0.9, 1.4))
+    return values, grey, noise
 
 
 def render(head: Head, scan: Scan, job: Job) -> ndarray:
