@@ -9,8 +9,9 @@ run  python tests/phantom.py --dst dicoms --series 160 --seed 0
 A head is a set of shells, ellipsoids and tubes in millimetres, painted onto the grid that a scanner would
 have acquired, or onto a real scan: the outline of its skin says where the arteries lie, and they take on its
 resolution and noise. CT becomes CTA; MR becomes MRA, MRI T2 or MRI T1post. Real scans are mirrored at random,
-resized by up to 7 % and written with new UIDs and a new PatientID, but a face stays a face. A series that
-shows no head down to the skull base is named on stderr and left out.
+resized by up to 7 % and written with new UIDs and a new PatientID, but a face stays a face, and a scan comes
+back under many patients: test on other scans. A series that shows no head down to the skull base is named on
+stderr and left out.
 
 Patients, anatomy, acquisition, noise and aneurysms have generators of their own, so that only an aneurysm's
 voxels tell its label: --no-aneurysms-drawn writes the same set without those voxels.
