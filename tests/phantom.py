@@ -9,8 +9,9 @@ run  python tests/phantom.py --dst dicoms --series 160 --seed 0
 A head is a set of shells, ellipsoids and tubes in millimetres, painted onto the grid that a scanner would
 have acquired, or onto a real scan: the outline of its skin says where the arteries lie, and they take on its
 resolution and noise. CT becomes CTA; MR becomes MRA, MRI T2 or MRI T1post. Real scans are mirrored at random,
-resized by up to 7 % and written with new UIDs and a new PatientID, but a face stays a face. A series that
-shows no head down to the skull base is named on stderr and left out.
+resized by up to 7 % and written with new UIDs and a new PatientID, but a face stays a face, and a scan comes
+back under many patients: test on other scans. A series that shows no head down to the skull base is named on
+stderr and left out.
 
 Patients, anatomy, acquisition, noise and aneurysms have generators of their own, so that only an aneurysm's
 voxels tell its label: --no-aneurysms-drawn writes the same set without those voxels.
@@ -780,10 +781,13 @@ def read_background(job: Job, scan: Scan) -> tuple[ndarray, dict[str, float], fl
     brain = (image > 0) & (image < 80) if is_ct else image > 0.3 * np.percentile(image, 98)
     lost = (image - cv2.GaussianBlur(image, (3, 3), 0.8))[brain]
     noise = float(1.7 * np.median(np.abs(lost))) if brain.any() else 0.0
-    scale = 1.0
-    if not is_ct:
-        scale = 2 * float(np.median(image[brain])) / (scan.grey["grey"] + scan.grey["white"])
-    return values, {tissue: value * scale for tissue, value in scan.grey.items()}, noise
+    if is_ct:
+        return values, scan.grey, noise
+    scale = 2 * float(np.median(image[brain])) / (scan.grey["grey"] + scan.grey["white"])
+    grey = {tissue: value * scale for tissue, value in scan.grey.items()}
+    if job.modality != "MRI T2":  # fresh or enhanced blood outshines nearly everything
+        grey["artery"] = max(grey["artery"], float(np.percentile(image, 98)) * rng.uniform(0.9, 1.4))
+    return values, grey, noise
 
 
 def render(head: Head, scan: Scan, job: Job) -> ndarray:

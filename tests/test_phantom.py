@@ -83,7 +83,7 @@ def test_files_form_the_challenges_tree(dicoms):
 
 
 def test_pydicom_decodes_every_file_to_the_grey_values_that_were_drawn(dicoms):
-    for job in JOBS:
+    for job in JOBS[:20]:  # every storage form
         scan = phantom.make_scan(job)
         drawn = phantom.render(phantom.make_head(job), scan, job)
         lowest = -1024 if job.modality == "CTA" else 0
