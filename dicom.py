@@ -1114,11 +1114,10 @@ def _has_bright_border(samples: list[np.ndarray]) -> bool:
 
 @dataclass(frozen=True)
 class Volume:
-    """A series as the models see it: voxels uint8 (Z, H, W), affine (4, 4) from (z, y, x, 1) to LPS mm,
-    notes."""
+    """A series as the models see it."""
 
-    voxels: np.ndarray
-    affine: np.ndarray
+    voxels: np.ndarray  # (Z, H, W) uint8
+    affine: np.ndarray  # (4, 4) from (z, y, x, 1) to LPS mm
     notes: list[str]
 
     @property
@@ -1129,12 +1128,11 @@ class Volume:
 
 @dataclass(frozen=True)
 class Box:
-    """The region of interest in canonical millimetres: lower edges, mm per voxel and voxels along
-    (z, y, x)."""
+    """The region of interest in canonical millimetres, along (z, y, x)."""
 
-    low: np.ndarray
-    steps: np.ndarray
-    shape: tuple[int, int, int]
+    low: np.ndarray  # (3,) mm of the lower edges
+    steps: np.ndarray  # (3,) mm per voxel
+    shape: tuple[int, int, int]  # voxels
 
     def edges(self, axis: int) -> np.ndarray:
         """(shape + 1,) mm of the voxels' edges along an axis."""
@@ -1152,32 +1150,30 @@ class Grid:
     series: Series
     directions: np.ndarray  # (3, 3) a row per canonical axis: its unit vector in LPS
     through: int  # the axis across slices: 0 axial, 1 coronal, 2 sagittal
+    image_axes: tuple[int, int]
+    is_transposed: bool  # image[row, column] -> image[column, row]
+    flips: tuple[int, int]  # after that: 1, or -1 where an image axis runs backwards
+    steps: np.ndarray  # (2,) mm per pixel along the image axes
+    shape: tuple[int, int]  # pixels along the image axes
     order: np.ndarray  # (n,) index into series.frames
     centres: np.ndarray  # (n,) mm along `through`
     spans: np.ndarray  # (n, 2) mm that each slice stands for
-    image_axes: tuple[int, int]
-    is_transposed: bool  # image[row, column] -> image[column, row]
-    is_flipped: tuple[bool, bool]  # after that
-    steps: np.ndarray  # (2,) mm per pixel along the image axes
-    shape: tuple[int, int]  # pixels along the image axes
     edges: np.ndarray  # (n, 2) mm of the outer edge of each slice's first pixel: gantry tilt moves it
     lost: dict[int, str]  # index into series.frames -> why it cannot be decoded; grows while decoding
 
     def image(self, k: int) -> np.ndarray:
         """Stored values of slice k along its canonical axes. One that cannot be decoded is written to `lost`
         and comes out as zeros; ValueError if these are more than a tenth of the series."""
-        i = int(self.order[k])
+        i, num_slices = int(self.order[k]), len(self.series.frames)
         try:
             stored = self.series.stored(i)
         except ValueError as error:
             self.lost[i] = str(error)
-            if len(self.lost) > max(1, len(self.series.frames) // 10) or len(self.lost) == len(
-                self.series.frames
-            ):
+            if len(self.lost) > max(1, num_slices // 10) or len(self.lost) == num_slices:
                 raise
             return np.zeros(self.shape, np.int16)
         image = stored.T if self.is_transposed else stored
-        return image[:: -1 if self.is_flipped[0] else 1, :: -1 if self.is_flipped[1] else 1]
+        return image[:: self.flips[0], :: self.flips[1]]
 
     def extent_mm(self, axis: int) -> tuple[float, float]:
         """Outer edges of what was scanned along a canonical axis (in the image: of the middle slice)."""
@@ -1187,53 +1183,68 @@ class Grid:
         low = float(self.edges[len(self.edges) // 2, side])
         return low, low + self.shape[side] * float(self.steps[side])
 
+    def middle_mm(self, axis: int) -> float:
+        return sum(self.extent_mm(axis)) / 2
+
+
+def canonical_axes(directions: np.ndarray) -> tuple[tuple[int, int, int], np.ndarray]:
+    """(permutation, signs) that turn stored axes into z, y, x: canonical axis a is stored axis permutation[a],
+    backwards where signs[a] is -1. `directions` (3, 3) has the LPS unit vector of each stored axis as a row.
+
+    The best of the six permutations by the sum of |cosines|: each axis alone may choose one that is taken.
+    """
+    cosines = directions[:, ::-1]  # with z, y, x
+
+    def closeness(permutation: tuple[int, int, int]) -> float:
+        return float(np.abs(cosines[permutation, range(3)]).sum())
+
+    best = max(itertools.permutations(range(3)), key=closeness)
+    return best, np.where(cosines[best, range(3)] < 0, -1.0, 1.0)
+
 
 def canonical_grid(series: Series, lost: dict[int, str] | None = None) -> Grid:
-    """The best of the six permutations by the sum of |cosines|, then flips; every slice keeps its own
-    position."""
+    """The grid of a series without the slices in `lost`.
+
+    Pixels stay where they were acquired: an oblique scan gets canonical axes that lean as it does, so nothing
+    is interpolated but along z. Every slice keeps its own position, because a stack may have uneven gaps, or
+    be sheared by gantry tilt, and an index says nothing about millimetres then.
+    """
     first = series.frames[0]
     normal = np.asarray(series.normal, float) / np.linalg.norm(series.normal)
     along_row = np.asarray(first.row_dir, float) - normal * np.dot(first.row_dir, normal)
     along_row /= np.linalg.norm(along_row)
     along_column = np.cross(normal, along_row)
     along_column *= np.sign(np.dot(along_column, first.col_dir))
-    stored = np.stack(
-        [normal, along_column, along_row]
-    )  # LPS directions of growing slice, row and column number
-    cosines = stored[:, ::-1]  # with z, y, x
-    axes = max(itertools.permutations(range(3)), key=lambda axes: sum(abs(cosines[axes, range(3)])))
-    signs = np.where(cosines[axes, range(3)] < 0, -1.0, 1.0)
-    directions = stored[list(axes)] * signs[:, None]
+    stored = np.stack([normal, along_column, along_row])  # of growing slice, row and column number
+    permutation, signs = canonical_axes(stored)
+    directions = stored[list(permutation)] * signs[:, None]
 
-    through = axes.index(0)
+    through = permutation.index(0)
     image_axes = tuple(axis for axis in range(3) if axis != through)
-    shape = tuple(int((0, first.rows, first.cols)[axes[axis]]) for axis in image_axes)
-    steps = np.array([float(series.spacing_mm[axes[axis]]) for axis in image_axes])
-    is_flipped = tuple(bool(signs[axis] < 0) for axis in image_axes)
+    stored_axes = [permutation[axis] for axis in image_axes]
+    shape = tuple((0, first.rows, first.cols)[axis] for axis in stored_axes)
+    steps = np.array([float(series.spacing_mm[axis]) for axis in stored_axes])
+    flips = tuple(int(signs[axis]) for axis in image_axes)
 
     lost = {} if lost is None else lost
-    kept = np.array([i for i in range(len(series.frames)) if i not in lost])
-    centres_mm = (
-        np.array([series.frames[i].position for i in kept], float) @ directions.T
-    )  # (n, 3) of the first pixel
-    order = np.argsort(centres_mm[:, through], kind="stable")
-    centres_mm = centres_mm[order]
-    first_pixel = np.where(
-        is_flipped, np.array(shape) - 0.5, 0.5
-    )  # pixels from the view's lower edge to its centre
+    readable = np.array([i for i in range(len(series.frames)) if i not in lost])
+    positions = np.array([series.frames[i].position for i in readable], float) @ directions.T  # (n, 3)
+    order = np.argsort(positions[:, through], kind="stable")
+    positions = positions[order]
+    pixels_before = [0.5 if flip > 0 else length - 0.5 for flip, length in zip(flips, shape, strict=True)]
     return Grid(
         series=series,
         directions=directions,
         through=through,
-        order=kept[order],
-        centres=centres_mm[:, through],
-        spans=slice_spans(centres_mm[:, through], float(series.spacing_mm[0])),
         image_axes=image_axes,
-        is_transposed=axes[image_axes[0]] == 2,
-        is_flipped=is_flipped,
+        is_transposed=stored_axes[0] == 2,
+        flips=flips,
         steps=steps,
         shape=shape,
-        edges=centres_mm[:, image_axes] - first_pixel * steps,
+        order=readable[order],
+        centres=positions[:, through],
+        spans=slice_spans(positions[:, through], float(series.spacing_mm[0])),
+        edges=positions[:, image_axes] - pixels_before * steps,
         lost=lost,
     )
 
@@ -1243,9 +1254,12 @@ def slice_spans(centres: np.ndarray, thickness_mm: float) -> np.ndarray:
     at most 0.75 of the median gap to either side (a missing slice leaves a hole); thickness_mm where there is
     only one."""
     gaps = np.diff(centres)
-    usual = float(np.median(gaps[gaps > 1e-6])) if (gaps > 1e-6).any() else thickness_mm
+    is_step = gaps > 1e-6
+    usual = float(np.median(gaps[is_step])) if is_step.any() else thickness_mm
     half = np.minimum(gaps, 1.5 * usual) / 2
-    return np.stack([centres - np.r_[usual / 2, half], centres + np.r_[half, usual / 2]], axis=1)
+    before = np.append(usual / 2, half)
+    after = np.append(half, usual / 2)
+    return np.stack([centres - before, centres + after], axis=1)
 
 
 def slab_weights(spans: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -1254,18 +1268,21 @@ def slab_weights(spans: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.n
     A slab that no span touches (missing slices) is interpolated between its neighbours; the second result
     (Z,) says which. Beyond all spans the nearest slice counts.
     """
-    low, high = edges[:-1, None], edges[1:, None]  # (Z, 1)
-    weights = np.clip(np.minimum(high, spans[:, 1]) - np.maximum(low, spans[:, 0]), 0, None)
+    overlap_low = np.maximum(edges[:-1, None], spans[:, 0])
+    overlap_high = np.minimum(edges[1:, None], spans[:, 1])
+    weights = np.clip(overlap_high - overlap_low, 0, None)
     is_hole = weights.sum(axis=1) < 1e-6 * np.diff(edges)
-    weights[is_hole] = line_weights(spans.mean(axis=1), (edges[:-1] + edges[1:])[is_hole] / 2)
+    middles = (edges[:-1] + edges[1:]) / 2
+    weights[is_hole] = line_weights(spans.mean(axis=1), middles[is_hole])
     return weights / weights.sum(axis=1, keepdims=True), is_hole
 
 
-def line_weights(centres: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Weights (P, n) of linear interpolation between n growing centres at P places; the nearest beyond the
+def line_weights(centres: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Weights (P, n) of linear interpolation between n growing centres at P targets; the nearest beyond the
     ends."""
-    at = np.interp(places, centres, np.arange(len(centres)))  # fractional slice number
-    return np.clip(1 - np.abs(at[:, None] - np.arange(len(centres))), 0, None)
+    numbers = np.arange(len(centres))
+    fractional = np.interp(targets, centres, numbers)
+    return np.clip(1 - np.abs(fractional[:, None] - numbers), 0, None)
 
 
 def to_voxel(points_lps: np.ndarray, affine: np.ndarray) -> np.ndarray:
@@ -1282,27 +1299,29 @@ def to_lps(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
 def make_volume(series: Series, settings: VolumeSettings) -> Volume:
     """The box below the top of the head as settings.base_slices slabs of settings.img_size pixels, uint8.
 
-    The box is roi_mm wide, centred on the head, and roi_top_mm deep, along z cut to what was scanned. A slab
-    is the area-weighted mean of the slices in it; pixels are area means where
-    the image shrinks, linear where it grows, at equal mm in both directions, 0 outside of the image. CT:
-    ct_window becomes 0..255; else mr_percentiles of the box. Slices outside are not decoded, except up to 30
-    to find the head.
+    The box is measured from the top of the head, because that is the one end that every head scan shares: a
+    scan may end at the skull base or at the aortic arch. It is roi_mm wide, centred on the head, and roi_top_mm
+    deep, along z cut to what was scanned. A slab is the mean of the slices in it, weighted by overlap, because
+    a sample of every tenth slice would miss most aneurysms; pixels are area means where the image shrinks and
+    linear where it grows, at equal mm in both directions, 0 outside of the image. CT: ct_window becomes
+    0..255; else mr_percentiles of the box. Slices outside are not decoded, except up to 30 to find the head.
     """
     lost: dict[int, str] = {}
-    while True:  # once more without the slices that could not be decoded
+    while True:
         num_lost, notes = len(lost), []
         grid = canonical_grid(series, lost)
         head = find_head(grid)
         if head is None:
             notes.append("head not found: the box starts at the top of the scan, centred on it")
-            head = (grid.extent_mm(0)[1], *(sum(grid.extent_mm(axis)) / 2 for axis in (1, 2)))
-        box = _box(grid, head, settings)
-        limits = (
-            tuple(settings.ct_window) if series.modality == "CT" else _percentiles(grid, box, settings, notes)
-        )
-        slabs = _axial_slabs if grid.through == 0 else _sliced_slabs
-        voxels = slabs(grid, box, limits, notes)  # (Z, H, W) uint8
+            head = (grid.extent_mm(0)[1], grid.middle_mm(1), grid.middle_mm(2))
+        box = _place_box(grid, head, settings)
+        limits = settings.ct_window
+        if series.modality != "CT":
+            limits = _mr_limits(grid, box, settings.mr_percentiles, notes)
+        make_slabs = _axial_slabs if grid.through == 0 else _sliced_slabs
+        voxels = make_slabs(grid, box, limits, notes)
         series.forget()
+        # A slice that failed to decode came out as zeros: all over again without it.
         if len(lost) == num_lost:
             break
     if lost:
@@ -1313,41 +1332,43 @@ def make_volume(series: Series, settings: VolumeSettings) -> Volume:
     return Volume(voxels, affine, notes)
 
 
-def _box(grid: Grid, head: tuple[float, float, float], settings: VolumeSettings) -> Box:
+def _place_box(grid: Grid, head: tuple[float, float, float], settings: VolumeSettings) -> Box:
     """The box under a head's (top, centre y, centre x) in mm. Along the image axes its edge is moved to the
     nearest pixel edge of the middle slice, so that resizing is exact."""
     bottom, covered = grid.extent_mm(0)
-    top = min(head[0], covered)
-    low = np.array(
-        [max(top - settings.roi_top_mm, bottom), head[1] - settings.roi_mm / 2, head[2] - settings.roi_mm / 2]
-    )
-    steps = np.array([(top - low[0]) / settings.base_slices, *[settings.roi_mm / settings.img_size] * 2])
+    top, centre_y, centre_x = min(head[0], covered), *head[1:]
+    half_mm = settings.roi_mm / 2
+    low = np.array([max(top - settings.roi_top_mm, bottom), centre_y - half_mm, centre_x - half_mm])
+    pixel_mm = settings.roi_mm / settings.img_size
+    steps = np.array([(top - low[0]) / settings.base_slices, pixel_mm, pixel_mm])
     for axis, step in zip(grid.image_axes, grid.steps, strict=True):
         start = grid.extent_mm(axis)[0]
         low[axis] = start + round((low[axis] - start) / step) * step
     return Box(low, steps, (settings.base_slices, settings.img_size, settings.img_size))
 
 
-def _window_size(grid: Grid, box: Box) -> tuple[int, int]:
+def _window_shape(grid: Grid, box: Box) -> tuple[int, int]:
     """Pixels along the image axes that cover the box, and one more."""
-    axes = list(grid.image_axes)
-    size = np.ceil(np.array(box.shape)[axes] * box.steps[axes] / grid.steps - 1e-6).astype(int) + 1
-    if size.max() > 8192:
+    shape = []
+    for axis, step in zip(grid.image_axes, grid.steps, strict=True):
+        shape.append(math.ceil(box.shape[axis] * box.steps[axis] / step - 1e-6) + 1)
+    if max(shape) > 8192:
         raise ValueError(f"(0028,0030) PixelSpacing {grid.steps.min():g} mm: expected at least 0.03 mm")
-    return tuple(int(length) for length in size)
+    return tuple(shape)
 
 
-def _overlap(grid: Grid, k: int, box: Box, size: tuple[int, int]) -> tuple[tuple, tuple]:
-    """Slices of image k and of a window of `size` pixels at the box's lower edge, where the two overlap. The
-    slice's own position counts, to a whole pixel, so gantry tilt is corrected."""
-    source, target = [], []
+def _overlap(grid: Grid, k: int, box: Box, shape: tuple[int, int]) -> tuple[tuple, tuple]:
+    """Where image k and a window of `shape` pixels at the box's lower edge overlap: slices of the image, slices
+    of the window. The slice's own position counts, to a whole pixel, so gantry tilt is corrected."""
+    of_image, of_window = [], []
     for side, axis in enumerate(grid.image_axes):
         start = round(float((box.low[axis] - grid.edges[k, side]) / grid.steps[side]))
         first = min(max(start, 0), grid.shape[side])
-        last = max(min(start + size[side], grid.shape[side]), first)
-        source.append(slice(first, last))
-        target.append(slice(first - start, last - start) if last > first else slice(0, 0))
-    return tuple(source), tuple(target)
+        last = max(min(start + shape[side], grid.shape[side]), first)
+        is_beside = first == last
+        of_image.append(slice(first, last))
+        of_window.append(slice(0, 0) if is_beside else slice(first - start, last - start))
+    return tuple(of_image), tuple(of_window)
 
 
 def _load_window(
@@ -1359,18 +1380,21 @@ def _load_window(
     i = int(grid.order[k])
     slope, intercept = grid.series.rescale(i)
     dark, bright = ((value - intercept) / slope for value in limits)  # as stored; dark > bright if slope < 0
-    source, target = _overlap(grid, k, box, out.shape)
-    image, inside = grid.image(k)[source], out[target]
+    of_image, of_window = _overlap(grid, k, box, out.shape)
+    image, inside = grid.image(k)[of_image], out[of_window]
     if inside.shape != out.shape:
         out[:] = dark
-    np.clip(
-        image, np.float32(min(dark, bright)), np.float32(max(dark, bright)), out=inside, casting="same_kind"
-    )
+    low, high = np.float32(min(dark, bright)), np.float32(max(dark, bright))
+    np.clip(image, low, high, out=inside, casting="same_kind")
     padding = grid.series.padding(i)
     if padding is not None:
-        inside[(image >= padding[0]) & (image <= padding[1])] = dark
+        inside[_is_padding(image, padding)] = dark
     grid.series.forget(i)
     return 1 / (bright - dark), -dark / (bright - dark)
+
+
+def _is_padding(stored: np.ndarray, padding: tuple[int, int]) -> np.ndarray:
+    return (stored >= padding[0]) & (stored <= padding[1])
 
 
 def _to_uint8(values: np.ndarray) -> np.ndarray:
@@ -1381,29 +1405,36 @@ def _to_uint8(values: np.ndarray) -> np.ndarray:
 def resize_exactly(image: np.ndarray, factors: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Scale (h, w) float32 by factors per axis, its outer upper left edge staying in place, then cut to
     shape: area means along an axis that shrinks, linear along one that grows."""
-    for shrinks, method in ((True, cv2.INTER_AREA), (False, cv2.INTER_LINEAR)):
-        fy, fx = (float(factor) if (factor < 1) == shrinks else 1.0 for factor in factors)
-        if fy != 1 or fx != 1:
-            image = cv2.resize(image, None, fx=fx, fy=fy, interpolation=method)
+    y, x = (float(factor) for factor in factors)
+    if y < 1 or x < 1:
+        image = cv2.resize(image, None, fx=min(x, 1), fy=min(y, 1), interpolation=cv2.INTER_AREA)
+    if y > 1 or x > 1:
+        image = cv2.resize(image, None, fx=max(x, 1), fy=max(y, 1), interpolation=cv2.INTER_LINEAR)
     return image[: shape[0], : shape[1]]
 
 
 def _axial_slabs(grid: Grid, box: Box, limits: tuple[float, float], notes: list[str]) -> np.ndarray:
-    """(Z, H, W) of slices stacked along z: merged to slabs at their own resolution, then each slab resized
-    once."""
+    """(Z, H, W) of slices stacked along z.
+
+    Slices are merged to a slab at their own resolution and each slab is resized once: both steps are linear, so
+    the order does not change the result, and there are ten times fewer images to resize. The clipping to the
+    window comes first, slice by slice, or bone would outshine the artery beside it in a thick slab.
+    """
     weights, is_hole = slab_weights(grid.spans, box.edges(0))
     if is_hole.any():
         notes.append(f"{int(is_hole.sum())} slabs lie where slices are missing: interpolated")
-    image = np.empty(_window_size(grid, box), np.float32)
+    image = np.empty(_window_shape(grid, box), np.float32)
     voxels = np.empty(box.shape, np.uint8)
     loaded = None
     for z in range(box.shape[0]):
         slab, offset = np.zeros_like(image), 0.0
         for k in np.flatnonzero(weights[z]):
             if k != loaded:  # a slice on an edge belongs to two slabs
-                gain, bias = _load_window(grid, loaded := int(k), box, limits, out=image)
-            cv2.scaleAdd(image, gain * float(weights[z, k]), slab, slab)
-            offset += bias * float(weights[z, k])
+                gain, bias = _load_window(grid, int(k), box, limits, out=image)
+                loaded = k
+            weight = float(weights[z, k])
+            cv2.scaleAdd(image, gain * weight, slab, slab)
+            offset += bias * weight
         slab += np.float32(offset)
         voxels[z] = _to_uint8(resize_exactly(slab, grid.steps / box.steps[1:], box.shape[1:]))
     return voxels
@@ -1414,131 +1445,153 @@ def _sliced_slabs(grid: Grid, box: Box, limits: tuple[float, float], notes: list
     then the slices are spread over rows or columns: area means where they lie denser than voxels, linear
     where sparser."""
     edges = box.edges(grid.through)
-    places = (edges[:-1] + edges[1:]) / 2
+    targets = (edges[:-1] + edges[1:]) / 2
     if np.median(np.diff(grid.spans)) > box.steps[grid.through]:
-        weights = line_weights(grid.centres, places)
+        weights = line_weights(grid.centres, targets)
     else:
         weights, _ = slab_weights(grid.spans, edges)
     first, last = grid.extent_mm(grid.through)
-    weights[(places < first) | (places > last)] = 0
+    weights[(targets < first) | (targets > last)] = 0
 
     axes = list(grid.image_axes)
     shape = tuple(box.shape[axis] for axis in axes)
     factors = grid.steps / box.steps[axes]
-    image = np.empty(_window_size(grid, box), np.float32)
-    slabs = {}
+    image = np.empty(_window_shape(grid, box), np.float32)
+    voxels = np.zeros((len(targets), *shape), np.float32)
     for k in np.flatnonzero(weights.any(axis=0)):
         gain, bias = _load_window(grid, int(k), box, limits, out=image)
         image *= np.float32(gain)
         image += np.float32(bias)
-        slabs[k] = resize_exactly(image, factors, shape)
-    voxels = np.zeros((len(places), *shape), np.float32)
-    for place, k in np.argwhere(weights):
-        cv2.scaleAdd(slabs[k], float(weights[place, k]), voxels[place], voxels[place])
+        resized = np.ascontiguousarray(resize_exactly(image, factors, shape))
+        for target in np.flatnonzero(weights[:, k]):
+            cv2.scaleAdd(resized, float(weights[target, k]), voxels[target], voxels[target])
     return np.ascontiguousarray(np.moveaxis(_to_uint8(voxels), 0, grid.through))
 
 
-def _percentiles(grid: Grid, box: Box, settings: VolumeSettings, notes: list[str]) -> tuple[float, float]:
-    """mr_percentiles of the rescaled pixels in the box (up to 30,000 of each of up to 16 slices, no
-    padding)."""
+def _mr_limits(
+    grid: Grid, box: Box, percentiles: tuple[float, float], notes: list[str]
+) -> tuple[float, float]:
+    """Percentiles of the rescaled pixels in the box (up to 30,000 of each of up to 16 slices, no padding)."""
     edges = box.edges(grid.through)
-    inside = np.flatnonzero((grid.spans[:, 1] > edges[0]) & (grid.spans[:, 0] < edges[-1]))
+    is_inside = (grid.spans[:, 1] > edges[0]) & (grid.spans[:, 0] < edges[-1])
     samples = [np.zeros(0, np.float32)]
-    for k in _evenly(inside, 16):
+    for k in _pick_evenly(np.flatnonzero(is_inside), 16):
         i = int(grid.order[k])
-        part = grid.image(int(k))[_overlap(grid, int(k), box, _window_size(grid, box))[0]]
-        stride = 1 + math.isqrt(part.size // 30_000)
-        part = part[::stride, ::stride]
+        of_image, _ = _overlap(grid, int(k), box, _window_shape(grid, box))
+        stored = grid.image(int(k))[of_image]
+        stride = 1 + math.isqrt(stored.size // 30_000)
+        stored = stored[::stride, ::stride].ravel()
         padding = grid.series.padding(i)
-        kept = part if padding is None else part[(part < padding[0]) | (part > padding[1])]
+        if padding is not None:
+            stored = stored[~_is_padding(stored, padding)]
         slope, intercept = grid.series.rescale(i)
-        samples.append(kept.ravel().astype(np.float32) * np.float32(slope) + np.float32(intercept))
+        samples.append(stored.astype(np.float32) * np.float32(slope) + np.float32(intercept))
     values = np.concatenate(samples)
     if values.size == 0:
         notes.append("no pixel in the box: the volume is empty")
         return 0.0, 1.0
-    dark, bright = (float(value) for value in np.percentile(values, settings.mr_percentiles))
+    dark, bright = (float(value) for value in np.percentile(values, percentiles))
     if bright <= dark:
         notes.append(f"one intensity ({dark:g}) nearly all over the box")
         return dark, dark + 1.0
     return dark, bright
 
 
-def _evenly(items: np.ndarray, count: int) -> np.ndarray:
+def _pick_evenly(items: np.ndarray, count: int) -> np.ndarray:
     """At most `count` of the items, evenly spread, first and last among them."""
-    return items[np.unique(np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int))]
+    picks = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+    return items[np.unique(picks)]
 
 
 def find_head(grid: Grid) -> tuple[float, float, float] | None:
     """(top, centre y, centre x) of the head in mm, from up to 24 slices at about 3 mm per pixel; None without
     one.
 
-    Top: the highest place where the head's cross-section exceeds 1000 mm2 (28 mm times the scan's width in a
+    Top: the highest level where the head's cross-section exceeds 1000 mm2 (28 mm times the scan's width in a
     narrow scan); between axial slices bisected down to one slice or 2 mm. Centre: of the bounding box over
     100 mm below it.
     """
     factors = np.maximum(1, np.rint(3.0 / grid.steps)).astype(int)
     pixel_mm = grid.steps * factors
-    small = {int(k): _small_slice(grid, int(k), factors) for k in _evenly(np.arange(len(grid.order)), 24)}
+    samples = {}
+    for k in _pick_evenly(np.arange(len(grid.order)), 24):
+        samples[int(k)] = _shrink_slice(grid, int(k), factors)
     is_ct = grid.series.modality == "CT"
-    threshold = -300.0 if is_ct else _dark_tissue(np.concatenate([image.ravel() for image in small.values()]))
-    masks = {k: _foreground(image, threshold, is_ct) for k, image in small.items()}
-    least_mm2 = min(1000.0, 28.0 * min(high - low for low, high in map(grid.extent_mm, (1, 2))))
+    threshold = -300.0 if is_ct else _tissue_threshold(samples)
+
+    def mask_slice(k: int) -> np.ndarray:
+        return _mask_head(_shrink_slice(grid, k, factors), threshold, is_ct)
+
+    masks = {k: _mask_head(image, threshold, is_ct) for k, image in samples.items()}
+    widths = [high - low for low, high in (grid.extent_mm(1), grid.extent_mm(2))]
+    least_mm2 = min(1000.0, 28.0 * min(widths))
     if grid.through == 0:
-        masks = _follow(grid, masks)
-        large = [k for k, mask in masks.items() if mask.sum() * pixel_mm.prod() > least_mm2]
-        if not large:
-            return None
-        good = max(large)
-        bad = min((k for k in masks if k > good), default=good)
-        while bad - good > 1 and grid.centres[bad] - grid.centres[good] > 2.0:
-            k = (good + bad) // 2
-            mask = _part(_foreground(_small_slice(grid, k, factors), threshold, is_ct), near=masks[good])
-            if mask.sum() * pixel_mm.prod() > least_mm2:
-                good, masks[k] = k, mask
-            else:
-                bad = k
-        top = float(grid.spans[good, 1])
+        masks = _follow_head(grid, masks)
+        top = _find_axial_top(grid, masks, mask_slice, least_mm2 / pixel_mm.prod())
     else:
-        masks = {k: _part(mask) for k, mask in masks.items()}
-        centres = grid.centres[list(masks)]
-        depths = (
-            np.gradient(centres) if len(masks) > 1 else np.diff(grid.spans[0])
-        )  # mm that each sample stands for
-        lengths_mm = np.stack([mask.sum(axis=1) for mask in masks.values()]) * pixel_mm[1]  # (n, rows)
-        rows = np.flatnonzero(depths @ lengths_mm > least_mm2)
-        if len(rows) == 0:
-            return None
-        bottom, covered = grid.extent_mm(0)
-        top = min(bottom + float((rows[-1] + 1) * pixel_mm[0]), covered)
-    return (top, *_centre_below(grid, masks, pixel_mm, top))
+        masks = {k: largest_component(mask) for k, mask in masks.items()}
+        top = _find_sliced_top(grid, masks, pixel_mm, least_mm2)
+    return None if top is None else (top, *_centre_below(grid, masks, pixel_mm, top))
+
+
+def _find_axial_top(
+    grid: Grid, masks: dict[int, np.ndarray], mask_slice: typing.Callable, least_pixels: float
+) -> float | None:
+    """mm of the top by bisection between the highest sample with a head and the next; `masks` gets the slices
+    with a head that it passes."""
+    large = [k for k, mask in masks.items() if mask.sum() > least_pixels]
+    if not large:
+        return None
+    inside = max(large)
+    above = min((k for k in masks if k > inside), default=inside)
+    while above - inside > 1 and grid.centres[above] - grid.centres[inside] > 2.0:
+        k = (inside + above) // 2
+        mask = largest_component(mask_slice(k), near=masks[inside])
+        if mask.sum() > least_pixels:
+            inside, masks[k] = k, mask
+        else:
+            above = k
+    return float(grid.spans[inside, 1])
+
+
+def _find_sliced_top(
+    grid: Grid, masks: dict[int, np.ndarray], pixel_mm: np.ndarray, least_mm2: float
+) -> float | None:
+    """mm of the top: the highest row (of z) whose pixels in all samples make up the cross-section."""
+    centres = grid.centres[list(masks)]
+    depths_mm = np.gradient(centres) if len(masks) > 1 else np.diff(grid.spans[0])  # that a sample stands for
+    lengths_mm = np.stack([mask.sum(axis=1) for mask in masks.values()]) * pixel_mm[1]  # (samples, rows)
+    rows = np.flatnonzero(depths_mm @ lengths_mm > least_mm2)
+    if len(rows) == 0:
+        return None
+    bottom, covered = grid.extent_mm(0)
+    return min(bottom + float((rows[-1] + 1) * pixel_mm[0]), covered)
 
 
 def _centre_below(
     grid: Grid, masks: dict[int, np.ndarray], pixel_mm: np.ndarray, top: float
 ) -> tuple[float, float]:
     """(y, x) mm: the middle of the masks' bounding box between top and 100 mm below."""
-    bounds: dict[int, list[float]] = {1: [], 2: []}
+    ends: list[list[float]] = [[], [], []]  # along z, y, x
     for k, mask in masks.items():
-        if grid.through != 0:
+        if grid.through == 0:
+            is_below = top - 100 <= grid.centres[k] <= top
+        else:
             rows_mm = grid.edges[k, 0] + (np.arange(len(mask)) + 0.5) * pixel_mm[0]
-            mask = mask * ((rows_mm > top - 100) & (rows_mm < top))[:, None]
-        if not mask.any() or (grid.through == 0 and not top - 100 <= grid.centres[k] <= top):
+            is_below = ((rows_mm > top - 100) & (rows_mm < top))[:, None]
+        mask = mask * is_below
+        if not mask.any():
             continue
+        ends[grid.through] += grid.spans[k].tolist()
         for side, axis in enumerate(grid.image_axes):
-            if axis != 0:
-                there = np.flatnonzero(mask.any(axis=1 - side))
-                bounds[axis] += list(
-                    grid.edges[k, side] + np.array([there[0], there[-1] + 1]) * pixel_mm[side]
-                )
-        if grid.through != 0:
-            bounds[grid.through] += list(grid.spans[k])
-    return tuple(
-        sum(grid.extent_mm(a)) / 2 if not v else float(min(v) + max(v)) / 2 for a, v in bounds.items()
-    )
+            filled = np.flatnonzero(mask.any(axis=1 - side))
+            for pixel in (filled[0], filled[-1] + 1):
+                ends[axis].append(float(grid.edges[k, side] + pixel * pixel_mm[side]))
+    y, x = ((min(mm) + max(mm)) / 2 for mm in ends[1:])
+    return y, x
 
 
-def _small_slice(grid: Grid, k: int, factors: np.ndarray) -> np.ndarray:
+def _shrink_slice(grid: Grid, k: int, factors: np.ndarray) -> np.ndarray:
     """Rescaled slice k as means over blocks of `factors` pixels, float32; padding as the slice's lowest
     value."""
     i = int(grid.order[k])
@@ -1549,16 +1602,17 @@ def _small_slice(grid: Grid, k: int, factors: np.ndarray) -> np.ndarray:
         values = values.astype(np.float32)
     padding = grid.series.padding(i)
     if padding is not None:
-        is_padding = (values >= padding[0]) & (values <= padding[1])
-        kept = values[~is_padding] if not is_padding.all() else values
-        values = np.where(is_padding, kept.min() if slope > 0 else kept.max(), values)
+        is_padding = _is_padding(values, padding)
+        tissue = values if is_padding.all() else values[~is_padding]
+        values = np.where(is_padding, tissue.min() if slope > 0 else tissue.max(), values)
     small = cv2.resize(np.ascontiguousarray(values), (columns, rows), interpolation=cv2.INTER_AREA)
     return small.astype(np.float32) * np.float32(slope) + np.float32(intercept)
 
 
-def _dark_tissue(values: np.ndarray) -> float:
+def _tissue_threshold(samples: dict[int, np.ndarray]) -> float:
     """Threshold for MR: half of Otsu's, since dark tissue is head, but at least a tenth of the range (1st to
     99th percentile), since noise is not."""
+    values = np.concatenate([image.ravel() for image in samples.values()])
     low, high = (float(value) for value in np.percentile(values, (1, 99)))
     if high <= low:
         return high
@@ -1567,7 +1621,7 @@ def _dark_tissue(values: np.ndarray) -> float:
     return low + max(0.5 * level / 255, 0.1) * (high - low)
 
 
-def _foreground(image: np.ndarray, threshold: float, is_ct: bool) -> np.ndarray:
+def _mask_head(image: np.ndarray, threshold: float, is_ct: bool) -> np.ndarray:
     """Mask uint8 of what is brighter, without structures thinner than 3 pixels (table, headrest). MR: with
     its dark insides, because the skull is a dark ring there."""
     mask = (image > threshold).astype(np.uint8)
@@ -1579,7 +1633,7 @@ def _foreground(image: np.ndarray, threshold: float, is_ct: bool) -> np.ndarray:
     return cv2.morphologyEx(mask, cv2.MORPH_OPEN, kernel)
 
 
-def _part(mask: np.ndarray, near: np.ndarray | None = None) -> np.ndarray:
+def largest_component(mask: np.ndarray, near: np.ndarray | None = None) -> np.ndarray:
     """The largest connected part of a mask, or the one that shares most pixels with `near`; zeros if there is
     none."""
     _, labels = cv2.connectedComponents(mask, connectivity=8)
@@ -1589,17 +1643,21 @@ def _part(mask: np.ndarray, near: np.ndarray | None = None) -> np.ndarray:
     return (labels == 1 + int(sizes[1:].argmax())).astype(np.uint8)
 
 
-def _follow(grid: Grid, masks: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
-    """One part per slice: the largest of all, and up and down from it the part over the last one; nothing
+def _follow_head(grid: Grid, masks: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+    """One component per slice: the largest of all, and up and down from it the one over the last; nothing
     beyond 30 mm without any."""
-    kept = {k: np.zeros_like(mask) for k, mask in masks.items()}
-    largest = {k: _part(mask) for k, mask in masks.items()}
+    largest = {k: largest_component(mask) for k, mask in masks.items()}
     seed = max(largest, key=lambda k: int(largest[k].sum()))
-    kept[seed] = largest[seed]
-    for side in ([k for k in masks if k > seed], [k for k in reversed(masks) if k < seed]):
+    head = {k: np.zeros_like(mask) for k, mask in masks.items()}
+    head[seed] = largest[seed]
+    upwards = [k for k in masks if k > seed]
+    downwards = [k for k in reversed(masks) if k < seed]
+    for side in (upwards, downwards):
         last = before = seed
         for k in side:
-            is_near = abs(grid.centres[before] - grid.centres[last]) <= 30
-            kept[k] = _part(masks[k], near=kept[last]) if is_near else kept[k]
-            last, before = (k if kept[k].any() else last), k
-    return kept
+            if abs(grid.centres[before] - grid.centres[last]) <= 30:
+                head[k] = largest_component(masks[k], near=head[last])
+            if head[k].any():
+                last = k
+            before = k
+    return head
