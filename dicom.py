@@ -1123,7 +1123,7 @@ class Volume:
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
         """(z, y, x)"""
-        return tuple(float(length) for length in np.linalg.norm(self.affine[:3, :3], axis=0))
+        return tuple(np.linalg.norm(self.affine[:3, :3], axis=0).tolist())
 
 
 @dataclass(frozen=True)
@@ -1132,11 +1132,12 @@ class Box:
 
     low: np.ndarray  # (3,) mm of the lower edges
     steps: np.ndarray  # (3,) mm per voxel
-    shape: tuple[int, int, int]  # voxels
+    shape: np.ndarray  # (3,) voxels
 
     def edges(self, axis: int) -> np.ndarray:
         """(shape + 1,) mm of the voxels' edges along an axis."""
-        return self.low[axis] + self.steps[axis] * np.arange(self.shape[axis] + 1)
+        numbers = np.arange(self.shape[axis] + 1)
+        return self.low[axis] + self.steps[axis] * numbers
 
 
 @dataclass(frozen=True)
@@ -1150,11 +1151,11 @@ class Grid:
     series: Series
     directions: np.ndarray  # (3, 3) a row per canonical axis: its unit vector in LPS
     through: int  # the axis across slices: 0 axial, 1 coronal, 2 sagittal
-    image_axes: tuple[int, int]
+    image_axes: list[int]
     is_transposed: bool  # image[row, column] -> image[column, row]
-    flips: tuple[int, int]  # after that: 1, or -1 where an image axis runs backwards
+    flips: np.ndarray  # (2,) after that: 1, or -1 where an image axis runs backwards
     steps: np.ndarray  # (2,) mm per pixel along the image axes
-    shape: tuple[int, int]  # pixels along the image axes
+    shape: np.ndarray  # (2,) pixels along the image axes
     order: np.ndarray  # (n,) index into series.frames
     centres: np.ndarray  # (n,) mm along `through`
     spans: np.ndarray  # (n, 2) mm that each slice stands for
@@ -1164,7 +1165,8 @@ class Grid:
     def image(self, k: int) -> np.ndarray:
         """Stored values of slice k along its canonical axes. One that cannot be decoded is written to `lost`
         and comes out as zeros; ValueError if these are more than a tenth of the series."""
-        i, num_slices = int(self.order[k]), len(self.series.frames)
+        i = int(self.order[k])
+        num_slices = len(self.series.frames)
         try:
             stored = self.series.stored(i)
         except ValueError as error:
@@ -1180,26 +1182,32 @@ class Grid:
         if axis == self.through:
             return float(self.spans.min()), float(self.spans.max())
         side = self.image_axes.index(axis)
-        low = float(self.edges[len(self.edges) // 2, side])
-        return low, low + self.shape[side] * float(self.steps[side])
+        low = float(self.middle_edges[side])
+        return low, low + float(self.shape[side] * self.steps[side])
 
-    def middle_mm(self, axis: int) -> float:
-        return sum(self.extent_mm(axis)) / 2
+    @property
+    def middle_edges(self) -> np.ndarray:
+        """(2,) mm of the outer edge of the middle slice's first pixel."""
+        return self.edges[len(self.edges) // 2]
 
 
-def canonical_axes(directions: np.ndarray) -> tuple[tuple[int, int, int], np.ndarray]:
-    """(permutation, signs) that turn stored axes into z, y, x: canonical axis a is stored axis permutation[a],
-    backwards where signs[a] is -1. `directions` (3, 3) has the LPS unit vector of each stored axis as a row.
+def canonical_axes(directions: np.ndarray) -> tuple[list[int], np.ndarray]:
+    """(permutation, signs) that turn stored axes into z, y, x: the canonical axis a is stored axis
+    permutation[a], backwards where signs[a] is -1. `directions` (3, 3): the LPS unit vector of each stored
+    axis as a row.
 
-    The best of the six permutations by the sum of |cosines|: each axis alone may choose one that is taken.
+    The best of the six permutations by the sum of |cosines|: one axis at a time might choose a taken one.
     """
     cosines = directions[:, ::-1]  # with z, y, x
+    canonical = [0, 1, 2]
 
-    def closeness(permutation: tuple[int, int, int]) -> float:
-        return float(np.abs(cosines[permutation, range(3)]).sum())
+    def closeness(permutation: list[int]) -> float:
+        return np.abs(cosines[permutation, canonical]).sum()
 
-    best = max(itertools.permutations(range(3)), key=closeness)
-    return best, np.where(cosines[best, range(3)] < 0, -1.0, 1.0)
+    permutations = [list(axes) for axes in itertools.permutations(canonical)]
+    best = max(permutations, key=closeness)
+    signs = np.where(cosines[best, canonical] < 0, -1, 1)
+    return best, signs
 
 
 def canonical_grid(series: Series, lost: dict[int, str] | None = None) -> Grid:
@@ -1210,28 +1218,28 @@ def canonical_grid(series: Series, lost: dict[int, str] | None = None) -> Grid:
     be sheared by gantry tilt, and an index says nothing about millimetres then.
     """
     first = series.frames[0]
-    normal = np.asarray(series.normal, float) / np.linalg.norm(series.normal)
-    along_row = np.asarray(first.row_dir, float) - normal * np.dot(first.row_dir, normal)
-    along_row /= np.linalg.norm(along_row)
-    along_column = np.cross(normal, along_row)
-    along_column *= np.sign(np.dot(along_column, first.col_dir))
-    stored = np.stack([normal, along_column, along_row])  # of growing slice, row and column number
+    along_row = first.row_dir - series.normal * np.dot(first.row_dir, series.normal)
+    along_column = np.cross(series.normal, along_row)
+    stored = np.stack([series.normal, along_column, along_row])  # of growing slice, row and column number
+    stored /= np.linalg.norm(stored, axis=1, keepdims=True)
     permutation, signs = canonical_axes(stored)
-    directions = stored[list(permutation)] * signs[:, None]
+    directions = stored[permutation] * signs[:, None]
 
     through = permutation.index(0)
-    image_axes = tuple(axis for axis in range(3) if axis != through)
+    image_axes = [axis for axis in range(3) if axis != through]
     stored_axes = [permutation[axis] for axis in image_axes]
-    shape = tuple((0, first.rows, first.cols)[axis] for axis in stored_axes)
-    steps = np.array([float(series.spacing_mm[axis]) for axis in stored_axes])
-    flips = tuple(int(signs[axis]) for axis in image_axes)
+    shape = np.array([0, first.rows, first.cols])[stored_axes]
+    steps = np.array(series.spacing_mm, float)[stored_axes]
+    flips = signs[image_axes]
 
     lost = {} if lost is None else lost
     readable = np.array([i for i in range(len(series.frames)) if i not in lost])
-    positions = np.array([series.frames[i].position for i in readable], float) @ directions.T  # (n, 3)
+    positions = np.array([series.frames[i].position for i in readable], float)
+    positions = positions @ directions.T  # (n, 3) mm of the first stored pixel
     order = np.argsort(positions[:, through], kind="stable")
     positions = positions[order]
-    pixels_before = [0.5 if flip > 0 else length - 0.5 for flip, length in zip(flips, shape, strict=True)]
+    centres = positions[:, through]
+    pixels_before = np.where(flips < 0, shape - 0.5, 0.5)
     return Grid(
         series=series,
         directions=directions,
@@ -1242,8 +1250,8 @@ def canonical_grid(series: Series, lost: dict[int, str] | None = None) -> Grid:
         steps=steps,
         shape=shape,
         order=readable[order],
-        centres=positions[:, through],
-        spans=slice_spans(positions[:, through], float(series.spacing_mm[0])),
+        centres=centres,
+        spans=slice_spans(centres, series.spacing_mm[0]),
         edges=positions[:, image_axes] - pixels_before * steps,
         lost=lost,
     )
@@ -1268,58 +1276,60 @@ def slab_weights(spans: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.n
     A slab that no span touches (missing slices) is interpolated between its neighbours; the second result
     (Z,) says which. Beyond all spans the nearest slice counts.
     """
-    overlap_low = np.maximum(edges[:-1, None], spans[:, 0])
-    overlap_high = np.minimum(edges[1:, None], spans[:, 1])
-    weights = np.clip(overlap_high - overlap_low, 0, None)
-    is_hole = weights.sum(axis=1) < 1e-6 * np.diff(edges)
-    middles = (edges[:-1] + edges[1:]) / 2
-    weights[is_hole] = line_weights(spans.mean(axis=1), middles[is_hole])
-    return weights / weights.sum(axis=1, keepdims=True), is_hole
+    first, last = spans.T
+    low, high = edges[:-1], edges[1:]
+    overlap_mm = np.minimum(high[:, None], last) - np.maximum(low[:, None], first)
+    weights = np.clip(overlap_mm, 0, None)
+    is_hole = weights.sum(axis=1) < 1e-6 * (high - low)
+    middles = (low + high) / 2
+    centres = spans.mean(axis=1)
+    weights[is_hole] = line_weights(centres, middles[is_hole])
+    weights /= weights.sum(axis=1, keepdims=True)
+    return weights, is_hole
 
 
 def line_weights(centres: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Weights (P, n) of linear interpolation between n growing centres at P targets; the nearest beyond the
     ends."""
     numbers = np.arange(len(centres))
-    fractional = np.interp(targets, centres, numbers)
-    return np.clip(1 - np.abs(fractional[:, None] - numbers), 0, None)
+    fractions = np.interp(targets, centres, numbers)
+    distances = np.abs(fractions[:, None] - numbers)
+    return np.clip(1 - distances, 0, None)
 
 
 def to_voxel(points_lps: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """LPS mm (P, 3) -> voxels (P, 3), (z, y, x); voxel centres are whole numbers."""
-    inverse = np.linalg.inv(affine)
-    return np.asarray(points_lps, float).reshape(-1, 3) @ inverse[:3, :3].T + inverse[:3, 3]
+    return to_lps(points_lps, np.linalg.inv(affine))
 
 
 def to_lps(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """Voxels (P, 3), (z, y, x) -> LPS mm (P, 3)."""
-    return np.asarray(voxels, float).reshape(-1, 3) @ affine[:3, :3].T + affine[:3, 3]
+    points = np.asarray(voxels, float).reshape(-1, 3)
+    steps, start = affine[:3, :3], affine[:3, 3]
+    return points @ steps.T + start
 
 
 def make_volume(series: Series, settings: VolumeSettings) -> Volume:
     """The box below the top of the head as settings.base_slices slabs of settings.img_size pixels, uint8.
 
     The box is measured from the top of the head, because that is the one end that every head scan shares: a
-    scan may end at the skull base or at the aortic arch. It is roi_mm wide, centred on the head, and roi_top_mm
-    deep, along z cut to what was scanned. A slab is the mean of the slices in it, weighted by overlap, because
-    a sample of every tenth slice would miss most aneurysms; pixels are area means where the image shrinks and
-    linear where it grows, at equal mm in both directions, 0 outside of the image. CT: ct_window becomes
-    0..255; else mr_percentiles of the box. Slices outside are not decoded, except up to 30 to find the head.
+    scan may end at the skull base or at the aortic arch. It is roi_mm wide, centred on the head, and
+    roi_top_mm deep, along z cut to what was scanned. A slab is the mean of the slices in it, weighted by
+    overlap, because single slices 5 mm apart would miss most aneurysms; pixels are area means where the image
+    shrinks and linear where it grows, at equal mm in both directions, 0 outside of the image. CT: ct_window
+    becomes 0..255; else mr_percentiles of the box. Slices outside are not decoded, except up to 30 to find
+    the head.
     """
     lost: dict[int, str] = {}
     while True:
-        num_lost, notes = len(lost), []
+        num_lost = len(lost)
+        notes = []
         grid = canonical_grid(series, lost)
-        head = find_head(grid)
-        if head is None:
-            notes.append("head not found: the box starts at the top of the scan, centred on it")
-            head = (grid.extent_mm(0)[1], grid.middle_mm(1), grid.middle_mm(2))
-        box = _place_box(grid, head, settings)
+        box = _place_box(grid, settings, notes)
         limits = settings.ct_window
         if series.modality != "CT":
-            limits = _mr_limits(grid, box, settings.mr_percentiles, notes)
-        make_slabs = _axial_slabs if grid.through == 0 else _sliced_slabs
-        voxels = make_slabs(grid, box, limits, notes)
+            limits = _mr_limits(grid, box, settings, notes)
+        voxels = _render_box(grid, box, limits, notes)
         series.forget()
         # A slice that failed to decode came out as zeros: all over again without it.
         if len(lost) == num_lost:
@@ -1332,47 +1342,54 @@ def make_volume(series: Series, settings: VolumeSettings) -> Volume:
     return Volume(voxels, affine, notes)
 
 
-def _place_box(grid: Grid, head: tuple[float, float, float], settings: VolumeSettings) -> Box:
-    """The box under a head's (top, centre y, centre x) in mm. Along the image axes its edge is moved to the
-    nearest pixel edge of the middle slice, so that resizing is exact."""
+def _place_box(grid: Grid, settings: VolumeSettings, notes: list[str]) -> Box:
+    """The box under the head. Along the image axes its edge is moved to the nearest pixel edge of the middle
+    slice, so that resizing is exact."""
     bottom, covered = grid.extent_mm(0)
-    top, centre_y, centre_x = min(head[0], covered), *head[1:]
-    half_mm = settings.roi_mm / 2
-    low = np.array([max(top - settings.roi_top_mm, bottom), centre_y - half_mm, centre_x - half_mm])
+    head = find_head(grid)
+    if head is None:
+        notes.append("head not found: the box starts at the top of the scan, centred on it")
+        head = covered, *(sum(grid.extent_mm(axis)) / 2 for axis in (1, 2))
+    top = min(head[0], covered)
+    low = np.array(head) - settings.roi_mm / 2
+    low[0] = max(top - settings.roi_top_mm, bottom)
     pixel_mm = settings.roi_mm / settings.img_size
     steps = np.array([(top - low[0]) / settings.base_slices, pixel_mm, pixel_mm])
-    for axis, step in zip(grid.image_axes, grid.steps, strict=True):
-        start = grid.extent_mm(axis)[0]
-        low[axis] = start + round((low[axis] - start) / step) * step
-    return Box(low, steps, (settings.base_slices, settings.img_size, settings.img_size))
+    axes = grid.image_axes
+    pixels = np.rint((low[axes] - grid.middle_edges) / grid.steps)
+    low[axes] = grid.middle_edges + pixels * grid.steps
+    shape = [settings.base_slices, settings.img_size, settings.img_size]
+    return Box(low, steps, np.array(shape))
 
 
-def _window_shape(grid: Grid, box: Box) -> tuple[int, int]:
+def _window_shape(grid: Grid, box: Box) -> np.ndarray:
     """Pixels along the image axes that cover the box, and one more."""
-    shape = []
-    for axis, step in zip(grid.image_axes, grid.steps, strict=True):
-        shape.append(math.ceil(box.shape[axis] * box.steps[axis] / step - 1e-6) + 1)
-    if max(shape) > 8192:
+    size_mm = (box.shape * box.steps)[grid.image_axes]
+    shape = np.ceil(size_mm / grid.steps - 1e-6).astype(int) + 1
+    if shape.max() > 8192:
         raise ValueError(f"(0028,0030) PixelSpacing {grid.steps.min():g} mm: expected at least 0.03 mm")
-    return tuple(shape)
+    return shape
 
 
-def _overlap(grid: Grid, k: int, box: Box, shape: tuple[int, int]) -> tuple[tuple, tuple]:
-    """Where image k and a window of `shape` pixels at the box's lower edge overlap: slices of the image, slices
-    of the window. The slice's own position counts, to a whole pixel, so gantry tilt is corrected."""
-    of_image, of_window = [], []
-    for side, axis in enumerate(grid.image_axes):
-        start = round(float((box.low[axis] - grid.edges[k, side]) / grid.steps[side]))
-        first = min(max(start, 0), grid.shape[side])
-        last = max(min(start + shape[side], grid.shape[side]), first)
-        is_beside = first == last
-        of_image.append(slice(first, last))
-        of_window.append(slice(0, 0) if is_beside else slice(first - start, last - start))
-    return tuple(of_image), tuple(of_window)
+def _overlap(grid: Grid, k: int, box: Box) -> tuple[tuple, tuple]:
+    """Where image k and a window at the box's lower edge overlap: slices of the image, slices of the window.
+    The slice's own position counts, to a whole pixel, so gantry tilt is corrected."""
+    distance_mm = box.low[grid.image_axes] - grid.edges[k]
+    start = np.rint(distance_mm / grid.steps).astype(int)
+    end = start + _window_shape(grid, box)
+    first = np.minimum(np.maximum(start, 0), grid.shape)
+    last = np.maximum(np.minimum(end, grid.shape), first)
+    of_image = tuple(map(slice, first, last))
+    of_window = tuple(map(slice, first - start, last - start))
+    return of_image, of_window
 
 
 def _load_window(
-    grid: Grid, k: int, box: Box, limits: tuple[float, float], out: np.ndarray
+    grid: Grid,
+    k: int,
+    box: Box,
+    limits: tuple[float, float],
+    out: np.ndarray,
 ) -> tuple[float, float]:
     """Fill out (h, w) float32 with the stored values of slice k from the box's lower edge on, clipped at the
     limits; outside of the image and for padding the lower one. Returns (gain, bias): limits -> 0..1 is gain *
@@ -1380,127 +1397,145 @@ def _load_window(
     i = int(grid.order[k])
     slope, intercept = grid.series.rescale(i)
     dark, bright = ((value - intercept) / slope for value in limits)  # as stored; dark > bright if slope < 0
-    of_image, of_window = _overlap(grid, k, box, out.shape)
-    image, inside = grid.image(k)[of_image], out[of_window]
+    of_image, of_window = _overlap(grid, k, box)
+    image = grid.image(k)[of_image]
+    inside = out[of_window]
     if inside.shape != out.shape:
         out[:] = dark
     low, high = np.float32(min(dark, bright)), np.float32(max(dark, bright))
     np.clip(image, low, high, out=inside, casting="same_kind")
     padding = grid.series.padding(i)
     if padding is not None:
-        inside[_is_padding(image, padding)] = dark
+        inside[is_padding(image, padding)] = dark
     grid.series.forget(i)
-    return 1 / (bright - dark), -dark / (bright - dark)
+    gain = 1 / (bright - dark)
+    return gain, -dark * gain
 
 
-def _is_padding(stored: np.ndarray, padding: tuple[int, int]) -> np.ndarray:
-    return (stored >= padding[0]) & (stored <= padding[1])
+def is_padding(stored: np.ndarray, padding: tuple[int, int]) -> np.ndarray:
+    low, high = padding
+    return (stored >= low) & (stored <= high)
 
 
 def _to_uint8(values: np.ndarray) -> np.ndarray:
     """0..1 -> 0..255, rounded; what lies beyond is clipped."""
-    return (np.clip(values, 0, 1) * 255 + 0.5).astype(np.uint8)
+    values = np.clip(values, 0, 1)
+    return (values * 255 + 0.5).astype(np.uint8)
 
 
-def resize_exactly(image: np.ndarray, factors: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+def resize_exactly(image: np.ndarray, factors: np.ndarray, shape: np.ndarray) -> np.ndarray:
     """Scale (h, w) float32 by factors per axis, its outer upper left edge staying in place, then cut to
     shape: area means along an axis that shrinks, linear along one that grows."""
-    y, x = (float(factor) for factor in factors)
-    if y < 1 or x < 1:
-        image = cv2.resize(image, None, fx=min(x, 1), fy=min(y, 1), interpolation=cv2.INTER_AREA)
-    if y > 1 or x > 1:
-        image = cv2.resize(image, None, fx=max(x, 1), fy=max(y, 1), interpolation=cv2.INTER_LINEAR)
-    return image[: shape[0], : shape[1]]
+    for method, (y, x) in (
+        (cv2.INTER_AREA, np.minimum(factors, 1)),
+        (cv2.INTER_LINEAR, np.maximum(factors, 1)),
+    ):
+        image = cv2.resize(image, None, fx=x, fy=y, interpolation=method)
+    rows, columns = shape
+    return image[:rows, :columns]
 
 
-def _axial_slabs(grid: Grid, box: Box, limits: tuple[float, float], notes: list[str]) -> np.ndarray:
-    """(Z, H, W) of slices stacked along z.
-
-    Slices are merged to a slab at their own resolution and each slab is resized once: both steps are linear, so
-    the order does not change the result, and there are ten times fewer images to resize. The clipping to the
-    window comes first, slice by slice, or bone would outshine the artery beside it in a thick slab.
-    """
-    weights, is_hole = slab_weights(grid.spans, box.edges(0))
-    if is_hole.any():
-        notes.append(f"{int(is_hole.sum())} slabs lie where slices are missing: interpolated")
-    image = np.empty(_window_shape(grid, box), np.float32)
-    voxels = np.empty(box.shape, np.uint8)
-    loaded = None
-    for z in range(box.shape[0]):
-        slab, offset = np.zeros_like(image), 0.0
-        for k in np.flatnonzero(weights[z]):
-            if k != loaded:  # a slice on an edge belongs to two slabs
-                gain, bias = _load_window(grid, int(k), box, limits, out=image)
-                loaded = k
-            weight = float(weights[z, k])
-            cv2.scaleAdd(image, gain * weight, slab, slab)
-            offset += bias * weight
-        slab += np.float32(offset)
-        voxels[z] = _to_uint8(resize_exactly(slab, grid.steps / box.steps[1:], box.shape[1:]))
-    return voxels
-
-
-def _sliced_slabs(grid: Grid, box: Box, limits: tuple[float, float], notes: list[str]) -> np.ndarray:
-    """(Z, H, W) of coronal or sagittal slices. z lies in the image, so each slice becomes (Z, side) first;
-    then the slices are spread over rows or columns: area means where they lie denser than voxels, linear
-    where sparser."""
+def _through_weights(grid: Grid, box: Box, notes: list[str]) -> np.ndarray:
+    """Weights (voxels, n) of the slices in the voxels along `through`. Axial: by overlap. Coronal and
+    sagittal: linear where slices lie sparser than voxels, and none beside what was scanned."""
     edges = box.edges(grid.through)
-    targets = (edges[:-1] + edges[1:]) / 2
+    weights, is_hole = slab_weights(grid.spans, edges)
+    if grid.through == 0:
+        if is_hole.any():
+            notes.append(f"{int(is_hole.sum())} slabs lie where slices are missing: interpolated")
+        return weights
+    middles = (edges[:-1] + edges[1:]) / 2
     if np.median(np.diff(grid.spans)) > box.steps[grid.through]:
-        weights = line_weights(grid.centres, targets)
-    else:
-        weights, _ = slab_weights(grid.spans, edges)
+        weights = line_weights(grid.centres, middles)
     first, last = grid.extent_mm(grid.through)
-    weights[(targets < first) | (targets > last)] = 0
+    weights[(middles < first) | (middles > last)] = 0
+    return weights
 
-    axes = list(grid.image_axes)
-    shape = tuple(box.shape[axis] for axis in axes)
-    factors = grid.steps / box.steps[axes]
+
+def _render_box(grid: Grid, box: Box, limits: tuple[float, float], notes: list[str]) -> np.ndarray:
+    """Voxels (Z, H, W).
+
+    The slices of a slab (across a sagittal scan: of a column of voxels) are merged at their own resolution,
+    and each slab is resized once: both steps are linear, so their order does not change the result, and there
+    are ten times fewer images to resize. Clipping to the window comes first, slice by slice, or bone would
+    outshine the artery beside it in a thick slab.
+    """
+    weights = _through_weights(grid, box, notes)
+    shape = box.shape[grid.image_axes]
+    factors = grid.steps / box.steps[grid.image_axes]
     image = np.empty(_window_shape(grid, box), np.float32)
-    voxels = np.zeros((len(targets), *shape), np.float32)
+    slabs = np.zeros((len(weights), *shape), np.uint8)
+    merged: dict[int, np.ndarray] = {}  # slabs that wait for more slices
+    offsets = np.zeros(len(weights))
+    last = [row.nonzero()[0].max(initial=-1) for row in weights]
     for k in np.flatnonzero(weights.any(axis=0)):
         gain, bias = _load_window(grid, int(k), box, limits, out=image)
-        image *= np.float32(gain)
-        image += np.float32(bias)
-        resized = np.ascontiguousarray(resize_exactly(image, factors, shape))
-        for target in np.flatnonzero(weights[:, k]):
-            cv2.scaleAdd(resized, float(weights[target, k]), voxels[target], voxels[target])
-    return np.ascontiguousarray(np.moveaxis(_to_uint8(voxels), 0, grid.through))
+        for z in np.flatnonzero(weights[:, k]):
+            if z not in merged:
+                merged[z] = np.zeros_like(image)
+            weight = float(weights[z, k])
+            cv2.scaleAdd(image, gain * weight, merged[z], merged[z])
+            offsets[z] += bias * weight
+            if k == last[z]:
+                slab = merged.pop(z) + np.float32(offsets[z])
+                slabs[z] = _to_uint8(resize_exactly(slab, factors, shape))
+    return np.ascontiguousarray(np.moveaxis(slabs, 0, grid.through))
 
 
 def _mr_limits(
-    grid: Grid, box: Box, percentiles: tuple[float, float], notes: list[str]
+    grid: Grid,
+    box: Box,
+    settings: VolumeSettings,
+    notes: list[str],
 ) -> tuple[float, float]:
-    """Percentiles of the rescaled pixels in the box (up to 30,000 of each of up to 16 slices, no padding)."""
+    """mr_percentiles of the rescaled pixels in the box (up to 30,000 of each of up to 16 slices, no
+    padding)."""
     edges = box.edges(grid.through)
     is_inside = (grid.spans[:, 1] > edges[0]) & (grid.spans[:, 0] < edges[-1])
     samples = [np.zeros(0, np.float32)]
     for k in _pick_evenly(np.flatnonzero(is_inside), 16):
-        i = int(grid.order[k])
-        of_image, _ = _overlap(grid, int(k), box, _window_shape(grid, box))
-        stored = grid.image(int(k))[of_image]
-        stride = 1 + math.isqrt(stored.size // 30_000)
-        stored = stored[::stride, ::stride].ravel()
-        padding = grid.series.padding(i)
-        if padding is not None:
-            stored = stored[~_is_padding(stored, padding)]
-        slope, intercept = grid.series.rescale(i)
-        samples.append(stored.astype(np.float32) * np.float32(slope) + np.float32(intercept))
+        of_image, _ = _overlap(grid, k, box)
+        values = _rescaled_image(grid, k)[of_image]
+        stride = 1 + math.isqrt(values.size // 30_000)
+        values = values[::stride, ::stride]
+        samples.append(values[~np.isnan(values)])
     values = np.concatenate(samples)
     if values.size == 0:
         notes.append("no pixel in the box: the volume is empty")
         return 0.0, 1.0
-    dark, bright = (float(value) for value in np.percentile(values, percentiles))
+    dark, bright = np.percentile(values, settings.mr_percentiles).tolist()
     if bright <= dark:
         notes.append(f"one intensity ({dark:g}) nearly all over the box")
         return dark, dark + 1.0
     return dark, bright
 
 
-def _pick_evenly(items: np.ndarray, count: int) -> np.ndarray:
+def _rescaled_image(grid: Grid, k: int) -> np.ndarray:
+    """Slice k along its canonical axes, float32 rescaled values, NaN where it is padding."""
+    i = int(grid.order[k])
+    stored = grid.image(k)
+    slope, intercept = grid.series.rescale(i)
+    values = stored.astype(np.float32, order="C")
+    values *= slope
+    values += intercept
+    padding = grid.series.padding(i)
+    if padding is not None:
+        values[is_padding(stored, padding)] = np.nan
+    return values
+
+
+def _pick_evenly(items: np.ndarray, count: int) -> list[int]:
     """At most `count` of the items, evenly spread, first and last among them."""
-    picks = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
-    return items[np.unique(picks)]
+    count = min(count, len(items))
+    picks = np.linspace(0, len(items) - 1, count)
+    picks = np.unique(picks.round().astype(int))
+    return items[picks].tolist()
+
+
+# --- head ---------------------------------------------------------------------------------------------------
+
+
+Masks = dict[int, np.ndarray]  # slice k -> (h, w) uint8
 
 
 def find_head(grid: Grid) -> tuple[float, float, float] | None:
@@ -1513,29 +1548,38 @@ def find_head(grid: Grid) -> tuple[float, float, float] | None:
     """
     factors = np.maximum(1, np.rint(3.0 / grid.steps)).astype(int)
     pixel_mm = grid.steps * factors
-    samples = {}
-    for k in _pick_evenly(np.arange(len(grid.order)), 24):
-        samples[int(k)] = _shrink_slice(grid, int(k), factors)
+    ks = _pick_evenly(np.arange(len(grid.order)), 24)
+    samples = {k: _shrink_slice(grid, k, factors) for k in ks}
     is_ct = grid.series.modality == "CT"
-    threshold = -300.0 if is_ct else _tissue_threshold(samples)
+    threshold = -300.0 if is_ct else _tissue_threshold(list(samples.values()))
 
     def mask_slice(k: int) -> np.ndarray:
-        return _mask_head(_shrink_slice(grid, k, factors), threshold, is_ct)
+        image = samples[k] if k in samples else _shrink_slice(grid, k, factors)
+        return _mask_head(image, threshold, is_ct)
 
-    masks = {k: _mask_head(image, threshold, is_ct) for k, image in samples.items()}
-    widths = [high - low for low, high in (grid.extent_mm(1), grid.extent_mm(2))]
-    least_mm2 = min(1000.0, 28.0 * min(widths))
+    masks = {k: mask_slice(k) for k in samples}
+    widths = np.diff([grid.extent_mm(1), grid.extent_mm(2)])
+    least_mm2 = min(1000.0, 28.0 * widths.min())
     if grid.through == 0:
         masks = _follow_head(grid, masks)
         top = _find_axial_top(grid, masks, mask_slice, least_mm2 / pixel_mm.prod())
     else:
         masks = {k: largest_component(mask) for k, mask in masks.items()}
         top = _find_sliced_top(grid, masks, pixel_mm, least_mm2)
-    return None if top is None else (top, *_centre_below(grid, masks, pixel_mm, top))
+    if top is None:
+        return None
+    points = np.concatenate([_mask_points(grid, k, mask, pixel_mm) for k, mask in masks.items()])
+    z = points[:, 0]
+    points = points[(z > top - 100) & (z < top)]
+    _, y, x = ((points.min(axis=0) + points.max(axis=0)) / 2).tolist()
+    return top, y, x
 
 
 def _find_axial_top(
-    grid: Grid, masks: dict[int, np.ndarray], mask_slice: typing.Callable, least_pixels: float
+    grid: Grid,
+    masks: Masks,
+    mask_slice: typing.Callable,
+    least_pixels: float,
 ) -> float | None:
     """mm of the top by bisection between the highest sample with a head and the next; `masks` gets the slices
     with a head that it passes."""
@@ -1548,76 +1592,61 @@ def _find_axial_top(
         k = (inside + above) // 2
         mask = largest_component(mask_slice(k), near=masks[inside])
         if mask.sum() > least_pixels:
-            inside, masks[k] = k, mask
+            inside = k
+            masks[k] = mask
         else:
             above = k
     return float(grid.spans[inside, 1])
 
 
 def _find_sliced_top(
-    grid: Grid, masks: dict[int, np.ndarray], pixel_mm: np.ndarray, least_mm2: float
+    grid: Grid,
+    masks: Masks,
+    pixel_mm: np.ndarray,
+    least_mm2: float,
 ) -> float | None:
     """mm of the top: the highest row (of z) whose pixels in all samples make up the cross-section."""
     centres = grid.centres[list(masks)]
     depths_mm = np.gradient(centres) if len(masks) > 1 else np.diff(grid.spans[0])  # that a sample stands for
-    lengths_mm = np.stack([mask.sum(axis=1) for mask in masks.values()]) * pixel_mm[1]  # (samples, rows)
-    rows = np.flatnonzero(depths_mm @ lengths_mm > least_mm2)
+    widths = np.stack([mask.sum(axis=1) for mask in masks.values()])  # (samples, rows) pixels
+    areas_mm2 = depths_mm @ widths * pixel_mm[1]
+    rows = np.flatnonzero(areas_mm2 > least_mm2)
     if len(rows) == 0:
         return None
     bottom, covered = grid.extent_mm(0)
-    return min(bottom + float((rows[-1] + 1) * pixel_mm[0]), covered)
+    return min(bottom + float(pixel_mm[0] * (rows[-1] + 1)), covered)
 
 
-def _centre_below(
-    grid: Grid, masks: dict[int, np.ndarray], pixel_mm: np.ndarray, top: float
-) -> tuple[float, float]:
-    """(y, x) mm: the middle of the masks' bounding box between top and 100 mm below."""
-    ends: list[list[float]] = [[], [], []]  # along z, y, x
-    for k, mask in masks.items():
-        if grid.through == 0:
-            is_below = top - 100 <= grid.centres[k] <= top
-        else:
-            rows_mm = grid.edges[k, 0] + (np.arange(len(mask)) + 0.5) * pixel_mm[0]
-            is_below = ((rows_mm > top - 100) & (rows_mm < top))[:, None]
-        mask = mask * is_below
-        if not mask.any():
-            continue
-        ends[grid.through] += grid.spans[k].tolist()
-        for side, axis in enumerate(grid.image_axes):
-            filled = np.flatnonzero(mask.any(axis=1 - side))
-            for pixel in (filled[0], filled[-1] + 1):
-                ends[axis].append(float(grid.edges[k, side] + pixel * pixel_mm[side]))
-    y, x = ((min(mm) + max(mm)) / 2 for mm in ends[1:])
-    return y, x
+def _mask_points(grid: Grid, k: int, mask: np.ndarray, pixel_mm: np.ndarray) -> np.ndarray:
+    """(N, 3) canonical mm of the pixels in the mask of slice k."""
+    pixels = np.argwhere(mask)
+    points = np.empty((len(pixels), 3))
+    points[:, grid.through] = grid.centres[k]
+    points[:, grid.image_axes] = grid.edges[k] + (pixels + 0.5) * pixel_mm
+    return points
 
 
 def _shrink_slice(grid: Grid, k: int, factors: np.ndarray) -> np.ndarray:
     """Rescaled slice k as means over blocks of `factors` pixels, float32; padding as the slice's lowest
     value."""
-    i = int(grid.order[k])
-    slope, intercept = grid.series.rescale(i)
-    rows, columns = (max(1, length // factor) for length, factor in zip(grid.shape, factors, strict=True))
-    values = grid.image(k)[: rows * factors[0], : columns * factors[1]]
-    if values.dtype not in (np.uint8, np.int16, np.uint16):  # what OpenCV resizes as it is
-        values = values.astype(np.float32)
-    padding = grid.series.padding(i)
-    if padding is not None:
-        is_padding = _is_padding(values, padding)
-        tissue = values if is_padding.all() else values[~is_padding]
-        values = np.where(is_padding, tissue.min() if slope > 0 else tissue.max(), values)
-    small = cv2.resize(np.ascontiguousarray(values), (columns, rows), interpolation=cv2.INTER_AREA)
-    return small.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+    image = _rescaled_image(grid, k)
+    is_missing = np.isnan(image)
+    image[is_missing] = 0 if is_missing.all() else np.nanmin(image)
+    blocks = np.maximum(1, grid.shape // factors)
+    rows, columns = blocks * factors
+    return cv2.resize(image[:rows, :columns], blocks[::-1].tolist(), interpolation=cv2.INTER_AREA)
 
 
-def _tissue_threshold(samples: dict[int, np.ndarray]) -> float:
+def _tissue_threshold(images: list[np.ndarray]) -> float:
     """Threshold for MR: half of Otsu's, since dark tissue is head, but at least a tenth of the range (1st to
     99th percentile), since noise is not."""
-    values = np.concatenate([image.ravel() for image in samples.values()])
-    low, high = (float(value) for value in np.percentile(values, (1, 99)))
+    values = np.concatenate([image.ravel() for image in images])
+    low, high = np.percentile(values, (1, 99)).tolist()
     if high <= low:
         return high
-    scaled = (np.clip((values - low) / (high - low), 0, 1) * 255).astype(np.uint8)
-    level, _ = cv2.threshold(scaled.reshape(1, -1), 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
+    scaled = np.clip((values - low) / (high - low), 0, 1) * 255
+    scaled = scaled.astype(np.uint8)
+    level, _ = cv2.threshold(scaled[None], 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
     return low + max(0.5 * level / 255, 0.1) * (high - low)
 
 
@@ -1637,18 +1666,20 @@ def largest_component(mask: np.ndarray, near: np.ndarray | None = None) -> np.nd
     """The largest connected part of a mask, or the one that shares most pixels with `near`; zeros if there is
     none."""
     _, labels = cv2.connectedComponents(mask, connectivity=8)
-    sizes = np.bincount(labels.ravel() if near is None else labels[near > 0])
-    if len(sizes) < 2 or sizes[1:].max() == 0:
+    pixels = labels.ravel() if near is None else labels[near > 0]
+    sizes = np.bincount(pixels, minlength=2)
+    sizes[0] = 0  # background
+    if sizes.max() == 0:
         return np.zeros_like(mask)
-    return (labels == 1 + int(sizes[1:].argmax())).astype(np.uint8)
+    return (labels == sizes.argmax()).astype(np.uint8)
 
 
-def _follow_head(grid: Grid, masks: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+def _follow_head(grid: Grid, masks: Masks) -> Masks:
     """One component per slice: the largest of all, and up and down from it the one over the last; nothing
     beyond 30 mm without any."""
-    largest = {k: largest_component(mask) for k, mask in masks.items()}
-    seed = max(largest, key=lambda k: int(largest[k].sum()))
     head = {k: np.zeros_like(mask) for k, mask in masks.items()}
+    largest = {k: largest_component(mask) for k, mask in masks.items()}
+    seed = max(largest, key=lambda k: largest[k].sum())
     head[seed] = largest[seed]
     upwards = [k for k in masks if k > seed]
     downwards = [k for k in reversed(masks) if k < seed]
