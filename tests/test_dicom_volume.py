@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from common import (
-    Config,
+from dicom import (
+    VolumeSettings,
+    canonical_axes,
     canonical_grid,
     find_head,
     line_weights,
@@ -22,7 +23,7 @@ from common import (
     to_voxel,
 )
 
-CFG = Config(base_slices=16, img_size=100, roi_mm=200.0, roi_top_mm=160.0)
+SETTINGS = VolumeSettings(base_slices=16, img_size=100, roi_mm=200.0, roi_top_mm=160.0)
 R, L, A, P, S, I = (
     np.array(v, float) for v in ([-1, 0, 0], [1, 0, 0], [0, -1, 0], [0, 1, 0], [0, 0, 1], [0, 0, -1])
 )
@@ -189,7 +190,7 @@ def brightest_place(voxels: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("name", ORIENTATIONS)
 def test_a_blob_lies_where_its_millimetres_say(name):
     row_dir, col_dir = ORIENTATIONS[name]
-    volume = make_volume(scan(blob, row_dir, col_dir, (70, 96, 88), (3.3, 2.5, 2.5)), CFG)
+    volume = make_volume(scan(blob, row_dir, col_dir, (70, 96, 88), (3.3, 2.5, 2.5)), SETTINGS)
     assert volume.voxels.shape == (16, 100, 100)
     assert volume.voxels.dtype == np.uint8
     assert volume.voxels.max() > 150
@@ -200,7 +201,7 @@ def test_a_blob_lies_where_its_millimetres_say(name):
 def test_gantry_tilt_is_put_upright(degrees):
     shear = np.tan(np.deg2rad(degrees)) * P
     series = scan(blob, L, P, (110, 120, 96), (2.0, 2.2, 2.2), shear=shear)
-    volume = make_volume(series, CFG)
+    volume = make_volume(series, SETTINGS)
     directions = volume.affine[:3, :3] / np.linalg.norm(volume.affine[:3, :3], axis=0)
     np.testing.assert_allclose(directions.T @ directions, np.eye(3), atol=1e-9)
     np.testing.assert_allclose(brightest_place(volume.voxels), to_voxel(BLOB, volume.affine)[0], atol=0.5)
@@ -208,7 +209,7 @@ def test_gantry_tilt_is_put_upright(degrees):
 
 @pytest.mark.parametrize("name", ORIENTATIONS)
 def test_axes_grow_upwards_backwards_and_to_the_left(name):
-    volume = make_volume(scan(head, *ORIENTATIONS[name], (50, 64, 64), (4.0, 3.6, 3.6)), CFG)
+    volume = make_volume(scan(head, *ORIENTATIONS[name], (50, 64, 64), (4.0, 3.6, 3.6)), SETTINGS)
     z, y, x = volume.affine[:3, :3].T
     assert np.dot(z, S) > 0.9 * np.linalg.norm(z)
     assert np.dot(y, P) > 0.9 * np.linalg.norm(y)
@@ -217,7 +218,7 @@ def test_axes_grow_upwards_backwards_and_to_the_left(name):
 
 
 def test_voxels_and_millimetres_are_inverse():
-    volume = make_volume(scan(head, *ORIENTATIONS["oblique axial"], (50, 64, 64), (4.0, 3.6, 3.6)), CFG)
+    volume = make_volume(scan(head, *ORIENTATIONS["oblique axial"], (50, 64, 64), (4.0, 3.6, 3.6)), SETTINGS)
     voxels = np.array([[0.0, 0.0, 0.0], [3.5, 20.0, 77.0]])
     np.testing.assert_allclose(to_voxel(to_lps(voxels, volume.affine), volume.affine), voxels, atol=1e-9)
 
@@ -226,7 +227,7 @@ def test_non_square_pixels_keep_a_head_round():
     def ball(points):
         return np.where((points**2).sum(axis=-1) < 70**2, 600.0, -1000.0)
 
-    volume = make_volume(scan(ball, L, P, (80, 60, 180), (2.0, 4.0, 1.4)), CFG)
+    volume = make_volume(scan(ball, L, P, (80, 60, 180), (2.0, 4.0, 1.4)), SETTINGS)
     middle = volume.voxels[round(to_voxel(np.zeros(3), volume.affine)[0, 0])] > 127
     height_mm, width_mm = (np.ptp(np.flatnonzero(middle.any(axis=1 - axis))) * 2.0 for axis in (0, 1))
     assert height_mm == pytest.approx(width_mm, abs=4)
@@ -245,7 +246,7 @@ def test_the_box_starts_at_the_top_of_the_head_and_is_centred_on_it(name, modali
         return head(points, centre) + (1000 + np.abs(points.sum(axis=-1)) % 9 if modality == "MR" else 0)
 
     series = scan(values, *ORIENTATIONS[name], (100, 100, 100), (2.6, 2.6, 2.6), modality=modality)
-    volume = make_volume(series, CFG)
+    volume = make_volume(series, SETTINGS)
     middle = to_lps(np.array([15.5, 49.5, 49.5]), volume.affine)[0]  # of the box's upper side
     assert volume.notes == []
     assert volume.spacing_mm[0] == pytest.approx(10.0)  # 160 mm in 16 slabs
@@ -283,21 +284,23 @@ def test_shoulders_do_not_move_the_box():
 
 
 def test_a_short_scan_keeps_what_it_has():
-    volume = make_volume(scan(head, L, P, (32, 64, 64), (2.0, 3.6, 3.6)), CFG)  # 64 mm through the middle
+    volume = make_volume(
+        scan(head, L, P, (32, 64, 64), (2.0, 3.6, 3.6)), SETTINGS
+    )  # 64 mm through the middle
     assert volume.spacing_mm[0] * 16 == pytest.approx(64)
     assert (volume.voxels.max(axis=(1, 2)) > 0).all()
 
 
 def test_without_a_head_the_whole_scan_is_taken_and_noted():
     series = scan(lambda points: np.full(points.shape[:-1], -1000.0), L, P, (20, 32, 32), (2.0, 6.0, 6.0))
-    volume = make_volume(series, CFG)
+    volume = make_volume(series, SETTINGS)
     assert "head not found" in volume.notes[0]
     assert volume.spacing_mm[0] * 16 == pytest.approx(40)
 
 
 def test_slices_outside_of_the_region_are_not_decoded():
     series = scan(lambda points: head(points, (0, 0, 60)), L, P, (400, 32, 32), (1.0, 7.0, 7.0))  # top at 160
-    volume = make_volume(series, CFG)
+    volume = make_volume(series, SETTINGS)
     inside = {i for i in range(400) if 5 < 160 - (i - 199.5) < 155}
     assert inside <= series.decoded
     assert len(series.decoded - inside) <= 30
@@ -308,7 +311,7 @@ def test_slices_outside_of_the_region_are_not_decoded():
 
 
 def stack(images: np.ndarray, modality: str = "CT", at=None) -> StandIn:
-    """Axial slices of 2 mm, each of one value (n,), pixels of 2 mm, as large as the box of CFG."""
+    """Axial slices of 2 mm, each of one value (n,), pixels of 2 mm, as large as the box of SETTINGS."""
     series = scan(lambda p: np.zeros(p.shape[:-1]), L, P, (len(images), 100, 100), (2.0, 2.0, 2.0), at=at)
     series.images = [np.full((100, 100), value, np.int16) for value in images]
     series.modality = modality
@@ -317,16 +320,10 @@ def stack(images: np.ndarray, modality: str = "CT", at=None) -> StandIn:
 
 def test_a_slab_is_the_mean_of_its_windowed_slices():
     values = np.array([0, 310, 600, 2000, -500, 60, 120, 120])
-    volume = make_volume(stack(values), replace(CFG, base_slices=4))
+    volume = make_volume(stack(values), replace(SETTINGS, base_slices=4))
     expected = [155, 600, 30, 120]  # of 0..600, every slice clipped before the mean
     found = np.median(volume.voxels, axis=(1, 2))
     assert found.tolist() == [int(v / 600 * 255 + 0.5) for v in expected]
-
-
-def test_a_slab_may_be_the_maximum():
-    values = np.array([0, 310, 600, 2000, -500, 60, 120, 120])
-    volume = make_volume(stack(values), replace(CFG, base_slices=4, slab_mode="max"))
-    assert np.median(volume.voxels, axis=(1, 2)).tolist() == [132, 255, 26, 51]
 
 
 @pytest.mark.parametrize("name", ["axial", "coronal", "sagittal"])
@@ -337,7 +334,8 @@ def test_all_planes_give_the_same_volume(name):
 
     axial, other = (
         make_volume(
-            scan(values, *ORIENTATIONS[plane], (110, 110, 110), (2.0, 2.0, 2.0)), replace(CFG, img_size=64)
+            scan(values, *ORIENTATIONS[plane], (110, 110, 110), (2.0, 2.0, 2.0)),
+            replace(SETTINGS, img_size=64),
         )
         for plane in ("axial", name)
     )
@@ -347,23 +345,10 @@ def test_all_planes_give_the_same_volume(name):
     assert np.mean(difference > 25) < 0.05  # edges, because the boxes differ by a fraction of a voxel
 
 
-@pytest.mark.parametrize("name", ["axial", "sagittal"])
-def test_the_maximum_keeps_a_thin_bright_layer(name):
-    def values(points):
-        return np.where(np.abs(points[..., 2] - 21) < 1.1, 600.0, head(points))
-
-    series = scan(values, *ORIENTATIONS[name], (110, 110, 110), (2.0, 2.0, 2.0))
-    mean, largest = (
-        make_volume(series, replace(CFG, slab_mode=mode)).voxels.max() for mode in ("mean", "max")
-    )
-    assert mean < 120
-    assert largest == 255
-
-
 def test_missing_slices_are_filled_by_position_and_noted():
     values = np.array([0, 0, 0, 0, 600, 600, 600, 600])
     at = [0, 2, 4, 6, 40, 42, 44, 46]  # 32 mm of nothing in between
-    volume = make_volume(stack(values, at=at), replace(CFG, base_slices=12))
+    volume = make_volume(stack(values, at=at), replace(SETTINGS, base_slices=12))
     found = np.median(volume.voxels, axis=(1, 2))
     assert "slabs lie where slices are missing" in volume.notes[-1]
     assert found[0] == 0
@@ -374,13 +359,13 @@ def test_missing_slices_are_filled_by_position_and_noted():
 
 def test_mr_percentiles_belong_to_the_series():
     values = np.array([100, 100, 100, 100, 300, 300, 300, 300, 500, 500, 500, 500])
-    volume = make_volume(stack(values, "MR"), replace(CFG, base_slices=6, mr_percentiles=(0.0, 100.0)))
+    volume = make_volume(stack(values, "MR"), replace(SETTINGS, base_slices=6, mr_percentiles=(0.0, 100.0)))
     assert np.median(volume.voxels, axis=(1, 2)).tolist() == [0, 0, 128, 128, 255, 255]
 
 
 def test_each_mr_slice_has_its_own_rescale():
     series = stack(np.array([100, 100, 300, 300, 500, 500]), "MR")
-    cfg = replace(CFG, base_slices=6, mr_percentiles=(0.0, 100.0))
+    cfg = replace(SETTINGS, base_slices=6, mr_percentiles=(0.0, 100.0))
     plain = make_volume(series, cfg).voxels
     slopes = [1.0, 2.0, 0.5, 4.0, 0.25, 5.0]
     series.rescales = [(slope, 7.0) for slope in slopes]
@@ -393,7 +378,7 @@ def test_each_mr_slice_has_its_own_rescale():
 
 def test_a_negative_slope_turns_the_picture():
     series = stack(np.array([100, 100, 300, 300, 500, 500]), "MR")
-    cfg = replace(CFG, base_slices=3, mr_percentiles=(0.0, 100.0))
+    cfg = replace(SETTINGS, base_slices=3, mr_percentiles=(0.0, 100.0))
     series.rescales = [(-1.0, 600.0)] * 6
     assert np.median(make_volume(series, cfg).voxels, axis=(1, 2)).tolist() == [255, 128, 0]
 
@@ -405,7 +390,7 @@ def test_padding_is_dark_whatever_its_value_means(modality):
         image[:, :50] = 3000  # as bright as bone, were it not padding
         image[0, 50:] = 100
     series.pad = (3000, 3000)
-    volume = make_volume(series, replace(CFG, base_slices=4))
+    volume = make_volume(series, replace(SETTINGS, base_slices=4))
     middle = round(to_voxel(np.zeros(3), volume.affine)[0, 2])  # padding lies to the patient's right of it
     assert 20 < middle < 60
     assert (volume.voxels[:, :, : middle - 2] == 0).all()
@@ -415,9 +400,9 @@ def test_padding_is_dark_whatever_its_value_means(modality):
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.uint32])
 def test_every_storage_type_gives_the_same_volume(dtype):
     series = stack(np.array([0, 40, 80, 120, 160, 200, 240, 250]))
-    expected = make_volume(series, CFG).voxels
+    expected = make_volume(series, SETTINGS).voxels
     series.images = [image.astype(dtype) for image in series.images]
-    np.testing.assert_array_equal(make_volume(series, CFG).voxels, expected)
+    np.testing.assert_array_equal(make_volume(series, SETTINGS).voxels, expected)
 
 
 # --- damage -------------------------------------------------------------------------------------------------
@@ -425,20 +410,20 @@ def test_every_storage_type_gives_the_same_volume(dtype):
 
 def test_a_slice_that_cannot_be_decoded_is_left_out_and_noted():
     series = replace(stack(np.array([310] * 40)), broken=frozenset({11, 12}))
-    volume = make_volume(series, CFG)
+    volume = make_volume(series, SETTINGS)
     assert volume.notes[-1] == "2 slices left out, they cannot be decoded: slice 11 is broken"
     assert (np.median(volume.voxels, axis=(1, 2)) == 132).all()
 
 
 def test_a_series_with_many_broken_slices_is_refused():
     with pytest.raises(ValueError, match="is broken"):
-        make_volume(replace(stack(np.array([310] * 40)), broken=frozenset(range(5, 40, 6))), CFG)
+        make_volume(replace(stack(np.array([310] * 40)), broken=frozenset(range(5, 40, 6))), SETTINGS)
     with pytest.raises(ValueError, match="slice 0 is broken"):
-        make_volume(replace(stack(np.array([310])), broken=frozenset({0})), CFG)
+        make_volume(replace(stack(np.array([310])), broken=frozenset({0})), SETTINGS)
 
 
 def test_one_slice_is_a_volume():
-    volume = make_volume(stack(np.array([310])), CFG)
+    volume = make_volume(stack(np.array([310])), SETTINGS)
     assert volume.spacing_mm[0] * 16 == pytest.approx(2.0)
     assert (np.median(volume.voxels, axis=(1, 2)) == 132).all()
 
@@ -446,4 +431,4 @@ def test_one_slice_is_a_volume():
 def test_absurd_pixel_spacing_is_refused():
     series = scan(head, L, P, (4, 64, 64), (2.0, 1e-5, 1e-5))
     with pytest.raises(ValueError, match="PixelSpacing"):
-        make_volume(series, CFG)
+        make_volume(series, SETTINGS)
