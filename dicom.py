@@ -1233,9 +1233,9 @@ def canonical_grid(series: Series, lost: dict[int, str] | None = None) -> Grid:
     flips = signs[image_axes]
 
     lost = {} if lost is None else lost
-    readable = np.array([i for i in range(len(series.frames)) if i not in lost])
-    positions = np.array([series.frames[i].position for i in readable], float)
-    positions = positions @ directions.T  # (n, 3) mm of the first stored pixel
+    readable = [i for i in range(len(series.frames)) if i not in lost]
+    positions = [series.frames[i].position for i in readable]
+    positions = np.array(positions) @ directions.T  # (n, 3) mm of the first stored pixel
     order = np.argsort(positions[:, through], kind="stable")
     positions = positions[order]
     centres = positions[:, through]
@@ -1249,7 +1249,7 @@ def canonical_grid(series: Series, lost: dict[int, str] | None = None) -> Grid:
         flips=flips,
         steps=steps,
         shape=shape,
-        order=readable[order],
+        order=np.array(readable)[order],
         centres=centres,
         spans=slice_spans(centres, series.spacing_mm[0]),
         edges=positions[:, image_axes] - pixels_before * steps,
@@ -1342,24 +1342,32 @@ def make_volume(series: Series, settings: VolumeSettings) -> Volume:
     return Volume(voxels, affine, notes)
 
 
-def _place_box(grid: Grid, settings: VolumeSettings, notes: list[str]) -> Box:
+def _place_box(
+    grid: Grid,
+    settings: VolumeSettings,
+    notes: list[str],
+) -> Box:
     """The box under the head. Along the image axes its edge is moved to the nearest pixel edge of the middle
     slice, so that resizing is exact."""
     bottom, covered = grid.extent_mm(0)
     head = find_head(grid)
     if head is None:
         notes.append("head not found: the box starts at the top of the scan, centred on it")
-        head = covered, *(sum(grid.extent_mm(axis)) / 2 for axis in (1, 2))
+        head = covered, sum(grid.extent_mm(1)) / 2, sum(grid.extent_mm(2)) / 2
     top = min(head[0], covered)
     low = np.array(head) - settings.roi_mm / 2
     low[0] = max(top - settings.roi_top_mm, bottom)
+    slab_mm = (top - low[0]) / settings.base_slices
     pixel_mm = settings.roi_mm / settings.img_size
-    steps = np.array([(top - low[0]) / settings.base_slices, pixel_mm, pixel_mm])
     axes = grid.image_axes
-    pixels = np.rint((low[axes] - grid.middle_edges) / grid.steps)
+    distance_mm = low[axes] - grid.middle_edges
+    pixels = np.rint(distance_mm / grid.steps)
     low[axes] = grid.middle_edges + pixels * grid.steps
-    shape = [settings.base_slices, settings.img_size, settings.img_size]
-    return Box(low, steps, np.array(shape))
+    return Box(
+        low=low,
+        steps=np.array([slab_mm, pixel_mm, pixel_mm]),
+        shape=np.array([settings.base_slices, settings.img_size, settings.img_size]),
+    )
 
 
 def _window_shape(grid: Grid, box: Box) -> np.ndarray:
@@ -1371,7 +1379,11 @@ def _window_shape(grid: Grid, box: Box) -> np.ndarray:
     return shape
 
 
-def _overlap(grid: Grid, k: int, box: Box) -> tuple[tuple, tuple]:
+def _overlap(
+    grid: Grid,
+    k: int,
+    box: Box,
+) -> tuple[tuple, tuple]:
     """Where image k and a window at the box's lower edge overlap: slices of the image, slices of the window.
     The slice's own position counts, to a whole pixel, so gantry tilt is corrected."""
     distance_mm = box.low[grid.image_axes] - grid.edges[k]
@@ -1396,13 +1408,15 @@ def _load_window(
     out + bias."""
     i = int(grid.order[k])
     slope, intercept = grid.series.rescale(i)
-    dark, bright = ((value - intercept) / slope for value in limits)  # as stored; dark > bright if slope < 0
+    # As stored; dark lies above bright where the slope is negative.
+    dark, bright = ((value - intercept) / slope for value in limits)
     of_image, of_window = _overlap(grid, k, box)
     image = grid.image(k)[of_image]
     inside = out[of_window]
     if inside.shape != out.shape:
         out[:] = dark
-    low, high = np.float32(min(dark, bright)), np.float32(max(dark, bright))
+    low = np.float32(min(dark, bright))
+    high = np.float32(max(dark, bright))
     np.clip(image, low, high, out=inside, casting="same_kind")
     padding = grid.series.padding(i)
     if padding is not None:
@@ -1423,7 +1437,11 @@ def _to_uint8(values: np.ndarray) -> np.ndarray:
     return (values * 255 + 0.5).astype(np.uint8)
 
 
-def resize_exactly(image: np.ndarray, factors: np.ndarray, shape: np.ndarray) -> np.ndarray:
+def resize_exactly(
+    image: np.ndarray,
+    factors: np.ndarray,
+    shape: np.ndarray,
+) -> np.ndarray:
     """Scale (h, w) float32 by factors per axis, its outer upper left edge staying in place, then cut to
     shape: area means along an axis that shrinks, linear along one that grows."""
     for method, (y, x) in (
@@ -1435,7 +1453,11 @@ def resize_exactly(image: np.ndarray, factors: np.ndarray, shape: np.ndarray) ->
     return image[:rows, :columns]
 
 
-def _through_weights(grid: Grid, box: Box, notes: list[str]) -> np.ndarray:
+def _through_weights(
+    grid: Grid,
+    box: Box,
+    notes: list[str],
+) -> np.ndarray:
     """Weights (voxels, n) of the slices in the voxels along `through`. Axial: by overlap. Coronal and
     sagittal: linear where slices lie sparser than voxels, and none beside what was scanned."""
     edges = box.edges(grid.through)
@@ -1452,7 +1474,12 @@ def _through_weights(grid: Grid, box: Box, notes: list[str]) -> np.ndarray:
     return weights
 
 
-def _render_box(grid: Grid, box: Box, limits: tuple[float, float], notes: list[str]) -> np.ndarray:
+def _render_box(
+    grid: Grid,
+    box: Box,
+    limits: tuple[float, float],
+    notes: list[str],
+) -> np.ndarray:
     """Voxels (Z, H, W).
 
     The slices of a slab (across a sagittal scan: of a column of voxels) are merged at their own resolution,
@@ -1461,15 +1488,17 @@ def _render_box(grid: Grid, box: Box, limits: tuple[float, float], notes: list[s
     outshine the artery beside it in a thick slab.
     """
     weights = _through_weights(grid, box, notes)
-    shape = box.shape[grid.image_axes]
-    factors = grid.steps / box.steps[grid.image_axes]
-    image = np.empty(_window_shape(grid, box), np.float32)
-    slabs = np.zeros((len(weights), *shape), np.uint8)
-    merged: dict[int, np.ndarray] = {}  # slabs that wait for more slices
-    offsets = np.zeros(len(weights))
+    num_slabs = len(weights)
     last = [row.nonzero()[0].max(initial=-1) for row in weights]
+    axes = grid.image_axes
+    shape = box.shape[axes]
+    factors = grid.steps / box.steps[axes]
+    image = np.empty(_window_shape(grid, box), np.float32)
+    slabs = np.zeros((num_slabs, *shape), np.uint8)
+    merged: dict[int, np.ndarray] = {}  # slabs that wait for more slices
+    offsets = np.zeros(num_slabs)
     for k in np.flatnonzero(weights.any(axis=0)):
-        gain, bias = _load_window(grid, int(k), box, limits, out=image)
+        gain, bias = _load_window(grid, k, box, limits, out=image)
         for z in np.flatnonzero(weights[:, k]):
             if z not in merged:
                 merged[z] = np.zeros_like(image)
@@ -1478,8 +1507,10 @@ def _render_box(grid: Grid, box: Box, limits: tuple[float, float], notes: list[s
             offsets[z] += bias * weight
             if k == last[z]:
                 slab = merged.pop(z) + np.float32(offsets[z])
-                slabs[z] = _to_uint8(resize_exactly(slab, factors, shape))
-    return np.ascontiguousarray(np.moveaxis(slabs, 0, grid.through))
+                slab = resize_exactly(slab, factors, shape)
+                slabs[z] = _to_uint8(slab)
+    voxels = np.moveaxis(slabs, 0, grid.through)
+    return np.ascontiguousarray(voxels)
 
 
 def _mr_limits(
@@ -1548,8 +1579,9 @@ def find_head(grid: Grid) -> tuple[float, float, float] | None:
     """
     factors = np.maximum(1, np.rint(3.0 / grid.steps)).astype(int)
     pixel_mm = grid.steps * factors
-    ks = _pick_evenly(np.arange(len(grid.order)), 24)
-    samples = {k: _shrink_slice(grid, k, factors) for k in ks}
+    samples = {}
+    for k in _pick_evenly(np.arange(len(grid.order)), 24):
+        samples[k] = _shrink_slice(grid, k, factors)
     is_ct = grid.series.modality == "CT"
     threshold = -300.0 if is_ct else _tissue_threshold(list(samples.values()))
 
@@ -1562,17 +1594,20 @@ def find_head(grid: Grid) -> tuple[float, float, float] | None:
     least_mm2 = min(1000.0, 28.0 * widths.min())
     if grid.through == 0:
         masks = _follow_head(grid, masks)
-        top = _find_axial_top(grid, masks, mask_slice, least_mm2 / pixel_mm.prod())
+        least_pixels = least_mm2 / pixel_mm.prod()
+        top = _find_axial_top(grid, masks, mask_slice, least_pixels)
     else:
         masks = {k: largest_component(mask) for k, mask in masks.items()}
         top = _find_sliced_top(grid, masks, pixel_mm, least_mm2)
     if top is None:
         return None
-    points = np.concatenate([_mask_points(grid, k, mask, pixel_mm) for k, mask in masks.items()])
-    z = points[:, 0]
-    points = points[(z > top - 100) & (z < top)]
-    _, y, x = ((points.min(axis=0) + points.max(axis=0)) / 2).tolist()
-    return top, y, x
+    points = [_mask_points(grid, k, mask, pixel_mm) for k, mask in masks.items()]
+    points = np.concatenate(points)
+    heights = points[:, 0]
+    is_near = (heights > top - 100) & (heights < top)
+    low, high = points[is_near].min(axis=0), points[is_near].max(axis=0)
+    _, y, x = (low + high) / 2
+    return top, float(y), float(x)
 
 
 def _find_axial_top(
@@ -1607,8 +1642,9 @@ def _find_sliced_top(
 ) -> float | None:
     """mm of the top: the highest row (of z) whose pixels in all samples make up the cross-section."""
     centres = grid.centres[list(masks)]
-    depths_mm = np.gradient(centres) if len(masks) > 1 else np.diff(grid.spans[0])  # that a sample stands for
-    widths = np.stack([mask.sum(axis=1) for mask in masks.values()])  # (samples, rows) pixels
+    # mm through the stack that a sample stands for
+    depths_mm = np.gradient(centres) if len(masks) > 1 else np.diff(grid.spans[0])
+    widths = np.stack(list(masks.values())).sum(axis=2)  # (samples, rows) pixels
     areas_mm2 = depths_mm @ widths * pixel_mm[1]
     rows = np.flatnonzero(areas_mm2 > least_mm2)
     if len(rows) == 0:
@@ -1617,7 +1653,12 @@ def _find_sliced_top(
     return min(bottom + float(pixel_mm[0] * (rows[-1] + 1)), covered)
 
 
-def _mask_points(grid: Grid, k: int, mask: np.ndarray, pixel_mm: np.ndarray) -> np.ndarray:
+def _mask_points(
+    grid: Grid,
+    k: int,
+    mask: np.ndarray,
+    pixel_mm: np.ndarray,
+) -> np.ndarray:
     """(N, 3) canonical mm of the pixels in the mask of slice k."""
     pixels = np.argwhere(mask)
     points = np.empty((len(pixels), 3))
@@ -1626,7 +1667,11 @@ def _mask_points(grid: Grid, k: int, mask: np.ndarray, pixel_mm: np.ndarray) -> 
     return points
 
 
-def _shrink_slice(grid: Grid, k: int, factors: np.ndarray) -> np.ndarray:
+def _shrink_slice(
+    grid: Grid,
+    k: int,
+    factors: np.ndarray,
+) -> np.ndarray:
     """Rescaled slice k as means over blocks of `factors` pixels, float32; padding as the slice's lowest
     value."""
     image = _rescaled_image(grid, k)
@@ -1644,13 +1689,19 @@ def _tissue_threshold(images: list[np.ndarray]) -> float:
     low, high = np.percentile(values, (1, 99)).tolist()
     if high <= low:
         return high
-    scaled = np.clip((values - low) / (high - low), 0, 1) * 255
-    scaled = scaled.astype(np.uint8)
-    level, _ = cv2.threshold(scaled[None], 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
-    return low + max(0.5 * level / 255, 0.1) * (high - low)
+    shares = np.clip((values - low) / (high - low), 0, 1)
+    scaled = (shares * 255).astype(np.uint8)
+    method = cv2.THRESH_BINARY + cv2.THRESH_OTSU
+    level, _ = cv2.threshold(scaled[None], 0, 255, method)
+    share = max(0.5 * level / 255, 0.1)
+    return low + share * (high - low)
 
 
-def _mask_head(image: np.ndarray, threshold: float, is_ct: bool) -> np.ndarray:
+def _mask_head(
+    image: np.ndarray,
+    threshold: float,
+    is_ct: bool,
+) -> np.ndarray:
     """Mask uint8 of what is brighter, without structures thinner than 3 pixels (table, headrest). MR: with
     its dark insides, because the skull is a dark ring there."""
     mask = (image > threshold).astype(np.uint8)
