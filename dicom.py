@@ -33,7 +33,7 @@ from pydicom.pixels import get_decoder
 
 # --- settings -----------------------------------------------------------------------------------------------
 
-VOLUME_VERSION = 1  # to be raised with each change of the code that changes a volume's voxels
+VOLUME_VERSION = 2  # to be raised with each change of the code that changes a volume's voxels
 
 
 @dataclass(frozen=True)
@@ -521,6 +521,7 @@ class Series:
     notes: list[str]  # everything that was left out, assumed or repaired
     skipped: list[tuple[Path, str]]  # files that are no slices, with the reason
     geometry: dict[tuple[str, int], Frame]  # (SOPInstanceUID, frame index) -> every image, left-out ones too
+    doubts: list[str] = field(default_factory=list)
     _stored: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     def stored(self, i: int) -> np.ndarray:
@@ -836,13 +837,14 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
         modality = "CT" if min(frame.intercept for frame in frames) <= -500 else "MR"
         notes.append(f"no (0008,0060) Modality: {modality} assumed from (0028,1052) RescaleIntercept")
     normal, affine, spacing, positions = _stack(frames, notes)
+    doubts: list[str] = []
     return Series(
         uid=safe_uid(uid or header.get("SeriesInstanceUID") or os.path.abspath(frames[0].path.parent)),
         modality=modality,
         patient=hashlib.sha256(patient.encode()).hexdigest()[:12] if patient else "",
         age=header.get("PatientAge", ""),
         sex=header.get("PatientSex", ""),
-        frames=_repaired(frames, modality, notes),
+        frames=repair_values(frames, modality, notes, doubts),
         positions_mm=positions,
         normal=normal,
         affine=affine,
@@ -852,6 +854,7 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
         notes=notes,
         skipped=skipped,
         geometry=geometry,
+        doubts=doubts,
     )
 
 
@@ -1062,51 +1065,213 @@ def _stack(frames: list[Frame], notes: list[str]) -> tuple[np.ndarray, np.ndarra
     return normal, affine, (gap, row_mm, col_mm), at
 
 
-def _repaired(frames: list[Frame], modality: str, notes: list[str]) -> list[Frame]:
-    """Values that the pixels contradict, put right for the whole series by a look at three slices."""
-    header = frames[0].header
-    signed = whole(header, "PixelRepresentation") == 1
+AIR_HU = (-1100, -900)
+TISSUE_HU = (-20, 120)
+HIGHEST_HU = 3200  # but for metal
+
+Samples = dict[int, np.ndarray]  # index of a frame -> some of its stored values, (h, w)
+
+
+def repair_values(
+    frames: list[Frame],
+    modality: str,
+    notes: list[str],
+    doubts: list[str],
+) -> list[Frame]:
+    """Values that the pixels contradict, put right for the whole series by a look at five slices."""
     if modality == "CT":
-        stated = {frame.intercept for frame in frames if "RescaleIntercept" in frame.header}
-        usual = stated.pop() if len(stated) == 1 else -1024.0 if not stated and not signed else None
-        lacking = sum("RescaleIntercept" not in frame.header for frame in frames)
-        if lacking and usual:
-            notes.append(f"no (0028,1052) RescaleIntercept in {lacking} CT images: {usual:g} assumed")
-            frames = [f if "RescaleIntercept" in f.header else replace(f, intercept=usual) for f in frames]
-    may_be_hu = modality == "CT" and signed and all(-1100 < frame.intercept < -900 for frame in frames)
-    is_mono1 = header.get("PhotometricInterpretation") == "MONOCHROME1"
-    samples = []
-    if may_be_hu or is_mono1:
-        for frame in (frames[len(frames) * k // 4] for k in (1, 2, 3)):
-            with contextlib.suppress(ValueError):  # told when the slice is used
-                samples.append((decode(frame), frame.padding))
-    if may_be_hu and samples and _is_hu(samples):
-        notes.append("(0028,1052) RescaleIntercept near -1024, but the stored values are HU: 0 used")
-        frames = [replace(frame, intercept=0.0) for frame in frames]
-    if is_mono1 and samples and _has_bright_border([stored for stored, _ in samples]):
-        notes.append("(0028,0004) PhotometricInterpretation MONOCHROME1 with a bright background: inverted")
-        ends = -1 if signed else 2 ** whole(header, "BitsStored", 16) - 1  # lowest plus highest stored value
-        frames = [replace(f, slope=-f.slope, intercept=f.intercept + f.slope * ends) for f in frames]
-    f = frames[0]
-    if modality == "CT" and f.padding and -500 < f.slope * f.padding[1] + f.intercept < 3000:
-        notes.append(f"(0028,0120) PixelPaddingValue {f.padding[1]} would be tissue: not used")
-        frames = [replace(frame, padding=None) for frame in frames]
-    return frames
+        frames = _add_intercept(frames, notes)
+    samples: Samples = {}
+    for k in (1, 2, 3, 4, 5):
+        i = len(frames) * k // 6
+        with contextlib.suppress(ValueError):  # told when the slice is used
+            stored = decode(frames[i])
+            stride = 1 + math.isqrt(stored.size // 16_000)
+            samples[i] = stored[::stride, ::stride]
+    if not samples:
+        return frames
+    if frames[0].header.get("PhotometricInterpretation") == "MONOCHROME1":
+        frames = _invert_if_bright(frames, samples, notes)
+    if modality == "CT":
+        frames = _choose_reading(frames, samples, notes, doubts)
+        padding = frames[0].padding
+        if padding and -500 < frames[0].slope * padding[1] + frames[0].intercept < 3000:
+            notes.append(f"(0028,0120) PixelPaddingValue {padding[1]} would be tissue: not used")
+            frames = [replace(frame, padding=None) for frame in frames]
+    return _pad_fill(frames, samples, modality, notes)
 
 
-def _is_hu(samples: list[tuple]) -> bool:
-    """Whether stored CT values are HU: 5 % of the pixels (padding aside) are air near -1000, and of those
-    above 300 less than half lie at 1024 +- 100, where soft tissue would be if 1024 were still to be
-    subtracted."""
-    values = np.concatenate([s[(s < p[0]) | (s > p[1])] if p else s.ravel() for s, p in samples])
-    high = values[values > 300]
-    has_air = ((values > -1050) & (values < -950)).sum() > 0.05 * values.size
-    return bool(has_air and ((high > 924) & (high < 1224)).sum() <= 0.5 * high.size)
+def _add_intercept(frames: list[Frame], notes: list[str]) -> list[Frame]:
+    """CT images without an intercept get that of the others; if none has one, unsigned images get -1024."""
+    stated = {frame.intercept for frame in frames if "RescaleIntercept" in frame.header}
+    if not stated and not _is_signed(frames[0].header):
+        stated = {-1024.0}
+    usual = stated.pop() if len(stated) == 1 else 0.0
+    num_lacking = sum("RescaleIntercept" not in frame.header for frame in frames)
+    if usual == 0 or num_lacking == 0:
+        return frames
+    notes.append(f"no (0028,1052) RescaleIntercept in {num_lacking} CT images: {usual:g} assumed")
+    return [f if "RescaleIntercept" in f.header else replace(f, intercept=usual) for f in frames]
 
 
-def _has_bright_border(samples: list[np.ndarray]) -> bool:
-    border = np.concatenate([edge for s in samples for edge in (s[0], s[-1], s[:, 0], s[:, -1])])
-    return bool(np.median(border) > np.median(np.concatenate([s.ravel() for s in samples])))
+def _is_signed(header: dict) -> bool:
+    return header.get("PixelRepresentation") == (1,)
+
+
+def _border(samples: Samples) -> np.ndarray:
+    """Stored values along the edges of all samples."""
+    edges = []
+    for stored in samples.values():
+        edges += [stored[0], stored[-1], stored[:, 0], stored[:, -1]]
+    return np.concatenate(edges)
+
+
+def _most_common(values: np.ndarray) -> tuple[int, float]:
+    """(the most common one of the values, its share)"""
+    distinct, counts = np.unique(values, return_counts=True)
+    return int(distinct[counts.argmax()]), float(counts.max() / values.size)
+
+
+def _invert_if_bright(frames: list[Frame], samples: Samples, notes: list[str]) -> list[Frame]:
+    """MONOCHROME1 images with a bright background are complemented within BitsStored."""
+    pixels = np.concatenate([stored.ravel() for stored in samples.values()])
+    if np.median(_border(samples)) <= np.median(pixels):
+        return frames
+    notes.append("(0028,0004) PhotometricInterpretation MONOCHROME1 with a bright background: inverted")
+    header = frames[0].header
+    bits = header.get("BitsStored", (16,))[0]
+    ends = -1 if _is_signed(header) else 2**bits - 1  # lowest plus highest stored value
+    inverted = []
+    for frame in frames:
+        intercept = frame.intercept + frame.slope * ends
+        inverted.append(replace(frame, slope=-frame.slope, intercept=intercept))
+    return inverted
+
+
+def _reread(stored: np.ndarray, header: dict) -> np.ndarray:
+    """Stored values in the bits and sign that another header states."""
+    size = 8 * stored.dtype.itemsize
+    bits = header.get("BitsStored", (size,))[0]
+    if not 1 <= bits <= size:
+        bits = size
+    return mask_stored(stored, bits, bits - 1, _is_signed(header))
+
+
+def _choose_reading(
+    frames: list[Frame],
+    samples: Samples,
+    notes: list[str],
+    doubts: list[str],
+) -> list[Frame]:
+    """CT frames read so that air and soft tissue lie where HU says.
+
+    Files are known to need another sign than (0028,0103) PixelRepresentation says, 12 signed bits where 16
+    are stated, or an intercept that is missing, was applied already, or counts twice. The stated reading
+    stands unless it is clearly worse than one that shows both air and soft tissue, because a field of view
+    inside the head has no air and a phantom no tissue.
+    """
+    header = frames[0].header
+    signs: list[dict] = [{}, {"PixelRepresentation": (0 if _is_signed(header) else 1,)}]
+    if not _is_signed(header) and max(stored.max() for stored in samples.values()) < 4096:
+        signs.append({"PixelRepresentation": (1,), "BitsStored": (12,), "HighBit": (11,)})
+    stated = header.get("RescaleIntercept", (frames[0].intercept,))[0]
+    intercepts = (stated, stated / 2, 0.0, -1024.0, -2048.0, 1024.0)
+
+    best = _judge_reading(frames, samples, {}, 0.0)
+    chosen_tags, chosen_shift = {}, 0.0
+    for tags, intercept in itertools.product(signs, intercepts):
+        if best.score > 0.097:
+            break
+        shift = intercept - stated
+        judged = _judge_reading(frames, samples, tags, shift)
+        if min(judged.air, judged.tissue) >= 0.05 and judged.score > best.score + 0.003:
+            best, chosen_tags, chosen_shift = judged, tags, shift
+    if max(best.air, best.tissue) < 0.02:
+        doubts.append("CT values: neither air near -1000 HU nor soft tissue near 0 to 100 HU in any reading")
+    elif best.beyond > 0.03:
+        doubts.append(f"CT values: {best.beyond:.0%} of the pixels are no HU in any reading")
+    if not chosen_tags and chosen_shift == 0:
+        return frames
+    changes = [f"{name} {value[0]}" for name, value in chosen_tags.items()]
+    changes.append(f"RescaleIntercept {stated + chosen_shift:g}")
+    notes.append(f"air and soft tissue are not where HU says: {', '.join(changes)} used")
+    repaired = []
+    for frame in frames:
+        padding = None if chosen_tags else frame.padding
+        tags = frame.header | chosen_tags
+        intercept = frame.intercept + chosen_shift
+        repaired.append(replace(frame, header=tags, intercept=intercept, padding=padding))
+    return repaired
+
+
+class Reading(typing.NamedTuple):
+    """Shares of the pixels, padding aside."""
+
+    air: float
+    tissue: float
+    beyond: float  # above all HU, or below but for a fill
+
+    @property
+    def score(self) -> float:
+        """At most 0.1: a twentieth of air and of soft tissue each is as good as more."""
+        return min(self.air, 0.05) + min(self.tissue, 0.05) - self.beyond
+
+
+def _judge_reading(frames: list[Frame], samples: Samples, tags: dict, shift: float) -> Reading:
+    """Where the samples' values lie with other tags and an intercept shifted by `shift`."""
+    fill, _ = _most_common(_border(samples))
+    parts, fills = [], []
+    for i, stored in samples.items():
+        frame = frames[i]
+        hu = _reread(stored, frame.header | tags) * frame.slope + frame.intercept + shift
+        is_tissue = np.full(stored.shape, True)
+        if frame.padding:
+            is_tissue = ~is_padding(stored, frame.padding)
+        parts.append(hu[is_tissue])
+        fills.append(stored[is_tissue] == fill)
+    hu, is_fill = np.concatenate(parts), np.concatenate(fills)
+    if hu.size == 0:
+        return Reading(0.0, 0.0, 0.0)
+    is_beyond = (hu > HIGHEST_HU) | ((hu < AIR_HU[0]) & ~is_fill)
+    is_air = (hu > AIR_HU[0]) & (hu < AIR_HU[1])
+    is_tissue = (hu > TISSUE_HU[0]) & (hu < TISSUE_HU[1])
+    return Reading(float(is_air.mean()), float(is_tissue.mean()), float(is_beyond.mean()))
+
+
+def _pad_fill(
+    frames: list[Frame],
+    samples: Samples,
+    modality: str,
+    notes: list[str],
+) -> list[Frame]:
+    """Takes a value that fills the border, far from all others, for padding that the header does not state.
+
+    In MR such a fill (-2048, or the same without its sign) would take the percentiles and the head's
+    threshold. Zero is the black of a magnitude image: it has to cover more and to lie farther away. In CT
+    only a fill brighter than bone matters.
+    """
+    frame = frames[0]
+    samples = {i: _reread(stored, frame.header) for i, stored in samples.items()}
+    fill, share = _most_common(_border(samples))
+    pixels = np.concatenate([stored.ravel() for stored in samples.values()])
+    others = pixels[pixels != fill]
+    is_known = frame.padding is not None and is_padding(np.array(fill), frame.padding)
+    if share < 0.1 or others.size == 0 or is_known:
+        return frames
+    low, high = np.percentile(others, (5, 99)).tolist()
+    below, above = low - fill, fill - high
+    value = fill * frame.slope + frame.intercept
+    if modality == "CT":
+        is_fill = above > 0 and value > 1500
+    else:
+        least_share, least_ranges = (0.25, 2.0) if value == 0 else (0.01, 0.5)
+        is_common = others.size <= (1 - least_share) * pixels.size
+        is_fill = is_common and max(below, above) > least_ranges * (high - low) > 0
+    if not is_fill:
+        return frames
+    padding = (-(2**31), round(fill + below / 2)) if below > above else (round(fill - above / 2), 2**31)
+    notes.append(f"the stored value {fill} fills the border far from all others: taken for padding")
+    return [replace(f, padding=padding) for f in frames]
 
 
 # --- volume -------------------------------------------------------------------------------------------------
@@ -1119,6 +1284,7 @@ class Volume:
     voxels: np.ndarray  # (Z, H, W) uint8
     affine: np.ndarray  # (4, 4) from (z, y, x, 1) to LPS mm
     notes: list[str]
+    doubts: list[str]  # why the volume may be wrong, the series' doubts among them
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -1138,6 +1304,11 @@ class Box:
         """(shape + 1,) mm of the voxels' edges along an axis."""
         numbers = np.arange(self.shape[axis] + 1)
         return self.low[axis] + self.steps[axis] * numbers
+
+    def middles(self, axis: int) -> np.ndarray:
+        """(shape,) mm of the voxels' middles along an axis."""
+        edges = self.edges(axis)
+        return (edges[:-1] + edges[1:]) / 2
 
 
 @dataclass(frozen=True)
@@ -1237,6 +1408,9 @@ def canonical_grid(series: Series, lost: dict[int, str] | None = None) -> Grid:
     positions = [series.frames[i].position for i in readable]
     positions = np.array(positions) @ directions.T  # (n, 3) mm of the first stored pixel
     order = np.argsort(positions[:, through], kind="stable")
+    is_beside = np.abs(positions - np.median(positions, axis=0)) > 150
+    order = order[~is_beside[order][:, image_axes].any(axis=1)]
+    order = order[_main_run(positions[order, through])]
     positions = positions[order]
     centres = positions[:, through]
     pixels_before = np.where(flips < 0, shape - 0.5, 0.5)
@@ -1257,6 +1431,19 @@ def canonical_grid(series: Series, lost: dict[int, str] | None = None) -> Grid:
     )
 
 
+def _main_run(centres: np.ndarray) -> np.ndarray:
+    """Indices of the growing centres less a few that lie far from all others: without gaps of 30 mm and four
+    usual gaps. All of them, if that would leave less than nine tenths."""
+    numbers = np.arange(len(centres))
+    if len(centres) < 3:
+        return numbers
+    gaps = np.diff(centres)
+    is_wide = gaps > max(30.0, 4 * np.median(gaps))
+    runs = np.split(numbers, np.flatnonzero(is_wide) + 1)
+    longest = max(runs, key=len)
+    return longest if len(longest) >= 0.9 * len(centres) else numbers
+
+
 def slice_spans(centres: np.ndarray, thickness_mm: float) -> np.ndarray:
     """(n, 2): the interval that each of n growing slices stands for: to the midpoints between neighbours, but
     at most 0.75 of the median gap to either side (a missing slice leaves a hole); thickness_mm where there is
@@ -1273,19 +1460,20 @@ def slice_spans(centres: np.ndarray, thickness_mm: float) -> np.ndarray:
 def slab_weights(spans: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weights (Z, n) of n slices in Z slabs, by how much of the slab each span (n, 2) covers; rows sum to 1.
 
-    A slab that no span touches (missing slices) is interpolated between its neighbours; the second result
-    (Z,) says which. Beyond all spans the nearest slice counts.
+    A slab that no span touches (missing slices) is interpolated between its neighbours; beyond all spans the
+    nearest slice counts. The second result (Z,) is the share of each slab that spans cover.
     """
     first, last = spans.T
     low, high = edges[:-1], edges[1:]
     overlap_mm = np.minimum(high[:, None], last) - np.maximum(low[:, None], first)
     weights = np.clip(overlap_mm, 0, None)
-    is_hole = weights.sum(axis=1) < 1e-6 * (high - low)
+    covered = weights.sum(axis=1) / (high - low)
+    is_hole = covered < 1e-6
     middles = (low + high) / 2
     centres = spans.mean(axis=1)
     weights[is_hole] = line_weights(centres, middles[is_hole])
     weights /= weights.sum(axis=1, keepdims=True)
-    return weights, is_hole
+    return weights, covered
 
 
 def line_weights(centres: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -1329,17 +1517,60 @@ def make_volume(series: Series, settings: VolumeSettings) -> Volume:
         limits = settings.ct_window
         if series.modality != "CT":
             limits = _mr_limits(grid, box, settings, notes)
-        voxels = _render_box(grid, box, limits, notes)
+        weights, covered = _through_weights(grid, box)
+        voxels = _render_box(grid, box, weights, limits)
         series.forget()
         # A slice that failed to decode came out as zeros: all over again without it.
         if len(lost) == num_lost:
             break
     if lost:
         notes.append(f"{len(lost)} slices left out, they cannot be decoded: {lost[min(lost)]}")
+    num_far = len(series.frames) - len(lost) - len(grid.order)
+    if num_far:
+        notes.append(f"{num_far} slices far from all others left out")
+    doubts = series.doubts + _doubt_voxels(grid, box, voxels, covered, notes)
     affine = np.eye(4)
     affine[:3, :3] = grid.directions.T * box.steps
     affine[:3, 3] = grid.directions.T @ (box.low + box.steps / 2)
-    return Volume(voxels, affine, notes)
+    return Volume(voxels, affine, notes, doubts)
+
+
+def _doubt_voxels(
+    grid: Grid,
+    box: Box,
+    voxels: np.ndarray,
+    covered: np.ndarray,
+    notes: list[str],
+) -> list[str]:
+    """What makes voxels implausible, looking at what was scanned of the box."""
+    is_scanned = [_is_scanned(grid, box, axis) for axis in range(3)]
+    scanned = voxels[np.ix_(*is_scanned)]
+    if scanned.size == 0:
+        return []
+    doubts = []
+    covered = covered[is_scanned[grid.through]]
+    slabs = np.moveaxis(scanned, grid.through, 0).reshape(len(covered), -1)
+    is_interpolated = covered < 0.5
+    is_empty = slabs.min(axis=1) == slabs.max(axis=1)
+    if grid.through != 0:  # beside the head there is only air
+        filled = np.flatnonzero(~is_empty)
+        is_empty[: filled[0] if len(filled) else 0] = False
+        is_empty[filled[-1] + 1 if len(filled) else 0 :] = False
+    for is_poor, why in (
+        (is_interpolated, "interpolated over missing slices"),
+        (is_empty, "empty"),
+    ):
+        if is_poor.any():
+            notes.append(f"{is_poor.mean():.0%} of the slabs ({is_poor.sum()}) are {why}")
+    share = (is_interpolated | is_empty).mean()
+    if share > 0.25:
+        doubts.append(f"{share:.0%} of the volume is interpolated over missing slices, or empty")
+    shares = np.bincount(scanned.ravel(), minlength=256) / scanned.size
+    if shares[255] > 0.33:
+        doubts.append(f"{shares[255]:.0%} of the volume is white")
+    if shares.max() > 0.95:
+        doubts.append(f"{shares.max():.0%} of the volume has the grey value {shares.argmax()}")
+    return doubts if len(grid.order) >= 5 else []  # fewer slices are no scan to judge
 
 
 def _place_box(
@@ -1453,41 +1684,37 @@ def resize_exactly(
     return image[:rows, :columns]
 
 
-def _through_weights(
-    grid: Grid,
-    box: Box,
-    notes: list[str],
-) -> np.ndarray:
-    """Weights (voxels, n) of the slices in the voxels along `through`. Axial: by overlap. Coronal and
-    sagittal: linear where slices lie sparser than voxels, and none beside what was scanned."""
-    edges = box.edges(grid.through)
-    weights, is_hole = slab_weights(grid.spans, edges)
-    if grid.through == 0:
-        if is_hole.any():
-            notes.append(f"{int(is_hole.sum())} slabs lie where slices are missing: interpolated")
-        return weights
-    middles = (edges[:-1] + edges[1:]) / 2
-    if np.median(np.diff(grid.spans)) > box.steps[grid.through]:
-        weights = line_weights(grid.centres, middles)
-    first, last = grid.extent_mm(grid.through)
-    weights[(middles < first) | (middles > last)] = 0
-    return weights
+def _through_weights(grid: Grid, box: Box) -> tuple[np.ndarray, np.ndarray]:
+    """`slab_weights` of the voxels along `through`. Coronal and sagittal: linear where slices lie sparser
+    than voxels, and none beside what was scanned."""
+    weights, covered = slab_weights(grid.spans, box.edges(grid.through))
+    if grid.through != 0:
+        if np.median(np.diff(grid.spans)) > box.steps[grid.through]:
+            weights = line_weights(grid.centres, box.middles(grid.through))
+        weights[~_is_scanned(grid, box, grid.through)] = 0
+    return weights, covered
+
+
+def _is_scanned(grid: Grid, box: Box, axis: int) -> np.ndarray:
+    """Which voxels along an axis have their middle in what was scanned."""
+    low, high = grid.extent_mm(axis)
+    middles = box.middles(axis)
+    return (middles >= low) & (middles <= high)
 
 
 def _render_box(
     grid: Grid,
     box: Box,
+    weights: np.ndarray,
     limits: tuple[float, float],
-    notes: list[str],
 ) -> np.ndarray:
-    """Voxels (Z, H, W).
+    """Voxels (Z, H, W) from the weights (voxels along `through`, slices).
 
     The slices of a slab (across a sagittal scan: of a column of voxels) are merged at their own resolution,
     and each slab is resized once: both steps are linear, so their order does not change the result, and there
     are ten times fewer images to resize. Clipping to the window comes first, slice by slice, or bone would
     outshine the artery beside it in a thick slab.
     """
-    weights = _through_weights(grid, box, notes)
     num_slabs = len(weights)
     last = [row.nonzero()[0].max(initial=-1) for row in weights]
     axes = grid.image_axes
@@ -1585,8 +1812,12 @@ def find_head(grid: Grid) -> tuple[float, float, float] | None:
     is_ct = grid.series.modality == "CT"
     threshold = -300.0 if is_ct else _tissue_threshold(list(samples.values()))
 
+    spread = np.ptp(np.percentile(list(samples.values()), (1, 99)))
+
     def mask_slice(k: int) -> np.ndarray:
         image = samples[k] if k in samples else _shrink_slice(grid, k, factors)
+        if np.ptp(image) < 0.01 * spread:  # without content, however bright
+            return np.zeros(image.shape, np.uint8)
         return _mask_head(image, threshold, is_ct)
 
     masks = {k: mask_slice(k) for k in samples}
@@ -1703,10 +1934,18 @@ def _mask_head(
     is_ct: bool,
 ) -> np.ndarray:
     """Mask uint8 of what is brighter, without structures thinner than 3 pixels (table, headrest). MR: with
-    its dark insides, because the skull is a dark ring there."""
-    mask = (image > threshold).astype(np.uint8)
+    its dark insides, because the skull is a dark ring there. CT: with all inside the skull, which may be
+    hollow or have a defect."""
     kernel = np.ones((3, 3), np.uint8)
-    if not is_ct:
+    mask = (image > threshold).astype(np.uint8)
+    if is_ct:
+        bone = (image > 100).astype(np.uint8)
+        bone = cv2.morphologyEx(bone, cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))
+        skull = largest_component(bone)
+        if skull.any():
+            hull = cv2.convexHull(cv2.findNonZero(skull))
+            cv2.fillConvexPoly(mask, hull, 1)
+    else:
         mask = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, kernel)
         contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
         mask = cv2.drawContours(mask, contours, -1, 1, cv2.FILLED)

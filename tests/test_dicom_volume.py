@@ -38,6 +38,7 @@ class StandIn:
     spacing_mm: tuple[float, float, float]
     images: list
     modality: str = "CT"
+    doubts: list = field(default_factory=list)
     rescales: list = field(default_factory=list)
     pad: tuple[int, int] | None = None
     broken: frozenset = frozenset()
