@@ -1094,11 +1094,9 @@ def repair_values(
         frames = _invert_if_bright(frames, samples, notes)
     if modality == "CT":
         frames = _choose_reading(frames, samples, notes, doubts)
-        padding = frames[0].padding
-        if padding and -500 < frames[0].slope * padding[1] + frames[0].intercept < 3000:
-            notes.append(f"(0028,0120) PixelPaddingValue {padding[1]} would be tissue: not used")
-            frames = [replace(frame, padding=None) for frame in frames]
-    return _pad_fill(frames, samples, modality, notes)
+    else:
+        frames = _choose_sign(frames, samples, notes)
+    return _repair_padding(frames, samples, modality, notes)
 
 
 def _add_intercept(frames: list[Frame], notes: list[str]) -> list[Frame]:
@@ -1118,12 +1116,14 @@ def _is_signed(header: dict) -> bool:
     return header.get("PixelRepresentation") == (1,)
 
 
-def _border(samples: Samples) -> np.ndarray:
-    """Stored values along the edges of all samples."""
-    edges = []
-    for stored in samples.values():
-        edges += [stored[0], stored[-1], stored[:, 0], stored[:, -1]]
-    return np.concatenate(edges)
+def _flip_sign(header: dict) -> dict:
+    """The tags that say the other sign."""
+    return {"PixelRepresentation": (0 if _is_signed(header) else 1,)}
+
+
+def _corners(samples: Samples) -> np.ndarray:
+    """Stored values in the four corners of all samples, where no head reaches."""
+    return np.concatenate([stored[[0, 0, -1, -1], [0, -1, 0, -1]] for stored in samples.values()])
 
 
 def _most_common(values: np.ndarray) -> tuple[int, float]:
@@ -1135,7 +1135,8 @@ def _most_common(values: np.ndarray) -> tuple[int, float]:
 def _invert_if_bright(frames: list[Frame], samples: Samples, notes: list[str]) -> list[Frame]:
     """MONOCHROME1 images with a bright background are complemented within BitsStored."""
     pixels = np.concatenate([stored.ravel() for stored in samples.values()])
-    if np.median(_border(samples)) <= np.median(pixels):
+    darkest, brightest = np.percentile(pixels, (1, 99))
+    if np.median(_corners(samples)) < (darkest + brightest) / 2:
         return frames
     notes.append("(0028,0004) PhotometricInterpretation MONOCHROME1 with a bright background: inverted")
     header = frames[0].header
@@ -1171,7 +1172,7 @@ def _choose_reading(
     inside the head has no air and a phantom no tissue.
     """
     header = frames[0].header
-    signs: list[dict] = [{}, {"PixelRepresentation": (0 if _is_signed(header) else 1,)}]
+    signs: list[dict] = [{}, _flip_sign(header)]
     if not _is_signed(header) and max(stored.max() for stored in samples.values()) < 4096:
         signs.append({"PixelRepresentation": (1,), "BitsStored": (12,), "HighBit": (11,)})
     stated = header.get("RescaleIntercept", (frames[0].intercept,))[0]
@@ -1219,7 +1220,7 @@ class Reading(typing.NamedTuple):
 
 def _judge_reading(frames: list[Frame], samples: Samples, tags: dict, shift: float) -> Reading:
     """Where the samples' values lie with other tags and an intercept shifted by `shift`."""
-    fill, _ = _most_common(_border(samples))
+    fill, _ = _most_common(_corners(samples))
     parts, fills = [], []
     for i, stored in samples.items():
         frame = frames[i]
@@ -1238,40 +1239,71 @@ def _judge_reading(frames: list[Frame], samples: Samples, tags: dict, shift: flo
     return Reading(float(is_air.mean()), float(is_tissue.mean()), float(is_beyond.mean()))
 
 
-def _pad_fill(
+def _choose_sign(frames: list[Frame], samples: Samples, notes: list[str]) -> list[Frame]:
+    """MR frames in the other sign than (0028,0103) PixelRepresentation says, if values lie much closer then:
+    small negative values without their sign are the largest of all."""
+    tags = _flip_sign(frames[0].header)
+    pixels = np.concatenate([stored.ravel() for stored in samples.values()])
+    flipped = _reread(pixels, frames[0].header | tags)
+    spread, flipped_spread = (np.ptp(np.percentile(values, (1, 99))) for values in (pixels, flipped))
+    if flipped_spread >= 0.5 * spread:
+        return frames
+    notes.append(f"(0028,0103) PixelRepresentation {tags['PixelRepresentation'][0]} used: values lie closer")
+    return [replace(frame, header=frame.header | tags, padding=None) for frame in frames]
+
+
+def _repair_padding(
     frames: list[Frame],
     samples: Samples,
     modality: str,
     notes: list[str],
 ) -> list[Frame]:
-    """Takes a value that fills the border, far from all others, for padding that the header does not state.
+    """Padding that would be tissue is not used; a value that fills corners, far from all others, is taken
+    for padding.
 
-    In MR such a fill (-2048, or the same without its sign) would take the percentiles and the head's
-    threshold. Zero is the black of a magnitude image: it has to cover more and to lie farther away. In CT
-    only a fill brighter than bone matters.
+    In MR such a fill (-2048, for example) would take the percentiles and the head's threshold. Zero is the
+    black of a magnitude image: it has to cover more and to lie farther away. In CT only a fill brighter than
+    bone matters.
     """
     frame = frames[0]
     samples = {i: _reread(stored, frame.header) for i, stored in samples.items()}
-    fill, share = _most_common(_border(samples))
+    corners = _corners(samples)
     pixels = np.concatenate([stored.ravel() for stored in samples.values()])
-    others = pixels[pixels != fill]
-    is_known = frame.padding is not None and is_padding(np.array(fill), frame.padding)
-    if share < 0.1 or others.size == 0 or is_known:
-        return frames
-    low, high = np.percentile(others, (5, 99)).tolist()
-    below, above = low - fill, fill - high
-    value = fill * frame.slope + frame.intercept
-    if modality == "CT":
-        is_fill = above > 0 and value > 1500
-    else:
-        least_share, least_ranges = (0.25, 2.0) if value == 0 else (0.01, 0.5)
-        is_common = others.size <= (1 - least_share) * pixels.size
-        is_fill = is_common and max(below, above) > least_ranges * (high - low) > 0
-    if not is_fill:
-        return frames
-    padding = (-(2**31), round(fill + below / 2)) if below > above else (round(fill - above / 2), 2**31)
-    notes.append(f"the stored value {fill} fills the border far from all others: taken for padding")
-    return [replace(f, padding=padding) for f in frames]
+    if frame.padding:
+        first, last = frame.padding
+        others = pixels[~is_padding(pixels, frame.padding)]
+        if modality == "CT":
+            is_tissue = -500 < last * frame.slope + frame.intercept < 3000
+        elif is_padding(corners, frame.padding).mean() < 0.25:
+            low, high = np.percentile(others, (5, 99))
+            is_tissue = first < high and last > low
+        else:
+            is_tissue = others.size == 0
+        if not is_tissue:
+            return frames
+        notes.append(f"(0028,0120) PixelPaddingValue {last} would be tissue: not used")
+        frames = [replace(f, padding=None) for f in frames]
+
+    for fill in (int(pixels.min()), int(pixels.max())):
+        others = pixels[pixels != fill]
+        if (corners == fill).mean() < 0.25 or others.size == 0:
+            continue
+        low, high = np.percentile(others, (5, 99))
+        gap = max(low - fill, fill - high)
+        value, lowest = (v * frame.slope + frame.intercept for v in (fill, low))
+        if modality == "CT":
+            is_fill = fill > high and value > 1500
+        elif value == 0:
+            is_fill = others.size < 0.75 * pixels.size and gap > 2 * (high - low) > 0
+        else:
+            is_fill = others.size < 0.99 * pixels.size and (
+                value < 0 <= lowest or gap > 0.5 * (high - low) > 0
+            )
+        if is_fill:
+            notes.append(f"the stored value {fill} fills corners, far from all others: taken for padding")
+            padding = (-(2**31), int(fill + gap / 2)) if fill < low else (int(fill - gap / 2), 2**31)
+            return [replace(f, padding=padding) for f in frames]
+    return frames
 
 
 # --- volume -------------------------------------------------------------------------------------------------
@@ -1566,8 +1598,9 @@ def _doubt_voxels(
     if share > 0.25:
         doubts.append(f"{share:.0%} of the volume is interpolated over missing slices, or empty")
     shares = np.bincount(scanned.ravel(), minlength=256) / scanned.size
-    if shares[255] > 0.33:
-        doubts.append(f"{shares[255]:.0%} of the volume is white")
+    white = shares[230:].sum()
+    if white > 0.5:
+        doubts.append(f"{white:.0%} of the volume is nearly white")
     if shares.max() > 0.95:
         doubts.append(f"{shares.max():.0%} of the volume has the grey value {shares.argmax()}")
     return doubts if len(grid.order) >= 5 else []  # fewer slices are no scan to judge
@@ -1746,8 +1779,8 @@ def _mr_limits(
     settings: VolumeSettings,
     notes: list[str],
 ) -> tuple[float, float]:
-    """mr_percentiles of the rescaled pixels in the box (up to 30,000 of each of up to 16 slices, no
-    padding)."""
+    """mr_percentiles of the rescaled pixels in the box (up to 30,000 of each of up to 16 slices). Padding
+    beside a magnitude image counts as black air; else, or if it is zero itself, it does not count."""
     edges = box.edges(grid.through)
     is_inside = (grid.spans[:, 1] > edges[0]) & (grid.spans[:, 0] < edges[-1])
     samples = [np.zeros(0, np.float32)]
@@ -1756,16 +1789,26 @@ def _mr_limits(
         values = _rescaled_image(grid, k)[of_image]
         stride = 1 + math.isqrt(values.size // 30_000)
         values = values[::stride, ::stride]
-        samples.append(values[~np.isnan(values)])
+        samples.append(values.ravel())
     values = np.concatenate(samples)
-    if values.size == 0:
+    tissue = values[~np.isnan(values)]
+    if tissue.size == 0:
         notes.append("no pixel in the box: the volume is empty")
         return 0.0, 1.0
-    dark, bright = np.percentile(values, settings.mr_percentiles).tolist()
+    if tissue.min() >= 0 and not _pads_zero(grid.series):
+        tissue = np.nan_to_num(values)
+    dark, bright = np.percentile(tissue, settings.mr_percentiles).tolist()
     if bright <= dark:
         notes.append(f"one intensity ({dark:g}) nearly all over the box")
         return dark, dark + 1.0
     return dark, bright
+
+
+def _pads_zero(series: Series) -> bool:
+    """Whether the padding of a series includes the rescaled value 0."""
+    padding = series.padding(0)
+    slope, intercept = series.rescale(0)
+    return padding is not None and bool(is_padding(np.array(-intercept / slope), padding))
 
 
 def _rescaled_image(grid: Grid, k: int) -> np.ndarray:
@@ -1903,11 +1946,12 @@ def _shrink_slice(
     k: int,
     factors: np.ndarray,
 ) -> np.ndarray:
-    """Rescaled slice k as means over blocks of `factors` pixels, float32; padding as the slice's lowest
-    value."""
+    """Rescaled slice k as means over blocks of `factors` pixels, float32; padding as air, or as what
+    is darker."""
     image = _rescaled_image(grid, k)
     is_missing = np.isnan(image)
-    image[is_missing] = 0 if is_missing.all() else np.nanmin(image)
+    black = -1024 if grid.series.modality == "CT" else 0
+    image[is_missing] = np.min(image[~is_missing], initial=black)
     blocks = np.maximum(1, grid.shape // factors)
     rows, columns = blocks * factors
     return cv2.resize(image[:rows, :columns], blocks[::-1].tolist(), interpolation=cv2.INTER_AREA)
