@@ -1585,9 +1585,9 @@ def _doubt_voxels(
     is_interpolated = covered < 0.5
     is_empty = slabs.min(axis=1) == slabs.max(axis=1)
     if grid.through != 0:  # beside the head there is only air
-        filled = np.flatnonzero(~is_empty)
-        is_empty[: filled[0] if len(filled) else 0] = False
-        is_empty[filled[-1] + 1 if len(filled) else 0 :] = False
+        filled = np.flatnonzero(slabs.max(axis=1) > 127)
+        numbers = np.arange(len(slabs))
+        is_empty &= (numbers > filled.min(initial=len(slabs))) & (numbers < filled.max(initial=0))
     for is_poor, why in (
         (is_interpolated, "interpolated over missing slices"),
         (is_empty, "empty"),
@@ -1790,7 +1790,8 @@ def _mr_limits(
         stride = 1 + math.isqrt(values.size // 30_000)
         values = values[::stride, ::stride]
         samples.append(values.ravel())
-    values = np.concatenate(samples)
+    filled = [values for values in samples if values.size and np.ptp(values) > 0]  # not blank
+    values = np.concatenate(filled or samples)
     tissue = values[~np.isnan(values)]
     if tissue.size == 0:
         notes.append("no pixel in the box: the volume is empty")
@@ -1853,13 +1854,19 @@ def find_head(grid: Grid) -> tuple[float, float, float] | None:
     for k in _pick_evenly(np.arange(len(grid.order)), 24):
         samples[k] = _shrink_slice(grid, k, factors)
     is_ct = grid.series.modality == "CT"
-    threshold = -300.0 if is_ct else _tissue_threshold(list(samples.values()))
-
     spread = np.ptp(np.percentile(list(samples.values()), (1, 99)))
+
+    def has_content(image: np.ndarray) -> bool:
+        return np.ptp(image) > 0.01 * spread
+
+    images = [image for image in samples.values() if has_content(image)]
+    if not images:
+        return None
+    threshold = -300.0 if is_ct else _tissue_threshold(images)
 
     def mask_slice(k: int) -> np.ndarray:
         image = samples[k] if k in samples else _shrink_slice(grid, k, factors)
-        if np.ptp(image) < 0.01 * spread:  # without content, however bright
+        if not has_content(image):
             return np.zeros(image.shape, np.uint8)
         return _mask_head(image, threshold, is_ct)
 
