@@ -1853,20 +1853,16 @@ def find_head(grid: Grid) -> tuple[float, float, float] | None:
     samples = {}
     for k in _pick_evenly(np.arange(len(grid.order)), 24):
         samples[k] = _shrink_slice(grid, k, factors)
-    is_ct = grid.series.modality == "CT"
     spread = np.ptp(np.percentile(list(samples.values()), (1, 99)))
-
-    def has_content(image: np.ndarray) -> bool:
-        return np.ptp(image) > 0.01 * spread
-
-    images = [image for image in samples.values() if has_content(image)]
+    images = [image for image in samples.values() if np.ptp(image) > 0.02 * spread]
     if not images:
         return None
+    is_ct = grid.series.modality == "CT"
     threshold = -300.0 if is_ct else _tissue_threshold(images)
 
     def mask_slice(k: int) -> np.ndarray:
         image = samples[k] if k in samples else _shrink_slice(grid, k, factors)
-        if not has_content(image):
+        if np.ptp(image) <= 0.02 * spread:  # no head, however bright
             return np.zeros(image.shape, np.uint8)
         return _mask_head(image, threshold, is_ct)
 
@@ -1874,7 +1870,7 @@ def find_head(grid: Grid) -> tuple[float, float, float] | None:
     widths = np.diff([grid.extent_mm(1), grid.extent_mm(2)])
     least_mm2 = min(1000.0, 28.0 * widths.min())
     if grid.through == 0:
-        masks = _follow_head(grid, masks)
+        masks |= _follow_head(grid, {k: masks[k] for k in masks if np.ptp(samples[k]) > 0})
         least_pixels = least_mm2 / pixel_mm.prod()
         top = _find_axial_top(grid, masks, mask_slice, least_pixels)
     else:
