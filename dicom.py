@@ -1096,7 +1096,11 @@ def repair_values(
         frames = _choose_reading(frames, samples, notes, doubts)
     else:
         frames = _choose_sign(frames, samples, notes)
-    return _repair_padding(frames, samples, modality, notes)
+    samples = {i: _reread(stored, frames[i].header) for i, stored in samples.items()}
+    frames = _drop_padding(frames, samples, modality, notes)
+    if not frames[0].padding:
+        frames = _pad_fill(frames, samples, modality, notes)
+    return frames
 
 
 def _add_intercept(frames: list[Frame], notes: list[str]) -> list[Frame]:
@@ -1123,16 +1127,15 @@ def _flip_sign(header: dict) -> dict:
 
 def _corners(samples: Samples) -> np.ndarray:
     """Stored values in the four corners of all samples, where no head reaches."""
-    return np.concatenate([stored[[0, 0, -1, -1], [0, -1, 0, -1]] for stored in samples.values()])
+    corners = [stored[[0, 0, -1, -1], [0, -1, 0, -1]] for stored in samples.values()]
+    return np.concatenate(corners)
 
 
-def _most_common(values: np.ndarray) -> tuple[int, float]:
-    """(the most common one of the values, its share)"""
-    distinct, counts = np.unique(values, return_counts=True)
-    return int(distinct[counts.argmax()]), float(counts.max() / values.size)
-
-
-def _invert_if_bright(frames: list[Frame], samples: Samples, notes: list[str]) -> list[Frame]:
+def _invert_if_bright(
+    frames: list[Frame],
+    samples: Samples,
+    notes: list[str],
+) -> list[Frame]:
     """MONOCHROME1 images with a bright background are complemented within BitsStored."""
     pixels = np.concatenate([stored.ravel() for stored in samples.values()])
     darkest, brightest = np.percentile(pixels, (1, 99))
@@ -1218,91 +1221,113 @@ class Reading(typing.NamedTuple):
         return min(self.air, 0.05) + min(self.tissue, 0.05) - self.beyond
 
 
-def _judge_reading(frames: list[Frame], samples: Samples, tags: dict, shift: float) -> Reading:
+def _judge_reading(
+    frames: list[Frame],
+    samples: Samples,
+    tags: dict,
+    shift: float,
+) -> Reading:
     """Where the samples' values lie with other tags and an intercept shifted by `shift`."""
-    fill, _ = _most_common(_corners(samples))
-    parts, fills = [], []
+    values, counts = np.unique(_corners(samples), return_counts=True)
+    fill = values[counts.argmax()]
+    num_pixels, sums = 0, np.zeros(3)
     for i, stored in samples.items():
         frame = frames[i]
         hu = _reread(stored, frame.header | tags) * frame.slope + frame.intercept + shift
-        is_tissue = np.full(stored.shape, True)
+        is_beyond = (hu > HIGHEST_HU) | ((hu < AIR_HU[0]) & (stored != fill))
+        is_air = (hu > AIR_HU[0]) & (hu < AIR_HU[1])
+        is_tissue = (hu > TISSUE_HU[0]) & (hu < TISSUE_HU[1])
+        is_image = np.full(stored.shape, True)
         if frame.padding:
-            is_tissue = ~is_padding(stored, frame.padding)
-        parts.append(hu[is_tissue])
-        fills.append(stored[is_tissue] == fill)
-    hu, is_fill = np.concatenate(parts), np.concatenate(fills)
-    if hu.size == 0:
-        return Reading(0.0, 0.0, 0.0)
-    is_beyond = (hu > HIGHEST_HU) | ((hu < AIR_HU[0]) & ~is_fill)
-    is_air = (hu > AIR_HU[0]) & (hu < AIR_HU[1])
-    is_tissue = (hu > TISSUE_HU[0]) & (hu < TISSUE_HU[1])
-    return Reading(float(is_air.mean()), float(is_tissue.mean()), float(is_beyond.mean()))
+            is_image = ~is_padding(stored, frame.padding)
+        num_pixels += is_image.sum()
+        sums += [np.sum(mask & is_image) for mask in (is_air, is_tissue, is_beyond)]
+    return Reading(*sums / max(num_pixels, 1))
 
 
-def _choose_sign(frames: list[Frame], samples: Samples, notes: list[str]) -> list[Frame]:
+def _choose_sign(
+    frames: list[Frame],
+    samples: Samples,
+    notes: list[str],
+) -> list[Frame]:
     """MR frames in the other sign than (0028,0103) PixelRepresentation says, if values lie much closer then:
     small negative values without their sign are the largest of all."""
-    tags = _flip_sign(frames[0].header)
+    header = frames[0].header
+    tags = _flip_sign(header)
     pixels = np.concatenate([stored.ravel() for stored in samples.values()])
-    flipped = _reread(pixels, frames[0].header | tags)
-    spread, flipped_spread = (np.ptp(np.percentile(values, (1, 99))) for values in (pixels, flipped))
-    if flipped_spread >= 0.5 * spread:
+    stated_low, stated_high = np.percentile(pixels, (1, 99))
+    low, high = np.percentile(_reread(pixels, header | tags), (1, 99))
+    is_closer = high - low < 0.5 * (stated_high - stated_low)
+    if not is_closer or high < -0.25 * low:
         return frames
     notes.append(f"(0028,0103) PixelRepresentation {tags['PixelRepresentation'][0]} used: values lie closer")
     return [replace(frame, header=frame.header | tags, padding=None) for frame in frames]
 
 
-def _repair_padding(
+def _drop_padding(
     frames: list[Frame],
     samples: Samples,
     modality: str,
     notes: list[str],
 ) -> list[Frame]:
-    """Padding that would be tissue is not used; a value that fills corners, far from all others, is taken
-    for padding.
+    """(0028,0120) PixelPaddingValue is not used where it would be tissue: in CT by its HU, in MR where it
+    lies among the other values and in no corner, or is all there is."""
+    frame = frames[0]
+    if not frame.padding:
+        return frames
+    first, last = frame.padding
+    pixels = np.concatenate([stored.ravel() for stored in samples.values()])
+    others = pixels[~is_padding(pixels, frame.padding)]
+    if modality == "CT":
+        is_tissue = -500 < last * frame.slope + frame.intercept < 3000
+    elif others.size == 0:
+        is_tissue = True
+    else:
+        low, high = np.percentile(others, (5, 99))
+        is_in_corners = is_padding(_corners(samples), frame.padding).mean() > 0.25
+        is_tissue = first < high and last > low and not is_in_corners
+    if not is_tissue:
+        return frames
+    notes.append(f"(0028,0120) PixelPaddingValue {last} would be tissue: not used")
+    return [replace(frame, padding=None) for frame in frames]
+
+
+def _pad_fill(
+    frames: list[Frame],
+    samples: Samples,
+    modality: str,
+    notes: list[str],
+) -> list[Frame]:
+    """The lowest or highest value is padding if it fills corners and lies far from all others.
 
     In MR such a fill (-2048, for example) would take the percentiles and the head's threshold. Zero is the
     black of a magnitude image: it has to cover more and to lie farther away. In CT only a fill brighter than
     bone matters.
     """
     frame = frames[0]
-    samples = {i: _reread(stored, frame.header) for i, stored in samples.items()}
-    corners = _corners(samples)
     pixels = np.concatenate([stored.ravel() for stored in samples.values()])
-    if frame.padding:
-        first, last = frame.padding
-        others = pixels[~is_padding(pixels, frame.padding)]
-        if modality == "CT":
-            is_tissue = -500 < last * frame.slope + frame.intercept < 3000
-        elif is_padding(corners, frame.padding).mean() < 0.25:
-            low, high = np.percentile(others, (5, 99))
-            is_tissue = first < high and last > low
-        else:
-            is_tissue = others.size == 0
-        if not is_tissue:
-            return frames
-        notes.append(f"(0028,0120) PixelPaddingValue {last} would be tissue: not used")
-        frames = [replace(f, padding=None) for f in frames]
-
     for fill in (int(pixels.min()), int(pixels.max())):
-        others = pixels[pixels != fill]
-        if (corners == fill).mean() < 0.25 or others.size == 0:
+        is_fill = pixels == fill
+        others = pixels[~is_fill]
+        if (_corners(samples) == fill).mean() < 0.25 or others.size == 0:
             continue
         low, high = np.percentile(others, (5, 99))
         gap = max(low - fill, fill - high)
-        value, lowest = (v * frame.slope + frame.intercept for v in (fill, low))
+        value = fill * frame.slope + frame.intercept
+        lowest = low * frame.slope + frame.intercept
         if modality == "CT":
-            is_fill = fill > high and value > 1500
+            is_far = fill > high and value > 1500
         elif value == 0:
-            is_fill = others.size < 0.75 * pixels.size and gap > 2 * (high - low) > 0
+            is_far = is_fill.mean() > 0.25 and gap > 2 * (high - low) > 0
         else:
-            is_fill = others.size < 0.99 * pixels.size and (
-                value < 0 <= lowest or gap > 0.5 * (high - low) > 0
-            )
-        if is_fill:
+            is_alone = value < 0 <= lowest or gap > 0.5 * (high - low) > 0
+            is_far = is_fill.mean() > 0.01 and is_alone
+        if is_far:
             notes.append(f"the stored value {fill} fills corners, far from all others: taken for padding")
-            padding = (-(2**31), int(fill + gap / 2)) if fill < low else (int(fill - gap / 2), 2**31)
-            return [replace(f, padding=padding) for f in frames]
+            below = (-(2**31), int(fill + gap / 2))
+            above = (int(fill - gap / 2), 2**31)
+            padding = below if fill < low else above
+            return [replace(frame, padding=padding) for frame in frames]
     return frames
 
 
