@@ -1445,18 +1445,14 @@ def canonical_grid(series: Series, lost: dict[int, str] | None = None) -> Grid:
     is interpolated but along z. Every slice keeps its own position, because a stack may have uneven gaps, or
     be sheared by gantry tilt, and an index says nothing about millimetres then.
     """
-    first = series.frames[0]
-    along_row = first.row_dir - series.normal * np.dot(first.row_dir, series.normal)
-    along_column = np.cross(series.normal, along_row)
-    stored = np.stack([series.normal, along_column, along_row])  # of growing slice, row and column number
-    stored /= np.linalg.norm(stored, axis=1, keepdims=True)
+    stored = _stored_directions(series)
     permutation, signs = canonical_axes(stored)
     directions = stored[permutation] * signs[:, None]
 
     through = permutation.index(0)
     image_axes = [axis for axis in range(3) if axis != through]
     stored_axes = [permutation[axis] for axis in image_axes]
-    shape = np.array([0, first.rows, first.cols])[stored_axes]
+    shape = np.array([0, series.frames[0].rows, series.frames[0].cols])[stored_axes]
     steps = np.array(series.spacing_mm, float)[stored_axes]
     flips = signs[image_axes]
 
@@ -1464,10 +1460,7 @@ def canonical_grid(series: Series, lost: dict[int, str] | None = None) -> Grid:
     readable = [i for i in range(len(series.frames)) if i not in lost]
     positions = [series.frames[i].position for i in readable]
     positions = np.array(positions) @ directions.T  # (n, 3) mm of the first stored pixel
-    order = np.argsort(positions[:, through], kind="stable")
-    is_beside = np.abs(positions - np.median(positions, axis=0)) > 150
-    order = order[~is_beside[order][:, image_axes].any(axis=1)]
-    order = order[_main_run(positions[order, through])]
+    order = _main_stack(positions, through)
     positions = positions[order]
     centres = positions[:, through]
     pixels_before = np.where(flips < 0, shape - 0.5, 0.5)
@@ -1488,17 +1481,27 @@ def canonical_grid(series: Series, lost: dict[int, str] | None = None) -> Grid:
     )
 
 
-def _main_run(centres: np.ndarray) -> np.ndarray:
-    """Indices of the growing centres less a few that lie far from all others: without gaps of 30 mm and four
-    usual gaps. All of them, if that would leave less than nine tenths."""
-    numbers = np.arange(len(centres))
-    if len(centres) < 3:
-        return numbers
-    gaps = np.diff(centres)
-    is_wide = gaps > max(30.0, 4 * np.median(gaps))
-    runs = np.split(numbers, np.flatnonzero(is_wide) + 1)
+def _stored_directions(series: Series) -> np.ndarray:
+    """(3, 3) LPS unit vectors of a growing slice, row and column number, at right angles."""
+    row_dir, normal = series.frames[0].row_dir, series.normal
+    along_row = row_dir - normal * np.dot(row_dir, normal)
+    along_column = np.cross(normal, along_row)
+    directions = np.stack([normal, along_column, along_row])
+    return directions / np.linalg.norm(directions, axis=1, keepdims=True)
+
+
+def _main_stack(positions: np.ndarray, through: int) -> np.ndarray:
+    """Order of positions (n, 3) along `through`, less a few that lie far from all others: 200 mm beside the
+    median, or beyond a gap of 30 mm and four usual gaps. All of them, if less than nine tenths would stay."""
+    order = np.argsort(positions[:, through], kind="stable")
+    offsets = np.abs(positions - np.median(positions, axis=0))
+    offsets[:, through] = 0
+    near = order[offsets[order].max(axis=1) < 200]
+    gaps = np.diff(positions[near, through])
+    is_wide = gaps > max(30.0, 4 * np.median(gaps)) if len(gaps) else gaps > 0
+    runs = np.split(near, np.flatnonzero(is_wide) + 1)
     longest = max(runs, key=len)
-    return longest if len(longest) >= 0.9 * len(centres) else numbers
+    return longest if len(longest) >= 0.9 * len(order) else order
 
 
 def slice_spans(centres: np.ndarray, thickness_mm: float) -> np.ndarray:
@@ -1815,8 +1818,10 @@ def _mr_limits(
         stride = 1 + math.isqrt(values.size // 30_000)
         values = values[::stride, ::stride]
         samples.append(values.ravel())
-    filled = [values for values in samples if values.size and np.ptp(values) > 0]  # not blank
-    values = np.concatenate(filled or samples)
+    is_filled = [values.size and np.ptp(np.nan_to_num(values)) > 0 for values in samples]
+    if any(is_filled):  # blank slices do not count
+        samples = list(itertools.compress(samples, is_filled))
+    values = np.concatenate(samples)
     tissue = values[~np.isnan(values)]
     if tissue.size == 0:
         notes.append("no pixel in the box: the volume is empty")
@@ -1895,7 +1900,8 @@ def find_head(grid: Grid) -> tuple[float, float, float] | None:
     widths = np.diff([grid.extent_mm(1), grid.extent_mm(2)])
     least_mm2 = min(1000.0, 28.0 * widths.min())
     if grid.through == 0:
-        masks |= _follow_head(grid, {k: masks[k] for k in masks if np.ptp(samples[k]) > 0})
+        filled = {k: masks[k] for k in masks if np.ptp(samples[k]) > 0}  # a blank slice ends no head
+        masks |= _follow_head(grid, filled)
         least_pixels = least_mm2 / pixel_mm.prod()
         top = _find_axial_top(grid, masks, mask_slice, least_pixels)
     else:
@@ -1905,10 +1911,10 @@ def find_head(grid: Grid) -> tuple[float, float, float] | None:
         return None
     points = [_mask_points(grid, k, mask, pixel_mm) for k, mask in masks.items()]
     points = np.concatenate(points)
+    points = points[points[:, 0] < top]
     heights = points[:, 0]
-    is_near = (heights > top - 100) & (heights < top)
-    low, high = points[is_near].min(axis=0), points[is_near].max(axis=0)
-    _, y, x = (low + high) / 2
+    near = points[heights >= min(top - 100, heights.max())]
+    _, y, x = (near.min(axis=0) + near.max(axis=0)) / 2
     return top, float(y), float(x)
 
 
