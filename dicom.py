@@ -1389,6 +1389,7 @@ class Grid:
     spans: np.ndarray  # (n, 2) mm that each slice stands for
     edges: np.ndarray  # (n, 2) mm of the outer edge of each slice's first pixel: gantry tilt moves it
     lost: dict[int, str]  # index into series.frames -> why it cannot be decoded; grows while decoding
+    is_blank: dict[int, bool]  # index into series.frames -> whether it has a single value; grows likewise
 
     def image(self, k: int) -> np.ndarray:
         """Stored values of slice k along its canonical axes. One that cannot be decoded is written to `lost`
@@ -1402,6 +1403,7 @@ class Grid:
             if len(self.lost) > max(1, num_slices // 10) or len(self.lost) == num_slices:
                 raise
             return np.zeros(self.shape, np.int16)
+        self.is_blank[i] = bool(np.ptp(stored[::8]) == 0 and np.ptp(stored) == 0)
         image = stored.T if self.is_transposed else stored
         return image[:: self.flips[0], :: self.flips[1]]
 
@@ -1438,8 +1440,12 @@ def canonical_axes(directions: np.ndarray) -> tuple[list[int], np.ndarray]:
     return best, signs
 
 
-def canonical_grid(series: Series, lost: dict[int, str] | None = None) -> Grid:
-    """The grid of a series without the slices in `lost`.
+def canonical_grid(
+    series: Series,
+    lost: dict[int, str] | None = None,
+    is_blank: dict[int, bool] | None = None,
+) -> Grid:
+    """The grid of a series without the slices in `lost`, the blank ones among others, and a few far away.
 
     Pixels stay where they were acquired: an oblique scan gets canonical axes that lean as it does, so nothing
     is interpolated but along z. Every slice keeps its own position, because a stack may have uneven gaps, or
@@ -1457,10 +1463,17 @@ def canonical_grid(series: Series, lost: dict[int, str] | None = None) -> Grid:
     flips = signs[image_axes]
 
     lost = {} if lost is None else lost
-    readable = [i for i in range(len(series.frames)) if i not in lost]
-    positions = [series.frames[i].position for i in readable]
-    positions = np.array(positions) @ directions.T  # (n, 3) mm of the first stored pixel
-    order = _main_stack(positions, through)
+    is_blank = {} if is_blank is None else is_blank
+    positions = np.array([frame.position for frame in series.frames])
+    positions = positions @ directions.T  # (n, 3) mm of the first stored pixel
+    order = np.argsort(positions[:, through], kind="stable")
+    order = [i for i in order.tolist() if i not in lost]
+    filled = [k for k, i in enumerate(order) if not is_blank.get(i, True)]
+    if filled:
+        inner = order[filled[0] : filled[-1]]
+        inner = [i for i in inner if not is_blank.get(i, False)]
+        order = order[: filled[0]] + inner + order[filled[-1] :]
+    order = _main_stack(positions, order, through)
     positions = positions[order]
     centres = positions[:, through]
     pixels_before = np.where(flips < 0, shape - 0.5, 0.5)
@@ -1473,11 +1486,12 @@ def canonical_grid(series: Series, lost: dict[int, str] | None = None) -> Grid:
         flips=flips,
         steps=steps,
         shape=shape,
-        order=np.array(readable)[order],
+        order=order,
         centres=centres,
         spans=slice_spans(centres, series.spacing_mm[0]),
         edges=positions[:, image_axes] - pixels_before * steps,
         lost=lost,
+        is_blank=is_blank,
     )
 
 
@@ -1490,18 +1504,22 @@ def _stored_directions(series: Series) -> np.ndarray:
     return directions / np.linalg.norm(directions, axis=1, keepdims=True)
 
 
-def _main_stack(positions: np.ndarray, through: int) -> np.ndarray:
-    """Order of positions (n, 3) along `through`, less a few that lie far from all others: 200 mm beside the
-    median, or beyond a gap of 30 mm and four usual gaps. All of them, if less than nine tenths would stay."""
-    order = np.argsort(positions[:, through], kind="stable")
+def _main_stack(
+    positions: np.ndarray,
+    order: list[int],
+    through: int,
+) -> np.ndarray:
+    """The order of positions (n, 3) along `through`, less a few that lie far from all others: 200 mm beside
+    the median, or beyond a gap of 30 mm and four usual gaps. All, if less than nine tenths would stay."""
     offsets = np.abs(positions - np.median(positions, axis=0))
     offsets[:, through] = 0
-    near = order[offsets[order].max(axis=1) < 200]
+    near = np.array([i for i in order if offsets[i].max() < 200])
     gaps = np.diff(positions[near, through])
-    is_wide = gaps > max(30.0, 4 * np.median(gaps)) if len(gaps) else gaps > 0
+    usual = np.median(gaps) if len(gaps) else 0.0
+    is_wide = gaps > max(30.0, 4 * usual)
     runs = np.split(near, np.flatnonzero(is_wide) + 1)
     longest = max(runs, key=len)
-    return longest if len(longest) >= 0.9 * len(order) else order
+    return longest if len(longest) >= 0.9 * len(order) else np.array(order)
 
 
 def slice_spans(centres: np.ndarray, thickness_mm: float) -> np.ndarray:
@@ -1568,11 +1586,10 @@ def make_volume(series: Series, settings: VolumeSettings) -> Volume:
     becomes 0..255; else mr_percentiles of the box. Slices outside are not decoded, except up to 30 to find
     the head.
     """
-    lost: dict[int, str] = {}
+    next_grid = canonical_grid(series)
     while True:
-        num_lost = len(lost)
         notes = []
-        grid = canonical_grid(series, lost)
+        grid = next_grid
         box = _place_box(grid, settings, notes)
         limits = settings.ct_window
         if series.modality != "CT":
@@ -1580,19 +1597,30 @@ def make_volume(series: Series, settings: VolumeSettings) -> Volume:
         weights, covered = _through_weights(grid, box)
         voxels = _render_box(grid, box, weights, limits)
         series.forget()
-        # A slice that failed to decode came out as zeros: all over again without it.
-        if len(lost) == num_lost:
+        # Slices that failed to decode came out as zeros, others are blank: all over again without them.
+        next_grid = canonical_grid(series, grid.lost, grid.is_blank)
+        if len(next_grid.order) == len(grid.order):
             break
-    if lost:
-        notes.append(f"{len(lost)} slices left out, they cannot be decoded: {lost[min(lost)]}")
-    num_far = len(series.frames) - len(lost) - len(grid.order)
-    if num_far:
-        notes.append(f"{num_far} slices far from all others left out")
+    _note_left_out(grid, notes)
     doubts = series.doubts + _doubt_voxels(grid, box, voxels, covered, notes)
     affine = np.eye(4)
     affine[:3, :3] = grid.directions.T * box.steps
     affine[:3, 3] = grid.directions.T @ (box.low + box.steps / 2)
     return Volume(voxels, affine, notes, doubts)
+
+
+def _note_left_out(grid: Grid, notes: list[str]) -> None:
+    """Why the grid lacks slices of its series."""
+    lost = grid.lost
+    absent = set(range(len(grid.series.frames))) - set(grid.order.tolist()) - set(lost)
+    num_blank = sum(grid.is_blank.get(i, False) for i in absent)
+    num_far = len(absent) - num_blank
+    if lost:
+        notes.append(f"{len(lost)} slices left out, they cannot be decoded: {lost[min(lost)]}")
+    if num_blank:
+        notes.append(f"{num_blank} slices left out, they are blank")
+    if num_far:
+        notes.append(f"{num_far} slices left out, they lie far from all others")
 
 
 def _doubt_voxels(
@@ -1612,10 +1640,8 @@ def _doubt_voxels(
     slabs = np.moveaxis(scanned, grid.through, 0).reshape(len(covered), -1)
     is_interpolated = covered < 0.5
     is_empty = slabs.min(axis=1) == slabs.max(axis=1)
-    if grid.through != 0:  # beside the head there is only air
-        filled = np.flatnonzero(slabs.max(axis=1) > 127)
-        numbers = np.arange(len(slabs))
-        is_empty &= (numbers > filled.min(initial=len(slabs))) & (numbers < filled.max(initial=0))
+    if grid.through != 0:  # beside the head there may be only dark air
+        is_empty &= slabs[:, 0] > 127
     for is_poor, why in (
         (is_interpolated, "interpolated over missing slices"),
         (is_empty, "empty"),
@@ -1812,15 +1838,15 @@ def _mr_limits(
     edges = box.edges(grid.through)
     is_inside = (grid.spans[:, 1] > edges[0]) & (grid.spans[:, 0] < edges[-1])
     samples = [np.zeros(0, np.float32)]
+    has_content = not all(grid.is_blank.values())
     for k in _pick_evenly(np.flatnonzero(is_inside), 16):
         of_image, _ = _overlap(grid, k, box)
         values = _rescaled_image(grid, k)[of_image]
+        if has_content and grid.is_blank.get(int(grid.order[k]), True):
+            continue
         stride = 1 + math.isqrt(values.size // 30_000)
         values = values[::stride, ::stride]
         samples.append(values.ravel())
-    is_filled = [values.size and np.ptp(np.nan_to_num(values)) > 0 for values in samples]
-    if any(is_filled):  # blank slices do not count
-        samples = list(itertools.compress(samples, is_filled))
     values = np.concatenate(samples)
     tissue = values[~np.isnan(values)]
     if tissue.size == 0:
@@ -1900,8 +1926,7 @@ def find_head(grid: Grid) -> tuple[float, float, float] | None:
     widths = np.diff([grid.extent_mm(1), grid.extent_mm(2)])
     least_mm2 = min(1000.0, 28.0 * widths.min())
     if grid.through == 0:
-        filled = {k: masks[k] for k in masks if np.ptp(samples[k]) > 0}  # a blank slice ends no head
-        masks |= _follow_head(grid, filled)
+        masks = _follow_head(grid, masks)
         least_pixels = least_mm2 / pixel_mm.prod()
         top = _find_axial_top(grid, masks, mask_slice, least_pixels)
     else:
