@@ -1097,7 +1097,7 @@ def repair_values(
     else:
         frames = _choose_sign(frames, samples, notes)
     samples = {i: _reread(stored, frames[i].header) for i, stored in samples.items()}
-    frames = _drop_padding(frames, samples, modality, notes)
+    frames = _drop_padding(frames, samples, notes)
     if not frames[0].padding:
         frames = _pad_fill(frames, samples, modality, notes)
     return frames
@@ -1105,14 +1105,14 @@ def repair_values(
 
 def _add_intercept(frames: list[Frame], notes: list[str]) -> list[Frame]:
     """CT images without an intercept get that of the others; if none has one, unsigned images get -1024."""
-    stated = {frame.intercept for frame in frames if "RescaleIntercept" in frame.header}
-    if not stated and not _is_signed(frames[0].header):
-        stated = {-1024.0}
-    usual = stated.pop() if len(stated) == 1 else 0.0
-    num_lacking = sum("RescaleIntercept" not in frame.header for frame in frames)
-    if usual == 0 or num_lacking == 0:
+    lacking = [frame for frame in frames if "RescaleIntercept" not in frame.header]
+    stated = [frame.intercept for frame in frames if "RescaleIntercept" in frame.header]
+    usual = 0.0 if _is_signed(frames[0].header) else -1024.0
+    if stated:
+        usual = stated[0]
+    if not lacking or usual == 0:
         return frames
-    notes.append(f"no (0028,1052) RescaleIntercept in {num_lacking} CT images: {usual:g} assumed")
+    notes.append(f"no (0028,1052) RescaleIntercept in {len(lacking)} CT images: {usual:g} assumed")
     return [f if "RescaleIntercept" in f.header else replace(f, intercept=usual) for f in frames]
 
 
@@ -1267,28 +1267,21 @@ def _choose_sign(
 def _drop_padding(
     frames: list[Frame],
     samples: Samples,
-    modality: str,
     notes: list[str],
 ) -> list[Frame]:
-    """(0028,0120) PixelPaddingValue is not used where it would be tissue: in CT by its HU, in MR where it
-    lies among the other values and in no corner, or is all there is."""
-    frame = frames[0]
-    if not frame.padding:
+    """(0028,0120) PixelPaddingValue is not used where it would be tissue: among the other values and in no
+    corner, or all there is."""
+    padding = frames[0].padding
+    if not padding:
         return frames
-    first, last = frame.padding
     pixels = np.concatenate([stored.ravel() for stored in samples.values()])
-    others = pixels[~is_padding(pixels, frame.padding)]
-    if modality == "CT":
-        is_tissue = -500 < last * frame.slope + frame.intercept < 3000
-    elif others.size == 0:
-        is_tissue = True
-    else:
+    others = pixels[~is_padding(pixels, padding)]
+    if others.size:
         low, high = np.percentile(others, (5, 99))
-        is_in_corners = is_padding(_corners(samples), frame.padding).mean() > 0.25
-        is_tissue = first < high and last > low and not is_in_corners
-    if not is_tissue:
-        return frames
-    notes.append(f"(0028,0120) PixelPaddingValue {last} would be tissue: not used")
+        is_among = padding[0] < high and padding[1] > low
+        if not is_among or is_padding(_corners(samples), padding).mean() > 0.25:
+            return frames
+    notes.append(f"(0028,0120) PixelPaddingValue {padding[1]} would be tissue: not used")
     return [replace(frame, padding=None) for frame in frames]
 
 
@@ -1833,8 +1826,8 @@ def _mr_limits(
     settings: VolumeSettings,
     notes: list[str],
 ) -> tuple[float, float]:
-    """mr_percentiles of the rescaled pixels in the box (up to 30,000 of each of up to 16 slices). Padding
-    beside a magnitude image counts as black air; else, or if it is zero itself, it does not count."""
+    """mr_percentiles of the rescaled pixels in the box (up to 30,000 of each of up to 16 slices).
+    Padding counts as black air beside a magnitude image, and not at all where zero is far from all tissue."""
     edges = box.edges(grid.through)
     is_inside = (grid.spans[:, 1] > edges[0]) & (grid.spans[:, 0] < edges[-1])
     samples = [np.zeros(0, np.float32)]
@@ -1852,20 +1845,14 @@ def _mr_limits(
     if tissue.size == 0:
         notes.append("no pixel in the box: the volume is empty")
         return 0.0, 1.0
-    if tissue.min() >= 0 and not _pads_zero(grid.series):
-        tissue = np.nan_to_num(values)
     dark, bright = np.percentile(tissue, settings.mr_percentiles).tolist()
+    if 0 <= dark < 2 * (bright - dark):
+        values = np.nan_to_num(values)
+        dark, bright = np.percentile(values, settings.mr_percentiles).tolist()
     if bright <= dark:
         notes.append(f"one intensity ({dark:g}) nearly all over the box")
         return dark, dark + 1.0
     return dark, bright
-
-
-def _pads_zero(series: Series) -> bool:
-    """Whether the padding of a series includes the rescaled value 0."""
-    padding = series.padding(0)
-    slope, intercept = series.rescale(0)
-    return padding is not None and bool(is_padding(np.array(-intercept / slope), padding))
 
 
 def _rescaled_image(grid: Grid, k: int) -> np.ndarray:
