@@ -1090,11 +1090,12 @@ def repair_values(
             samples[i] = stored[::stride, ::stride]
     if not samples:
         return frames
-    if frames[0].header.get("PhotometricInterpretation") == "MONOCHROME1":
+    is_inverse = frames[0].header.get("PhotometricInterpretation") == "MONOCHROME1"
+    if is_inverse:
         frames = _invert_if_bright(frames, samples, notes)
     if modality == "CT":
         frames = _choose_reading(frames, samples, notes, doubts)
-    else:
+    elif not is_inverse:
         frames = _choose_sign(frames, samples, notes)
     samples = {i: _reread(stored, frames[i].header) for i, stored in samples.items()}
     frames = _drop_padding(frames, samples, notes)
@@ -1198,7 +1199,7 @@ def _choose_reading(
         return frames
     changes = [f"{name} {value[0]}" for name, value in chosen_tags.items()]
     changes.append(f"RescaleIntercept {stated + chosen_shift:g}")
-    notes.append(f"air and soft tissue are not where HU says: {', '.join(changes)} used")
+    notes.append(f"stored values are HU only with {', '.join(changes)}: used, air and tissue say so")
     repaired = []
     for frame in frames:
         padding = None if chosen_tags else frame.padding
@@ -1277,8 +1278,7 @@ def _drop_padding(
     pixels = np.concatenate([stored.ravel() for stored in samples.values()])
     others = pixels[~is_padding(pixels, padding)]
     if others.size:
-        low, high = np.percentile(others, (5, 99))
-        is_among = padding[0] < high and padding[1] > low
+        is_among = padding[0] < others.max() and padding[1] > np.percentile(others, 5)
         if not is_among or is_padding(_corners(samples), padding).mean() > 0.25:
             return frames
     notes.append(f"(0028,0120) PixelPaddingValue {padding[1]} would be tissue: not used")

@@ -143,7 +143,7 @@ def test_a_reading_other_than_stated_is_noted(tmp_path):
     write(tmp_path / "a", HU % 4096, **U12)
     assert noted(tmp_path / "a", "PixelRepresentation 1")
     write(tmp_path / "b", HU + 1024)
-    assert noted(tmp_path / "b", "RescaleIntercept -1024 used")
+    assert noted(tmp_path / "b", "RescaleIntercept -1024: used")
 
 
 def test_values_that_are_no_hu_in_any_known_reading_are_doubted(tmp_path):
