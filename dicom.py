@@ -26,7 +26,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pydicom
-from pydicom.datadict import dictionary_has_tag, dictionary_VR, tag_for_keyword
+from pydicom.datadict import (
+    dictionary_has_tag,
+    dictionary_VM,
+    dictionary_VR,
+    keyword_for_tag,
+    tag_for_keyword,
+)
 from pydicom.dataelem import RawDataElement
 from pydicom.encaps import encapsulate
 from pydicom.pixels import get_decoder
@@ -66,12 +72,13 @@ PIXEL_DATA = 0x7FE00010
 UNDEFINED = 0xFFFFFFFF  # length of an element that ends with a delimiter
 
 
-def _tags(names: str) -> dict[int, tuple[str, str]]:
-    """tag -> (name, VR) of attributes named as in PS3.6."""
-    return {tag_for_keyword(name): (name, dictionary_VR(name)[:2]) for name in names.split()}
+def tag_table(names: str) -> dict[int, tuple[str, str, bool]]:
+    """tag -> (name, VR, whether it has one value) of attributes named as in PS3.6."""
+    tags = map(tag_for_keyword, names.split())
+    return {tag: (keyword_for_tag(tag), dictionary_VR(tag)[:2], dictionary_VM(tag) == "1") for tag in tags}
 
 
-WANTED = _tags(  # the attributes that reading uses
+ATTRIBUTES = tag_table(  # what reading uses
     "TransferSyntaxUID ImageType SOPClassUID SOPInstanceUID Modality ComplexImageComponent PatientID "
     "PatientSex PatientAge SliceThickness EchoTime EchoNumbers SpacingBetweenSlices TriggerTime "
     "ReconstructionDiameter DiffusionBValue SeriesInstanceUID AcquisitionNumber InstanceNumber "
@@ -80,14 +87,15 @@ WANTED = _tags(  # the attributes that reading uses
     "BitsAllocated BitsStored HighBit PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit "
     "RescaleIntercept RescaleSlope"
 )
-IN_FRAME = WANTED | {  # the same in a functional group (PS3.3 C.7.6.16.2), where some have another tag
-    0x00089007: ("ImageType", "CS"),  # FrameType
-    0x00189082: ("EchoTime", "FD"),  # EffectiveEchoTime
-    0x00209128: ("TemporalPositionIdentifier", "UL"),  # TemporalPositionIndex
-    0x00209153: ("TriggerTime", "FD"),  # NominalCardiacTriggerDelayTime
-    0x00209156: ("AcquisitionNumber", "US"),  # FrameAcquisitionNumber
+FRAME_ATTRIBUTES = ATTRIBUTES | {  # in a functional group (PS3.3 C.7.6.16.2) some have another tag
+    0x00089007: ("ImageType", "CS", False),  # FrameType
+    0x00189082: ("EchoTime", "FD", True),  # EffectiveEchoTime
+    0x00209128: ("TemporalPositionIdentifier", "UL", True),  # TemporalPositionIndex
+    0x00209153: ("TriggerTime", "FD", True),  # NominalCardiacTriggerDelayTime
+    0x00209156: ("AcquisitionNumber", "US", True),  # FrameAcquisitionNumber
 }
-FUNCTIONAL_GROUPS = _tags(
+SHARED_GROUPS, FRAME_GROUPS = 0x52009229, 0x52009230  # sequences of functional groups
+FUNCTIONAL_GROUPS = tag_table(
     "MREchoSequence MRDiffusionSequence CardiacSynchronizationSequence MRImageFrameTypeSequence "
     "CTImageFrameTypeSequence FrameContentSequence PlanePositionSequence PlaneOrientationSequence "
     "PixelMeasuresSequence PixelValueTransformationSequence"
@@ -144,7 +152,7 @@ def find_series(root: Path) -> tuple[dict[str, list[Path]], list[tuple[Path, str
     return series, rejected
 
 
-def _one_line_errors(function: typing.Callable) -> typing.Callable:
+def one_line_errors(function: typing.Callable) -> typing.Callable:
     """Whatever goes wrong inside becomes a ValueError of one line: what parsers raise on hostile bytes, and a
     decoder's own BaseException (pylibjpeg-rle: PanicException). Interrupts and exits pass through."""
 
@@ -161,11 +169,11 @@ def _one_line_errors(function: typing.Callable) -> typing.Callable:
     return wrapped
 
 
-@_one_line_errors
+@one_line_errors
 def read_header(path: Path) -> dict:
-    """What one file says of its images. ValueError with the reason if it is no DICOM image, or damaged.
+    """What one file says of its images. ValueError with the reason if it is not a DICOM image, or is damaged.
 
-    The attributes of WANTED by name (numbers as a tuple; absent where missing, empty or unreadable), and
+    The values of ATTRIBUTES by name (absent where missing, empty or unreadable), and
       spans        for each frame the (offset, length) pieces of its pixel data
       pixel_data   (VR, offset, length) of the element; length UNDEFINED if it is encapsulated
       little       byte order
@@ -178,17 +186,19 @@ def read_header(path: Path) -> dict:
 
 def fast_header(path: Path) -> dict | None:
     """`read_header` in 0.1 ms for plain little-endian files. None at the slightest doubt (odd VR, length or
-    order, functional groups, a value that does not parse): then pydicom has to look at it."""
+    order, functional groups, a value that does not parse), which leaves the file to pydicom."""
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         for limit in (2**14, 2**18, 2**22):
             try:
-                header = _walk_header(os.pread(file.fileno(), limit, 0))
+                header = parse_header(os.pread(file.fileno(), limit, 0))
             except ValueError:
                 return None
             except struct.error:  # the header is longer
                 continue
-            header["spans"] = locate_frames(header, size, lambda at, n: os.pread(file.fileno(), n, at))
+            header["spans"] = locate_frames(
+                header, size, lambda offset, length: os.pread(file.fileno(), length, offset)
+            )
             return header
     return None
 
@@ -196,58 +206,60 @@ def fast_header(path: Path) -> dict | None:
 SHORT_VRS = set(b"AE AS AT CS DA DS DT FL FD IS LO LT PN SH SL SS ST TM UI UL US".split())
 LONG_VRS = set(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # two reserved bytes, then a 4-byte length
 EXPLICIT_ELEMENT, IMPLICIT_ELEMENT = struct.Struct("<HH2sH"), struct.Struct("<HHI")
+DELIMITER_GROUP, ITEM, ITEM_END, SEQUENCE_END = 0xFFFE, 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 
 
-def _walk_header(head: bytes) -> dict:
-    """The wanted elements before the pixel data. ValueError on doubt, struct.error where `head` ends."""
+def parse_header(head: bytes) -> dict:
+    """The ATTRIBUTES before the pixel data. ValueError on doubt, struct.error where `head` ends too early."""
     if head[128:140] != b"DICM\x02\0\0\0UL\x04\0":
         raise ValueError("no file meta group length")
-    position, last, explicit = 144, 0x00020000, True
-    meta_end = 144 + int.from_bytes(_slice(head, 140, 4), "little")
+    position, last_tag, explicit = 144, 0x00020000, True
+    meta_end = 144 + int.from_bytes(take_bytes(head, 140, 4), "little")
     header: dict = {"little": True, "packed": False, "groups": None, "unreadable": []}
     while True:
         if position == meta_end:
             syntax = header.get("TransferSyntaxUID")
             explicit = syntax != IMPLICIT
-            vr = _slice(head, position + 4, 2)
+            vr = take_bytes(head, position + 4, 2)
             if syntax not in (IMPLICIT, EXPLICIT, *DECODERS) or explicit != (vr.isalpha() and vr.isupper()):
                 raise ValueError("another transfer syntax, or VRs that do not fit it")
-        tag, vr, length, value = _element(head, position, explicit)
-        if tag <= last or tag >> 16 == 0x5200 or (tag >> 16 == 2) != (position < meta_end):
+        tag, vr, length, start = parse_element(head, position, explicit)
+        group = tag >> 16
+        if tag <= last_tag or group == SHARED_GROUPS >> 16 or (group == 2) != (position < meta_end):
             raise ValueError("tags out of order, or functional groups")
-        last = tag
+        last_tag = tag
         if tag >= PIXEL_DATA - 2:
             if tag != PIXEL_DATA or vr not in (b"OB", b"OW", b""):
                 raise ValueError("odd pixel data")
-            header["pixel_data"] = (vr.decode() or "OW", value, length)
+            header["pixel_data"] = (vr.decode() or "OW", start, length)
             return header
         if length == UNDEFINED:
             if vr != b"SQ" and not (vr == b"" and dictionary_has_tag(tag) and dictionary_VR(tag) == "SQ"):
                 raise ValueError("undefined length outside of a sequence")
-            position = _skip_sequence(head, value, explicit)
+            position = skip_sequence(head, start, explicit)
             continue
-        position = value + length
-        if tag >> 16 == 2 and position > meta_end:
+        position = start + length
+        if group == 2 and position > meta_end:
             raise ValueError("the file meta group is longer than it says")
-        if tag == 0x00080005 and not (vr in (b"CS", b"") and CHARACTER_SET.fullmatch(head, value, position)):
+        if tag == 0x00080005 and not (vr in (b"CS", b"") and CHARACTER_SET.fullmatch(head, start, position)):
             raise ValueError("odd SpecificCharacterSet")  # pydicom may refuse the file
-        if tag in WANTED:
-            name, expected = WANTED[tag]
+        if tag in ATTRIBUTES:
+            name, expected, is_single = ATTRIBUTES[tag]
             if vr and vr.decode() != expected and (vr, expected) != (b"SS", "US"):
                 raise ValueError("another VR")
-            parsed = parse_value(expected, _slice(head, value, length), "little")
-            if parsed is not None:
-                header[name] = parsed
+            value = parse_value(expected, is_single, take_bytes(head, start, length), "little")
+            if value is not None:
+                header[name] = value
 
 
-def _slice(head: bytes, position: int, length: int) -> bytes:
-    if position + length > len(head):
+def take_bytes(head: bytes, start: int, length: int) -> bytes:
+    if start + length > len(head):
         raise struct.error("end of the bytes read so far")
-    return head[position : position + length]
+    return head[start : start + length]
 
 
-def _element(head: bytes, position: int, explicit: bool) -> tuple[int, bytes, int, int]:
-    """(tag, VR, length, position of the value) of the little-endian element at `position`."""
+def parse_element(head: bytes, position: int, explicit: bool) -> tuple[int, bytes, int, int]:
+    """(tag, VR, length, start of the value) of the little-endian element at `position`."""
     if not explicit:
         group, element, length = IMPLICIT_ELEMENT.unpack_from(head, position)
         return group << 16 | element, b"", length, position + 8
@@ -256,47 +268,51 @@ def _element(head: bytes, position: int, explicit: bool) -> tuple[int, bytes, in
     if vr in SHORT_VRS:
         return tag, vr, length, position + 8
     if vr in LONG_VRS and length == 0:
-        return tag, vr, int.from_bytes(_slice(head, position + 8, 4), "little"), position + 12
-    if group == 0xFFFE:  # items and delimiters have no VR
+        return tag, vr, int.from_bytes(take_bytes(head, position + 8, 4), "little"), position + 12
+    if group == DELIMITER_GROUP:  # these have no VR
         return tag, b"", int.from_bytes(vr, "little") | length << 16, position + 8
     raise ValueError("odd VR")
 
 
-def _skip_sequence(head: bytes, position: int, explicit: bool, depth: int = 0) -> int:
+def skip_sequence(head: bytes, position: int, explicit: bool, depth: int = 0) -> int:
     """End of the undefined-length sequence whose first item starts at `position`."""
     while True:
-        tag, _, length, position = _element(head, position, explicit=False)
-        if tag == 0xFFFEE0DD and length == 0:
+        tag, _, length, position = parse_element(head, position, explicit=False)
+        if tag == SEQUENCE_END and length == 0:
             return position
-        if tag != 0xFFFEE000 or depth > 8:
+        if tag != ITEM or depth > 8:
             raise ValueError("odd sequence")
         end = position + length  # of the item; far away where the length is undefined
         while position != end:
-            tag, vr, inner, position = _element(head, position, explicit)
-            if tag == 0xFFFEE00D and inner == 0 and length == UNDEFINED:
+            tag, vr, inner, position = parse_element(head, position, explicit)
+            if tag == ITEM_END and inner == 0 and length == UNDEFINED:
                 break
-            if tag >> 16 == 0xFFFE or position > end or (inner == UNDEFINED and vr != b"SQ"):
+            if tag >> 16 == DELIMITER_GROUP or position > end or (inner == UNDEFINED and vr != b"SQ"):
                 raise ValueError("odd item")
-            position += inner
             if inner == UNDEFINED:
-                position = _skip_sequence(head, position - inner, explicit, depth + 1)
+                position = skip_sequence(head, position, explicit, depth + 1)
+            else:
+                position += inner
 
 
-def parse_value(vr: str, raw: bytes, order: str) -> tuple | str | None:
-    """Numbers as a tuple, text unpadded, None if empty. ValueError if malformed. `order`: little or big."""
+def parse_value(vr: str, is_single: bool, raw: bytes, order: str) -> tuple | float | str | None:
+    """Text unpadded; numbers as a tuple, or the first where there should be one; None if empty.
+    ValueError if malformed. `order`: little or big."""
     if vr in BINARY:
         count = len(raw) // struct.calcsize("=" + BINARY[vr])
         values = struct.unpack(f"{'>' if order == 'big' else '<'}{count}{BINARY[vr]}", raw)
     elif vr in ("DS", "IS"):
         text = raw.strip(b" \0")
         if text and not NUMBERS.fullmatch(text):
-            raise ValueError(f"{text[:40]!r} is no number")
+            raise ValueError(f"{text[:40]!r} is not a number")
         values = tuple(map(float, text.split(b"\\"))) if text else ()
     else:
         return raw.decode("latin-1").strip(" \0") or None
     if not all(abs(value) < 1e12 for value in values):  # NaN too
         raise ValueError(f"{values[:6]} is out of range")
-    return values or None
+    if vr == "IS":
+        values = tuple(map(int, values))
+    return values[0] if is_single and values else values or None
 
 
 def slow_header(path: Path) -> dict:
@@ -309,8 +325,13 @@ def slow_header(path: Path) -> dict:
         if not has_preamble and start[:2] not in (b"\x02\0", b"\x08\0", b"\0\x08"):
             raise ValueError("not DICOM: no DICM after 128 bytes, and group 0002 or 0008 does not come first")
         file.seek(0)
-        dataset = pydicom.dcmread(file, stop_before_pixels=True, force=not has_preamble)
-        at_pixels = file.tell()
+        dataset = pydicom.dcmread(
+            file,
+            stop_before_pixels=True,
+            force=not has_preamble,
+            specific_tags=[*ATTRIBUTES, SHARED_GROUPS, FRAME_GROUPS],
+        )
+        position = file.tell()
         size = file.seek(0, os.SEEK_END)
 
         def read(offset: int, length: int) -> bytes:
@@ -318,65 +339,73 @@ def slow_header(path: Path) -> dict:
             return file.read(length)
 
         if dataset.file_meta.get("MediaStorageSOPClassUID") == "1.2.840.10008.1.3.10":
-            raise ValueError("a DICOMDIR, no image")
+            raise ValueError("a DICOMDIR, not an image")
         implicit, little = dataset.original_encoding
         order = "little" if little else "big"
-        header, unreadable = _attributes(dataset, WANTED, order)
+        header, unreadable = parse_dataset(dataset, ATTRIBUTES, order)
         header |= {"little": little, "packed": isinstance(file, io.BytesIO), "unreadable": unreadable}
-        guess = IMPLICIT if implicit else EXPLICIT if little else BIG_ENDIAN
-        syntax = DEFLATED if is_deflated else str(dataset.file_meta.get("TransferSyntaxUID") or guess)
+        implied = IMPLICIT if implicit else EXPLICIT if little else BIG_ENDIAN
+        syntax = DEFLATED if is_deflated else str(dataset.file_meta.get("TransferSyntaxUID") or implied)
         header["TransferSyntaxUID"] = syntax
-        element = read(at_pixels, 12)
-        tag = int.from_bytes(element[:2], order) << 16 | int.from_bytes(element[2:4], order)
-        if len(element) < 8 or tag != PIXEL_DATA:
-            kind = header.get("Modality") or "no (0008,0060) Modality"
-            raise ValueError(f"no image ({kind}): no (7FE0,0010) PixelData")
-        if element[4:8] in (b"OB\0\0", b"OW\0\0", b"UN\0\0"):
-            length = int.from_bytes(element[8:], order)
-            header["pixel_data"] = (element[4:6].decode(), at_pixels + 12, length)
-        else:
-            header["pixel_data"] = ("OW", at_pixels + 8, int.from_bytes(element[4:8], order))
-        header["groups"] = _functional_groups(dataset, order)
+        header["pixel_data"] = parse_pixel_element(read(position, 12), position, order)
+        if header["pixel_data"] is None:
+            modality = header.get("Modality") or "no (0008,0060) Modality"
+            raise ValueError(f"not an image ({modality}): no (7FE0,0010) PixelData")
+        header["groups"] = parse_groups(dataset, order)
         header["spans"] = locate_frames(header, size, read)
         return header
 
 
-def _attributes(dataset: pydicom.Dataset, table: dict, order: str) -> tuple[dict, list[str]]:
-    """(the attributes of `table` in a dataset by name, those that do not parse)."""
-    found, unreadable = {}, []
-    for tag, (name, vr) in table.items():
+def parse_pixel_element(element: bytes, position: int, order: str) -> tuple[str, int, int] | None:
+    """(VR, offset, length) of the pixel data if that starts at `position`, else None."""
+    tag = int.from_bytes(element[:2], order) << 16 | int.from_bytes(element[2:4], order)
+    if len(element) < 8 or tag != PIXEL_DATA:
+        return None
+    if element[4:8] in (b"OB\0\0", b"OW\0\0", b"UN\0\0"):
+        return element[4:6].decode(), position + 12, int.from_bytes(element[8:], order)
+    return "OW", position + 8, int.from_bytes(element[4:8], order)
+
+
+def parse_dataset(dataset: pydicom.Dataset, table: dict, order: str) -> tuple[dict, list[str]]:
+    """(the attributes of `table` in a dataset by name, what does not parse)."""
+    attributes, unreadable = {}, []
+    for tag, (name, vr, is_single) in table.items():
         if tag not in dataset:
             continue
         try:
             element = dataset.get_item(tag)
             expected = (None, "UN", "US", "SS") if vr == "US" else (None, "UN", vr)
             if isinstance(element, RawDataElement) and element.VR in expected:
-                value = parse_value(vr, element.value or b"", order)
+                value = parse_value(vr, is_single, element.value or b"", order)
             else:  # written with another VR: what pydicom makes of it
                 value = dataset[tag].value
                 values = [] if value is None else [value] if isinstance(value, str | float | int) else value
-                kind = "DS" if vr in BINARY or vr == "IS" else vr
-                value = parse_value(kind, "\\".join(map(str, values)).encode(), order)
+                kind = "IS" if vr in ("US", "UL") else "DS" if vr == "FD" else vr
+                value = parse_value(kind, is_single, "\\".join(map(str, values)).encode(), order)
         except Exception as error:  # pydicom raises many kinds; the attribute counts as missing, and is noted
             reason = " ".join(str(error).split())[:80]
             unreadable.append(f"({tag >> 16:04X},{tag & 0xFFFF:04X}) {name} does not parse: {reason}")
             continue
         if value is not None:
-            found[name] = value
-    return found, unreadable
+            attributes[name] = value
+    return attributes, unreadable
 
 
-def _functional_groups(dataset: pydicom.Dataset, order: str) -> list[dict] | None:
-    """For each frame of an enhanced file what its own and the shared functional groups say, else None."""
+def parse_groups(dataset: pydicom.Dataset, order: str) -> list[dict] | None:
+    """For each frame of an enhanced file what its and the shared functional groups say, else None."""
 
-    def flat(item: pydicom.Dataset) -> dict:
-        sequences = [item[tag].value for tag in FUNCTIONAL_GROUPS if tag in item]
-        parts = [_attributes(sequence[0], IN_FRAME, order)[0] for sequence in sequences if sequence]
-        return {name: value for part in parts for name, value in part.items()}
+    def parse_item(item: pydicom.Dataset) -> dict:
+        attributes = {}
+        for tag in FUNCTIONAL_GROUPS:
+            if tag in item and item[tag].value:
+                attributes |= parse_dataset(item[tag].value[0], FRAME_ATTRIBUTES, order)[0]
+        return attributes
 
-    shared, frames = (dataset[tag].value if tag in dataset else None for tag in (0x52009229, 0x52009230))
-    common = flat(shared[0]) if shared else {}
-    return [common | flat(item) for item in frames] if frames else [common] if shared else None
+    shared, frames = (dataset[tag].value if tag in dataset else [] for tag in (SHARED_GROUPS, FRAME_GROUPS))
+    shared_attributes = parse_item(shared[0]) if shared else {}
+    if frames:
+        return [shared_attributes | parse_item(item) for item in frames]
+    return [shared_attributes] if shared else None
 
 
 @contextlib.contextmanager
@@ -387,28 +416,23 @@ def open_unpacked(path: Path) -> typing.Iterator[tuple[typing.BinaryIO, bool]]:
         head = file.read(2**16)
         file.seek(0)
         if head[:2] == b"\x1f\x8b":
-            head = _inflate(file.read(), 31)
+            head = inflate(file.read(), 31)
             file = io.BytesIO(head)
         is_deflated = head[128:132] == b"DICM" and DEFLATED.encode() in head[: 2**16]
         if is_deflated:
             data = file.read()
             end = 144 + int.from_bytes(data[140:144], "little")  # of the file meta group, PS3.10 7.1
             meta = data[:end].replace(DEFLATED.encode(), EXPLICIT.encode() + b"\0\0\0")
-            file = io.BytesIO(meta + _inflate(data[end:], -15))
+            file = io.BytesIO(meta + inflate(data[end:], -15))
         yield file, is_deflated
 
 
-def _inflate(data: bytes, window_bits: int) -> bytes:
+def inflate(data: bytes, window_bits: int) -> bytes:
     """Unpacked `data`; what grows beyond MAX_UNPACKED_BYTES is refused before it takes the memory."""
     unpacked = zlib.decompressobj(window_bits).decompress(data, MAX_UNPACKED_BYTES + 1)
     if len(unpacked) > MAX_UNPACKED_BYTES:
         raise ValueError(f"unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB: a decompression bomb?")
     return unpacked
-
-
-def whole(header: dict, name: str, default: int = 0) -> int:
-    """First value of an attribute as an int."""
-    return int(header[name][0]) if name in header else default
 
 
 def locate_frames(header: dict, size: int, read: typing.Callable[[int, int], bytes]) -> list[tuple]:
@@ -419,14 +443,14 @@ def locate_frames(header: dict, size: int, read: typing.Callable[[int, int], byt
     compressed ones from the offset table or the fragments that start a code stream (RLE: every fragment is a
     frame).
     """
-    rows, cols, bits = whole(header, "Rows"), whole(header, "Columns"), whole(header, "BitsAllocated")
-    samples, stated = whole(header, "SamplesPerPixel", 1), whole(header, "NumberOfFrames")
+    rows, cols, bits = (header.get(name, 0) for name in ("Rows", "Columns", "BitsAllocated"))
+    samples, stated = header.get("SamplesPerPixel", 1), header.get("NumberOfFrames", 0)
     _, offset, length = header["pixel_data"]
-    what = f"{max(stated, 1)} frames of {rows} x {cols} pixels of {samples} x {bits} bits"
+    image = f"{max(stated, 1)} frames of {rows} x {cols} pixels of {samples} x {bits} bits"
     if rows < 1 or cols < 1 or samples not in (1, 3) or bits not in (8, 16, 32) or stated < 0:
-        raise ValueError(f"unreadable image: {what}; expected 1 or 3 samples of 8, 16 or 32 bits")
+        raise ValueError(f"unreadable image: {image}; expected 1 or 3 samples of 8, 16 or 32 bits")
     if rows * cols > MAX_FRAME_PIXELS:
-        raise ValueError(f"absurd size: {what}, limit {MAX_FRAME_PIXELS} pixels")
+        raise ValueError(f"absurd size: {image}, limit {MAX_FRAME_PIXELS} pixels")
     frame_bytes = rows * cols * samples * bits // 8
     if header.get("PhotometricInterpretation") == "YBR_FULL_422" and length != UNDEFINED:
         frame_bytes = rows * cols * 2
@@ -434,37 +458,37 @@ def locate_frames(header: dict, size: int, read: typing.Callable[[int, int], byt
         syntax = header["TransferSyntaxUID"]
         if syntax in (IMPLICIT, EXPLICIT, BIG_ENDIAN, DEFLATED):
             raise ValueError(f"compressed pixel data, but (0002,0010) TransferSyntaxUID is {syntax}")
-        spans = _fragments_by_frame(stated, offset, size, read, syntax == RLE)
+        spans = group_fragments(stated, offset, size, read, syntax == RLE)
     else:
-        count, there = stated or max(1, length // frame_bytes), max(0, min(length, size - offset))
-        if there < count * frame_bytes:
-            raise ValueError(f"truncated: {there} of {count * frame_bytes} bytes of pixel data ({what})")
+        count, available = stated or max(1, length // frame_bytes), max(0, min(length, size - offset))
+        if available < count * frame_bytes:
+            raise ValueError(f"truncated: {available} of {count * frame_bytes} bytes of pixel data ({image})")
         spans = [((offset + i * frame_bytes, frame_bytes),) for i in range(count)]
     if frame_bytes * len(spans) > MAX_PIXEL_BYTES:
-        raise ValueError(f"absurd size: {what}, limit {MAX_PIXEL_BYTES >> 20} MiB")
+        raise ValueError(f"absurd size: {image}, limit {MAX_PIXEL_BYTES >> 20} MiB")
     return spans
 
 
-def _fragments_by_frame(
+def group_fragments(
     stated: int, offset: int, size: int, read: typing.Callable[[int, int], bytes], is_rle: bool
 ) -> list[tuple]:
     """Pieces of encapsulated pixel data by frame (PS3.5 A.4); `stated` is 0 where no number is given."""
-    fragments, starts_stream, table, first = [], [], None, 0
+    table, fragments, are_starts = None, [], []
     while offset + 8 <= size:
-        start = read(offset, 12)
-        length = int.from_bytes(start[4:8], "little")
-        if start[:4] == b"\xfe\xff\xdd\xe0":
+        item = read(offset, 12)
+        start, length = offset + 8, int.from_bytes(item[4:8], "little")
+        if item[:4] == b"\xfe\xff\xdd\xe0":
             break
-        if start[:4] != b"\xfe\xff\x00\xe0":
+        if item[:4] != b"\xfe\xff\x00\xe0":
             raise ValueError("damaged: no item where the next fragment of compressed pixel data should be")
-        if offset + 8 + length > size:
-            raise ValueError(f"truncated: {size - offset - 8} bytes left for a fragment of {length}")
+        offset = start + length
+        if offset > size:
+            raise ValueError(f"truncated: {size - start} bytes left for a fragment of {length}")
         if table is None:
-            table, first = read(offset + 8, length), offset + 8 + length
+            table, first_offset = read(start, length), offset
         else:
-            fragments.append((offset + 8, length))
-            starts_stream.append(start[8:10] in (b"\xff\xd8", b"\xff\x4f") or start[8:12] == b"\0\0\0\x0c")
-        offset += 8 + length
+            fragments.append((start, length))
+            are_starts.append(item[8:10] in (b"\xff\xd8", b"\xff\x4f") or item[8:] == b"\0\0\0\x0c")
     if not fragments:
         raise ValueError("truncated: compressed pixel data without a fragment")
     if stated == len(fragments) or (is_rle and not stated):
@@ -472,9 +496,9 @@ def _fragments_by_frame(
     if stated == 1:
         return [tuple(fragments)]
     offsets = {int.from_bytes(table[i : i + 4], "little") for i in range(0, len(table), 4)}
-    in_table = [fragment[0] - 8 - first in offsets for fragment in fragments]
-    for is_start in (in_table, starts_stream):
-        starts = [i for i, start in enumerate(is_start) if start]
+    are_in_table = [start - 8 - first_offset in offsets for start, _ in fragments]
+    for is_start in (are_in_table, are_starts):
+        starts = np.flatnonzero(is_start).tolist()
         if starts[:1] == [0] and stated in (0, len(starts)):
             return [tuple(fragments[i:j]) for i, j in zip(starts, [*starts[1:], None], strict=True)]
     raise ValueError(f"damaged: {len(fragments)} fragments of compressed data for {stated or 'some'} frames")
@@ -512,9 +536,7 @@ class Series:
     frames: list[Frame]
     positions_mm: np.ndarray  # (n,) along the normal
     normal: np.ndarray  # (3,)
-    affine: (
-        np.ndarray
-    )  # (4, 4) (z, y, x) -> LPS mm; exact for even gaps, else least squares; sheared if tilted
+    affine: np.ndarray  # (4, 4) (z, y, x) -> LPS mm; least squares where gaps are uneven; sheared if tilted
     spacing_mm: tuple[float, float, float]  # slice (median gap), row, column
     plane: str  # axial, coronal or sagittal: the nearest
     transfer_syntax: str
@@ -537,7 +559,7 @@ class Series:
         """Free the stored values of slice `i`, or of all."""
         if i is None:
             self._stored.clear()
-            _unpacked.cache_clear()
+            read_unpacked.cache_clear()
         else:
             self._stored.pop(i, None)
 
@@ -565,43 +587,47 @@ class Series:
             raise ValueError(f"series {self.uid}: {sop_uid} has several frames, and no frame is named")
         frame = self.geometry.get((sop_uid, int(f or 0)))
         if frame is None or frame.position is None:
-            raise ValueError(
-                f"series {self.uid}: no image {sop_uid}, frame {f or 0}, with a position of its own"
-            )
+            raise ValueError(f"series {self.uid}: no image {sop_uid}, frame {f or 0}, with a position")
         row_mm, col_mm = frame.spacing_mm
         return frame.position + x * col_mm * frame.row_dir + y * row_mm * frame.col_dir
 
 
-@_one_line_errors
+@one_line_errors
 def decode(frame: Frame) -> np.ndarray:
     """(rows, cols) stored values of a frame: decompressed, colour as luminance, masked to BitsStored."""
+    header, is_native = frame.header, frame.header["pixel_data"][2] != UNDEFINED
+    data = read_pixel_bytes(frame)
+    allocated, signed = header["BitsAllocated"], header.get("PixelRepresentation") == 1
+    bits, high_bit = header.get("BitsStored", allocated), header.get("HighBit", -1)
+    bits = bits if 1 <= bits <= allocated else allocated
+    high_bit = high_bit if bits - 1 <= high_bit < allocated else bits - 1
+    if is_native and header.get("SamplesPerPixel", 1) == 1:
+        dtype = np.dtype(f"{'<' if header['little'] else '>'}{'i' if signed else 'u'}{allocated // 8}")
+        stored = np.frombuffer(data, dtype).reshape(frame.rows, frame.cols)
+        return mask_stored(stored.astype(dtype.newbyteorder("="), copy=False), bits, high_bit, signed)
+    return mask_stored(decode_with_pydicom(frame, data, bits), bits, bits - 1, signed)
+
+
+def read_pixel_bytes(frame: Frame) -> bytes:
+    """The pixel data of one frame."""
     header = frame.header
     pieces = header["spans"][frame.index]
     if header["packed"]:
-        unpacked = _unpacked(frame.path, os.stat(frame.path).st_mtime_ns)
+        unpacked = read_unpacked(frame.path, os.stat(frame.path).st_mtime_ns)
         data = b"".join(unpacked[offset : offset + length] for offset, length in pieces)
     else:
         with open(frame.path, "rb", buffering=0) as file:
             data = b"".join(os.pread(file.fileno(), length, offset) for offset, length in pieces)
     if len(data) != sum(length for _, length in pieces):
         raise ValueError("the file became shorter while it was read")
-    if header["pixel_data"][0] == "OW" and not header["little"] and len(data) == frame.rows * frame.cols:
-        data = (
-            np.frombuffer(data + bytes(len(data) % 2), "u2").byteswap().tobytes()[: len(data)]
-        )  # 8-bit in words
-    allocated, high_bit = whole(header, "BitsAllocated"), whole(header, "HighBit", -1)
-    bits, signed = whole(header, "BitsStored", allocated), whole(header, "PixelRepresentation") == 1
-    bits = bits if 1 <= bits <= allocated else allocated
-    high_bit = high_bit if bits - 1 <= high_bit < allocated else bits - 1
-    if header["pixel_data"][2] != UNDEFINED and whole(header, "SamplesPerPixel", 1) == 1:
-        dtype = np.dtype(f"{'<' if header['little'] else '>'}{'i' if signed else 'u'}{allocated // 8}")
-        stored = np.frombuffer(data, dtype).reshape(frame.rows, frame.cols)
-        return mask_stored(stored.astype(dtype.newbyteorder("="), copy=False), bits, high_bit, signed)
-    return mask_stored(_decode_with_pydicom(frame, data, bits), bits, bits - 1, signed)
+    if header["pixel_data"][0] == "OW" and not header["little"] and header["BitsAllocated"] == 8:
+        words = np.frombuffer(data + bytes(len(data) % 2), "u2")  # big-endian words of two 8-bit pixels
+        data = words.byteswap().tobytes()[: len(data)]
+    return data
 
 
 @functools.lru_cache(maxsize=1)
-def _unpacked(path: Path, _changed: int) -> memoryview:
+def read_unpacked(path: Path, _changed: int) -> memoryview:
     """A packed file's unpacked bytes, kept until the next one so that its frames do not unpack it again."""
     with open_unpacked(path) as (file, _):
         return file.getbuffer()
@@ -617,19 +643,19 @@ def mask_stored(array: np.ndarray, bits: int, high_bit: int, signed: bool) -> np
     return np.right_shift(array, size - bits, out=array)
 
 
-def _decode_with_pydicom(frame: Frame, data: bytes, bits: int) -> np.ndarray:
+def decode_with_pydicom(frame: Frame, data: bytes, bits: int) -> np.ndarray:
     """(rows, cols) of compressed or colour pixel data through pydicom and its plug-ins."""
     header, is_native = frame.header, frame.header["pixel_data"][2] != UNDEFINED
     uid = pydicom.uid.UID(EXPLICIT if is_native else header["TransferSyntaxUID"])
-    samples = whole(header, "SamplesPerPixel", 1)
+    samples = header.get("SamplesPerPixel", 1)
     try:
         decoder = get_decoder(uid)
     except NotImplementedError:
         raise ValueError(f"there is no decoder for transfer syntax {uid.name} ({uid})") from None
     if not decoder.is_available:
         raise ValueError(f"transfer syntax {uid.name} ({uid}) needs a decoder: pip install {DECODERS[uid]}")
-    if not is_native:
-        _check_stream(data, uid, (frame.rows, frame.cols, samples))
+    if not is_native and uid != RLE:
+        check_code_stream(data, (frame.rows, frame.cols, samples))
     default = "RGB" if samples == 3 else "MONOCHROME2"
     array, _ = decoder.as_array(
         data if is_native else encapsulate([data]),
@@ -638,11 +664,11 @@ def _decode_with_pydicom(frame: Frame, data: bytes, bits: int) -> np.ndarray:
         columns=frame.cols,
         number_of_frames=1,
         samples_per_pixel=samples,
-        bits_allocated=whole(header, "BitsAllocated"),
+        bits_allocated=header["BitsAllocated"],
         bits_stored=bits,
-        pixel_representation=whole(header, "PixelRepresentation"),
+        pixel_representation=header.get("PixelRepresentation", 0),
         photometric_interpretation=header.get("PhotometricInterpretation", default),
-        planar_configuration=whole(header, "PlanarConfiguration"),
+        planar_configuration=header.get("PlanarConfiguration", 0),
         pixel_keyword="PixelData",
     )
     if array.ndim == 3:
@@ -652,23 +678,23 @@ def _decode_with_pydicom(frame: Frame, data: bytes, bits: int) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
-def _check_stream(data: bytes, uid: str, expected: tuple[int, int, int]) -> None:
+def check_code_stream(data: bytes, expected: tuple[int, int, int]) -> None:
     """Refuses a code stream of another size than stated: 600 bytes can ask a decoder for gigabytes."""
-    found, start = None, data.find(b"\xff\x4f\xff\x51", 0, 4096)  # JPEG 2000: SOC, SIZ
-    if uid == RLE:
-        return
+    size = None
+    start = data.find(b"\xff\x4f\xff\x51", 0, 4096)  # JPEG 2000: SOC, SIZ
     if start >= 0:
         width, height, left, top = struct.unpack_from(">4I", data, start + 8)
-        found = (height - top, width - left, *struct.unpack_from(">H", data, start + 40))
-    at = 2 if start < 0 else len(data)
-    while at + 10 <= len(data) and data[at] == 0xFF:  # JPEG, JPEG-LS: segments up to the frame header SOFn
-        marker = data[at + 1]
-        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            found = (*struct.unpack_from(">2H", data, at + 5), data[at + 9])
+        size = (height - top, width - left, *struct.unpack_from(">H", data, start + 40))
+    position = 2 if start < 0 else len(data)
+    while position + 10 <= len(data) and data[position] == 0xFF:  # JPEG: segments up to the frame header SOFn
+        marker = data[position + 1]
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):  # F7: JPEG-LS
+            size = (*struct.unpack_from(">2H", data, position + 5), data[position + 9])
             break
-        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    if found != expected:
-        raise ValueError(f"the code stream holds {found} rows, columns, samples; the header says {expected}")
+        length = int.from_bytes(data[position + 2 : position + 4], "big")
+        position += 1 if marker == 0xFF else 2 + length
+    if size != expected:
+        raise ValueError(f"the code stream holds {size} rows, columns, samples; the header says {expected}")
 
 
 MIP_TYPES = {"MIP", "MINIP", "MIN IP", "MAX IP", "PROJECTION IMAGE", "PROJECTION", "VOLUME RENDERED", "VRT"}
@@ -676,7 +702,7 @@ SCOUT_TYPES = {"LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW", "REF_SURVIEW"}
 PHASE_TYPES = {"P", "PHASE", "R", "REAL", "I", "IMAGINARY", "PHASE MAP", "B0", "B0 MAP"}
 
 
-def _image_types(header: dict) -> list[str]:
+def image_types(header: dict) -> list[str]:
     return header.get("ImageType", "").upper().split("\\")
 
 
@@ -687,51 +713,49 @@ def modality_of(header: dict) -> str:
     return header.get("Modality") or implied.get(stem, "")
 
 
-def _refuse_what_is_no_slice(header: dict) -> None:
-    types, modality = _image_types(header), modality_of(header)
+def check_is_slice(header: dict) -> None:
+    """ValueError with the reason if a file's images are not slices of a CT or MR scan."""
+    types, modality = image_types(header), modality_of(header)
     if modality not in ("CT", "MR", ""):
         raise ValueError(f"(0008,0060) Modality {modality}: not CT or MR")
     if "MOSAIC" in types or ("VFRAME" in types and "ImagePositionPatient" not in header):
         raise ValueError(f"a volume tiled in one image: (0008,0008) ImageType {header['ImageType']}")
     if header.get("PhotometricInterpretation") == "PALETTE COLOR":
         raise ValueError("(0028,0004) PhotometricInterpretation PALETTE COLOR: colours without grey values")
-    is_placed = header["groups"] or "ImagePositionPatient" in header
-    if whole(header, "SamplesPerPixel", 1) == 3 and not is_placed:
+    has_position = header["groups"] or "ImagePositionPatient" in header
+    if header.get("SamplesPerPixel", 1) == 3 and not has_position:
         raise ValueError("a colour image without (0020,0032) ImagePositionPatient: a report or screenshot")
 
 
-def frames_of(path: Path, header: dict) -> list[tuple[Frame, list[str]]]:
-    """The images of one file, each with what was assumed for it. ValueError if they are no CT or MR slices.
+def make_frames(path: Path, header: dict) -> list[tuple[Frame, list[str]]]:
+    """The images of one file, each with what was assumed for it. ValueError if they are not CT or MR slices.
 
     Orientation missing or not orthogonal: axial. Spacing missing: (0018,1100) ReconstructionDiameter over the
     matrix, else 1 mm. Frames without positions of their own: from the file's position, else 0, along +normal
     in steps of (0018,0088) SpacingBetweenSlices, else (0018,0050) SliceThickness, else the row spacing.
     """
-    _refuse_what_is_no_slice(header)
-    frames, groups = [], header["groups"] or []
+    check_is_slice(header)
+    frames, groups = [], header["groups"] or [{}]
     for index in range(len(header["spans"])):
-        own = groups[index] if index < len(groups) else groups[0] if len(groups) == 1 else {}
-        tags = header | own if own else header
+        group = groups[index] if index < len(groups) else groups[0] if len(groups) == 1 else {}
+        tags = header | group
         assumed = list(header["unreadable"])
-        directions = _directions(tags.get("ImageOrientationPatient"))
+        directions = unit_directions(tags.get("ImageOrientationPatient"))
         if directions is None:
             assumed.append("no valid (0020,0037) ImageOrientationPatient: axial assumed")
             directions = np.eye(3)[:2]
-        spacing = tags.get("PixelSpacing", ())
-        spacing = spacing * 2 if len(spacing) == 1 else spacing
-        if len(spacing) != 2 or not all(1e-3 < value < 1e3 for value in spacing):
-            diameter = tags.get("ReconstructionDiameter", (0,))[0] / max(tags["Rows"][0], tags["Columns"][0])
-            spacing = (diameter,) * 2 if 1e-3 < diameter < 1e3 else (1.0, 1.0)
-            assumed.append(f"no valid (0028,0030) PixelSpacing: {spacing[0]:.4g} mm assumed")
+        spacing = pixel_spacing(tags, assumed)
         position = tags.get("ImagePositionPatient", ())
         position = np.array(position) if len(position) == 3 and max(map(abs, position)) < 1e5 else None
-        if len(header["spans"]) > 1 and "ImagePositionPatient" not in own:
+        if len(header["spans"]) > 1 and "ImagePositionPatient" not in group:
             count = "" if "NumberOfFrames" in header else "number and "
-            step, why = slice_step(tags, spacing[0])
-            assumed.append(f"frames without {count}position placed {step:.4g} mm apart along +normal ({why})")
+            step, source = slice_step(tags, spacing[0])
+            assumed.append(
+                f"frames without {count}position placed {step:.4g} mm apart along +normal ({source})"
+            )
             position = np.zeros(3) if position is None else position
             position = position + index * step * np.cross(*directions)
-        slope = tags.get("RescaleSlope", (1.0,))[0]
+        slope = tags.get("RescaleSlope", 1.0)
         if slope == 0:
             assumed.append("(0028,1053) RescaleSlope is 0: 1 assumed")
         frame = Frame(
@@ -743,28 +767,19 @@ def frames_of(path: Path, header: dict) -> list[tuple[Frame, list[str]]]:
             row_dir=directions[0],
             col_dir=directions[1],
             spacing_mm=spacing,
-            thickness_mm=max(tags.get("SliceThickness", (0.0,))[0], 0.0),
-            rows=whole(tags, "Rows"),
-            cols=whole(tags, "Columns"),
+            thickness_mm=max(tags.get("SliceThickness", 0.0), 0.0),
+            rows=tags["Rows"],
+            cols=tags["Columns"],
             slope=slope or 1.0,
-            intercept=tags.get("RescaleIntercept", (0.0,))[0],
-            padding=_padding(tags),
+            intercept=tags.get("RescaleIntercept", 0.0),
+            padding=padding_range(tags),
         )
         frames.append((frame, assumed))
     return frames
 
 
-def slice_step(tags: dict, row_mm: float) -> tuple[float, str]:
-    """(mm from slice to slice, the attribute that says so) where positions do not tell."""
-    for name in ("SpacingBetweenSlices", "SliceThickness"):
-        step = abs(tags.get(name, (0.0,))[0])
-        if 1e-3 < step < 1e3:
-            return step, name
-    return row_mm, "the row spacing"
-
-
 @functools.lru_cache(maxsize=256)
-def _directions(orientation: tuple | None) -> np.ndarray | None:
+def unit_directions(orientation: tuple | None) -> np.ndarray | None:
     """(2, 3) unit row and column directions, or None if they are missing, zero or not orthogonal."""
     if orientation is None or len(orientation) != 6 or max(map(abs, orientation)) > 1e3:
         return None
@@ -775,14 +790,34 @@ def _directions(orientation: tuple | None) -> np.ndarray | None:
     return directions / lengths
 
 
-def _padding(tags: dict) -> tuple[int, int] | None:
+def pixel_spacing(tags: dict, assumed: list[str]) -> tuple[float, float]:
+    """(between rows, between columns) mm; an assumption is noted."""
+    spacing = tags.get("PixelSpacing", ())
+    spacing = spacing * 2 if len(spacing) == 1 else spacing
+    if len(spacing) == 2 and all(1e-3 < value < 1e3 for value in spacing):
+        return spacing
+    side = tags.get("ReconstructionDiameter", 0) / max(tags["Rows"], tags["Columns"])
+    side = side if 1e-3 < side < 1e3 else 1.0
+    assumed.append(f"no valid (0028,0030) PixelSpacing: {side:.4g} mm assumed")
+    return side, side
+
+
+def slice_step(tags: dict, row_mm: float) -> tuple[float, str]:
+    """(mm from slice to slice, the attribute that says so) where positions do not tell."""
+    for name in ("SpacingBetweenSlices", "SliceThickness"):
+        step = abs(tags.get(name, 0.0))
+        if 1e-3 < step < 1e3:
+            return step, name
+    return row_mm, "the row spacing"
+
+
+def padding_range(tags: dict) -> tuple[int, int] | None:
     """(0028,0120) PixelPaddingValue to (0028,0121) PixelPaddingRangeLimit, in the sign of stored values."""
     if "PixelPaddingValue" not in tags:
         return None
-    first = whole(tags, "PixelPaddingValue")
-    ends = [first, whole(tags, "PixelPaddingRangeLimit", first)]
-    if whole(tags, "PixelRepresentation") == 1:
-        bits = whole(tags, "BitsAllocated")
+    first, bits = tags["PixelPaddingValue"], tags["BitsAllocated"]
+    ends = [first, tags.get("PixelPaddingRangeLimit", first)]
+    if tags.get("PixelRepresentation") == 1:
         ends = [end - 2**bits if end >= 2 ** (bits - 1) else end for end in ends]
     return min(ends), max(ends)
 
@@ -793,49 +828,28 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
     Files are recognised by content. Images of series `uid` are used if there are any, else all. The volume is
     the largest group (by positions) of CT or MR images that agree in series, size, orientation (1e-3) and
     pixel spacing (1e-3 relative); scouts and projections (MIP) only where nothing else is there. One image is
-    kept per position (`_one_volume`). ValueError (one line) if there is no volume: mosaics, projections,
+    kept per position (`select_volume`). ValueError (one line) if there is no volume: mosaics, projections,
     radiographs, reports.
     """
     where = f"{len(source)} files" if isinstance(source, list) else str(source)
     paths = source if isinstance(source, list) else [Path(source)]
     if paths == [Path(where)] and paths[0].is_dir():
         paths = [Path(folder, name) for folder, _, names in os.walk(where) for name in names]
-    found, intact, skipped, notes = [], [], [], []
-    for path in sorted(paths, key=natural_key):
-        try:
-            header = read_header(path)
-            intact.append(path)
-            found += frames_of(path, header)
-        except ValueError as error:
-            skipped.append((path, str(error)))
-            cause = error.__cause__
-            if isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL):
-                raise ValueError(f"{path}: {error}; the disk is at fault, not the file: try again") from error
-    damaged = [(path, reason) for path, reason in skipped if reason.startswith(("truncated", "damaged"))]
-    num_images = len(intact) + len(damaged)
-    if found and len(damaged) > max(1, num_images // 10):
-        path, reason = damaged[0]
-        raise ValueError(
-            f"{where}: {len(damaged)} of {num_images} images are damaged ({path.name}: {reason}); expected "
-            f"at most a tenth. Copy the series again"
-        )
-    if not found:
-        reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped[:3])
-        raise ValueError(f"{where}: no CT or MR slice in {len(paths)} files. {reasons}")
-    frames, assumed = [frame for frame, _ in found], {id(frame): texts for frame, texts in found}
-    geometry = _by_image(frames)
-    frames = _largest_group(frames, uid, where, notes)
+    frames, assumed, skipped = read_frames(sorted(paths, key=natural_key), where)
+    notes: list[str] = []
+    geometry = index_images(frames)
+    frames = select_group(select_uid(frames, uid, notes), where, notes)
     for text, count in collections.Counter(text for frame in frames for text in assumed[id(frame)]).items():
         notes.append(f"{text} ({count} of {len(frames)} images)")
-    frames = _placed(frames, notes)
-    geometry |= _by_image(frames)
-    frames = _one_volume(frames, notes)
+    frames = place_frames(frames, notes)
+    geometry |= index_images(frames)
+    frames = select_volume(frames, notes)
     header = frames[0].header
     modality, patient = modality_of(header), header.get("PatientID", "")
     if not modality:
         modality = "CT" if min(frame.intercept for frame in frames) <= -500 else "MR"
         notes.append(f"no (0008,0060) Modality: {modality} assumed from (0028,1052) RescaleIntercept")
-    normal, affine, spacing, positions = _stack(frames, notes)
+    normal, affine, spacing, positions = measure_stack(frames, notes)
     return Series(
         uid=safe_uid(uid or header.get("SeriesInstanceUID") or os.path.abspath(frames[0].path.parent)),
         modality=modality,
@@ -855,131 +869,182 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
     )
 
 
-def _by_image(frames: list[Frame]) -> dict[tuple[str, int], Frame]:
-    """(SOPInstanceUID, frame index) -> image. A UID that files at several places share tells nothing: left
-    out."""
+def read_frames(paths: list[Path], where: str) -> tuple[list[Frame], dict[int, list[str]], list[tuple]]:
+    """(images, id of an image -> what was assumed for it, [(file that is not a slice, reason)]).
+
+    ValueError if there is no image, if more than a tenth of the images are damaged, or if the disk fails.
+    """
+    frames, assumed, skipped, num_intact = [], {}, [], 0
+    for path in paths:
+        try:
+            header = read_header(path)
+            num_intact += 1
+            for frame, texts in make_frames(path, header):
+                frames.append(frame)
+                assumed[id(frame)] = texts
+        except ValueError as error:
+            skipped.append((path, str(error)))
+            cause = error.__cause__
+            if isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL):
+                raise ValueError(f"{path}: {error}; the disk is at fault, not the file: try again") from error
+    damaged = [(path, reason) for path, reason in skipped if reason.startswith(("truncated", "damaged"))]
+    num_images = num_intact + len(damaged)
+    if frames and len(damaged) > max(1, num_images // 10):
+        path, reason = damaged[0]
+        raise ValueError(
+            f"{where}: {len(damaged)} of {num_images} images are damaged ({path.name}: {reason}); expected "
+            f"at most a tenth. Copy the series again"
+        )
+    if not frames:
+        reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped[:3])
+        raise ValueError(f"{where}: no CT or MR slice in {len(paths)} files. {reasons}")
+    return frames, assumed, skipped
+
+
+def index_images(frames: list[Frame]) -> dict[tuple[str, int], Frame]:
+    """(SOPInstanceUID, frame index) -> image, without UIDs that images at several places share."""
     images: dict[tuple[str, int], Frame] = {}
-    shared = set()
+    ambiguous = set()
     for frame in frames:
-        first = images.setdefault((frame.sop_uid, frame.index), frame)
-        if not np.array_equal(first.position, frame.position):
-            shared.add((frame.sop_uid, frame.index))
-    return {key: frame for key, frame in images.items() if key not in shared}
+        key = frame.sop_uid, frame.index
+        if not np.array_equal(images.setdefault(key, frame).position, frame.position):
+            ambiguous.add(key)
+    return {key: frame for key, frame in images.items() if key not in ambiguous}
 
 
-def _image_kind(frame: Frame) -> str:
-    types = set(_image_types(frame.header))
+def select_uid(frames: list[Frame], uid: str | None, notes: list[str]) -> list[Frame]:
+    """The images of series `uid` (or without a series) if there are any, else all."""
+    uids = [frame.header.get("SeriesInstanceUID") for frame in frames]
+    if not uid or uid not in uids:
+        return frames
+    selected = [frame for frame, u in zip(frames, uids, strict=True) if u in (uid, None)]
+    if len(selected) < len(frames):
+        notes.append(f"{len(frames) - len(selected)} images of other series left out")
+    return selected
+
+
+def image_kind(frame: Frame) -> str:
+    types = set(image_types(frame.header))
     return "projection" if types & MIP_TYPES else "scout" if types & SCOUT_TYPES else "slice"
 
 
-def _largest_group(frames: list[Frame], uid: str | None, where: str, notes: list[str]) -> list[Frame]:
-    """The images of one stack, as `read_series` says; the others are noted."""
-    if uid and any(frame.header.get("SeriesInstanceUID") == uid for frame in frames):
-        own = [frame for frame in frames if frame.header.get("SeriesInstanceUID", uid) == uid]
-        if len(own) < len(frames):
-            notes.append(f"{len(frames) - len(own)} images of other series left out")
-        frames = own
-    groups: list[tuple[tuple, np.ndarray, list[Frame]]] = []  # what must be equal, what nearly, members
-    members_of: dict[tuple, list[Frame]] = {}
+@dataclass
+class Group:
+    """Images that agree in what makes a stack."""
+
+    series_uid: str
+    kind: str  # slice, scout or projection
+    rows: int
+    cols: int
+    geometry: np.ndarray  # (8,) log of the pixel spacing, row and column direction: equal to 1e-3
+    frames: list[Frame]
+
+    def rank(self) -> tuple:
+        """Slices first, then the more positions, then the more images."""
+        points = [frame.position for frame in self.frames if frame.position is not None]
+        num_positions = len(self.frames) - len(points)
+        if points:
+            gaps = np.diff(np.sort(points @ np.cross(self.geometry[2:5], self.geometry[5:])))
+            num_positions += 1 + (gaps > SAME_POSITION_MM).sum()
+        return self.kind == "slice", num_positions, len(self.frames)
+
+    def __str__(self) -> str:
+        row_mm, col_mm = np.exp(self.geometry[:2])
+        normal = np.cross(self.geometry[2:5], self.geometry[5:])
+        return (
+            f"{self.kind}, {self.rows} x {self.cols} pixels of {row_mm:.3g} x {col_mm:.3g} mm, normal "
+            f"{np.array2string(normal, precision=2, suppress_small=True)}"
+        )
+
+
+def group_frames(frames: list[Frame]) -> list[Group]:
+    groups: list[Group] = []
     for frame in frames:
-        equal = (frame.header.get("SeriesInstanceUID", ""), _image_kind(frame), frame.rows, frame.cols)
-        exact = (*equal, *frame.spacing_mm, *frame.row_dir.tolist(), *frame.col_dir.tolist())
-        if exact not in members_of:
-            nearly = np.array([*np.log(frame.spacing_mm), *frame.row_dir, *frame.col_dir])
-            same = [g for g in groups if g[0] == equal and np.abs(g[1] - nearly).max() < 1e-3]
-            if not same:
-                same = [(equal, nearly, [])]
-                groups += same
-            members_of[exact] = same[0][2]
-        members_of[exact].append(frame)
+        key = frame.header.get("SeriesInstanceUID", ""), image_kind(frame), frame.rows, frame.cols
+        geometry = np.array([*np.log(frame.spacing_mm), *frame.row_dir, *frame.col_dir])
+        for group in groups:
+            is_equal = key == (group.series_uid, group.kind, group.rows, group.cols)
+            if is_equal and np.abs(geometry - group.geometry).max() < 1e-3:
+                group.frames.append(frame)
+                break
+        else:
+            groups.append(Group(*key, geometry, [frame]))
+    return groups
 
-    def rank(group: tuple) -> tuple:
-        (_, kind, *_), _, members = group
-        points = [frame.position for frame in members if frame.position is not None]
-        at = np.sort(points @ np.cross(members[0].row_dir, members[0].col_dir)) if points else np.zeros(0)
-        positions = len(members) - len(at) + (np.diff(at) > SAME_POSITION_MM).sum() + bool(len(at))
-        return kind == "slice", positions, len(members)
 
-    best = max(groups, key=rank)
-    if best[0][1] == "projection" and rank(best)[1] == 1:
+def select_group(frames: list[Frame], where: str, notes: list[str]) -> list[Frame]:
+    """The images of one stack, as `read_series` says; the others are noted."""
+    groups = group_frames(frames)
+    best = max(groups, key=Group.rank)
+    if best.kind == "projection" and best.rank()[1] == 1:
         raise ValueError(f"{where}: {len(frames)} projection images (MIP), no volume")
-    for equal, nearly, members in groups:
-        _, kind, rows, cols = equal
-        if members is not best[2]:
-            other = " of another series" if equal[0] != best[0][0] else ""
-            row_mm, col_mm = np.exp(nearly[:2])
-            direction = np.array2string(np.cross(nearly[2:5], nearly[5:]), precision=2, suppress_small=True)
-            notes.append(
-                f"{len(members)} images{other} left out: {kind}, {rows} x {cols} pixels of {row_mm:.3g} x "
-                f"{col_mm:.3g} mm, normal {direction}"
-            )
-        elif kind != "slice":
-            notes.append(f"the images call themselves {kind}: ImageType {members[0].header['ImageType']}")
-    return best[2]
+    for group in groups:
+        if group is not best:
+            other = " of another series" if group.series_uid != best.series_uid else ""
+            notes.append(f"{len(group.frames)} images{other} left out: {group}")
+        elif group.kind != "slice":
+            image_type = group.frames[0].header["ImageType"]
+            notes.append(f"the images call themselves {group.kind}: ImageType {image_type}")
+    return best.frames
 
 
-def _number(frame: Frame, name: str) -> float | None:
-    return frame.header[name][0] if name in frame.header else None
-
-
-def _placed(frames: list[Frame], notes: list[str]) -> list[Frame]:
+def place_frames(frames: list[Frame], notes: list[str]) -> list[Frame]:
     """Every frame with a position. Where (0020,0032) ImagePositionPatient is all the same, by (0020,1041)
     SliceLocation if that differs. Where it is missing, in this order: on the straight line that the others
     follow by InstanceNumber; at (0020,1041) SliceLocation; at (0020,0013) InstanceNumber, else the rank of
     the file name, times `slice_step`; all but the first along +normal. Each is noted."""
     normal = np.cross(frames[0].row_dir, frames[0].col_dir)
     known = [frame for frame in frames if frame.position is not None]
-    missing = len(frames) - len(known)
-    locations = [_number(frame, "SliceLocation") for frame in frames]
+    locations = [frame.header.get("SliceLocation") for frame in frames]
     has_locations = None not in locations and np.ptp(locations) > SAME_POSITION_MM
-    if not missing:
+    if len(known) == len(frames):
         is_one_place = np.ptp([frame.position for frame in frames], axis=0).max() < SAME_POSITION_MM
         if not (is_one_place and has_locations):
             return frames
         notes.append("(0020,0032) ImagePositionPatient is one and the same: (0020,1041) SliceLocation used")
-        offsets = [mm - locations[0] for mm in locations]
+        offsets = np.array(locations) - locations[0]
         return [replace(f, position=f.position + mm * normal) for f, mm in zip(frames, offsets, strict=True)]
     if known:
-        line = _line_by_number(known)
-        placed = [frame if frame.position is not None else _on_line(frame, line) for frame in frames]
-        placed = [frame for frame in placed if frame.position is not None]
-        notes.append(
-            f"{missing} of {len(frames)} images without (0020,0032) ImagePositionPatient: "
-            f"{len(frames) - len(placed)} left out, the others placed by (0020,0013) InstanceNumber"
-        )
-        return placed
-    step, why = slice_step(frames[0].header, frames[0].spacing_mm[0])
-    numbers = [_number(frame, "InstanceNumber") for frame in frames]
+        return place_by_number(frames, notes)
+    step, source = slice_step(frames[0].header, frames[0].spacing_mm[0])
+    numbers = [frame.header.get("InstanceNumber") for frame in frames]
     if has_locations:
-        how, at = "(0020,1041) SliceLocation", locations
+        how, offsets = "(0020,1041) SliceLocation", locations
     elif None not in numbers and len(set(numbers)) == len(numbers):
-        how, at = f"(0020,0013) InstanceNumber times {step:.4g} mm ({why})", np.array(numbers) * step
+        how, offsets = f"(0020,0013) InstanceNumber times {step:.4g} mm ({source})", np.array(numbers) * step
     else:
-        how, at = f"the order of file names times {step:.4g} mm ({why})", np.arange(len(frames)) * step
+        how, offsets = (
+            f"the order of file names times {step:.4g} mm ({source})",
+            np.arange(len(frames)) * step,
+        )
     notes.append(f"no (0020,0032) ImagePositionPatient: slices placed along +normal by {how}")
-    return [replace(frame, position=mm * normal) for frame, mm in zip(frames, at, strict=True)]
+    return [replace(frame, position=mm * normal) for frame, mm in zip(frames, offsets, strict=True)]
 
 
-def _line_by_number(frames: list[Frame]) -> np.ndarray | None:
-    """(2, 3) start and step of the line that positions follow by InstanceNumber to 0.1 mm, or None."""
+def place_by_number(frames: list[Frame], notes: list[str]) -> list[Frame]:
+    """Frames without a position go where their InstanceNumber says, if the others follow it to 0.1 mm."""
     numbered = [frame for frame in frames if "InstanceNumber" in frame.header]
-    design = np.array([(1.0, _number(frame, "InstanceNumber")) for frame in numbered]).reshape(-1, 2)
-    positions = np.array([frame.position for frame in numbered]).reshape(-1, 3)
-    if len(np.unique(design, axis=0)) < 2:
-        return None
-    line = np.linalg.lstsq(design, positions, rcond=None)[0]
-    return line if np.abs(design @ line - positions).max() < 0.1 else None
+    known = [frame for frame in numbered if frame.position is not None]
+    numbers = np.array([frame.header["InstanceNumber"] for frame in known], float)
+    positions = np.array([frame.position for frame in known]).reshape(-1, 3)
+    placed = [frame for frame in frames if frame.position is not None]
+    num_known = len(placed)
+    if len(np.unique(numbers)) > 1:
+        start, step = np.polynomial.polynomial.polyfit(numbers, positions, 1)
+        if np.abs(start + np.outer(numbers, step) - positions).max() < 0.1:
+            for frame in numbered:
+                if frame.position is None:
+                    placed.append(replace(frame, position=start + frame.header["InstanceNumber"] * step))
+    notes.append(
+        f"{len(frames) - num_known} of {len(frames)} images without (0020,0032) ImagePositionPatient: "
+        f"{len(frames) - len(placed)} left out, the others placed by (0020,0013) InstanceNumber"
+    )
+    return placed
 
 
-def _on_line(frame: Frame, line: np.ndarray | None) -> Frame:
-    if line is None or "InstanceNumber" not in frame.header:
-        return frame
-    return replace(frame, position=np.array([1.0, _number(frame, "InstanceNumber")]) @ line)
-
-
-def _type_order(frame: Frame) -> tuple:
+def type_order(frame: Frame) -> tuple:
     """Magnitude first, phase, real and imaginary last; original before derived."""
-    types = [*_image_types(frame.header), frame.header.get("ComplexImageComponent", "").upper()]
+    types = [*image_types(frame.header), frame.header.get("ComplexImageComponent", "").upper()]
     is_magnitude = any(word in ("M", "MAGNITUDE") or word.startswith("M_") for word in types)
     return 0 if is_magnitude else 2 if PHASE_TYPES & set(types) else 1, "DERIVED" in types, tuple(types)
 
@@ -990,7 +1055,12 @@ VOLUME_KEYS = (  # what tells the volumes of one series apart, in the order trie
 )
 
 
-def _one_volume(frames: list[Frame], notes: list[str]) -> list[Frame]:
+def key_value(frame: Frame, name: str) -> tuple:
+    """An attribute's value for sorting: absent before small before large."""
+    return type_order(frame) if name == "ImageType" else (name in frame.header, frame.header.get(name, ""))
+
+
+def select_volume(frames: list[Frame], notes: list[str]) -> list[Frame]:
     """One frame per position, sorted along +normal.
 
     Copies (same SOPInstanceUID, frame and position) go first. Then, while positions are shared, each
@@ -998,56 +1068,60 @@ def _one_volume(frames: list[Frame], notes: list[str]) -> list[Frame]:
     them), the images with the first such value stay (magnitude before phase, absent before small before
     large). What still shares a position is settled by the lowest InstanceNumber.
     """
-    at = np.array([frame.position for frame in frames]) @ np.cross(frames[0].row_dir, frames[0].col_dir)
-    order = np.argsort(at, kind="stable")
-    place = np.zeros(len(frames), int)  # of each frame, the rank of its position
-    place[order[1:]] = np.cumsum(np.diff(at[order]) > SAME_POSITION_MM)
+    offsets = np.array([frame.position for frame in frames]) @ np.cross(frames[0].row_dir, frames[0].col_dir)
+    order = np.argsort(offsets, kind="stable")
+    ranks = np.zeros(len(frames), int)  # of each frame's position
+    ranks[order[1:]] = np.cumsum(np.diff(offsets[order]) > SAME_POSITION_MM)
     images: dict[tuple, tuple[int, Frame]] = {}
     for i, frame in enumerate(frames):
-        images.setdefault((frame.sop_uid or i, frame.index, place[i]), (place[i], frame))
-    kept, num_places = list(images.values()), int(place.max()) + 1
-    if len(kept) < len(frames):
-        notes.append(f"{len(frames) - len(kept)} copies of images left out: same SOPInstanceUID and position")
-
-    def value_of(frame: Frame, name: str) -> tuple:
-        if name == "ImageType":
-            return _type_order(frame)
-        return name in frame.header, frame.header.get(name, "")
-
+        images.setdefault((frame.sop_uid or i, frame.index, ranks[i]), (ranks[i], frame))
+    volume, num_positions = list(images.values()), int(ranks.max()) + 1
+    if len(volume) < len(frames):
+        notes.append(
+            f"{len(frames) - len(volume)} copies of images left out: same SOPInstanceUID and position"
+        )
     for share, name in itertools.product((1.0, 0.9), VOLUME_KEYS):
-        if len(kept) == num_places:
+        if len(volume) == num_positions:
             break
-        values = collections.defaultdict(list)
-        for p, frame in kept:
-            values[value_of(frame, name)].append((p, frame))
-        complete = [v for v in sorted(values) if len({p for p, _ in values[v]}) >= share * num_places]
-        if len(values) > 1 and complete:
-            kept = values[complete[0]]
-            notes.append(f"{len(values)} volumes by {name}: the first complete one kept ({len(kept)} images)")
-    kept.sort(key=lambda item: (item[0], value_of(item[1], "InstanceNumber")))
-    first = [frame for i, (p, frame) in enumerate(kept) if i == 0 or kept[i - 1][0] != p]
-    if len(first) < len(kept):
-        notes.append(f"{len(kept) - len(first)} images left out at positions taken by a lower InstanceNumber")
+        volumes = collections.defaultdict(list)
+        for rank, frame in volume:
+            volumes[key_value(frame, name)].append((rank, frame))
+        for value in sorted(volumes):
+            num_ranks = len({rank for rank, _ in volumes[value]})
+            if len(volumes) > 1 and num_ranks >= share * num_positions:
+                volume = volumes[value]
+                notes.append(
+                    f"{len(volumes)} volumes by {name}: the first complete one kept ({len(volume)} images)"
+                )
+                break
+    volume.sort(key=lambda image: (image[0], key_value(image[1], "InstanceNumber")))
+    first = [
+        frame for _, images in itertools.groupby(volume, lambda image: image[0]) for _, frame in [*images][:1]
+    ]
+    if len(first) < len(volume):
+        notes.append(
+            f"{len(volume) - len(first)} images left out at positions taken by a lower InstanceNumber"
+        )
     return first
 
 
-def _stack(frames: list[Frame], notes: list[str]) -> tuple[np.ndarray, np.ndarray, tuple, np.ndarray]:
+def measure_stack(frames: list[Frame], notes: list[str]) -> tuple[np.ndarray, np.ndarray, tuple, np.ndarray]:
     """(normal, affine, spacing, positions along the normal) of sorted frames; gaps and tilt are noted."""
     normal = np.cross(frames[0].row_dir, frames[0].col_dir)
     normal /= np.linalg.norm(normal)
     points = np.array([frame.position for frame in frames])  # (n, 3)
-    at, (row_mm, col_mm) = points @ normal, frames[0].spacing_mm
+    positions, (row_mm, col_mm) = points @ normal, frames[0].spacing_mm
     if len(frames) == 1:
-        gap, why = slice_step(frames[0].header, row_mm)
+        gap, source = slice_step(frames[0].header, row_mm)
         start, step = points[0], gap * normal
-        notes.append(f"a single slice: {gap:.4g} mm thick ({why})")
+        notes.append(f"a single slice: {gap:.4g} mm thick ({source})")
     else:
-        gaps = np.diff(at)
+        gaps = np.diff(positions)
         gap, widest = float(np.median(gaps)), int(gaps.argmax())
-        start, step = np.polynomial.polynomial.polyfit(np.arange(len(at)), points, 1)
-        origin, drift = np.polynomial.polynomial.polyfit(at, points, 1)  # by mm along the normal
+        start, step = np.polynomial.polynomial.polyfit(np.arange(len(points)), points, 1)
+        origin, drift = np.polynomial.polynomial.polyfit(positions, points, 1)  # by mm along the normal
         tilt = np.linalg.norm(drift - normal)
-        bend = np.abs(points - np.outer(at, drift) - origin).max()
+        bend = np.abs(points - np.outer(positions, drift) - origin).max()
         if gaps[widest] > 1.5 * gap:
             notes.append(
                 f"{(gaps > 1.5 * gap).sum()} gaps of more than 1.5 x the median {gap:.3f} mm, the widest of "
@@ -1059,13 +1133,13 @@ def _stack(frames: list[Frame], notes: list[str]) -> tuple[np.ndarray, np.ndarra
             notes.append(f"slices lie up to {bend:.2f} mm beside a straight stack")
     affine = np.eye(4)
     affine[:3] = np.stack([step, row_mm * frames[0].col_dir, col_mm * frames[0].row_dir, start], axis=1)
-    return normal, affine, (gap, row_mm, col_mm), at
+    return normal, affine, (gap, row_mm, col_mm), positions
 
 
 def _repaired(frames: list[Frame], modality: str, notes: list[str]) -> list[Frame]:
     """Values that the pixels contradict, put right for the whole series by a look at three slices."""
     header = frames[0].header
-    signed = whole(header, "PixelRepresentation") == 1
+    signed = header.get("PixelRepresentation") == 1
     if modality == "CT":
         stated = {frame.intercept for frame in frames if "RescaleIntercept" in frame.header}
         usual = stated.pop() if len(stated) == 1 else -1024.0 if not stated and not signed else None
@@ -1085,7 +1159,7 @@ def _repaired(frames: list[Frame], modality: str, notes: list[str]) -> list[Fram
         frames = [replace(frame, intercept=0.0) for frame in frames]
     if is_mono1 and samples and _has_bright_border([stored for stored, _ in samples]):
         notes.append("(0028,0004) PhotometricInterpretation MONOCHROME1 with a bright background: inverted")
-        ends = -1 if signed else 2 ** whole(header, "BitsStored", 16) - 1  # lowest plus highest stored value
+        ends = -1 if signed else 2 ** header.get("BitsStored", 16) - 1  # lowest plus highest stored value
         frames = [replace(f, slope=-f.slope, intercept=f.intercept + f.slope * ends) for f in frames]
     f = frames[0]
     if modality == "CT" and f.padding and -500 < f.slope * f.padding[1] + f.intercept < 3000:
