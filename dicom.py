@@ -33,7 +33,6 @@ from pydicom.datadict import (
     keyword_for_tag,
     tag_for_keyword,
 )
-from pydicom.dataelem import RawDataElement
 from pydicom.encaps import encapsulate
 from pydicom.pixels import get_decoder
 
@@ -100,7 +99,7 @@ FUNCTIONAL_GROUPS = tag_table(
     "CTImageFrameTypeSequence FrameContentSequence PlanePositionSequence PlaneOrientationSequence "
     "PixelMeasuresSequence PixelValueTransformationSequence"
 )
-BINARY = {"US": "H", "UL": "I", "FD": "d"}
+BINARY = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": "d"}
 NUMBER = rb" *[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)? *"
 NUMBERS = re.compile(NUMBER + rb"(\\" + NUMBER + rb")*")
 CHARACTER_SET = re.compile(rb"[A-Z0-9_ \\]*")
@@ -244,12 +243,9 @@ def parse_header(head: bytes) -> dict:
         if tag == 0x00080005 and not (vr in (b"CS", b"") and CHARACTER_SET.fullmatch(head, start, position)):
             raise ValueError("odd SpecificCharacterSet")  # pydicom may refuse the file
         if tag in ATTRIBUTES:
-            name, expected, is_single = ATTRIBUTES[tag]
-            if vr and vr.decode() != expected and (vr, expected) != (b"SS", "US"):
-                raise ValueError("another VR")
-            value = parse_value(expected, is_single, take_bytes(head, start, length), "little")
+            value = parse_value(tag, vr.decode(), take_bytes(head, start, length), "little")
             if value is not None:
-                header[name] = value
+                header[ATTRIBUTES[tag][0]] = value
 
 
 def take_bytes(head: bytes, start: int, length: int) -> bytes:
@@ -295,22 +291,24 @@ def skip_sequence(head: bytes, position: int, explicit: bool, depth: int = 0) ->
                 position += inner
 
 
-def parse_value(vr: str, is_single: bool, raw: bytes, order: str) -> tuple | float | str | None:
+def parse_value(tag: int, vr: str | None, raw: bytes, order: str) -> tuple | float | str | None:
     """Text unpadded; numbers as a tuple, or the first where there should be one; None if empty.
-    ValueError if malformed. `order`: little or big."""
-    if vr in BINARY:
-        count = len(raw) // struct.calcsize("=" + BINARY[vr])
-        values = struct.unpack(f"{'>' if order == 'big' else '<'}{count}{BINARY[vr]}", raw)
-    elif vr in ("DS", "IS"):
+    ValueError if malformed. `vr` is the one written, if any; `order` little or big."""
+    _, expected, is_single = FRAME_ATTRIBUTES[tag]
+    if expected not in BINARY and expected not in ("DS", "IS"):
+        return raw.decode("latin-1").strip(" \0") or None
+    if vr in BINARY or (vr in (None, "", "UN") and expected in BINARY):
+        code = BINARY.get(vr, BINARY.get(expected))
+        count = len(raw) // struct.calcsize("=" + code)
+        values = struct.unpack(f"{'>' if order == 'big' else '<'}{count}{code}", raw)
+    else:
         text = raw.strip(b" \0")
         if text and not NUMBERS.fullmatch(text):
             raise ValueError(f"{text[:40]!r} is not a number")
         values = tuple(map(float, text.split(b"\\"))) if text else ()
-    else:
-        return raw.decode("latin-1").strip(" \0") or None
     if not all(abs(value) < 1e12 for value in values):  # NaN too
         raise ValueError(f"{values[:6]} is out of range")
-    if vr == "IS":
+    if expected not in ("DS", "FD"):
         values = tuple(map(int, values))
     return values[0] if is_single and values else values or None
 
@@ -342,7 +340,7 @@ def slow_header(path: Path) -> dict:
             raise ValueError("a DICOMDIR, not an image")
         implicit, little = dataset.original_encoding
         order = "little" if little else "big"
-        header, unreadable = parse_dataset(dataset, ATTRIBUTES, order)
+        header, unreadable = parse_dataset(dataset, order)
         header |= {"little": little, "packed": isinstance(file, io.BytesIO), "unreadable": unreadable}
         implied = IMPLICIT if implicit else EXPLICIT if little else BIG_ENDIAN
         syntax = DEFLATED if is_deflated else str(dataset.file_meta.get("TransferSyntaxUID") or implied)
@@ -366,23 +364,16 @@ def parse_pixel_element(element: bytes, position: int, order: str) -> tuple[str,
     return "OW", position + 8, int.from_bytes(element[4:8], order)
 
 
-def parse_dataset(dataset: pydicom.Dataset, table: dict, order: str) -> tuple[dict, list[str]]:
-    """(the attributes of `table` in a dataset by name, what does not parse)."""
+def parse_dataset(dataset: pydicom.Dataset, order: str) -> tuple[dict, list[str]]:
+    """(the attributes of a dataset or a functional group by name, what does not parse)."""
     attributes, unreadable = {}, []
-    for tag, (name, vr, is_single) in table.items():
-        if tag not in dataset:
+    for tag, (name, _, _) in FRAME_ATTRIBUTES.items():
+        element = dataset.get_item(tag)
+        if element is None:
             continue
         try:
-            element = dataset.get_item(tag)
-            expected = (None, "UN", "US", "SS") if vr == "US" else (None, "UN", vr)
-            if isinstance(element, RawDataElement) and element.VR in expected:
-                value = parse_value(vr, is_single, element.value or b"", order)
-            else:  # written with another VR: what pydicom makes of it
-                value = dataset[tag].value
-                values = [] if value is None else [value] if isinstance(value, str | float | int) else value
-                kind = "IS" if vr in ("US", "UL") else "DS" if vr == "FD" else vr
-                value = parse_value(kind, is_single, "\\".join(map(str, values)).encode(), order)
-        except Exception as error:  # pydicom raises many kinds; the attribute counts as missing, and is noted
+            value = parse_value(tag, element.VR, element.value or b"", order)
+        except (ValueError, TypeError, AttributeError, struct.error) as error:
             reason = " ".join(str(error).split())[:80]
             unreadable.append(f"({tag >> 16:04X},{tag & 0xFFFF:04X}) {name} does not parse: {reason}")
             continue
@@ -398,7 +389,7 @@ def parse_groups(dataset: pydicom.Dataset, order: str) -> list[dict] | None:
         attributes = {}
         for tag in FUNCTIONAL_GROUPS:
             if tag in item and item[tag].value:
-                attributes |= parse_dataset(item[tag].value[0], FRAME_ATTRIBUTES, order)[0]
+                attributes |= parse_dataset(item[tag].value[0], order)[0]
         return attributes
 
     shared, frames = (dataset[tag].value if tag in dataset else [] for tag in (SHARED_GROUPS, FRAME_GROUPS))
