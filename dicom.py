@@ -17,11 +17,13 @@ import itertools
 import math
 import os
 import re
+import stat
 import struct
-import typing
 import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -66,6 +68,8 @@ DECODERS = {  # compressed transfer syntax -> packages that decode it
 MAX_PIXEL_BYTES = 2**31  # of one file, decoded
 MAX_FRAME_PIXELS = 2**26  # 8192 x 8192
 MAX_UNPACKED_BYTES = 2**29  # of one deflated or gzipped file
+MAX_FRAMES = 2**15  # of one file, and fragments of a frame
+MAX_HEADER_READS = 2**21  # about 10 s in pydicom
 SAME_POSITION_MM = 0.02  # closer slices share a position
 PIXEL_DATA = 0x7FE00010
 UNDEFINED = 0xFFFFFFFF  # length of an element that ends with a delimiter
@@ -81,7 +85,8 @@ ATTRIBUTES = tag_table(  # what reading uses
     "TransferSyntaxUID ImageType SOPClassUID SOPInstanceUID Modality ComplexImageComponent PatientID "
     "PatientSex PatientAge SliceThickness EchoTime EchoNumbers SpacingBetweenSlices TriggerTime "
     "ReconstructionDiameter DiffusionBValue SeriesInstanceUID AcquisitionNumber InstanceNumber "
-    "ImagePositionPatient ImageOrientationPatient TemporalPositionIdentifier SliceLocation StackID "
+    "AcquisitionTime ImagePositionPatient ImageOrientationPatient TemporalPositionIdentifier StackID "
+    "SliceLocation "
     "SamplesPerPixel PhotometricInterpretation PlanarConfiguration NumberOfFrames Rows Columns PixelSpacing "
     "BitsAllocated BitsStored HighBit PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit "
     "RescaleIntercept RescaleSlope"
@@ -99,9 +104,13 @@ FUNCTIONAL_GROUPS = tag_table(
     "CTImageFrameTypeSequence FrameContentSequence PlanePositionSequence PlaneOrientationSequence "
     "PixelMeasuresSequence PixelValueTransformationSequence"
 )
+ORDERS = {"little": "<", "big": ">"}  # byte order -> mark in `struct`
 BINARY = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": "d"}
 NUMBER = rb" *[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)? *"
 NUMBERS = re.compile(NUMBER + rb"(\\" + NUMBER + rb")*")
+STREAM_START = re.compile(
+    rb"\xff[\xd8\x4f]|\0\0\0\x0c|[\1-\x0f]\0\0\0\x40\0\0\0", re.DOTALL
+)  # JPEG, J2K, JP2, RLE
 CHARACTER_SET = re.compile(rb"[A-Z0-9_ \\]*")
 
 
@@ -151,7 +160,7 @@ def find_series(root: Path) -> tuple[dict[str, list[Path]], list[tuple[Path, str
     return series, rejected
 
 
-def one_line_errors(function: typing.Callable) -> typing.Callable:
+def one_line_errors(function: Callable) -> Callable:
     """Whatever goes wrong inside becomes a ValueError of one line: what parsers raise on hostile bytes, and a
     decoder's own BaseException (pylibjpeg-rle: PanicException). Interrupts and exits pass through."""
 
@@ -178,8 +187,10 @@ def read_header(path: Path) -> dict:
       little       byte order
       packed       offsets count in the unpacked file (`open_unpacked`)
       groups       for each frame the attributes of its functional groups, or None
-      unreadable   what did not parse
+      remarks      what did not parse or was assumed -> the value at fault, or ""
     """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("not a regular file")
     return fast_header(path) or slow_header(path)
 
 
@@ -204,7 +215,9 @@ def fast_header(path: Path) -> dict | None:
 
 SHORT_VRS = set(b"AE AS AT CS DA DS DT FL FD IS LO LT PN SH SL SS ST TM UI UL US".split())
 LONG_VRS = set(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # two reserved bytes, then a 4-byte length
-EXPLICIT_ELEMENT, IMPLICIT_ELEMENT = struct.Struct("<HH2sH"), struct.Struct("<HHI")
+ELEMENTS = {
+    order: (struct.Struct(f"{mark}HHI"), struct.Struct(f"{mark}HH2sH")) for order, mark in ORDERS.items()
+}
 DELIMITER_GROUP, ITEM, ITEM_END, SEQUENCE_END = 0xFFFE, 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 
 
@@ -214,7 +227,7 @@ def parse_header(head: bytes) -> dict:
         raise ValueError("no file meta group length")
     position, last_tag, explicit = 144, 0x00020000, True
     meta_end = 144 + int.from_bytes(take_bytes(head, 140, 4), "little")
-    header: dict = {"little": True, "packed": False, "groups": None, "unreadable": []}
+    header: dict = {"little": True, "packed": False, "groups": None, "remarks": {}}
     while True:
         if position == meta_end:
             syntax = header.get("TransferSyntaxUID")
@@ -254,20 +267,22 @@ def take_bytes(head: bytes, start: int, length: int) -> bytes:
     return head[start : start + length]
 
 
-def parse_element(head: bytes, position: int, explicit: bool) -> tuple[int, bytes, int, int]:
-    """(tag, VR, length, start of the value) of the little-endian element at `position`."""
-    if not explicit:
-        group, element, length = IMPLICIT_ELEMENT.unpack_from(head, position)
-        return group << 16 | element, b"", length, position + 8
-    group, element, vr, length = EXPLICIT_ELEMENT.unpack_from(head, position)
-    tag = group << 16 | element
-    if vr in SHORT_VRS:
-        return tag, vr, length, position + 8
-    if vr in LONG_VRS and length == 0:
-        return tag, vr, int.from_bytes(take_bytes(head, position + 8, 4), "little"), position + 12
-    if group == DELIMITER_GROUP:  # these have no VR
-        return tag, b"", int.from_bytes(vr, "little") | length << 16, position + 8
-    raise ValueError("odd VR")
+def parse_element(
+    head: bytes, position: int, explicit: bool, order: str = "little"
+) -> tuple[int, bytes, int, int]:
+    """(tag, VR, length, start of the value) of the element at `position`."""
+    implicit_element, explicit_element = ELEMENTS[order]
+    if explicit:
+        group, element, vr, length = explicit_element.unpack_from(head, position)
+        if vr in SHORT_VRS:
+            return group << 16 | element, vr, length, position + 8
+        if vr in LONG_VRS and length == 0:
+            length = int.from_bytes(take_bytes(head, position + 8, 4), order)
+            return group << 16 | element, vr, length, position + 12
+        if group != DELIMITER_GROUP:  # these have no VR
+            raise ValueError("odd VR")
+    group, element, length = implicit_element.unpack_from(head, position)
+    return group << 16 | element, b"", length, position + 8
 
 
 def skip_sequence(head: bytes, position: int, explicit: bool, depth: int = 0) -> int:
@@ -300,7 +315,7 @@ def parse_value(tag: int, vr: str | None, raw: bytes, order: str) -> tuple | flo
     if vr in BINARY or (vr in (None, "", "UN") and expected in BINARY):
         code = BINARY.get(vr, BINARY.get(expected))
         count = len(raw) // struct.calcsize("=" + code)
-        values = struct.unpack(f"{'>' if order == 'big' else '<'}{count}{code}", raw)
+        values = struct.unpack(f"{ORDERS[order]}{count}{code}", raw)
     else:
         text = raw.strip(b" \0")
         if text and not NUMBERS.fullmatch(text):
@@ -313,18 +328,32 @@ def parse_value(tag: int, vr: str | None, raw: bytes, order: str) -> tuple | flo
     return values[0] if is_single and values else values or None
 
 
+class BoundedFile:
+    """A file that is read in a bounded number of pieces: tiny elements would keep pydicom busy for hours."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.num_reads = file, 0
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        self.num_reads += 1
+        if self.num_reads > MAX_HEADER_READS or size > MAX_UNPACKED_BYTES:
+            raise ValueError(f"absurd header: more than {MAX_HEADER_READS} elements, or one of {size} bytes")
+        return self.file.read(size)
+
+
 def slow_header(path: Path) -> dict:
     """`read_header` of any file, through pydicom."""
     with open_unpacked(path) as (file, is_deflated):
         start = file.read(132)
         has_preamble = start[128:] == b"DICM"
-        if not start:
-            raise ValueError("empty file")
+        if not start.strip(b"\0"):
+            raise ValueError("damaged: empty, or zeros where a file starts")
         if not has_preamble and start[:2] not in (b"\x02\0", b"\x08\0", b"\0\x08"):
             raise ValueError("not DICOM: no DICM after 128 bytes, and group 0002 or 0008 does not come first")
         file.seek(0)
         dataset = pydicom.dcmread(
-            file,
+            BoundedFile(file),
             stop_before_pixels=True,
             force=not has_preamble,
             specific_tags=[*ATTRIBUTES, SHARED_GROUPS, FRAME_GROUPS],
@@ -340,46 +369,48 @@ def slow_header(path: Path) -> dict:
             raise ValueError("a DICOMDIR, not an image")
         implicit, little = dataset.original_encoding
         order = "little" if little else "big"
-        header, unreadable = parse_dataset(dataset, order)
-        header |= {"little": little, "packed": isinstance(file, io.BytesIO), "unreadable": unreadable}
+        header, remarks = parse_dataset(dataset, order)
+        header |= {"little": little, "packed": isinstance(file, io.BytesIO), "remarks": remarks}
         implied = IMPLICIT if implicit else EXPLICIT if little else BIG_ENDIAN
         syntax = DEFLATED if is_deflated else str(dataset.file_meta.get("TransferSyntaxUID") or implied)
         header["TransferSyntaxUID"] = syntax
-        header["pixel_data"] = parse_pixel_element(read(position, 12), position, order)
-        if header["pixel_data"] is None:
-            modality = header.get("Modality") or "no (0008,0060) Modality"
-            raise ValueError(f"not an image ({modality}): no (7FE0,0010) PixelData")
+        try:
+            tag, vr, length, start = parse_element(read(position, 12), 0, not implicit, order)
+        except struct.error:
+            tag = 0
+        if tag != PIXEL_DATA:
+            sop_class = header.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID", "")
+            modality = header.get("Modality", "no (0008,0060) Modality")
+            is_cut = sop_modality(sop_class) and modality in ("CT", "MR")
+            raise ValueError(
+                f"{'truncated' if is_cut else 'not an image'} ({modality}): no (7FE0,0010) PixelData"
+            )
+        header["pixel_data"] = (vr.decode() or "OW", position + start, length)
         header["groups"] = parse_groups(dataset, order)
         header["spans"] = locate_frames(header, size, read)
         return header
 
 
-def parse_pixel_element(element: bytes, position: int, order: str) -> tuple[str, int, int] | None:
-    """(VR, offset, length) of the pixel data if that starts at `position`, else None."""
-    tag = int.from_bytes(element[:2], order) << 16 | int.from_bytes(element[2:4], order)
-    if len(element) < 8 or tag != PIXEL_DATA:
-        return None
-    if element[4:8] in (b"OB\0\0", b"OW\0\0", b"UN\0\0"):
-        return element[4:6].decode(), position + 12, int.from_bytes(element[8:], order)
-    return "OW", position + 8, int.from_bytes(element[4:8], order)
-
-
-def parse_dataset(dataset: pydicom.Dataset, order: str) -> tuple[dict, list[str]]:
-    """(the attributes of a dataset or a functional group by name, what does not parse)."""
-    attributes, unreadable = {}, []
+def parse_dataset(dataset: pydicom.Dataset, order: str) -> tuple[dict, dict[str, str]]:
+    """(the attributes of a dataset or a functional group by name, remarks as in `read_header`)."""
+    attributes, remarks = {}, {}
     for tag, (name, _, _) in FRAME_ATTRIBUTES.items():
         element = dataset.get_item(tag)
         if element is None:
             continue
+        raw = element.value or b""
+        if FRAME_ATTRIBUTES[tag][1] == "DS" and b"," in raw:
+            remarks["decimal commas read as points"] = raw.decode("latin-1")
+            raw = raw.replace(b",", b".")
         try:
-            value = parse_value(tag, element.VR, element.value or b"", order)
+            value = parse_value(tag, element.VR, raw, order)
         except (ValueError, TypeError, AttributeError, struct.error) as error:
-            reason = " ".join(str(error).split())[:80]
-            unreadable.append(f"({tag >> 16:04X},{tag & 0xFFFF:04X}) {name} does not parse: {reason}")
+            text = f"({tag >> 16:04X},{tag & 0xFFFF:04X}) {name} does not parse"
+            remarks[text] = " ".join(str(error).split())[:80]
             continue
         if value is not None:
             attributes[name] = value
-    return attributes, unreadable
+    return attributes, remarks
 
 
 def parse_groups(dataset: pydicom.Dataset, order: str) -> list[dict] | None:
@@ -400,18 +431,18 @@ def parse_groups(dataset: pydicom.Dataset, order: str) -> list[dict] | None:
 
 
 @contextlib.contextmanager
-def open_unpacked(path: Path) -> typing.Iterator[tuple[typing.BinaryIO, bool]]:
+def open_unpacked(path: Path) -> Iterator[tuple[BinaryIO, bool]]:
     """(`path` open for reading, whether its dataset was deflated). A gzipped or deflated file is unpacked in
     memory, at most MAX_UNPACKED_BYTES; a deflated dataset then looks like explicit VR little endian."""
     with open(path, "rb") as file:
         head = file.read(2**16)
         file.seek(0)
         if head[:2] == b"\x1f\x8b":
-            head = inflate(file.read(), 31)
+            head = inflate(file.read(MAX_UNPACKED_BYTES), 31)
             file = io.BytesIO(head)
         is_deflated = head[128:132] == b"DICM" and DEFLATED.encode() in head[: 2**16]
         if is_deflated:
-            data = file.read()
+            data = file.read(MAX_UNPACKED_BYTES)
             end = 144 + int.from_bytes(data[140:144], "little")  # of the file meta group, PS3.10 7.1
             meta = data[:end].replace(DEFLATED.encode(), EXPLICIT.encode() + b"\0\0\0")
             file = io.BytesIO(meta + inflate(data[end:], -15))
@@ -420,19 +451,24 @@ def open_unpacked(path: Path) -> typing.Iterator[tuple[typing.BinaryIO, bool]]:
 
 def inflate(data: bytes, window_bits: int) -> bytes:
     """Unpacked `data`; what grows beyond MAX_UNPACKED_BYTES is refused before it takes the memory."""
-    unpacked = zlib.decompressobj(window_bits).decompress(data, MAX_UNPACKED_BYTES + 1)
+    stream = zlib.decompressobj(window_bits)
+    try:
+        unpacked = stream.decompress(data, MAX_UNPACKED_BYTES + 1)
+    except zlib.error as error:
+        raise ValueError(f"damaged: {error}") from error
     if len(unpacked) > MAX_UNPACKED_BYTES:
         raise ValueError(f"unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB: a decompression bomb?")
+    if not stream.eof:
+        raise ValueError(f"truncated: the compressed data end after {len(data)} bytes")
     return unpacked
 
 
-def locate_frames(header: dict, size: int, read: typing.Callable[[int, int], bytes]) -> list[tuple]:
+def locate_frames(header: dict, size: int, read: Callable[[int, int], bytes]) -> list[tuple]:
     """For each frame the (offset, length) pieces of its pixel data in a file of `size` bytes, of which
     `read(offset, length)` gives some. ValueError if the image is absurd or the file too short.
 
-    Without (0028,0008) NumberOfFrames, native frames are counted from the length of the pixel data,
-    compressed ones from the offset table or the fragments that start a code stream (RLE: every fragment is a
-    frame).
+    Without (0028,0008) NumberOfFrames, native frames are counted from the length of the pixel data if it
+    holds a whole number of them, compressed ones by code streams.
     """
     rows, cols, bits = (header.get(name, 0) for name in ("Rows", "Columns", "BitsAllocated"))
     samples, stated = header.get("SamplesPerPixel", 1), header.get("NumberOfFrames", 0)
@@ -445,28 +481,35 @@ def locate_frames(header: dict, size: int, read: typing.Callable[[int, int], byt
     frame_bytes = rows * cols * samples * bits // 8
     if header.get("PhotometricInterpretation") == "YBR_FULL_422" and length != UNDEFINED:
         frame_bytes = rows * cols * 2
+    count = stated or (1 if length % frame_bytes > 1 else length // frame_bytes)
     if length == UNDEFINED:
         syntax = header["TransferSyntaxUID"]
         if syntax in (IMPLICIT, EXPLICIT, BIG_ENDIAN, DEFLATED):
             raise ValueError(f"compressed pixel data, but (0002,0010) TransferSyntaxUID is {syntax}")
-        spans = group_fragments(stated, offset, size, read, syntax == RLE)
-    else:
-        count, available = stated or max(1, length // frame_bytes), max(0, min(length, size - offset))
-        if available < count * frame_bytes:
-            raise ValueError(f"truncated: {available} of {count * frame_bytes} bytes of pixel data ({image})")
-        spans = [((offset + i * frame_bytes, frame_bytes),) for i in range(count)]
-    if frame_bytes * len(spans) > MAX_PIXEL_BYTES:
-        raise ValueError(f"absurd size: {image}, limit {MAX_PIXEL_BYTES >> 20} MiB")
-    return spans
+        fragments = group_fragments(stated, offset, size, read)
+        count = len(fragments)
+    if count > MAX_FRAMES or frame_bytes * count > MAX_PIXEL_BYTES:
+        raise ValueError(f"absurd size: {image}, limit {MAX_FRAMES} frames, {MAX_PIXEL_BYTES >> 20} MiB")
+    if length == UNDEFINED:
+        return fragments
+    available = max(0, min(length, size - offset))
+    if available < max(count, 1) * frame_bytes:
+        raise ValueError(
+            f"truncated: {available} of {max(count, 1) * frame_bytes} bytes of pixel data ({image})"
+        )
+    if length > count * frame_bytes + 1:
+        header["remarks"][f"(7FE0,0010) PixelData longer than {image}"] = f"{length} bytes"
+    return [((offset + i * frame_bytes, frame_bytes),) for i in range(count)]
 
 
 def group_fragments(
-    stated: int, offset: int, size: int, read: typing.Callable[[int, int], bytes], is_rle: bool
-) -> list[tuple]:
-    """Pieces of encapsulated pixel data by frame (PS3.5 A.4); `stated` is 0 where no number is given."""
-    table, fragments, are_starts = None, [], []
+    stated: int, offset: int, size: int, read: Callable[[int, int], bytes]
+) -> list[tuple[tuple[int, int], ...]]:
+    """(offset, length) of the fragments of encapsulated pixel data by frame (PS3.5 A.4): a frame starts where
+    a code stream does. `stated` is 0 where no number of frames is given."""
+    items, frames = 0, []
     while offset + 8 <= size:
-        item = read(offset, 12)
+        item = read(offset, 16)
         start, length = offset + 8, int.from_bytes(item[4:8], "little")
         if item[:4] == b"\xfe\xff\xdd\xe0":
             break
@@ -475,27 +518,22 @@ def group_fragments(
         offset = start + length
         if offset > size:
             raise ValueError(f"truncated: {size - start} bytes left for a fragment of {length}")
-        if table is None:
-            table, first_offset = read(start, length), offset
-        else:
-            fragments.append((start, length))
-            are_starts.append(item[8:10] in (b"\xff\xd8", b"\xff\x4f") or item[8:] == b"\0\0\0\x0c")
-    if not fragments:
+        items += 1
+        if items > 4 * MAX_FRAMES:
+            raise ValueError("absurd size: too many fragments")
+        if items == 1:  # the offset table
+            continue
+        if STREAM_START.match(item, 8) or not frames:
+            frames.append(())
+        frames[-1] += ((start, length),)
+    if not frames:
         raise ValueError("truncated: compressed pixel data without a fragment")
-    if stated == len(fragments) or (is_rle and not stated):
-        return [(fragment,) for fragment in fragments]
-    if stated == 1:
-        return [tuple(fragments)]
-    offsets = {int.from_bytes(table[i : i + 4], "little") for i in range(0, len(table), 4)}
-    are_in_table = [start - 8 - first_offset in offsets for start, _ in fragments]
-    for is_start in (are_in_table, are_starts):
-        starts = np.flatnonzero(is_start).tolist()
-        if starts[:1] == [0] and stated in (0, len(starts)):
-            return [tuple(fragments[i:j]) for i, j in zip(starts, [*starts[1:], None], strict=True)]
-    raise ValueError(f"damaged: {len(fragments)} fragments of compressed data for {stated or 'some'} frames")
+    if stated not in (0, len(frames)):
+        raise ValueError(f"damaged: {len(frames)} code streams for {stated} frames")
+    return frames
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Frame:
     """One image: where it lies (LPS mm), what its stored values mean, and where its pixels are."""
 
@@ -504,15 +542,15 @@ class Frame:
     header: dict  # of the file (`read_header`), overlaid with the frame's own attributes
     sop_uid: str
     position: np.ndarray | None  # (3,) centre of the pixel in row 0, column 0
-    row_dir: np.ndarray  # (3,) direction of a growing column index
-    col_dir: np.ndarray  # (3,) direction of a growing row index
+    row_dir: np.ndarray | None  # (3,) direction of a growing column index; None before `orient_frames`
+    col_dir: np.ndarray | None  # (3,) direction of a growing row index
     spacing_mm: tuple[float, float]  # between rows, between columns
-    thickness_mm: float  # 0 where absent
     rows: int
     cols: int
     slope: float  # value = slope * stored + intercept
     intercept: float
     padding: tuple[int, int] | None  # first and last of the stored values that are no tissue
+    remarks: dict[str, str]  # what was assumed for it -> the value at fault, or ""
 
 
 @dataclass
@@ -534,6 +572,7 @@ class Series:
     notes: list[str]  # everything that was left out, assumed or repaired
     skipped: list[tuple[Path, str]]  # files that are no slices, with the reason
     geometry: dict[tuple[str, int], Frame]  # (SOPInstanceUID, frame index) -> every image, left-out ones too
+    doubts: list[str]  # why the volume may be wrong
     _stored: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     def stored(self, i: int) -> np.ndarray:
@@ -688,27 +727,36 @@ def check_code_stream(data: bytes, expected: tuple[int, int, int]) -> None:
         raise ValueError(f"the code stream holds {size} rows, columns, samples; the header says {expected}")
 
 
-MIP_TYPES = {"MIP", "MINIP", "MIN IP", "MAX IP", "PROJECTION IMAGE", "PROJECTION", "VOLUME RENDERED", "VRT"}
-SCOUT_TYPES = {"LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW", "REF_SURVIEW"}
+PROJECTION = re.compile(r"\b(MIP|MINIP|MAXIP|MIN IP|MAX IP|PROJECTION|VOLUME RENDERED|VRT)\b")
+SCOUT = re.compile(r"\b(LOCALIZER|SCOUT|TOPOGRAM|SURVIEW)\b")
 PHASE_TYPES = {"P", "PHASE", "R", "REAL", "I", "IMAGINARY", "PHASE MAP", "B0", "B0 MAP"}
 
 
 def image_types(header: dict) -> list[str]:
-    return header.get("ImageType", "").upper().split("\\")
+    return [value.strip() for value in header.get("ImageType", "").upper().split("\\")]
+
+
+def image_kind(header: dict) -> str:
+    """slice, scout or projection, by the words of (0008,0008) ImageType."""
+    words = re.sub("[^A-Z0-9]+", " ", header.get("ImageType", "").upper())
+    return "projection" if PROJECTION.search(words) else "scout" if SCOUT.search(words) else "slice"
+
+
+def sop_modality(sop_class: str) -> str:
+    """CT or MR where (0008,0016) SOPClassUID is one of their images, else ""."""
+    stem = ".".join(sop_class.split(".")[:10])
+    return {"1.2.840.10008.5.1.4.1.1.2": "CT", "1.2.840.10008.5.1.4.1.1.4": "MR"}.get(stem, "")
 
 
 def modality_of(header: dict) -> str:
-    """(0008,0060) Modality, else what (0008,0016) SOPClassUID implies, else ""."""
-    stem = ".".join(header.get("SOPClassUID", "").split(".")[:9])
-    implied = {"1.2.840.10008.5.1.4.1.1.2": "CT", "1.2.840.10008.5.1.4.1.1.4": "MR"}
-    return header.get("Modality") or implied.get(stem, "")
+    return header.get("Modality") or sop_modality(header.get("SOPClassUID", ""))
 
 
 def check_is_slice(header: dict) -> None:
     """ValueError with the reason if a file's images are not slices of a CT or MR scan."""
     types, modality = image_types(header), modality_of(header)
-    if modality not in ("CT", "MR", ""):
-        raise ValueError(f"(0008,0060) Modality {modality}: not CT or MR")
+    if modality not in ("CT", "MR"):
+        raise ValueError(f"(0008,0060) Modality {modality or 'missing'}: not CT or MR")
     if "MOSAIC" in types or ("VFRAME" in types and "ImagePositionPatient" not in header):
         raise ValueError(f"a volume tiled in one image: (0008,0008) ImageType {header['ImageType']}")
     if header.get("PhotometricInterpretation") == "PALETTE COLOR":
@@ -718,54 +766,50 @@ def check_is_slice(header: dict) -> None:
         raise ValueError("a colour image without (0020,0032) ImagePositionPatient: a report or screenshot")
 
 
-def make_frames(path: Path, header: dict) -> list[tuple[Frame, list[str]]]:
-    """The images of one file, each with what was assumed for it. ValueError if they are not CT or MR slices.
+def make_frames(path: Path, header: dict) -> list[Frame]:
+    """The images of one file. ValueError if they are not CT or MR slices.
 
-    Orientation missing or not orthogonal: axial. Spacing missing: (0018,1100) ReconstructionDiameter over the
-    matrix, else 1 mm. Frames without positions of their own: from the file's position, else 0, along +normal
-    in steps of (0018,0088) SpacingBetweenSlices, else (0018,0050) SliceThickness, else the row spacing.
+    Frames without positions of their own: from the file's position, else 0, along +normal in steps of
+    (0018,0088) SpacingBetweenSlices, else (0018,0050) SliceThickness, else the row spacing.
     """
     check_is_slice(header)
     frames, groups = [], header["groups"] or [{}]
     for index in range(len(header["spans"])):
         group = groups[index] if index < len(groups) else groups[0] if len(groups) == 1 else {}
-        tags = header | group
-        assumed = list(header["unreadable"])
+        tags, remarks = header | group, dict(header["remarks"])
         directions = unit_directions(tags.get("ImageOrientationPatient"))
-        if directions is None:
-            assumed.append("no valid (0020,0037) ImageOrientationPatient: axial assumed")
-            directions = np.eye(3)[:2]
-        spacing = pixel_spacing(tags, assumed)
+        spacing = pixel_spacing(tags, remarks)
         position = tags.get("ImagePositionPatient", ())
         position = np.array(position) if len(position) == 3 and max(map(abs, position)) < 1e5 else None
-        if len(header["spans"]) > 1 and "ImagePositionPatient" not in group:
-            count = "" if "NumberOfFrames" in header else "number and "
+        if position is None:
+            remarks["no valid (0020,0032) ImagePositionPatient"] = ""
+        if directions is None and len(header["spans"]) > 1 and "ImagePositionPatient" not in group:
+            position = None
+        elif len(header["spans"]) > 1 and "ImagePositionPatient" not in group:
             step, source = slice_step(tags, spacing[0])
-            assumed.append(
-                f"frames without {count}position placed {step:.4g} mm apart along +normal ({source})"
-            )
-            position = np.zeros(3) if position is None else position
-            position = position + index * step * np.cross(*directions)
+            missing = "position" if "NumberOfFrames" in header else "number and position"
+            remarks[f"frames without {missing} placed {step:.4g} mm apart along +normal ({source})"] = ""
+            position = (0 if position is None else position) + index * step * np.cross(*directions)
         slope = tags.get("RescaleSlope", 1.0)
         if slope == 0:
-            assumed.append("(0028,1053) RescaleSlope is 0: 1 assumed")
+            remarks["(0028,1053) RescaleSlope is 0: 1 assumed"] = ""
         frame = Frame(
             path=path,
             index=index,
             header=tags,
             sop_uid=header.get("SOPInstanceUID", ""),
             position=position,
-            row_dir=directions[0],
-            col_dir=directions[1],
+            row_dir=None if directions is None else directions[0],
+            col_dir=None if directions is None else directions[1],
             spacing_mm=spacing,
-            thickness_mm=max(tags.get("SliceThickness", 0.0), 0.0),
             rows=tags["Rows"],
             cols=tags["Columns"],
             slope=slope or 1.0,
             intercept=tags.get("RescaleIntercept", 0.0),
             padding=padding_range(tags),
+            remarks=remarks,
         )
-        frames.append((frame, assumed))
+        frames.append(frame)
     return frames
 
 
@@ -781,16 +825,14 @@ def unit_directions(orientation: tuple | None) -> np.ndarray | None:
     return directions / lengths
 
 
-def pixel_spacing(tags: dict, assumed: list[str]) -> tuple[float, float]:
-    """(between rows, between columns) mm; an assumption is noted."""
+def pixel_spacing(tags: dict, remarks: dict[str, str]) -> tuple[float, float]:
+    """(between rows, between columns) mm; 1 mm where it is missing."""
     spacing = tags.get("PixelSpacing", ())
     spacing = spacing * 2 if len(spacing) == 1 else spacing
     if len(spacing) == 2 and all(1e-3 < value < 1e3 for value in spacing):
         return spacing
-    side = tags.get("ReconstructionDiameter", 0) / max(tags["Rows"], tags["Columns"])
-    side = side if 1e-3 < side < 1e3 else 1.0
-    assumed.append(f"no valid (0028,0030) PixelSpacing: {side:.4g} mm assumed")
-    return side, side
+    remarks["no valid (0028,0030) PixelSpacing: 1 mm assumed"] = ""
+    return 1.0, 1.0
 
 
 def slice_step(tags: dict, row_mm: float) -> tuple[float, str]:
@@ -817,37 +859,34 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
     """One volume from a folder of any depth, or from a list of files.
 
     Files are recognised by content. Images of series `uid` are used if there are any, else all. The volume is
-    the largest group (by positions) of CT or MR images that agree in series, size, orientation (1e-3) and
-    pixel spacing (1e-3 relative); scouts and projections (MIP) only where nothing else is there. One image is
-    kept per position (`select_volume`). ValueError (one line) if there is no volume: mosaics, projections,
-    radiographs, reports.
+    one of the largest group of CT or MR images that agree in series, size, orientation and pixel spacing
+    (`select_stack`), with one image per position (`build_volume`); scouts and projections (MIP) only where
+    nothing else is there. ValueError (one line) if there is no volume: mosaics, projections, radiographs,
+    reports.
     """
     where = f"{len(source)} files" if isinstance(source, list) else str(source)
     paths = source if isinstance(source, list) else [Path(source)]
     if paths == [Path(where)] and paths[0].is_dir():
         paths = [Path(folder, name) for folder, _, names in os.walk(where) for name in names]
-    frames, assumed, skipped = read_frames(sorted(paths, key=natural_key), where)
+    frames, skipped = read_frames(sorted(paths, key=natural_key), where)
     notes: list[str] = []
+    doubts: list[str] = []
+    frames = orient_frames(select_uid(frames, uid, notes), notes, doubts)
     geometry = index_images(frames)
-    frames = select_group(select_uid(frames, uid, notes), where, notes)
-    for text, count in collections.Counter(text for frame in frames for text in assumed[id(frame)]).items():
-        notes.append(f"{text} ({count} of {len(frames)} images)")
-    frames = place_frames(frames, notes)
+    frames = drop_slabs(select_stack(frames, where, notes), notes)
+    notes += summarise_remarks(frames)
+    frames, volume = build_volume(frames, where, notes, doubts)
     geometry |= index_images(frames)
-    frames = select_volume(frames, notes)
-    header = frames[0].header
+    header = volume[0].header
     modality, patient = modality_of(header), header.get("PatientID", "")
-    if not modality:
-        modality = "CT" if min(frame.intercept for frame in frames) <= -500 else "MR"
-        notes.append(f"no (0008,0060) Modality: {modality} assumed from (0028,1052) RescaleIntercept")
-    normal, affine, spacing, positions = measure_stack(frames, notes)
+    normal, affine, spacing, positions = measure_stack(volume, notes)
     return Series(
-        uid=safe_uid(uid or header.get("SeriesInstanceUID") or os.path.abspath(frames[0].path.parent)),
+        uid=safe_uid(uid or header.get("SeriesInstanceUID") or os.path.abspath(volume[0].path.parent)),
         modality=modality,
         patient=hashlib.sha256(patient.encode()).hexdigest()[:12] if patient else "",
         age=header.get("PatientAge", ""),
         sex=header.get("PatientSex", ""),
-        frames=_repaired(frames, modality, notes),
+        frames=_repaired(volume, modality, notes),
         positions_mm=positions,
         normal=normal,
         affine=affine,
@@ -857,22 +896,21 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
         notes=notes,
         skipped=skipped,
         geometry=geometry,
+        doubts=doubts,
     )
 
 
-def read_frames(paths: list[Path], where: str) -> tuple[list[Frame], dict[int, list[str]], list[tuple]]:
-    """(images, id of an image -> what was assumed for it, [(file that is not a slice, reason)]).
+def read_frames(paths: list[Path], where: str) -> tuple[list[Frame], list[tuple[Path, str]]]:
+    """(images, [(file that is not a slice, reason)]).
 
     ValueError if there is no image, if more than a tenth of the images are damaged, or if the disk fails.
     """
-    frames, assumed, skipped, num_intact = [], {}, [], 0
+    frames, skipped, num_intact = [], [], 0
     for path in paths:
         try:
             header = read_header(path)
             num_intact += 1
-            for frame, texts in make_frames(path, header):
-                frames.append(frame)
-                assumed[id(frame)] = texts
+            frames += make_frames(path, header)
         except ValueError as error:
             skipped.append((path, str(error)))
             cause = error.__cause__
@@ -889,7 +927,17 @@ def read_frames(paths: list[Path], where: str) -> tuple[list[Frame], dict[int, l
     if not frames:
         reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped[:3])
         raise ValueError(f"{where}: no CT or MR slice in {len(paths)} files. {reasons}")
-    return frames, assumed, skipped
+    return frames, skipped
+
+
+def select_uid(frames: list[Frame], uid: str | None, notes: list[str]) -> list[Frame]:
+    """The images of series `uid` (or without a series) if there are any, else all."""
+    if not uid or all(frame.header.get("SeriesInstanceUID") != uid for frame in frames):
+        return frames
+    selected = [frame for frame in frames if frame.header.get("SeriesInstanceUID", uid) == uid]
+    if len(selected) < len(frames):
+        notes.append(f"{len(frames) - len(selected)} images of other series left out")
+    return selected
 
 
 def index_images(frames: list[Frame]) -> dict[tuple[str, int], Frame]:
@@ -903,134 +951,304 @@ def index_images(frames: list[Frame]) -> dict[tuple[str, int], Frame]:
     return {key: frame for key, frame in images.items() if key not in ambiguous}
 
 
-def select_uid(frames: list[Frame], uid: str | None, notes: list[str]) -> list[Frame]:
-    """The images of series `uid` (or without a series) if there are any, else all."""
-    uids = [frame.header.get("SeriesInstanceUID") for frame in frames]
-    if not uid or uid not in uids:
+def summarise_remarks(frames: list[Frame]) -> list[str]:
+    """What was assumed for the images, each once with its number and the first value at fault."""
+    counts = collections.Counter(text for frame in frames for text in frame.remarks)
+    values = {text: value for frame in reversed(frames) for text, value in frame.remarks.items()}
+    return [
+        f"{text} ({count} of {len(frames)} images{values[text] and ': '}{values[text]})"
+        for text, count in counts.items()
+    ]
+
+
+# Row and column directions where slices lie along x, y or z: sagittal, coronal, axial.
+USUAL_DIRECTIONS = np.array(
+    [[[0, 1, 0], [0, 0, -1]], [[1, 0, 0], [0, 0, -1]], [[1, 0, 0], [0, 1, 0]]], dtype=float
+)
+
+
+def orient_frames(frames: list[Frame], notes: list[str], doubts: list[str]) -> list[Frame]:
+    """Frames without a valid (0020,0037) ImageOrientationPatient get the other images' one, else the usual
+    one of the plane across which their positions lie, else axial."""
+    valid = [frame for frame in frames if frame.row_dir is not None]
+    num_missing = len(frames) - len(valid)
+    if num_missing == 0:
         return frames
-    selected = [frame for frame, u in zip(frames, uids, strict=True) if u in (uid, None)]
-    if len(selected) < len(frames):
-        notes.append(f"{len(frames) - len(selected)} images of other series left out")
-    return selected
+    points = [frame.position for frame in frames if frame.position is not None]
+    extent = np.subtract(*np.percentile(points, (90, 10), axis=0)) if points else np.zeros(3)
+    row_dir, col_dir = USUAL_DIRECTIONS[2 if extent.max() < SAME_POSITION_MM else int(extent.argmax())]
+    source = "the positions"
+    if valid:
+        row_dir, col_dir, source = valid[0].row_dir, valid[0].col_dir, "other images"
+    text = f"no valid (0020,0037) ImageOrientationPatient in {num_missing} images"
+    if valid or extent.max() >= SAME_POSITION_MM:
+        notes.append(f"{text}: taken from {source}")
+    else:
+        doubts.append(f"{text}, nor positions: axial assumed")
+    return [f if f.row_dir is not None else replace(f, row_dir=row_dir, col_dir=col_dir) for f in frames]
 
 
-def image_kind(frame: Frame) -> str:
-    types = set(image_types(frame.header))
-    return "projection" if types & MIP_TYPES else "scout" if types & SCOUT_TYPES else "slice"
+def positions_along_normal(frames: list[Frame]) -> np.ndarray:
+    """(n,) mm"""
+    return np.array([frame.position for frame in frames]) @ np.cross(frames[0].row_dir, frames[0].col_dir)
 
 
-@dataclass
-class Group:
-    """Images that agree in what makes a stack."""
-
-    series_uid: str
-    kind: str  # slice, scout or projection
-    rows: int
-    cols: int
-    geometry: np.ndarray  # (8,) log of the pixel spacing, row and column direction: equal to 1e-3
-    frames: list[Frame]
-
-    def rank(self) -> tuple:
-        """Slices first, then the more positions, then the more images."""
-        points = [frame.position for frame in self.frames if frame.position is not None]
-        num_positions = len(self.frames) - len(points)
-        if points:
-            gaps = np.diff(np.sort(points @ np.cross(self.geometry[2:5], self.geometry[5:])))
-            num_positions += 1 + (gaps > SAME_POSITION_MM).sum()
-        return self.kind == "slice", num_positions, len(self.frames)
-
-    def __str__(self) -> str:
-        row_mm, col_mm = np.exp(self.geometry[:2])
-        normal = np.cross(self.geometry[2:5], self.geometry[5:])
-        return (
-            f"{self.kind}, {self.rows} x {self.cols} pixels of {row_mm:.3g} x {col_mm:.3g} mm, normal "
-            f"{np.array2string(normal, precision=2, suppress_small=True)}"
-        )
+def distinct_positions(frames: list[Frame]) -> np.ndarray:
+    """Sorted mm along the normal; images closer than SAME_POSITION_MM share one."""
+    positions = np.sort(positions_along_normal(frames))
+    return positions[np.diff(positions, prepend=-np.inf) > SAME_POSITION_MM]
 
 
-def group_frames(frames: list[Frame]) -> list[Group]:
-    groups: list[Group] = []
-    for frame in frames:
-        key = frame.header.get("SeriesInstanceUID", ""), image_kind(frame), frame.rows, frame.cols
-        geometry = np.array([*np.log(frame.spacing_mm), *frame.row_dir, *frame.col_dir])
-        for group in groups:
-            is_equal = key == (group.series_uid, group.kind, group.rows, group.cols)
-            if is_equal and np.abs(geometry - group.geometry).max() < 1e-3:
-                group.frames.append(frame)
+def group_by_geometry(frames: list[Frame], tolerance: float) -> list[list[Frame]]:
+    """Images whose directions lie within `tolerance`, and whose pixel spacing within a tenth of it, of the
+    median of those not yet grouped, or of the first of them where orientations are mixed."""
+    geometry = np.array([[*10 * np.log(f.spacing_mm), *f.row_dir, *f.col_dir] for f in frames])
+    groups, rest = [], np.arange(len(frames))
+    while len(rest):
+        for centre in (np.median(geometry[rest], axis=0), geometry[rest[0]]):
+            is_near = np.abs(geometry[rest] - centre).max(axis=1) < tolerance
+            if is_near.any():
                 break
-        else:
-            groups.append(Group(*key, geometry, [frame]))
+        groups.append([frames[i] for i in rest[is_near]])
+        rest = rest[~is_near]
     return groups
 
 
-def select_group(frames: list[Frame], where: str, notes: list[str]) -> list[Frame]:
-    """The images of one stack, as `read_series` says; the others are noted."""
-    groups = group_frames(frames)
-    best = max(groups, key=Group.rank)
-    if best.kind == "projection" and best.rank()[1] == 1:
-        raise ValueError(f"{where}: {len(frames)} projection images (MIP), no volume")
-    for group in groups:
-        if group is not best:
-            other = " of another series" if group.series_uid != best.series_uid else ""
-            notes.append(f"{len(group.frames)} images{other} left out: {group}")
-        elif group.kind != "slice":
-            image_type = group.frames[0].header["ImageType"]
-            notes.append(f"the images call themselves {group.kind}: ImageType {image_type}")
-    return best.frames
+def select_stack(frames: list[Frame], where: str, notes: list[str]) -> list[Frame]:
+    """The largest group (by positions) of images that agree in series, kind, size, orientation and pixel
+    spacing; others are noted. Orientations that jitter become their median."""
+    stacks = collections.defaultdict(list)
+    for frame in frames:
+        series = frame.header.get("SeriesInstanceUID") or frame.header.get("PatientID")
+        stacks[series, image_kind(frame.header), frame.rows, frame.cols].append(frame)
+    groups = []
+    for (series, kind, *_), members in stacks.items():
+        for tolerance in (0.01, 0.1) if len(members) >= 8 else (0.001,):
+            by_geometry = group_by_geometry(members, tolerance)
+            if 2 * max(map(len, by_geometry)) >= len(members):
+                break
+        groups += [(series, kind, group) for group in by_geometry]
+
+    def rank(group: tuple[str, str, list[Frame]]) -> tuple:
+        _, kind, members = group
+        placed = [frame for frame in members if frame.position is not None]
+        num_positions = len(distinct_positions(placed)) if placed else 0
+        return kind == "slice", num_positions + len(members) - len(placed), len(members)
+
+    best = max(groups, key=rank)
+    series, kind, stack = best
+    if kind != "slice":
+        if rank(best)[1] < 3:
+            raise ValueError(f"{where}: {len(frames)} {kind} images, no volume")
+        notes.append(f"the images call themselves {kind}: ImageType {stack[0].header['ImageType']}")
+    for other, kind, group in groups:
+        if group is not stack:
+            row_mm, col_mm = group[0].spacing_mm
+            normal = np.round(np.cross(group[0].row_dir, group[0].col_dir), 2) + 0.0
+            notes.append(
+                f"{len(group)} images{' of another series' if other != series else ''} left out: {kind}, "
+                f"{group[0].rows} x {group[0].cols} pixels of {row_mm:.3g} x {col_mm:.3g} mm, normal {normal}"
+            )
+    directions = np.array([(frame.row_dir, frame.col_dir) for frame in stack])
+    if np.ptp(directions, axis=0).max() < 1e-3:
+        return stack
+    notes.append(f"orientations differ by up to {np.ptp(directions, axis=0).max():.4f}: their median used")
+    row_dir, col_dir = unit_directions(tuple(np.median(directions, axis=0).ravel()))
+    return [replace(frame, row_dir=row_dir, col_dir=col_dir) for frame in stack]
 
 
-def place_frames(frames: list[Frame], notes: list[str]) -> list[Frame]:
-    """Every frame with a position. Where (0020,0032) ImagePositionPatient is all the same, by (0020,1041)
-    SliceLocation if that differs. Where it is missing, in this order: on the straight line that the others
-    follow by InstanceNumber; at (0020,1041) SliceLocation; at (0020,0013) InstanceNumber, else the rank of
-    the file name, times `slice_step`; all but the first along +normal. Each is noted."""
-    normal = np.cross(frames[0].row_dir, frames[0].col_dir)
-    known = [frame for frame in frames if frame.position is not None]
-    locations = [frame.header.get("SliceLocation") for frame in frames]
-    has_locations = None not in locations and np.ptp(locations) > SAME_POSITION_MM
-    if len(known) == len(frames):
-        is_one_place = np.ptp([frame.position for frame in frames], axis=0).max() < SAME_POSITION_MM
-        if not (is_one_place and has_locations):
-            return frames
-        notes.append("(0020,0032) ImagePositionPatient is one and the same: (0020,1041) SliceLocation used")
-        offsets = np.array(locations) - locations[0]
-        return [replace(f, position=f.position + mm * normal) for f, mm in zip(frames, offsets, strict=True)]
-    if known:
-        return place_by_number(frames, notes)
-    step, source = slice_step(frames[0].header, frames[0].spacing_mm[0])
-    numbers = [frame.header.get("InstanceNumber") for frame in frames]
-    if has_locations:
-        how, offsets = "(0020,1041) SliceLocation", locations
-    elif None not in numbers and len(set(numbers)) == len(numbers):
-        how, offsets = f"(0020,0013) InstanceNumber times {step:.4g} mm ({source})", np.array(numbers) * step
-    else:
-        how, offsets = (
-            f"the order of file names times {step:.4g} mm ({source})",
-            np.arange(len(frames)) * step,
-        )
-    notes.append(f"no (0020,0032) ImagePositionPatient: slices placed along +normal by {how}")
-    return [replace(frame, position=mm * normal) for frame, mm in zip(frames, offsets, strict=True)]
-
-
-def place_by_number(frames: list[Frame], notes: list[str]) -> list[Frame]:
-    """Frames without a position go where their InstanceNumber says, if the others follow it to 0.1 mm."""
-    numbered = [frame for frame in frames if "InstanceNumber" in frame.header]
-    known = [frame for frame in numbered if frame.position is not None]
-    numbers = np.array([frame.header["InstanceNumber"] for frame in known], float)
-    positions = np.array([frame.position for frame in known]).reshape(-1, 3)
-    placed = [frame for frame in frames if frame.position is not None]
-    num_known = len(placed)
-    if len(np.unique(numbers)) > 1:
-        start, step = np.polynomial.polynomial.polyfit(numbers, positions, 1)
-        if np.abs(start + np.outer(numbers, step) - positions).max() < 0.1:
-            for frame in numbered:
-                if frame.position is None:
-                    placed.append(replace(frame, position=start + frame.header["InstanceNumber"] * step))
+def drop_slabs(frames: list[Frame], notes: list[str]) -> list[Frame]:
+    """Images without those of another (0018,0050) SliceThickness among the usual ones: thick slabs and
+    projections of thin slices. A scan whose thickness changes on the way has them side by side instead."""
+    if any(frame.position is None for frame in frames):
+        return frames
+    thickness = np.array([max(frame.header.get("SliceThickness", 0.0), 1e-3) for frame in frames])
+    counts = {mm: int((np.abs(np.log(thickness / mm)) < 0.3).sum()) for mm in set(thickness.tolist())}
+    usual = min(mm for mm, count in counts.items() if 2 * count >= max(counts.values()))
+    is_usual = np.abs(np.log(thickness / usual)) < 0.3
+    positions = positions_along_normal(frames)
+    low, high = positions[is_usual].min(), positions[is_usual].max()
+    is_slab = ~is_usual & (thickness > 1e-3)
+    is_among = (positions[is_slab] > low) & (positions[is_slab] < high)
+    if usual == 1e-3 or not is_slab.any() or is_among.mean() < 0.5:
+        return frames
     notes.append(
-        f"{len(frames) - num_known} of {len(frames)} images without (0020,0032) ImagePositionPatient: "
-        f"{len(frames) - len(placed)} left out, the others placed by (0020,0013) InstanceNumber"
+        f"{is_slab.sum()} images left out: thicker or thinner than the {usual:g} mm slices among them"
     )
-    return placed
+    return list(itertools.compress(frames, ~is_slab))
+
+
+def build_volume(
+    frames: list[Frame], where: str, notes: list[str], doubts: list[str]
+) -> tuple[list[Frame], list[Frame]]:
+    """(every image with its position, one image per position sorted along +normal).
+
+    The sources of positions are tried in turn until one is plausible: of the images of one volume nearly all
+    have a position of their own, and where (0020,0032) does not tell, neighbours look alike.
+    """
+    frames = drop_copies(frames, notes)
+    attempts = []
+    for source, is_explicit, placed in position_sources(frames):
+        remarks = [f"slices placed by {source}"] if source else []
+        placed = drop_strays(placed, remarks)
+        volume = select_volume(placed, remarks)
+        num_positions = len(distinct_positions(volume))
+        attempts.append((placed, volume, remarks, num_positions))
+        is_full = len(volume) <= max(1.1 * num_positions, num_positions + 1) and 2 * len(placed) >= len(
+            frames
+        )
+        is_stack = num_positions > 1 or len(frames) == 1
+        lag = len(volume) // attempts[0][3] if attempts[0][3] > 1 else len(volume) // 4
+        least = 0.0 if attempts[0][3] > 1 else 0.1
+        if is_full and is_stack and (is_explicit or is_ordered(sort_frames(volume), max(lag, 2), least)):
+            break
+    else:
+        placed, volume, remarks, num_positions = attempts[0]
+        counts = np.bincount(rank_positions(volume))
+        if num_positions > 1 and (counts == np.median(counts)).mean() < 0.9:
+            raise ValueError(
+                f"{where}: {len(volume)} images share {num_positions} positions, and neither (0020,1041) "
+                f"SliceLocation, (0020,0013) InstanceNumber nor file names tell them apart"
+            )
+        if len(frames) >= 8 and (num_positions == 1 or frames[0].position is None):
+            doubts.append(f"{len(frames)} images without plausible positions: the slices are a guess")
+        volume = select_best(split_volumes(volume, count_visits(volume)), remarks, "InstanceNumber")
+    notes += remarks
+    return placed, drop_duplicates(volume, notes)
+
+
+def drop_copies(frames: list[Frame], notes: list[str]) -> list[Frame]:
+    images = {}
+    for i, frame in enumerate(frames):
+        place = None if frame.position is None else tuple(np.round(frame.position, 1))
+        number = frame.header.get("InstanceNumber")
+        images.setdefault((frame.sop_uid or i, frame.index, number, place), frame)
+    if len(images) < len(frames):
+        notes.append(
+            f"{len(frames) - len(images)} copies of images left out: same SOPInstanceUID and position"
+        )
+    return list(images.values())
+
+
+def position_sources(frames: list[Frame]) -> Iterator[tuple[str, bool, list[Frame]]]:
+    """(where positions come from, whether they are beyond doubt, frames so placed), the best source first."""
+    known = [frame for frame in frames if frame.position is not None]
+    if len(known) == len(frames):
+        yield "", True, frames
+    step, source = slice_step(frames[0].header, frames[0].spacing_mm[0])
+    locations = [frame.header.get("SliceLocation") for frame in frames]
+    if None not in locations and np.ptp(locations) > SAME_POSITION_MM:
+        yield "(0020,1041) SliceLocation", True, place_on_line(frames, locations, 1.0)[0]
+    if len(known) == len(frames) < 8:
+        return
+    numbers = [frame.header.get("InstanceNumber", 0) + frame.index for frame in frames]
+    for name, values in (
+        ("(0020,0013) InstanceNumber", numbers),
+        ("the order of file names", range(len(frames))),
+    ):
+        placed, is_line, mm = place_on_line(frames, values, step)
+        yield (
+            f"{name} times {mm:.4g} mm" + ("" if is_line else f" ({source})"),
+            is_line and abs(mm - step) < 0.1 * step,
+            placed,
+        )
+    if known:
+        yield (
+            f"(0020,0032) ImagePositionPatient, {len(frames) - len(known)} images without it left out",
+            True,
+            known,
+        )
+
+
+def place_on_line(
+    frames: list[Frame], values: Sequence[float], step_mm: float
+) -> tuple[list[Frame], bool, float]:
+    """(frames on the line that known positions follow by `values`, True, its step), to half a millimetre,
+    because positions may be rounded; where they do not, (frames in steps of `step_mm` along +normal, False,
+    the step)."""
+    normal = np.cross(frames[0].row_dir, frames[0].col_dir)
+    known = [i for i, frame in enumerate(frames) if frame.position is not None]
+    points = np.array([frames[i].position for i in known])
+    numbers = np.array([values[i] for i in known], float)
+    first = points[0] - numbers[0] * step_mm * normal if known else np.zeros(3)
+    line, is_line = np.array([first, step_mm * normal]), False
+    if known and np.ptp(numbers) > 0 and np.ptp(points, axis=0).max() > SAME_POSITION_MM:
+        fitted = np.polynomial.polynomial.polyfit(numbers, points, 1)
+        is_line = np.abs(fitted[0] + np.outer(numbers, fitted[1]) - points).max() < 0.51
+        line = fitted if is_line else line
+    placed = [replace(f, position=line[0] + v * line[1]) for f, v in zip(frames, values, strict=True)]
+    return placed, bool(is_line), float(np.linalg.norm(line[1]))
+
+
+def drop_strays(frames: list[Frame], notes: list[str]) -> list[Frame]:
+    """Frames without the few (a tenth at most) that lie beyond a gap far wider than the others, or far beside
+    the stack: corrupt positions, test images."""
+    positions = positions_along_normal(frames)
+    gaps = np.diff(distinct_positions(frames))
+    if len(gaps) < 5:
+        return frames
+    order = np.argsort(positions, kind="stable")
+    clusters = np.zeros(len(frames), int)
+    clusters[order[1:]] = np.cumsum(np.diff(positions[order]) > max(10 * np.median(gaps), 30.0))
+    is_stray = clusters != np.bincount(clusters).argmax()
+    points = np.array([frame.position for frame in frames])
+    beside = points - np.outer(positions, np.cross(frames[0].row_dir, frames[0].col_dir))
+    is_stray |= np.abs(beside - np.median(beside, axis=0)).max(axis=1) > 150
+    if not 0 < is_stray.sum() <= max(1, len(frames) // 10):
+        return frames
+    notes.append(
+        f"{is_stray.sum()} images left out: they lie up to "
+        f"{np.abs(positions[is_stray] - np.median(positions)).max():.0f} mm from the middle of the others"
+    )
+    return [frame for frame, left_out in zip(frames, is_stray, strict=True) if not left_out]
+
+
+def rank_positions(frames: list[Frame]) -> np.ndarray:
+    """(n,) rank of each frame's position along the normal; shared positions share it."""
+    places = distinct_positions(frames)
+    return np.searchsorted(places, positions_along_normal(frames), side="right") - 1
+
+
+def sort_frames(frames: list[Frame]) -> list[Frame]:
+    order = np.argsort(positions_along_normal(frames), kind="stable")
+    return [frames[i] for i in order]
+
+
+@functools.lru_cache(maxsize=64)
+def thumbnail(frame: Frame) -> np.ndarray:
+    """(32, 32) block means of the values; in CT of 0..1500 HU, so that air and metal weigh little."""
+    values = decode(frame).astype(np.float32) * frame.slope + frame.intercept
+    if modality_of(frame.header) == "CT":
+        values = np.clip(values, 0, 1500)
+    return cv2.resize(values.astype(np.float32), (32, 32), interpolation=cv2.INTER_AREA)
+
+
+def is_ordered(frames: list[Frame], lag: int, least: float) -> bool:
+    """Whether slices differ less from the next one than from the one `lag` further on, and from that by the
+    share `least` of their contrast. If `lag` images of other contrasts shared each position, it would be the
+    other way round; images of one position hardly differ. Below 8 slices: assumed."""
+    if len(frames) < 8:
+        return True
+    near = far = contrast = 0.0
+    starts = np.arange(lag - 1, len(frames) - lag, lag)
+    for i in starts[np.linspace(0, len(starts) - 1, min(len(starts), 8)).astype(int)]:
+        with contextlib.suppress(ValueError):
+            first, second, last = (thumbnail(frames[k]) for k in (i, i + 1, i + lag))
+            near += np.abs(first - second).sum()
+            far += np.abs(first - last).sum()
+            contrast += np.abs(first - first.mean()).sum()
+    return near < 0.85 * far and far > least * contrast
+
+
+VOLUME_KEYS = (  # what tells the volumes of one series apart, in the order tried
+    *("ImageType", "EchoNumbers", "EchoTime", "TemporalPositionIdentifier", "DiffusionBValue"),
+    *("AcquisitionNumber", "TriggerTime", "StackID"),
+)
+SWEEPS = {  # orders in which one volume may follow the other
+    "InstanceNumber": lambda frame: frame.header.get("InstanceNumber", 0),
+    "AcquisitionTime": lambda frame: frame.header.get("AcquisitionTime", ""),
+    "the order of files": lambda frame: 0,
+}
 
 
 def type_order(frame: Frame) -> tuple:
@@ -1040,60 +1258,148 @@ def type_order(frame: Frame) -> tuple:
     return 0 if is_magnitude else 2 if PHASE_TYPES & set(types) else 1, "DERIVED" in types, tuple(types)
 
 
-VOLUME_KEYS = (  # what tells the volumes of one series apart, in the order tried
-    *("ImageType", "EchoNumbers", "EchoTime", "TemporalPositionIdentifier", "DiffusionBValue"),
-    *("AcquisitionNumber", "TriggerTime", "StackID"),
-)
-
-
 def key_value(frame: Frame, name: str) -> tuple:
     """An attribute's value for sorting: absent before small before large."""
     return type_order(frame) if name == "ImageType" else (name in frame.header, frame.header.get(name, ""))
 
 
-def select_volume(frames: list[Frame], notes: list[str]) -> list[Frame]:
-    """One frame per position, sorted along +normal.
+def count_sweeps(frames: list[Frame], key: Callable[[Frame], object]) -> list[int]:
+    """For each frame, how often the stack was left at one end and entered at the other before it, in the
+    order of `key`."""
+    order = sorted(range(len(frames)), key=lambda i: key(frames[i]))
+    positions = positions_along_normal(frames)
+    steps = np.diff(positions[order])
+    is_return = steps * np.sign(np.median(steps)) < -0.5 * np.ptp(positions)
+    sweeps = np.zeros(len(frames), int)
+    sweeps[order[1:]] = np.cumsum(is_return)
+    return sweeps.tolist()
 
-    Copies (same SOPInstanceUID, frame and position) go first. Then, while positions are shared, each
-    attribute of VOLUME_KEYS in turn: if one of its values occurs at every position (second round: at 90 % of
-    them), the images with the first such value stay (magnitude before phase, absent before small before
-    large). What still shares a position is settled by the lowest InstanceNumber.
+
+def count_visits(frames: list[Frame]) -> list[int]:
+    """For each frame, how many of lower InstanceNumber share its position."""
+    visits, seen = [0] * len(frames), collections.Counter()
+    ranks = rank_positions(frames)
+    for i in sorted(range(len(frames)), key=lambda i: SWEEPS["InstanceNumber"](frames[i])):
+        visits[i] = seen[ranks[i]]
+        seen[ranks[i]] += 1
+    return visits
+
+
+def alternate(frames: list[Frame]) -> list[int]:
+    """0 and 1 in turn along the normal where gaps are by turns wide and narrow, else 0."""
+    gaps = np.diff(distinct_positions(frames))
+    if len(gaps) < 8:
+        return [0] * len(frames)
+    even, odd = np.median(gaps[::2]), np.median(gaps[1::2])
+    deviations = np.abs(gaps - np.where(np.arange(len(gaps)) % 2, odd, even))
+    is_alternate = abs(even - odd) > 0.12 * (even + odd) > 2.5 * np.percentile(deviations, 90)
+    return (rank_positions(frames) % 2 * is_alternate).tolist()
+
+
+def split_volumes(frames: list[Frame], labels: list) -> list[list[Frame]]:
+    """Frames by label, in the labels' order; only those that are a volume (`is_volume`)."""
+    volumes = collections.defaultdict(list)
+    for frame, label in zip(frames, labels, strict=True):
+        volumes[label].append(frame)
+    places = distinct_positions(frames)
+    candidates = [volumes[label] for label in sorted(volumes)]
+    return [volume for volume in candidates if is_volume(volume, places, len(frames))]
+
+
+def is_volume(frames: list[Frame], places: np.ndarray, num_all: int) -> bool:
+    """Whether frames cover all of the `places` where `num_all` images lie.
+
+    Either they lie at nearly all of them (at all, where few images share places), or between their own even
+    slices no other has room: each of the others lies nearer than a slice's thickness. MR slices may be taken
+    in two passes, even ones after odd ones; these lie evenly.
     """
-    offsets = np.array([frame.position for frame in frames]) @ np.cross(frames[0].row_dir, frames[0].col_dir)
-    order = np.argsort(offsets, kind="stable")
-    ranks = np.zeros(len(frames), int)  # of each frame's position
-    ranks[order[1:]] = np.cumsum(np.diff(offsets[order]) > SAME_POSITION_MM)
-    images: dict[tuple, tuple[int, Frame]] = {}
-    for i, frame in enumerate(frames):
-        images.setdefault((frame.sop_uid or i, frame.index, ranks[i]), (ranks[i], frame))
-    volume, num_positions = list(images.values()), int(ranks.max()) + 1
+    own = distinct_positions(frames)
+    if len(own) >= (0.9 if num_all > 1.1 * len(places) else 1.0) * len(places):
+        return True
+    if len(own) < 3 or 20 * len(own) < len(places):
+        return False
+    gaps, all_gaps = np.diff(own), np.diff(places)
+    gap = np.median(gaps)
+    after = np.searchsorted(own, places).clip(1, len(own) - 1)
+    distance = np.minimum(np.abs(places - own[after - 1]), np.abs(places - own[after]))
+    others = distance[distance > SAME_POSITION_MM]
+    is_uneven = np.percentile(all_gaps, 75) > 1.2 * np.percentile(all_gaps, 25)
+    return bool(
+        np.percentile(gaps, 90) < 1.5 * gap
+        and len(others) > 0
+        and (others < 0.6 * gap).mean() > 0.8
+        and gap < 1.7 * (frames[0].header.get("SliceThickness") or gap)
+        and (is_uneven or modality_of(frames[0].header) == "CT")
+    )
+
+
+def select_volume(frames: list[Frame], notes: list[str]) -> list[Frame]:
+    """The images of one volume: while an attribute, or the order of InstanceNumbers, times or files, tells
+    several complete volumes apart, the best of them (`select_best`)."""
+    names = (*VOLUME_KEYS, *SWEEPS, "alternating gaps")
+    for name in names if len(frames) > 1 else ():
+        if name in SWEEPS:
+            labels = count_sweeps(frames, SWEEPS[name])
+        elif name in VOLUME_KEYS:
+            labels = [key_value(frame, name) for frame in frames]
+        else:
+            labels = alternate(frames)
+        if len(set(labels)) == 1:
+            continue
+        volumes = split_volumes(frames, labels)
+        if volumes:
+            frames = select_best(volumes, notes, name)
+    return frames
+
+
+def select_best(volumes: list[list[Frame]], notes: list[str], name: str) -> list[Frame]:
+    """Of CT volumes the brightest, whose vessels are filled; else the fullest, the first of equals."""
+    if len(volumes) == 1:
+        best = volumes[0]
+    elif modality_of(volumes[0][0].header) == "CT" and name != "ImageType":
+        best = max(volumes, key=functools.partial(mean_brightness, places=shared_places(volumes)))
+    else:
+        best = max(volumes, key=lambda volume: len(distinct_positions(volume)))
+    notes.append(f"several volumes by {name}: one of them kept ({len(best)} images)")
+    return best
+
+
+def drop_duplicates(frames: list[Frame], notes: list[str]) -> list[Frame]:
+    """One image per position, sorted along +normal: where several share one, the one whose InstanceNumber is
+    nearest to the neighbours'."""
+    ranks = rank_positions(frames)
+    places: list[list[Frame]] = [[] for _ in range(ranks.max() + 1)]
+    for rank, frame in zip(ranks, frames, strict=True):
+        places[rank].append(frame)
+    number = SWEEPS["InstanceNumber"]
+    volume = []
+    for rank, images in enumerate(places):
+        neighbours = [frame for i in (rank - 1, rank + 1) if 0 <= i < len(places) for frame in places[i]]
+        expected = np.median([number(frame) for frame in neighbours]) if neighbours else -np.inf
+        volume.append(min(images, key=lambda frame: (abs(number(frame) - expected), number(frame))))
     if len(volume) < len(frames):
-        notes.append(
-            f"{len(frames) - len(volume)} copies of images left out: same SOPInstanceUID and position"
-        )
-    for share, name in itertools.product((1.0, 0.9), VOLUME_KEYS):
-        if len(volume) == num_positions:
-            break
-        volumes = collections.defaultdict(list)
-        for rank, frame in volume:
-            volumes[key_value(frame, name)].append((rank, frame))
-        for value in sorted(volumes):
-            num_ranks = len({rank for rank, _ in volumes[value]})
-            if len(volumes) > 1 and num_ranks >= share * num_positions:
-                volume = volumes[value]
-                notes.append(
-                    f"{len(volumes)} volumes by {name}: the first complete one kept ({len(volume)} images)"
-                )
-                break
-    volume.sort(key=lambda image: (image[0], key_value(image[1], "InstanceNumber")))
-    first = [
-        frame for _, images in itertools.groupby(volume, lambda image: image[0]) for _, frame in [*images][:1]
-    ]
-    if len(first) < len(volume):
-        notes.append(
-            f"{len(volume) - len(first)} images left out at positions taken by a lower InstanceNumber"
-        )
-    return first
+        notes.append(f"{len(frames) - len(volume)} images left out at positions that others hold")
+    return volume
+
+
+def mean_brightness(frames: list[Frame], places: np.ndarray) -> float:
+    """Mean value at some places along the normal, interpolated between slices."""
+    frames = drop_duplicates(frames, [])
+    positions = positions_along_normal(frames)
+    total = 0.0
+    for place in places:
+        k = int(np.searchsorted(positions, place).clip(1, len(positions) - 1))
+        share = (place - positions[k - 1]) / (positions[k] - positions[k - 1])
+        with contextlib.suppress(ValueError):  # a slice that cannot be decoded is named when it is used
+            total += (1 - share) * thumbnail(frames[k - 1]).mean() + share * thumbnail(frames[k]).mean()
+    return total
+
+
+def shared_places(volumes: list[list[Frame]]) -> np.ndarray:
+    """(6,) mm along the normal, spread over the middle of what all volumes cover."""
+    ends = [(min(p), max(p)) for p in map(distinct_positions, volumes)]
+    low, high = max(start for start, _ in ends), min(end for _, end in ends)
+    return np.linspace(low + 0.2 * (high - low), high - 0.2 * (high - low), 6)
 
 
 def measure_stack(frames: list[Frame], notes: list[str]) -> tuple[np.ndarray, np.ndarray, tuple, np.ndarray]:
