@@ -20,7 +20,7 @@ import re
 import stat
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -541,7 +541,7 @@ class Frame:
     index: int  # in the file, from 0
     header: dict  # of the file (`read_header`), overlaid with the frame's own attributes
     sop_uid: str
-    position: np.ndarray | None  # (3,) centre of the pixel in row 0, column 0
+    position: np.ndarray  # (3,) centre of the pixel in row 0, column 0; NaN where unknown
     row_dir: np.ndarray | None  # (3,) direction of a growing column index; None before `orient_frames`
     col_dir: np.ndarray | None  # (3,) direction of a growing row index
     spacing_mm: tuple[float, float]  # between rows, between columns
@@ -616,7 +616,7 @@ class Series:
         if f is None and (sop_uid, 1) in self.geometry:
             raise ValueError(f"series {self.uid}: {sop_uid} has several frames, and no frame is named")
         frame = self.geometry.get((sop_uid, int(f or 0)))
-        if frame is None or frame.position is None:
+        if frame is None or np.isnan(frame.position).any():
             raise ValueError(f"series {self.uid}: no image {sop_uid}, frame {f or 0}, with a position")
         row_mm, col_mm = frame.spacing_mm
         return frame.position + x * col_mm * frame.row_dir + y * row_mm * frame.col_dir
@@ -780,16 +780,14 @@ def make_frames(path: Path, header: dict) -> list[Frame]:
         directions = unit_directions(tags.get("ImageOrientationPatient"))
         spacing = pixel_spacing(tags, remarks)
         position = tags.get("ImagePositionPatient", ())
-        position = np.array(position) if len(position) == 3 and max(map(abs, position)) < 1e5 else None
-        if position is None:
+        if len(position) != 3 or max(map(abs, position)) > 1e5:
             remarks["no valid (0020,0032) ImagePositionPatient"] = ""
-        if directions is None and len(header["spans"]) > 1 and "ImagePositionPatient" not in group:
-            position = None
-        elif len(header["spans"]) > 1 and "ImagePositionPatient" not in group:
+            position = (np.nan,) * 3
+        if len(header["spans"]) > 1 and "ImagePositionPatient" not in group:
             step, source = slice_step(tags, spacing[0])
-            missing = "position" if "NumberOfFrames" in header else "number and position"
-            remarks[f"frames without {missing} placed {step:.4g} mm apart along +normal ({source})"] = ""
-            position = (0 if position is None else position) + index * step * np.cross(*directions)
+            remarks[f"frames without position placed {step:.4g} mm apart along +normal ({source})"] = ""
+            normal = np.full(3, np.nan) if directions is None else np.cross(*directions)
+            position = np.nan_to_num(position) + index * step * normal
         slope = tags.get("RescaleSlope", 1.0)
         if slope == 0:
             remarks["(0028,1053) RescaleSlope is 0: 1 assumed"] = ""
@@ -798,7 +796,7 @@ def make_frames(path: Path, header: dict) -> list[Frame]:
             index=index,
             header=tags,
             sop_uid=header.get("SOPInstanceUID", ""),
-            position=position,
+            position=np.array(position),
             row_dir=None if directions is None else directions[0],
             col_dir=None if directions is None else directions[1],
             spacing_mm=spacing,
@@ -871,7 +869,7 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
     frames, skipped = read_frames(sorted(paths, key=natural_key), where)
     notes: list[str] = []
     doubts: list[str] = []
-    frames = orient_frames(select_uid(frames, uid, notes), notes, doubts)
+    frames = orient_frames(drop_copies(select_uid(frames, uid, notes), notes), notes, doubts)
     geometry = index_images(frames)
     frames = drop_slabs(select_stack(frames, where, notes), notes)
     notes += summarise_remarks(frames)
@@ -946,9 +944,21 @@ def index_images(frames: list[Frame]) -> dict[tuple[str, int], Frame]:
     ambiguous = set()
     for frame in frames:
         key = frame.sop_uid, frame.index
-        if not np.array_equal(images.setdefault(key, frame).position, frame.position):
+        if not np.array_equal(images.setdefault(key, frame).position, frame.position, equal_nan=True):
             ambiguous.add(key)
     return {key: frame for key, frame in images.items() if key not in ambiguous}
+
+
+def drop_copies(frames: list[Frame], notes: list[str]) -> list[Frame]:
+    images = {}
+    for i, frame in enumerate(frames):
+        key = frame.sop_uid or i, frame.index, str(frame.position), frame.header.get("InstanceNumber")
+        images.setdefault(key, frame)
+    if len(images) < len(frames):
+        notes.append(
+            f"{len(frames) - len(images)} copies of images left out: same SOPInstanceUID and position"
+        )
+    return list(images.values())
 
 
 def summarise_remarks(frames: list[Frame]) -> list[str]:
@@ -970,27 +980,32 @@ USUAL_DIRECTIONS = np.array(
 def orient_frames(frames: list[Frame], notes: list[str], doubts: list[str]) -> list[Frame]:
     """Frames without a valid (0020,0037) ImageOrientationPatient get the other images' one, else the usual
     one of the plane across which their positions lie, else axial."""
-    valid = [frame for frame in frames if frame.row_dir is not None]
-    num_missing = len(frames) - len(valid)
-    if num_missing == 0:
+    oriented = [frame for frame in frames if frame.row_dir is not None]
+    if len(oriented) == len(frames):
         return frames
-    points = [frame.position for frame in frames if frame.position is not None]
-    extent = np.subtract(*np.percentile(points, (90, 10), axis=0)) if points else np.zeros(3)
-    row_dir, col_dir = USUAL_DIRECTIONS[2 if extent.max() < SAME_POSITION_MM else int(extent.argmax())]
-    source = "the positions"
-    if valid:
-        row_dir, col_dir, source = valid[0].row_dir, valid[0].col_dir, "other images"
-    text = f"no valid (0020,0037) ImageOrientationPatient in {num_missing} images"
-    if valid or extent.max() >= SAME_POSITION_MM:
-        notes.append(f"{text}: taken from {source}")
+    points = frame_points(frames)
+    extent = np.subtract(*np.nanpercentile(points, (90, 10), axis=0)) if np.isfinite(points).any() else 0
+    text = f"no valid (0020,0037) ImageOrientationPatient in {len(frames) - len(oriented)} images"
+    if oriented:
+        row_dir, col_dir = oriented[0].row_dir, oriented[0].col_dir
+        notes.append(f"{text}: taken from other images")
+    elif np.max(extent) > SAME_POSITION_MM:
+        row_dir, col_dir = USUAL_DIRECTIONS[extent.argmax()]
+        notes.append(f"{text}: taken from the positions")
     else:
+        row_dir, col_dir = USUAL_DIRECTIONS[2]
         doubts.append(f"{text}, nor positions: axial assumed")
     return [f if f.row_dir is not None else replace(f, row_dir=row_dir, col_dir=col_dir) for f in frames]
 
 
+def frame_points(frames: list[Frame]) -> np.ndarray:
+    """(n, 3) positions"""
+    return np.array([frame.position for frame in frames])
+
+
 def positions_along_normal(frames: list[Frame]) -> np.ndarray:
     """(n,) mm"""
-    return np.array([frame.position for frame in frames]) @ np.cross(frames[0].row_dir, frames[0].col_dir)
+    return frame_points(frames) @ np.cross(frames[0].row_dir, frames[0].col_dir)
 
 
 def distinct_positions(frames: list[Frame]) -> np.ndarray:
@@ -999,19 +1014,9 @@ def distinct_positions(frames: list[Frame]) -> np.ndarray:
     return positions[np.diff(positions, prepend=-np.inf) > SAME_POSITION_MM]
 
 
-def group_by_geometry(frames: list[Frame], tolerance: float) -> list[list[Frame]]:
-    """Images whose directions lie within `tolerance`, and whose pixel spacing within a tenth of it, of the
-    median of those not yet grouped, or of the first of them where orientations are mixed."""
-    geometry = np.array([[*10 * np.log(f.spacing_mm), *f.row_dir, *f.col_dir] for f in frames])
-    groups, rest = [], np.arange(len(frames))
-    while len(rest):
-        for centre in (np.median(geometry[rest], axis=0), geometry[rest[0]]):
-            is_near = np.abs(geometry[rest] - centre).max(axis=1) < tolerance
-            if is_near.any():
-                break
-        groups.append([frames[i] for i in rest[is_near]])
-        rest = rest[~is_near]
-    return groups
+def rank_positions(frames: list[Frame]) -> np.ndarray:
+    """(n,) which of the distinct positions each frame has."""
+    return np.searchsorted(distinct_positions(frames), positions_along_normal(frames), side="right") - 1
 
 
 def select_stack(frames: list[Frame], where: str, notes: list[str]) -> list[Frame]:
@@ -1020,57 +1025,71 @@ def select_stack(frames: list[Frame], where: str, notes: list[str]) -> list[Fram
     stacks = collections.defaultdict(list)
     for frame in frames:
         series = frame.header.get("SeriesInstanceUID") or frame.header.get("PatientID")
-        stacks[series, image_kind(frame.header), frame.rows, frame.cols].append(frame)
-    groups = []
-    for (series, kind, *_), members in stacks.items():
-        for tolerance in (0.01, 0.1) if len(members) >= 8 else (0.001,):
-            by_geometry = group_by_geometry(members, tolerance)
-            if 2 * max(map(len, by_geometry)) >= len(members):
-                break
-        groups += [(series, kind, group) for group in by_geometry]
+        stacks[image_kind(frame.header), series, frame.rows, frame.cols].append(frame)
+    groups = [(key, group) for key, members in stacks.items() for group in group_by_geometry(members)]
 
-    def rank(group: tuple[str, str, list[Frame]]) -> tuple:
-        _, kind, members = group
-        placed = [frame for frame in members if frame.position is not None]
-        num_positions = len(distinct_positions(placed)) if placed else 0
-        return kind == "slice", num_positions + len(members) - len(placed), len(members)
+    def rank(group: tuple[tuple, list[Frame]]) -> tuple:
+        (kind, *_), members = group
+        return kind == "slice", len({str(frame.position) for frame in members}), len(members)
 
-    best = max(groups, key=rank)
-    series, kind, stack = best
+    best_key, best = max(groups, key=rank)
+    kind = best_key[0]
     if kind != "slice":
-        if rank(best)[1] < 3:
+        if len({str(frame.position) for frame in best}) < 3:
             raise ValueError(f"{where}: {len(frames)} {kind} images, no volume")
-        notes.append(f"the images call themselves {kind}: ImageType {stack[0].header['ImageType']}")
-    for other, kind, group in groups:
-        if group is not stack:
-            row_mm, col_mm = group[0].spacing_mm
-            normal = np.round(np.cross(group[0].row_dir, group[0].col_dir), 2) + 0.0
+        notes.append(f"the images call themselves {kind}: ImageType {best[0].header['ImageType']}")
+    for (kind, series, rows, cols), group in groups:
+        if group is not best:
+            other = " of another series" if series != best_key[1] else ""
+            normal = np.cross(group[0].row_dir, group[0].col_dir).round(2) + 0.0
+            spacing = "{:.3g} x {:.3g}".format(*group[0].spacing_mm)
             notes.append(
-                f"{len(group)} images{' of another series' if other != series else ''} left out: {kind}, "
-                f"{group[0].rows} x {group[0].cols} pixels of {row_mm:.3g} x {col_mm:.3g} mm, normal {normal}"
+                f"{len(group)} images{other} left out: {kind}, {rows} x {cols} pixels of {spacing} mm, "
+                f"normal {normal}"
             )
-    directions = np.array([(frame.row_dir, frame.col_dir) for frame in stack])
-    if np.ptp(directions, axis=0).max() < 1e-3:
-        return stack
-    notes.append(f"orientations differ by up to {np.ptp(directions, axis=0).max():.4f}: their median used")
-    row_dir, col_dir = unit_directions(tuple(np.median(directions, axis=0).ravel()))
-    return [replace(frame, row_dir=row_dir, col_dir=col_dir) for frame in stack]
+    return best
+
+
+def group_by_geometry(frames: list[Frame]) -> list[list[Frame]]:
+    """Groups of equal pixel spacing and orientation. In many images orientations may jitter: then the
+    tolerance is 0.01, or 0.1 where that would leave out half of them, against the median, which all get."""
+    geometry = np.array([[*10 * np.log(f.spacing_mm), *f.row_dir, *f.col_dir] for f in frames])
+    for tolerance in (0.01, 0.1) if len(frames) >= 8 else (0.001,):
+        groups, rest = [], np.arange(len(frames))
+        while len(rest):
+            for centre in (np.median(geometry[rest], axis=0), geometry[rest[0]]):
+                is_near = np.abs(geometry[rest] - centre).max(axis=1) < tolerance
+                if is_near.any():
+                    break
+            groups.append(rest[is_near])
+            rest = rest[~is_near]
+        if 2 * max(map(len, groups)) >= len(frames):
+            break
+    return [align_frames([frames[i] for i in group], geometry[group, 2:]) for group in groups]
+
+
+def align_frames(frames: list[Frame], directions: np.ndarray) -> list[Frame]:
+    """Frames with the median of their directions (n, 6), where these differ."""
+    jitter = np.ptp(directions, axis=0).max()
+    if jitter < 1e-3:
+        return frames
+    row_dir, col_dir = unit_directions(tuple(np.median(directions, axis=0)))
+    text = f"orientations differ by up to {jitter:.4f}: their median used"
+    return [replace(f, row_dir=row_dir, col_dir=col_dir, remarks=f.remarks | {text: ""}) for f in frames]
 
 
 def drop_slabs(frames: list[Frame], notes: list[str]) -> list[Frame]:
     """Images without those of another (0018,0050) SliceThickness among the usual ones: thick slabs and
     projections of thin slices. A scan whose thickness changes on the way has them side by side instead."""
-    if any(frame.position is None for frame in frames):
+    thickness = np.array([frame.header.get("SliceThickness", 0.0) for frame in frames])
+    sizes, counts = np.unique(thickness[thickness > 0], return_counts=True)
+    if len(sizes) < 2:
         return frames
-    thickness = np.array([max(frame.header.get("SliceThickness", 0.0), 1e-3) for frame in frames])
-    counts = {mm: int((np.abs(np.log(thickness / mm)) < 0.3).sum()) for mm in set(thickness.tolist())}
-    usual = min(mm for mm, count in counts.items() if 2 * count >= max(counts.values()))
-    is_usual = np.abs(np.log(thickness / usual)) < 0.3
+    usual = sizes[2 * counts >= counts.max()].min()
+    is_slab = (thickness > 0) & (np.abs(np.log(np.maximum(thickness, 1e-3) / usual)) > 0.3)
     positions = positions_along_normal(frames)
-    low, high = positions[is_usual].min(), positions[is_usual].max()
-    is_slab = ~is_usual & (thickness > 1e-3)
-    is_among = (positions[is_slab] > low) & (positions[is_slab] < high)
-    if usual == 1e-3 or not is_slab.any() or is_among.mean() < 0.5:
+    low, high = positions[~is_slab].min(), positions[~is_slab].max()
+    if not ((positions > low) & (positions < high))[is_slab].sum() > 0.5 * is_slab.sum():
         return frames
     notes.append(
         f"{is_slab.sum()} images left out: thicker or thinner than the {usual:g} mm slices among them"
@@ -1086,21 +1105,16 @@ def build_volume(
     The sources of positions are tried in turn until one is plausible: of the images of one volume nearly all
     have a position of their own, and where (0020,0032) does not tell, neighbours look alike.
     """
-    frames = drop_copies(frames, notes)
     attempts = []
-    for source, is_explicit, placed in position_sources(frames):
+    for source, is_certain, placed in position_sources(frames):
         remarks = [f"slices placed by {source}"] if source else []
         placed = drop_strays(placed, remarks)
         volume = select_volume(placed, remarks)
         num_positions = len(distinct_positions(volume))
         attempts.append((placed, volume, remarks, num_positions))
-        is_full = len(volume) <= max(1.1 * num_positions, num_positions + 1) and 2 * len(placed) >= len(
-            frames
-        )
+        is_full = len(volume) <= max(1.1 * num_positions, num_positions + 1)
         is_stack = num_positions > 1 or len(frames) == 1
-        lag = len(volume) // attempts[0][3] if attempts[0][3] > 1 else len(volume) // 4
-        least = 0.0 if attempts[0][3] > 1 else 0.1
-        if is_full and is_stack and (is_explicit or is_ordered(sort_frames(volume), max(lag, 2), least)):
+        if is_full and is_stack and (is_certain or is_ordered(volume, attempts[0][3])):
             break
     else:
         placed, volume, remarks, num_positions = attempts[0]
@@ -1110,168 +1124,130 @@ def build_volume(
                 f"{where}: {len(volume)} images share {num_positions} positions, and neither (0020,1041) "
                 f"SliceLocation, (0020,0013) InstanceNumber nor file names tell them apart"
             )
-        if len(frames) >= 8 and (num_positions == 1 or frames[0].position is None):
+        if len(frames) >= 8 and (num_positions == 1 or source):
             doubts.append(f"{len(frames)} images without plausible positions: the slices are a guess")
-        volume = select_best(split_volumes(volume, count_visits(volume)), remarks, "InstanceNumber")
+        volume = select_labelled(volume, count_visits(volume), "InstanceNumber", remarks)
     notes += remarks
-    return placed, drop_duplicates(volume, notes)
-
-
-def drop_copies(frames: list[Frame], notes: list[str]) -> list[Frame]:
-    images = {}
-    for i, frame in enumerate(frames):
-        place = None if frame.position is None else tuple(np.round(frame.position, 1))
-        number = frame.header.get("InstanceNumber")
-        images.setdefault((frame.sop_uid or i, frame.index, number, place), frame)
-    if len(images) < len(frames):
-        notes.append(
-            f"{len(frames) - len(images)} copies of images left out: same SOPInstanceUID and position"
-        )
-    return list(images.values())
+    slices = take_one_per_position(volume)
+    if len(slices) < len(volume):
+        notes.append(f"{len(volume) - len(slices)} images left out at positions that others hold")
+    return placed, slices
 
 
 def position_sources(frames: list[Frame]) -> Iterator[tuple[str, bool, list[Frame]]]:
     """(where positions come from, whether they are beyond doubt, frames so placed), the best source first."""
-    known = [frame for frame in frames if frame.position is not None]
-    if len(known) == len(frames):
+    is_known = np.isfinite(frame_points(frames)[:, 0])
+    if is_known.all():
         yield "", True, frames
-    step, source = slice_step(frames[0].header, frames[0].spacing_mm[0])
-    locations = [frame.header.get("SliceLocation") for frame in frames]
-    if None not in locations and np.ptp(locations) > SAME_POSITION_MM:
+    locations = np.array([frame.header.get("SliceLocation", np.nan) for frame in frames])
+    if np.ptp(locations) > SAME_POSITION_MM:
         yield "(0020,1041) SliceLocation", True, place_on_line(frames, locations, 1.0)[0]
-    if len(known) == len(frames) < 8:
+    if is_known.all() and len(frames) < 8:
         return
-    numbers = [frame.header.get("InstanceNumber", 0) + frame.index for frame in frames]
+    step, tag = slice_step(frames[0].header, frames[0].spacing_mm[0])
+    numbers = np.array([instance_number(frame) + frame.index for frame in frames])
     for name, values in (
         ("(0020,0013) InstanceNumber", numbers),
-        ("the order of file names", range(len(frames))),
+        ("the order of files", np.arange(len(frames))),
     ):
-        placed, is_line, mm = place_on_line(frames, values, step)
-        yield (
-            f"{name} times {mm:.4g} mm" + ("" if is_line else f" ({source})"),
-            is_line and abs(mm - step) < 0.1 * step,
-            placed,
-        )
-    if known:
-        yield (
-            f"(0020,0032) ImagePositionPatient, {len(frames) - len(known)} images without it left out",
-            True,
-            known,
-        )
+        placed, line_step = place_on_line(frames, values, step)
+        is_certain = abs(line_step - step) < 0.1 * step
+        yield f"{name} times {line_step or step:.4g} mm ({tag})", is_certain, placed
+    yield f"the {is_known.sum()} known positions", True, list(itertools.compress(frames, is_known))
 
 
-def place_on_line(
-    frames: list[Frame], values: Sequence[float], step_mm: float
-) -> tuple[list[Frame], bool, float]:
-    """(frames on the line that known positions follow by `values`, True, its step), to half a millimetre,
-    because positions may be rounded; where they do not, (frames in steps of `step_mm` along +normal, False,
-    the step)."""
-    normal = np.cross(frames[0].row_dir, frames[0].col_dir)
-    known = [i for i, frame in enumerate(frames) if frame.position is not None]
-    points = np.array([frames[i].position for i in known])
-    numbers = np.array([values[i] for i in known], float)
-    first = points[0] - numbers[0] * step_mm * normal if known else np.zeros(3)
-    line, is_line = np.array([first, step_mm * normal]), False
-    if known and np.ptp(numbers) > 0 and np.ptp(points, axis=0).max() > SAME_POSITION_MM:
-        fitted = np.polynomial.polynomial.polyfit(numbers, points, 1)
-        is_line = np.abs(fitted[0] + np.outer(numbers, fitted[1]) - points).max() < 0.51
-        line = fitted if is_line else line
-    placed = [replace(f, position=line[0] + v * line[1]) for f, v in zip(frames, values, strict=True)]
-    return placed, bool(is_line), float(np.linalg.norm(line[1]))
+def place_on_line(frames: list[Frame], values: np.ndarray, step_mm: float) -> tuple[list[Frame], float]:
+    """(frames on the line that known positions follow by `values`, the line's step), to half a millimetre,
+    because positions may be rounded; else (frames in steps of `step_mm` along +normal, 0)."""
+    points = frame_points(frames)
+    known = np.isfinite(points[:, 0])
+    step = step_mm * np.cross(frames[0].row_dir, frames[0].col_dir)
+    start, line_step = (points[known] - np.outer(values[known], step))[:1].sum(axis=0), 0.0
+    if known.any() and np.ptp(points[known], axis=0).max() > SAME_POSITION_MM and np.ptp(values[known]) > 0:
+        line = np.polynomial.polynomial.polyfit(values[known], points[known], 1)
+        if np.abs(line[0] + np.outer(values[known], line[1]) - points[known]).max() < 0.51:
+            (start, step), line_step = line, float(np.linalg.norm(line[1]))
+    positions = start + np.outer(values, step)
+    return [replace(f, position=position) for f, position in zip(frames, positions, strict=True)], line_step
 
 
 def drop_strays(frames: list[Frame], notes: list[str]) -> list[Frame]:
     """Frames without the few (a tenth at most) that lie beyond a gap far wider than the others, or far beside
     the stack: corrupt positions, test images."""
-    positions = positions_along_normal(frames)
-    gaps = np.diff(distinct_positions(frames))
+    positions, gaps = positions_along_normal(frames), np.diff(distinct_positions(frames))
     if len(gaps) < 5:
         return frames
     order = np.argsort(positions, kind="stable")
     clusters = np.zeros(len(frames), int)
     clusters[order[1:]] = np.cumsum(np.diff(positions[order]) > max(10 * np.median(gaps), 30.0))
-    is_stray = clusters != np.bincount(clusters).argmax()
-    points = np.array([frame.position for frame in frames])
-    beside = points - np.outer(positions, np.cross(frames[0].row_dir, frames[0].col_dir))
-    is_stray |= np.abs(beside - np.median(beside, axis=0)).max(axis=1) > 150
+    beside = frame_points(frames) - np.outer(positions, np.cross(frames[0].row_dir, frames[0].col_dir))
+    is_beside = np.abs(beside - np.median(beside, axis=0)).max(axis=1) > 150
+    is_stray = is_beside | (clusters != np.bincount(clusters).argmax())
     if not 0 < is_stray.sum() <= max(1, len(frames) // 10):
         return frames
+    distance = np.linalg.norm(frame_points(frames) - np.median(frame_points(frames), axis=0), axis=1)
     notes.append(
-        f"{is_stray.sum()} images left out: they lie up to "
-        f"{np.abs(positions[is_stray] - np.median(positions)).max():.0f} mm from the middle of the others"
+        f"{is_stray.sum()} images left out: up to {distance.max():.0f} mm from the middle of the scan"
     )
-    return [frame for frame, left_out in zip(frames, is_stray, strict=True) if not left_out]
-
-
-def rank_positions(frames: list[Frame]) -> np.ndarray:
-    """(n,) rank of each frame's position along the normal; shared positions share it."""
-    places = distinct_positions(frames)
-    return np.searchsorted(places, positions_along_normal(frames), side="right") - 1
-
-
-def sort_frames(frames: list[Frame]) -> list[Frame]:
-    order = np.argsort(positions_along_normal(frames), kind="stable")
-    return [frames[i] for i in order]
+    return list(itertools.compress(frames, ~is_stray))
 
 
 @functools.lru_cache(maxsize=64)
 def thumbnail(frame: Frame) -> np.ndarray:
-    """(32, 32) block means of the values; in CT of 0..1500 HU, so that air and metal weigh little."""
-    values = decode(frame).astype(np.float32) * frame.slope + frame.intercept
+    """(32, 32) block means of the values; in CT of 0..1500 HU, so that air and metal weigh little. Zeros if
+    the frame cannot be decoded, which is told when the slice is used."""
+    try:
+        values = decode(frame) * np.float32(frame.slope) + np.float32(frame.intercept)
+    except ValueError:
+        values = np.zeros((32, 32), np.float32)
     if modality_of(frame.header) == "CT":
         values = np.clip(values, 0, 1500)
-    return cv2.resize(values.astype(np.float32), (32, 32), interpolation=cv2.INTER_AREA)
+    return cv2.resize(values, (32, 32), interpolation=cv2.INTER_AREA)
 
 
-def is_ordered(frames: list[Frame], lag: int, least: float) -> bool:
-    """Whether slices differ less from the next one than from the one `lag` further on, and from that by the
-    share `least` of their contrast. If `lag` images of other contrasts shared each position, it would be the
-    other way round; images of one position hardly differ. Below 8 slices: assumed."""
+def is_ordered(frames: list[Frame], num_shared: int) -> bool:
+    """Whether the order of slices is plausible, given that the best source tells `num_shared` positions: each
+    looks more like the next one than like the one as far on as images shared a position. If these were of
+    several contrasts, it would be the other way round; if all are of one place, they hardly differ. Below 8
+    slices: assumed."""
     if len(frames) < 8:
         return True
-    near = far = contrast = 0.0
-    starts = np.arange(lag - 1, len(frames) - lag, lag)
-    for i in starts[np.linspace(0, len(starts) - 1, min(len(starts), 8)).astype(int)]:
-        with contextlib.suppress(ValueError):
-            first, second, last = (thumbnail(frames[k]) for k in (i, i + 1, i + lag))
-            near += np.abs(first - second).sum()
-            far += np.abs(first - last).sum()
-            contrast += np.abs(first - first.mean()).sum()
-    return near < 0.85 * far and far > least * contrast
+    frames = take_one_per_position(frames)
+    lag = max(2, len(frames) // num_shared if num_shared > 1 else len(frames) // 4)
+    starts = range(lag - 1, len(frames) - lag, lag * max(1, len(frames) // lag // 8))
+    images = np.array([[thumbnail(frames[k]) for k in (i, i + 1, i + lag)] for i in starts])
+    near, far = (np.abs(images[:, 0] - images[:, k]).sum() for k in (1, 2))
+    contrast = np.abs(images - images.mean(axis=(2, 3), keepdims=True)).sum() / 3
+    return bool(near < 0.85 * far and (num_shared > 1 or far > 0.1 * contrast))
+
+
+def instance_number(frame: Frame) -> int:
+    return frame.header.get("InstanceNumber", 0)
 
 
 VOLUME_KEYS = (  # what tells the volumes of one series apart, in the order tried
     *("ImageType", "EchoNumbers", "EchoTime", "TemporalPositionIdentifier", "DiffusionBValue"),
     *("AcquisitionNumber", "TriggerTime", "StackID"),
 )
-SWEEPS = {  # orders in which one volume may follow the other
-    "InstanceNumber": lambda frame: frame.header.get("InstanceNumber", 0),
-    "AcquisitionTime": lambda frame: frame.header.get("AcquisitionTime", ""),
-    "the order of files": lambda frame: 0,
-}
 
 
-def type_order(frame: Frame) -> tuple:
-    """Magnitude first, phase, real and imaginary last; original before derived."""
+def key_value(frame: Frame, name: str) -> tuple:
+    """An attribute's value for sorting: absent before small before large. ImageType: magnitude first, phase,
+    real and imaginary last; original before derived."""
+    if name != "ImageType":
+        return name in frame.header, frame.header.get(name, "")
     types = [*image_types(frame.header), frame.header.get("ComplexImageComponent", "").upper()]
     is_magnitude = any(word in ("M", "MAGNITUDE") or word.startswith("M_") for word in types)
     return 0 if is_magnitude else 2 if PHASE_TYPES & set(types) else 1, "DERIVED" in types, tuple(types)
 
 
-def key_value(frame: Frame, name: str) -> tuple:
-    """An attribute's value for sorting: absent before small before large."""
-    return type_order(frame) if name == "ImageType" else (name in frame.header, frame.header.get(name, ""))
-
-
-def count_sweeps(frames: list[Frame], key: Callable[[Frame], object]) -> list[int]:
-    """For each frame, how often the stack was left at one end and entered at the other before it, in the
-    order of `key`."""
-    order = sorted(range(len(frames)), key=lambda i: key(frames[i]))
+def count_sweeps(frames: list[Frame], values: list) -> list[int]:
+    """For each frame, how often the stack was run through before it, in the order of values."""
+    order = sorted(range(len(frames)), key=values.__getitem__)
     positions = positions_along_normal(frames)
     steps = np.diff(positions[order])
-    is_return = steps * np.sign(np.median(steps)) < -0.5 * np.ptp(positions)
     sweeps = np.zeros(len(frames), int)
-    sweeps[order[1:]] = np.cumsum(is_return)
+    sweeps[order[1:]] = np.cumsum(steps * np.sign(np.median(steps)) < -0.5 * np.ptp(positions))
     return sweeps.tolist()
 
 
@@ -1279,7 +1255,7 @@ def count_visits(frames: list[Frame]) -> list[int]:
     """For each frame, how many of lower InstanceNumber share its position."""
     visits, seen = [0] * len(frames), collections.Counter()
     ranks = rank_positions(frames)
-    for i in sorted(range(len(frames)), key=lambda i: SWEEPS["InstanceNumber"](frames[i])):
+    for i in sorted(range(len(frames)), key=lambda i: instance_number(frames[i])):
         visits[i] = seen[ranks[i]]
         seen[ranks[i]] += 1
     return visits
@@ -1296,110 +1272,79 @@ def alternate(frames: list[Frame]) -> list[int]:
     return (rank_positions(frames) % 2 * is_alternate).tolist()
 
 
-def split_volumes(frames: list[Frame], labels: list) -> list[list[Frame]]:
-    """Frames by label, in the labels' order; only those that are a volume (`is_volume`)."""
+def select_volume(frames: list[Frame], notes: list[str]) -> list[Frame]:
+    """The images of one volume: while an attribute, or the order of InstanceNumbers, times or files, tells
+    several complete volumes apart, one of them."""
+    for name in VOLUME_KEYS:
+        frames = select_labelled(frames, [key_value(frame, name) for frame in frames], name, notes)
+    for name in ("InstanceNumber", "AcquisitionTime", "order of files"):
+        labels = count_sweeps(frames, [key_value(frame, name) for frame in frames])
+        frames = select_labelled(frames, labels, name, notes)
+    return select_labelled(frames, alternate(frames), "alternating gaps", notes)
+
+
+def select_labelled(frames: list[Frame], labels: list, name: str, notes: list[str]) -> list[Frame]:
+    """The frames with one label, if that makes a volume (`is_volume`): of several CT volumes the brightest,
+    whose vessels are filled; else the fullest, the first of equals."""
     volumes = collections.defaultdict(list)
     for frame, label in zip(frames, labels, strict=True):
         volumes[label].append(frame)
     places = distinct_positions(frames)
-    candidates = [volumes[label] for label in sorted(volumes)]
-    return [volume for volume in candidates if is_volume(volume, places, len(frames))]
+    complete = [volumes[label] for label in sorted(volumes) if is_volume(volumes[label], places, len(frames))]
+    if len(volumes) == 1 or not complete:
+        return frames
+    ends = np.array([distinct_positions(volume)[[0, -1]] for volume in complete])
+    low, high = ends[:, 0].max(), ends[:, 1].min()
+    best = max(complete, key=lambda volume: len(distinct_positions(volume)))
+    if len(complete) > 1 and high > low and name != "ImageType" and modality_of(frames[0].header) == "CT":
+        shared = low + (high - low) * np.linspace(0.2, 0.8, 6)
+        best = max(complete, key=lambda volume: measure_brightness(volume, shared))
+    notes.append(f"{len(complete)} volumes by {name}: one of them kept ({len(best)} images)")
+    return best
 
 
 def is_volume(frames: list[Frame], places: np.ndarray, num_all: int) -> bool:
-    """Whether frames cover all of the `places` where `num_all` images lie.
+    """Whether frames cover the `places` where `num_all` images lie.
 
     Either they lie at nearly all of them (at all, where few images share places), or between their own even
-    slices no other has room: each of the others lies nearer than a slice's thickness. MR slices may be taken
-    in two passes, even ones after odd ones; these lie evenly.
+    slices there is no room for others: these lie nearer than a slice's thickness. MR slices may be taken in
+    two passes, even ones after odd ones; these lie evenly.
     """
     own = distinct_positions(frames)
     if len(own) >= (0.9 if num_all > 1.1 * len(places) else 1.0) * len(places):
         return True
-    if len(own) < 3 or 20 * len(own) < len(places):
+    if len(own) < max(3, len(places) // 20):
         return False
-    gaps, all_gaps = np.diff(own), np.diff(places)
-    gap = np.median(gaps)
+    gap = np.median(np.diff(own))
     after = np.searchsorted(own, places).clip(1, len(own) - 1)
     distance = np.minimum(np.abs(places - own[after - 1]), np.abs(places - own[after]))
     others = distance[distance > SAME_POSITION_MM]
-    is_uneven = np.percentile(all_gaps, 75) > 1.2 * np.percentile(all_gaps, 25)
+    narrow, wide = np.percentile(np.diff(places), (25, 75))
     return bool(
-        np.percentile(gaps, 90) < 1.5 * gap
-        and len(others) > 0
-        and (others < 0.6 * gap).mean() > 0.8
-        and gap < 1.7 * (frames[0].header.get("SliceThickness") or gap)
-        and (is_uneven or modality_of(frames[0].header) == "CT")
+        np.percentile(np.diff(own), 90) < 1.5 * gap < 2.5 * (frames[0].header.get("SliceThickness") or gap)
+        and (others < 0.6 * gap).sum() > 0.8 * len(others)
+        and (wide > 1.2 * narrow or modality_of(frames[0].header) == "CT")
     )
 
 
-def select_volume(frames: list[Frame], notes: list[str]) -> list[Frame]:
-    """The images of one volume: while an attribute, or the order of InstanceNumbers, times or files, tells
-    several complete volumes apart, the best of them (`select_best`)."""
-    names = (*VOLUME_KEYS, *SWEEPS, "alternating gaps")
-    for name in names if len(frames) > 1 else ():
-        if name in SWEEPS:
-            labels = count_sweeps(frames, SWEEPS[name])
-        elif name in VOLUME_KEYS:
-            labels = [key_value(frame, name) for frame in frames]
-        else:
-            labels = alternate(frames)
-        if len(set(labels)) == 1:
-            continue
-        volumes = split_volumes(frames, labels)
-        if volumes:
-            frames = select_best(volumes, notes, name)
-    return frames
-
-
-def select_best(volumes: list[list[Frame]], notes: list[str], name: str) -> list[Frame]:
-    """Of CT volumes the brightest, whose vessels are filled; else the fullest, the first of equals."""
-    if len(volumes) == 1:
-        best = volumes[0]
-    elif modality_of(volumes[0][0].header) == "CT" and name != "ImageType":
-        best = max(volumes, key=functools.partial(mean_brightness, places=shared_places(volumes)))
-    else:
-        best = max(volumes, key=lambda volume: len(distinct_positions(volume)))
-    notes.append(f"several volumes by {name}: one of them kept ({len(best)} images)")
-    return best
-
-
-def drop_duplicates(frames: list[Frame], notes: list[str]) -> list[Frame]:
-    """One image per position, sorted along +normal: where several share one, the one whose InstanceNumber is
-    nearest to the neighbours'."""
-    ranks = rank_positions(frames)
-    places: list[list[Frame]] = [[] for _ in range(ranks.max() + 1)]
-    for rank, frame in zip(ranks, frames, strict=True):
-        places[rank].append(frame)
-    number = SWEEPS["InstanceNumber"]
-    volume = []
-    for rank, images in enumerate(places):
-        neighbours = [frame for i in (rank - 1, rank + 1) if 0 <= i < len(places) for frame in places[i]]
-        expected = np.median([number(frame) for frame in neighbours]) if neighbours else -np.inf
-        volume.append(min(images, key=lambda frame: (abs(number(frame) - expected), number(frame))))
-    if len(volume) < len(frames):
-        notes.append(f"{len(frames) - len(volume)} images left out at positions that others hold")
-    return volume
-
-
-def mean_brightness(frames: list[Frame], places: np.ndarray) -> float:
-    """Mean value at some places along the normal, interpolated between slices."""
-    frames = drop_duplicates(frames, [])
+def measure_brightness(frames: list[Frame], places: np.ndarray) -> float:
+    """Sum of mean values at some places along the normal, interpolated between slices."""
+    frames = take_one_per_position(frames)
     positions = positions_along_normal(frames)
-    total = 0.0
-    for place in places:
-        k = int(np.searchsorted(positions, place).clip(1, len(positions) - 1))
-        share = (place - positions[k - 1]) / (positions[k] - positions[k - 1])
-        with contextlib.suppress(ValueError):  # a slice that cannot be decoded is named when it is used
-            total += (1 - share) * thumbnail(frames[k - 1]).mean() + share * thumbnail(frames[k]).mean()
-    return total
+    after = np.searchsorted(positions, places).clip(1, len(frames) - 1)
+    used = np.unique([after - 1, after])
+    return float(np.interp(places, positions[used], [thumbnail(frames[k]).mean() for k in used]).sum())
 
 
-def shared_places(volumes: list[list[Frame]]) -> np.ndarray:
-    """(6,) mm along the normal, spread over the middle of what all volumes cover."""
-    ends = [(min(p), max(p)) for p in map(distinct_positions, volumes)]
-    low, high = max(start for start, _ in ends), min(end for _, end in ends)
-    return np.linspace(low + 0.2 * (high - low), high - 0.2 * (high - low), 6)
+def take_one_per_position(frames: list[Frame]) -> list[Frame]:
+    """Frames sorted along +normal; where several share a position, the one whose InstanceNumber fits those of
+    the others best, else the lowest."""
+    frames = [frames[i] for i in np.argsort(positions_along_normal(frames), kind="stable")]
+    ranks, numbers = rank_positions(frames), np.array([instance_number(frame) for frame in frames])
+    is_single = np.bincount(ranks)[ranks] == 1
+    expected = np.interp(ranks, ranks[is_single], numbers[is_single]) if is_single.any() else -1e12
+    order = np.lexsort((numbers, np.abs(numbers - expected), ranks))
+    return [frames[i] for i in order[np.diff(ranks[order], prepend=-1) > 0]]
 
 
 def measure_stack(frames: list[Frame], notes: list[str]) -> tuple[np.ndarray, np.ndarray, tuple, np.ndarray]:

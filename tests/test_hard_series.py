@@ -248,7 +248,7 @@ def test_a_slice_far_from_the_others_is_left_out(tmp_path, place):
     scan(tmp_path / "a", head())
     scan(tmp_path / "stray", head(1), first=99, ImagePositionPatient=place)
     series = read_series(tmp_path)
-    assert folders(series) == {"a"} and noted(series, "1 images left out: they lie")
+    assert folders(series) == {"a"} and noted(series, "1 images left out: up to")
 
 
 def test_a_hole_in_a_scan_costs_no_slices(tmp_path):
