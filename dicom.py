@@ -1051,10 +1051,10 @@ def select_stack(frames: list[Frame], where: str, notes: list[str]) -> list[Fram
 
 
 def group_by_geometry(frames: list[Frame]) -> list[list[Frame]]:
-    """Groups of equal pixel spacing and orientation. In many images orientations may jitter: then the
-    tolerance is 0.01, or 0.1 where that would leave out half of them, against the median, which all get."""
+    """Groups of equal pixel spacing and orientation. In many images orientations may jitter: there the
+    tolerance against the median, which all get, is 0.02, or 0.1 if only that makes one group of many."""
     geometry = np.array([[*10 * np.log(f.spacing_mm), *f.row_dir, *f.col_dir] for f in frames])
-    for tolerance in (0.01, 0.1) if len(frames) >= 8 else (0.001,):
+    for tolerance in (0.02, 0.1, 0.02) if len(frames) >= 8 else (0.001,):
         groups, rest = [], np.arange(len(frames))
         while len(rest):
             for centre in (np.median(geometry[rest], axis=0), geometry[rest[0]]):
@@ -1063,7 +1063,7 @@ def group_by_geometry(frames: list[Frame]) -> list[list[Frame]]:
                     break
             groups.append(rest[is_near])
             rest = rest[~is_near]
-        if 2 * max(map(len, groups)) >= len(frames):
+        if max(map(len, groups)) > 0.9 * len(frames) or len(groups) <= 2:
             break
     return [align_frames([frames[i] for i in group], geometry[group, 2:]) for group in groups]
 
@@ -1111,20 +1111,21 @@ def build_volume(
         placed = drop_strays(placed, remarks)
         volume = select_volume(placed, remarks)
         num_positions = len(distinct_positions(volume))
-        attempts.append((placed, volume, remarks, num_positions))
+        attempts.append((placed, volume, remarks, num_positions, source))
         is_full = len(volume) <= max(1.1 * num_positions, num_positions + 1)
         is_stack = num_positions > 1 or len(frames) == 1
         if is_full and is_stack and (is_certain or is_ordered(volume, attempts[0][3])):
             break
     else:
-        placed, volume, remarks, num_positions = attempts[0]
+        placed, volume, remarks, num_positions, source = attempts[0]
         counts = np.bincount(rank_positions(volume))
         if num_positions > 1 and (counts == np.median(counts)).mean() < 0.9:
             raise ValueError(
                 f"{where}: {len(volume)} images share {num_positions} positions, and neither (0020,1041) "
                 f"SliceLocation, (0020,0013) InstanceNumber nor file names tell them apart"
             )
-        if len(frames) >= 8 and (num_positions == 1 or source):
+        numbers = {(instance_number(frame), frame.index) for frame in volume}
+        if len(frames) >= 8 and (num_positions == 1 or source or len(numbers) < len(volume)):
             doubts.append(f"{len(frames)} images without plausible positions: the slices are a guess")
         volume = select_labelled(volume, count_visits(volume), "InstanceNumber", remarks)
     notes += remarks
@@ -1148,12 +1149,13 @@ def position_sources(frames: list[Frame]) -> Iterator[tuple[str, bool, list[Fram
     numbers = np.array([instance_number(frame) + frame.index for frame in frames])
     for name, values in (
         ("(0020,0013) InstanceNumber", numbers),
-        ("the order of files", np.arange(len(frames))),
+        ("the order of file names", np.arange(len(frames))),
     ):
         placed, line_step = place_on_line(frames, values, step)
         is_certain = abs(line_step - step) < 0.1 * step
         yield f"{name} times {line_step or step:.4g} mm ({tag})", is_certain, placed
-    yield f"the {is_known.sum()} known positions", True, list(itertools.compress(frames, is_known))
+    if is_known.any():
+        yield f"the {is_known.sum()} known positions", True, list(itertools.compress(frames, is_known))
 
 
 def place_on_line(frames: list[Frame], values: np.ndarray, step_mm: float) -> tuple[list[Frame], float]:
@@ -1172,20 +1174,25 @@ def place_on_line(frames: list[Frame], values: np.ndarray, step_mm: float) -> tu
 
 
 def drop_strays(frames: list[Frame], notes: list[str]) -> list[Frame]:
-    """Frames without the few (a tenth at most) that lie beyond a gap far wider than the others, or far beside
-    the stack: corrupt positions, test images."""
-    positions, gaps = positions_along_normal(frames), np.diff(distinct_positions(frames))
+    """Frames without the few (a tenth at most) whose position is corrupt, or far from the scan: they leave
+    the line of those numbered before and after, or lie beyond a gap far wider than others."""
+    points, gaps = frame_points(frames), np.diff(distinct_positions(frames))
     if len(gaps) < 5:
         return frames
-    order = np.argsort(positions, kind="stable")
-    clusters = np.zeros(len(frames), int)
-    clusters[order[1:]] = np.cumsum(np.diff(positions[order]) > max(10 * np.median(gaps), 30.0))
-    beside = frame_points(frames) - np.outer(positions, np.cross(frames[0].row_dir, frames[0].col_dir))
-    is_beside = np.abs(beside - np.median(beside, axis=0)).max(axis=1) > 150
-    is_stray = is_beside | (clusters != np.bincount(clusters).argmax())
+    is_stray = np.zeros(len(frames), bool)
+    order = np.argsort([instance_number(frame) for frame in frames], kind="stable")
+    middles = np.median(np.lib.stride_tricks.sliding_window_view(points[order], 5, axis=0), axis=-1)
+    steps = np.linalg.norm(np.diff(points[order], axis=0), axis=1)
+    jumps = np.linalg.norm(points[order][2:-2] - middles, axis=1)
+    is_stray[order[2:-2]] = jumps > 3 * max(np.median(gaps), np.median(steps))
+    for axis in (frames[0].row_dir, frames[0].col_dir, np.cross(frames[0].row_dir, frames[0].col_dir)):
+        order = np.argsort(points @ axis, kind="stable")
+        is_far = np.diff(points[order] @ axis, prepend=0) > max(10 * np.median(gaps), 30)
+        clusters = np.cumsum(is_far)
+        is_stray[order] |= clusters != np.bincount(clusters).argmax()
     if not 0 < is_stray.sum() <= max(1, len(frames) // 10):
         return frames
-    distance = np.linalg.norm(frame_points(frames) - np.median(frame_points(frames), axis=0), axis=1)
+    distance = np.linalg.norm(points - np.median(points, axis=0), axis=1)[is_stray]
     notes.append(
         f"{is_stray.sum()} images left out: up to {distance.max():.0f} mm from the middle of the scan"
     )
@@ -1199,26 +1206,29 @@ def thumbnail(frame: Frame) -> np.ndarray:
     try:
         values = decode(frame) * np.float32(frame.slope) + np.float32(frame.intercept)
     except ValueError:
-        values = np.zeros((32, 32), np.float32)
-    if modality_of(frame.header) == "CT":
-        values = np.clip(values, 0, 1500)
-    return cv2.resize(values, (32, 32), interpolation=cv2.INTER_AREA)
+        return np.zeros((32, 32), np.float32)
+    image = cv2.resize(values, (32, 32), interpolation=cv2.INTER_AREA)
+    return np.clip(image, 0, 1500) if modality_of(frame.header) == "CT" else image
 
 
 def is_ordered(frames: list[Frame], num_shared: int) -> bool:
     """Whether the order of slices is plausible, given that the best source tells `num_shared` positions: each
-    looks more like the next one than like the one as far on as images shared a position. If these were of
-    several contrasts, it would be the other way round; if all are of one place, they hardly differ. Below 8
-    slices: assumed."""
+    looks more like the next one than like one a quarter of the stack away, and than the one as far on as
+    images shared a position (if these were of several contrasts, it would be the other way round). Images of
+    one place hardly differ. Below 8 slices: assumed."""
     if len(frames) < 8:
         return True
     frames = take_one_per_position(frames)
-    lag = max(2, len(frames) // num_shared if num_shared > 1 else len(frames) // 4)
-    starts = range(lag - 1, len(frames) - lag, lag * max(1, len(frames) // lag // 8))
-    images = np.array([[thumbnail(frames[k]) for k in (i, i + 1, i + lag)] for i in starts])
-    near, far = (np.abs(images[:, 0] - images[:, k]).sum() for k in (1, 2))
-    contrast = np.abs(images - images.mean(axis=(2, 3), keepdims=True)).sum() / 3
-    return bool(near < 0.85 * far and (num_shared > 1 or far > 0.1 * contrast))
+    lag, far_lag = max(2, len(frames) // num_shared), len(frames) // 4
+    starts = range(lag % len(frames) - 1, len(frames) - max(lag, far_lag), lag)
+    if num_shared == 1:
+        lag, starts = 2, range(len(frames) - far_lag)
+    images = np.array(
+        [[thumbnail(frames[i + k]) for k in (0, 1, lag, far_lag)] for i in starts[:: 1 + len(starts) // 24]]
+    )
+    near, later, far = (np.abs(images[:, 0] - images[:, k]).sum() for k in (1, 2, 3))
+    contrast = np.abs(images - images.mean(axis=(2, 3), keepdims=True)).sum() / 4
+    return bool(near < 0.85 * later and near < 0.5 * far and far > 0.05 * contrast)
 
 
 def instance_number(frame: Frame) -> int:
@@ -1246,8 +1256,11 @@ def count_sweeps(frames: list[Frame], values: list) -> list[int]:
     order = sorted(range(len(frames)), key=values.__getitem__)
     positions = positions_along_normal(frames)
     steps = np.diff(positions[order])
+    steps *= np.sign(np.median(steps))
+    is_return = steps < -0.5 * np.ptp(positions)
     sweeps = np.zeros(len(frames), int)
-    sweeps[order[1:]] = np.cumsum(steps * np.sign(np.median(steps)) < -0.5 * np.ptp(positions))
+    if (steps < 0).sum() <= is_return.sum() + 0.1 * len(frames):
+        sweeps[order[1:]] = np.cumsum(is_return)
     return sweeps.tolist()
 
 
@@ -1293,12 +1306,13 @@ def select_labelled(frames: list[Frame], labels: list, name: str, notes: list[st
     complete = [volumes[label] for label in sorted(volumes) if is_volume(volumes[label], places, len(frames))]
     if len(volumes) == 1 or not complete:
         return frames
-    ends = np.array([distinct_positions(volume)[[0, -1]] for volume in complete])
-    low, high = ends[:, 0].max(), ends[:, 1].min()
-    best = max(complete, key=lambda volume: len(distinct_positions(volume)))
-    if len(complete) > 1 and high > low and name != "ImageType" and modality_of(frames[0].header) == "CT":
+    sizes = [len(distinct_positions(volume)) for volume in complete]
+    best = complete[int(np.argmax(sizes))]
+    full = [volume for volume, size in zip(complete, sizes, strict=True) if size >= 0.9 * max(sizes) > 1]
+    if len(full) > 1 and name != "ImageType" and modality_of(frames[0].header) == "CT":
+        low, high = (np.median([distinct_positions(volume)[end] for volume in full]) for end in (0, -1))
         shared = low + (high - low) * np.linspace(0.2, 0.8, 6)
-        best = max(complete, key=lambda volume: measure_brightness(volume, shared))
+        best = max(full, key=lambda volume: measure_brightness(volume, shared))
     notes.append(f"{len(complete)} volumes by {name}: one of them kept ({len(best)} images)")
     return best
 
@@ -1313,7 +1327,7 @@ def is_volume(frames: list[Frame], places: np.ndarray, num_all: int) -> bool:
     own = distinct_positions(frames)
     if len(own) >= (0.9 if num_all > 1.1 * len(places) else 1.0) * len(places):
         return True
-    if len(own) < max(3, len(places) // 20):
+    if len(own) < max(3, len(places) / 4):
         return False
     gap = np.median(np.diff(own))
     after = np.searchsorted(own, places).clip(1, len(own) - 1)
