@@ -106,6 +106,7 @@ FUNCTIONAL_GROUPS = tag_table(
 )
 ORDERS = {"little": "<", "big": ">"}  # byte order -> mark in `struct`
 BINARY = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": "d"}
+NUMERIC = {*BINARY, "DS", "IS"}
 NUMBER = rb" *[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)? *"
 NUMBERS = re.compile(NUMBER + rb"(\\" + NUMBER + rb")*")
 STREAM_START = re.compile(
@@ -310,7 +311,7 @@ def parse_value(tag: int, vr: str | None, raw: bytes, order: str) -> tuple | flo
     """Text unpadded; numbers as a tuple, or the first where there should be one; None if empty.
     ValueError if malformed. `vr` is the one written, if any; `order` little or big."""
     _, expected, is_single = FRAME_ATTRIBUTES[tag]
-    if expected not in BINARY and expected not in ("DS", "IS"):
+    if expected not in NUMERIC:
         return raw.decode("latin-1").strip(" \0") or None
     if vr in BINARY or (vr in (None, "", "UN") and expected in BINARY):
         code = BINARY.get(vr, BINARY.get(expected))
@@ -321,7 +322,7 @@ def parse_value(tag: int, vr: str | None, raw: bytes, order: str) -> tuple | flo
         if text and not NUMBERS.fullmatch(text):
             raise ValueError(f"{text[:40]!r} is not a number")
         values = tuple(map(float, text.split(b"\\"))) if text else ()
-    if not all(abs(value) < 1e12 for value in values):  # NaN too
+    if not sum(map(abs, values)) < 1e12:  # NaN too
         raise ValueError(f"{values[:6]} is out of range")
     if expected not in ("DS", "FD"):
         values = tuple(map(int, values))
@@ -394,12 +395,12 @@ def slow_header(path: Path) -> dict:
 def parse_dataset(dataset: pydicom.Dataset, order: str) -> tuple[dict, dict[str, str]]:
     """(the attributes of a dataset or a functional group by name, remarks as in `read_header`)."""
     attributes, remarks = {}, {}
-    for tag, (name, _, _) in FRAME_ATTRIBUTES.items():
-        element = dataset.get_item(tag)
-        if element is None:
+    for tag, element in dataset.items():
+        if tag not in FRAME_ATTRIBUTES:
             continue
+        name, kind, _ = FRAME_ATTRIBUTES[tag]
         raw = element.value or b""
-        if FRAME_ATTRIBUTES[tag][1] == "DS" and b"," in raw:
+        if kind == "DS" and b"," in raw:
             remarks["decimal commas read as points"] = raw.decode("latin-1")
             raw = raw.replace(b",", b".")
         try:
@@ -952,7 +953,7 @@ def index_images(frames: list[Frame]) -> dict[tuple[str, int], Frame]:
 def drop_copies(frames: list[Frame], notes: list[str]) -> list[Frame]:
     images = {}
     for i, frame in enumerate(frames):
-        key = frame.sop_uid or i, frame.index, str(frame.position), frame.header.get("InstanceNumber")
+        key = frame.sop_uid or i, frame.index, frame.position.tobytes(), frame.header.get("InstanceNumber")
         images.setdefault(key, frame)
     if len(images) < len(frames):
         notes.append(
@@ -1030,12 +1031,12 @@ def select_stack(frames: list[Frame], where: str, notes: list[str]) -> list[Fram
 
     def rank(group: tuple[tuple, list[Frame]]) -> tuple:
         (kind, *_), members = group
-        return kind == "slice", len({str(frame.position) for frame in members}), len(members)
+        return kind == "slice", len({frame.position.tobytes() for frame in members}), len(members)
 
     best_key, best = max(groups, key=rank)
     kind = best_key[0]
     if kind != "slice":
-        if len({str(frame.position) for frame in best}) < 3:
+        if len({frame.position.tobytes() for frame in best}) < 3:
             raise ValueError(f"{where}: {len(frames)} {kind} images, no volume")
         notes.append(f"the images call themselves {kind}: ImageType {best[0].header['ImageType']}")
     for (kind, series, rows, cols), group in groups:
@@ -1302,9 +1303,11 @@ def select_labelled(frames: list[Frame], labels: list, name: str, notes: list[st
     volumes = collections.defaultdict(list)
     for frame, label in zip(frames, labels, strict=True):
         volumes[label].append(frame)
+    if len(volumes) == 1:
+        return frames
     places = distinct_positions(frames)
     complete = [volumes[label] for label in sorted(volumes) if is_volume(volumes[label], places, len(frames))]
-    if len(volumes) == 1 or not complete:
+    if not complete:
         return frames
     sizes = [len(distinct_positions(volume)) for volume in complete]
     best = complete[int(np.argmax(sizes))]
