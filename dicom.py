@@ -84,9 +84,8 @@ def tag_table(names: str) -> dict[int, tuple[str, str, bool]]:
 ATTRIBUTES = tag_table(  # what reading uses
     "TransferSyntaxUID ImageType SOPClassUID SOPInstanceUID Modality ComplexImageComponent PatientID "
     "PatientSex PatientAge SliceThickness EchoTime EchoNumbers SpacingBetweenSlices TriggerTime "
-    "ReconstructionDiameter DiffusionBValue SeriesInstanceUID AcquisitionNumber InstanceNumber "
-    "AcquisitionTime ImagePositionPatient ImageOrientationPatient TemporalPositionIdentifier StackID "
-    "SliceLocation "
+    "DiffusionBValue SeriesInstanceUID AcquisitionNumber InstanceNumber AcquisitionTime SliceLocation "
+    "ImagePositionPatient ImageOrientationPatient TemporalPositionIdentifier StackID "
     "SamplesPerPixel PhotometricInterpretation PlanarConfiguration NumberOfFrames Rows Columns PixelSpacing "
     "BitsAllocated BitsStored HighBit PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit "
     "RescaleIntercept RescaleSlope"
@@ -104,7 +103,6 @@ FUNCTIONAL_GROUPS = tag_table(
     "CTImageFrameTypeSequence FrameContentSequence PlanePositionSequence PlaneOrientationSequence "
     "PixelMeasuresSequence PixelValueTransformationSequence"
 )
-ORDERS = {"little": "<", "big": ">"}  # byte order -> mark in `struct`
 BINARY = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": "d"}
 NUMERIC = {*BINARY, "DS", "IS"}
 NUMBER = rb" *[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)? *"
@@ -185,7 +183,7 @@ def read_header(path: Path) -> dict:
     The values of ATTRIBUTES by name (absent where missing, empty or unreadable), and
       spans        for each frame the (offset, length) pieces of its pixel data
       pixel_data   (VR, offset, length) of the element; length UNDEFINED if it is encapsulated
-      little       byte order
+      order        of bytes: < little, > big endian
       packed       offsets count in the unpacked file (`open_unpacked`)
       groups       for each frame the attributes of its functional groups, or None
       remarks      what did not parse or was assumed -> the value at fault, or ""
@@ -216,9 +214,7 @@ def fast_header(path: Path) -> dict | None:
 
 SHORT_VRS = set(b"AE AS AT CS DA DS DT FL FD IS LO LT PN SH SL SS ST TM UI UL US".split())
 LONG_VRS = set(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # two reserved bytes, then a 4-byte length
-ELEMENTS = {
-    order: (struct.Struct(f"{mark}HHI"), struct.Struct(f"{mark}HH2sH")) for order, mark in ORDERS.items()
-}
+ELEMENTS = {mark: (struct.Struct(f"{mark}HHI"), struct.Struct(f"{mark}HH2sH")) for mark in "<>"}
 DELIMITER_GROUP, ITEM, ITEM_END, SEQUENCE_END = 0xFFFE, 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 
 
@@ -228,7 +224,7 @@ def parse_header(head: bytes) -> dict:
         raise ValueError("no file meta group length")
     position, last_tag, explicit = 144, 0x00020000, True
     meta_end = 144 + int.from_bytes(take_bytes(head, 140, 4), "little")
-    header: dict = {"little": True, "packed": False, "groups": None, "remarks": {}}
+    header: dict = {"order": "<", "packed": False, "groups": None, "remarks": {}}
     while True:
         if position == meta_end:
             syntax = header.get("TransferSyntaxUID")
@@ -257,7 +253,7 @@ def parse_header(head: bytes) -> dict:
         if tag == 0x00080005 and not (vr in (b"CS", b"") and CHARACTER_SET.fullmatch(head, start, position)):
             raise ValueError("odd SpecificCharacterSet")  # pydicom may refuse the file
         if tag in ATTRIBUTES:
-            value = parse_value(tag, vr.decode(), take_bytes(head, start, length), "little")
+            value = parse_value(tag, vr.decode(), take_bytes(head, start, length), "<")
             if value is not None:
                 header[ATTRIBUTES[tag][0]] = value
 
@@ -269,16 +265,16 @@ def take_bytes(head: bytes, start: int, length: int) -> bytes:
 
 
 def parse_element(
-    head: bytes, position: int, explicit: bool, order: str = "little"
+    head: bytes, position: int, explicit: bool, order: str = "<"
 ) -> tuple[int, bytes, int, int]:
-    """(tag, VR, length, start of the value) of the element at `position`."""
+    """(tag, VR, length, start of the value) of the element at `position`; order < little, > big endian."""
     implicit_element, explicit_element = ELEMENTS[order]
     if explicit:
         group, element, vr, length = explicit_element.unpack_from(head, position)
         if vr in SHORT_VRS:
             return group << 16 | element, vr, length, position + 8
         if vr in LONG_VRS and length == 0:
-            length = int.from_bytes(take_bytes(head, position + 8, 4), order)
+            (length,) = struct.unpack(f"{order}I", take_bytes(head, position + 8, 4))
             return group << 16 | element, vr, length, position + 12
         if group != DELIMITER_GROUP:  # these have no VR
             raise ValueError("odd VR")
@@ -309,14 +305,14 @@ def skip_sequence(head: bytes, position: int, explicit: bool, depth: int = 0) ->
 
 def parse_value(tag: int, vr: str | None, raw: bytes, order: str) -> tuple | float | str | None:
     """Text unpadded; numbers as a tuple, or the first where there should be one; None if empty.
-    ValueError if malformed. `vr` is the one written, if any; `order` little or big."""
+    ValueError if malformed. `vr` is the one written, if any."""
     _, expected, is_single = FRAME_ATTRIBUTES[tag]
     if expected not in NUMERIC:
         return raw.decode("latin-1").strip(" \0") or None
     if vr in BINARY or (vr in (None, "", "UN") and expected in BINARY):
         code = BINARY.get(vr, BINARY.get(expected))
         count = len(raw) // struct.calcsize("=" + code)
-        values = struct.unpack(f"{ORDERS[order]}{count}{code}", raw)
+        values = struct.unpack(f"{order}{count}{code}", raw)
     else:
         text = raw.strip(b" \0")
         if text and not NUMBERS.fullmatch(text):
@@ -366,19 +362,16 @@ def slow_header(path: Path) -> dict:
             file.seek(offset)
             return file.read(length)
 
-        if dataset.file_meta.get("MediaStorageSOPClassUID") == "1.2.840.10008.1.3.10":
-            raise ValueError("a DICOMDIR, not an image")
         implicit, little = dataset.original_encoding
-        order = "little" if little else "big"
+        order = "<" if little else ">"
         header, remarks = parse_dataset(dataset, order)
-        header |= {"little": little, "packed": isinstance(file, io.BytesIO), "remarks": remarks}
+        header |= {"order": order, "packed": isinstance(file, io.BytesIO), "remarks": remarks}
         implied = IMPLICIT if implicit else EXPLICIT if little else BIG_ENDIAN
         syntax = DEFLATED if is_deflated else str(dataset.file_meta.get("TransferSyntaxUID") or implied)
         header["TransferSyntaxUID"] = syntax
-        try:
-            tag, vr, length, start = parse_element(read(position, 12), 0, not implicit, order)
-        except struct.error:
-            tag = 0
+        element = read(position, 12).ljust(12, b"\0")
+        explicit = not implicit and element[4:6] in LONG_VRS
+        tag, vr, length, start = parse_element(element, 0, explicit, order)
         if tag != PIXEL_DATA:
             sop_class = header.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID", "")
             modality = header.get("Modality", "no (0008,0060) Modality")
@@ -464,9 +457,13 @@ def inflate(data: bytes, window_bits: int) -> bytes:
     return unpacked
 
 
-def locate_frames(header: dict, size: int, read: Callable[[int, int], bytes]) -> list[tuple]:
-    """For each frame the (offset, length) pieces of its pixel data in a file of `size` bytes, of which
-    `read(offset, length)` gives some. ValueError if the image is absurd or the file too short.
+Reader = Callable[[int, int], bytes]  # (offset, length) -> that piece of a file
+Pieces = list[tuple[int, int]]  # (offset, length) of each piece of a frame
+
+
+def locate_frames(header: dict, size: int, read: Reader) -> list[Pieces]:
+    """For each frame the pieces of its pixel data in a file of `size` bytes. ValueError if the image is absurd
+    or the file too short.
 
     Without (0028,0008) NumberOfFrames, native frames are counted from the length of the pixel data if it
     holds a whole number of them, compressed ones by code streams.
@@ -482,34 +479,31 @@ def locate_frames(header: dict, size: int, read: Callable[[int, int], bytes]) ->
     frame_bytes = rows * cols * samples * bits // 8
     if header.get("PhotometricInterpretation") == "YBR_FULL_422" and length != UNDEFINED:
         frame_bytes = rows * cols * 2
-    count = stated or (1 if length % frame_bytes > 1 else length // frame_bytes)
     if length == UNDEFINED:
         syntax = header["TransferSyntaxUID"]
         if syntax in (IMPLICIT, EXPLICIT, BIG_ENDIAN, DEFLATED):
             raise ValueError(f"compressed pixel data, but (0002,0010) TransferSyntaxUID is {syntax}")
-        fragments = group_fragments(stated, offset, size, read)
-        count = len(fragments)
+        frames = group_fragments(stated, offset, size, read)
+    count = len(frames) if length == UNDEFINED else stated or max(length // frame_bytes, 1)
     if count > MAX_FRAMES or frame_bytes * count > MAX_PIXEL_BYTES:
         raise ValueError(f"absurd size: {image}, limit {MAX_FRAMES} frames, {MAX_PIXEL_BYTES >> 20} MiB")
     if length == UNDEFINED:
-        return fragments
+        return frames
+    if not stated and length % frame_bytes > 1:
+        count = 1
     available = max(0, min(length, size - offset))
-    if available < max(count, 1) * frame_bytes:
-        raise ValueError(
-            f"truncated: {available} of {max(count, 1) * frame_bytes} bytes of pixel data ({image})"
-        )
+    if available < count * frame_bytes:
+        raise ValueError(f"truncated: {available} of {count * frame_bytes} bytes of pixel data ({image})")
     if length > count * frame_bytes + 1:
         header["remarks"][f"(7FE0,0010) PixelData longer than {image}"] = f"{length} bytes"
-    return [((offset + i * frame_bytes, frame_bytes),) for i in range(count)]
+    return [[(offset + i * frame_bytes, frame_bytes)] for i in range(count)]
 
 
-def group_fragments(
-    stated: int, offset: int, size: int, read: Callable[[int, int], bytes]
-) -> list[tuple[tuple[int, int], ...]]:
-    """(offset, length) of the fragments of encapsulated pixel data by frame (PS3.5 A.4): a frame starts where
-    a code stream does. `stated` is 0 where no number of frames is given."""
-    items, frames = 0, []
-    while offset + 8 <= size:
+def group_fragments(stated: int, offset: int, size: int, read: Reader) -> list[Pieces]:
+    """Fragments of encapsulated pixel data by frame (PS3.5 A.4): a frame starts where a code stream does.
+    `stated` is 0 where no number of frames is given."""
+    fragments, frames = [], []
+    while offset + 8 <= size and len(fragments) <= 2 * MAX_FRAMES:
         item = read(offset, 16)
         start, length = offset + 8, int.from_bytes(item[4:8], "little")
         if item[:4] == b"\xfe\xff\xdd\xe0":
@@ -519,18 +513,13 @@ def group_fragments(
         offset = start + length
         if offset > size:
             raise ValueError(f"truncated: {size - start} bytes left for a fragment of {length}")
-        items += 1
-        if items > 4 * MAX_FRAMES:
-            raise ValueError("absurd size: too many fragments")
-        if items == 1:  # the offset table
-            continue
-        if STREAM_START.match(item, 8) or not frames:
-            frames.append(())
-        frames[-1] += ((start, length),)
-    if not frames:
-        raise ValueError("truncated: compressed pixel data without a fragment")
-    if stated not in (0, len(frames)):
-        raise ValueError(f"damaged: {len(frames)} code streams for {stated} frames")
+        fragments.append((start, length, STREAM_START.match(item, 8)))
+    for start, length, is_stream_start in fragments[1:]:  # the first is the offset table
+        if is_stream_start or not frames:
+            frames.append([])
+        frames[-1].append((start, length))
+    if not frames or stated not in (0, len(frames)):
+        raise ValueError(f"damaged: {len(frames)} code streams of {stated or 'some'} frames")
     return frames
 
 
@@ -543,8 +532,8 @@ class Frame:
     header: dict  # of the file (`read_header`), overlaid with the frame's own attributes
     sop_uid: str
     position: np.ndarray  # (3,) centre of the pixel in row 0, column 0; NaN where unknown
-    row_dir: np.ndarray | None  # (3,) direction of a growing column index; None before `orient_frames`
-    col_dir: np.ndarray | None  # (3,) direction of a growing row index
+    row_dir: np.ndarray  # (3,) direction of a growing column index; NaN before `orient_frames`
+    col_dir: np.ndarray  # (3,) direction of a growing row index
     spacing_mm: tuple[float, float]  # between rows, between columns
     rows: int
     cols: int
@@ -633,7 +622,7 @@ def decode(frame: Frame) -> np.ndarray:
     bits = bits if 1 <= bits <= allocated else allocated
     high_bit = high_bit if bits - 1 <= high_bit < allocated else bits - 1
     if is_native and header.get("SamplesPerPixel", 1) == 1:
-        dtype = np.dtype(f"{'<' if header['little'] else '>'}{'i' if signed else 'u'}{allocated // 8}")
+        dtype = np.dtype(f"{header['order']}{'i' if signed else 'u'}{allocated // 8}")
         stored = np.frombuffer(data, dtype).reshape(frame.rows, frame.cols)
         return mask_stored(stored.astype(dtype.newbyteorder("="), copy=False), bits, high_bit, signed)
     return mask_stored(decode_with_pydicom(frame, data, bits), bits, bits - 1, signed)
@@ -651,7 +640,7 @@ def read_pixel_bytes(frame: Frame) -> bytes:
             data = b"".join(os.pread(file.fileno(), length, offset) for offset, length in pieces)
     if len(data) != sum(length for _, length in pieces):
         raise ValueError("the file became shorter while it was read")
-    if header["pixel_data"][0] == "OW" and not header["little"] and header["BitsAllocated"] == 8:
+    if header["pixel_data"][0] == "OW" and header["order"] == ">" and header["BitsAllocated"] == 8:
         words = np.frombuffer(data + bytes(len(data) % 2), "u2")  # big-endian words of two 8-bit pixels
         data = words.byteswap().tobytes()[: len(data)]
     return data
@@ -709,21 +698,19 @@ def decode_with_pydicom(frame: Frame, data: bytes, bits: int) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
+# Rows, columns and samples in the frame header of JPEG and JPEG-LS (SOFn), and in SIZ of JPEG 2000.
+JPEG_SIZE = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7]\0[\x0b\x11].(.{5})", re.DOTALL)
+JPEG_2000_SIZE = re.compile(rb"\xff\x4f\xff\x51.{4}(.{16}).{16}(..)", re.DOTALL)
+
+
 def check_code_stream(data: bytes, expected: tuple[int, int, int]) -> None:
     """Refuses a code stream of another size than stated: 600 bytes can ask a decoder for gigabytes."""
     size = None
-    start = data.find(b"\xff\x4f\xff\x51", 0, 4096)  # JPEG 2000: SOC, SIZ
-    if start >= 0:
-        width, height, left, top = struct.unpack_from(">4I", data, start + 8)
-        size = (height - top, width - left, *struct.unpack_from(">H", data, start + 40))
-    position = 2 if start < 0 else len(data)
-    while position + 10 <= len(data) and data[position] == 0xFF:  # JPEG: segments up to the frame header SOFn
-        marker = data[position + 1]
-        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):  # F7: JPEG-LS
-            size = (*struct.unpack_from(">2H", data, position + 5), data[position + 9])
-            break
-        length = int.from_bytes(data[position + 2 : position + 4], "big")
-        position += 1 if marker == 0xFF else 2 + length
+    if match := JPEG_2000_SIZE.search(data, 0, 4096):
+        width, height, left, top = struct.unpack(">4I", match[1])
+        size = (height - top, width - left, *struct.unpack(">H", match[2]))
+    elif match := JPEG_SIZE.search(data, 0, 2**16):
+        size = struct.unpack(">HHB", match[1])
     if size != expected:
         raise ValueError(f"the code stream holds {size} rows, columns, samples; the header says {expected}")
 
@@ -778,17 +765,16 @@ def make_frames(path: Path, header: dict) -> list[Frame]:
     for index in range(len(header["spans"])):
         group = groups[index] if index < len(groups) else groups[0] if len(groups) == 1 else {}
         tags, remarks = header | group, dict(header["remarks"])
-        directions = unit_directions(tags.get("ImageOrientationPatient"))
+        directions = unit_directions(tags.get("ImageOrientationPatient", ()))
         spacing = pixel_spacing(tags, remarks)
-        position = tags.get("ImagePositionPatient", ())
-        if len(position) != 3 or max(map(abs, position)) > 1e5:
+        position = np.array(tags.get("ImagePositionPatient", ()))
+        if position.shape != (3,) or np.abs(position).max() > 1e5:
             remarks["no valid (0020,0032) ImagePositionPatient"] = ""
-            position = (np.nan,) * 3
+            position = np.full(3, np.nan)
         if len(header["spans"]) > 1 and "ImagePositionPatient" not in group:
             step, source = slice_step(tags, spacing[0])
             remarks[f"frames without position placed {step:.4g} mm apart along +normal ({source})"] = ""
-            normal = np.full(3, np.nan) if directions is None else np.cross(*directions)
-            position = np.nan_to_num(position) + index * step * normal
+            position = np.nan_to_num(position) + index * step * np.cross(*directions)
         slope = tags.get("RescaleSlope", 1.0)
         if slope == 0:
             remarks["(0028,1053) RescaleSlope is 0: 1 assumed"] = ""
@@ -797,9 +783,9 @@ def make_frames(path: Path, header: dict) -> list[Frame]:
             index=index,
             header=tags,
             sop_uid=header.get("SOPInstanceUID", ""),
-            position=np.array(position),
-            row_dir=None if directions is None else directions[0],
-            col_dir=None if directions is None else directions[1],
+            position=position,
+            row_dir=directions[0],
+            col_dir=directions[1],
             spacing_mm=spacing,
             rows=tags["Rows"],
             cols=tags["Columns"],
@@ -813,15 +799,14 @@ def make_frames(path: Path, header: dict) -> list[Frame]:
 
 
 @functools.lru_cache(maxsize=256)
-def unit_directions(orientation: tuple | None) -> np.ndarray | None:
-    """(2, 3) unit row and column directions, or None if they are missing, zero or not orthogonal."""
-    if orientation is None or len(orientation) != 6 or max(map(abs, orientation)) > 1e3:
-        return None
-    directions = np.array(orientation).reshape(2, 3)
-    lengths = np.linalg.norm(directions, axis=1, keepdims=True)
-    if lengths.min() < 1e-3 or abs(directions[0] @ directions[1]) > 0.02 * lengths.prod():
-        return None
-    return directions / lengths
+def unit_directions(orientation: tuple) -> np.ndarray:
+    """(2, 3) unit row and column directions; NaN if they are missing, zero or not orthogonal."""
+    if len(orientation) == 6 and max(map(abs, orientation)) < 1e3:
+        directions = np.array(orientation).reshape(2, 3)
+        lengths = np.linalg.norm(directions, axis=1, keepdims=True)
+        if lengths.min() > 1e-3 and abs(directions[0] @ directions[1]) < 0.02 * lengths.prod():
+            return directions / lengths
+    return np.full((2, 3), np.nan)
 
 
 def pixel_spacing(tags: dict, remarks: dict[str, str]) -> tuple[float, float]:
@@ -873,7 +858,9 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
     frames = orient_frames(drop_copies(select_uid(frames, uid, notes), notes), notes, doubts)
     geometry = index_images(frames)
     frames = drop_slabs(select_stack(frames, where, notes), notes)
-    notes += summarise_remarks(frames)
+    remarks = summarise_remarks(frames)
+    notes += remarks
+    doubts += [text for text in remarks if text.startswith("no valid (0028,0030)")]
     frames, volume = build_volume(frames, where, notes, doubts)
     geometry |= index_images(frames)
     header = volume[0].header
@@ -981,7 +968,7 @@ USUAL_DIRECTIONS = np.array(
 def orient_frames(frames: list[Frame], notes: list[str], doubts: list[str]) -> list[Frame]:
     """Frames without a valid (0020,0037) ImageOrientationPatient get the other images' one, else the usual
     one of the plane across which their positions lie, else axial."""
-    oriented = [frame for frame in frames if frame.row_dir is not None]
+    oriented = [frame for frame in frames if not np.isnan(frame.row_dir).any()]
     if len(oriented) == len(frames):
         return frames
     points = frame_points(frames)
@@ -996,7 +983,10 @@ def orient_frames(frames: list[Frame], notes: list[str], doubts: list[str]) -> l
     else:
         row_dir, col_dir = USUAL_DIRECTIONS[2]
         doubts.append(f"{text}, nor positions: axial assumed")
-    return [f if f.row_dir is not None else replace(f, row_dir=row_dir, col_dir=col_dir) for f in frames]
+    return [
+        replace(frame, row_dir=row_dir, col_dir=col_dir) if np.isnan(frame.row_dir).any() else frame
+        for frame in frames
+    ]
 
 
 def frame_points(frames: list[Frame]) -> np.ndarray:
@@ -1366,21 +1356,21 @@ def take_one_per_position(frames: list[Frame]) -> list[Frame]:
 
 def measure_stack(frames: list[Frame], notes: list[str]) -> tuple[np.ndarray, np.ndarray, tuple, np.ndarray]:
     """(normal, affine, spacing, positions along the normal) of sorted frames; gaps and tilt are noted."""
-    normal = np.cross(frames[0].row_dir, frames[0].col_dir)
+    first = frames[0]
+    normal = np.cross(first.row_dir, first.col_dir)
     normal /= np.linalg.norm(normal)
-    points = np.array([frame.position for frame in frames])  # (n, 3)
-    positions, (row_mm, col_mm) = points @ normal, frames[0].spacing_mm
+    points = frame_points(frames)
+    positions = points @ normal
     if len(frames) == 1:
-        gap, source = slice_step(frames[0].header, row_mm)
+        gap, source = slice_step(first.header, first.spacing_mm[0])
         start, step = points[0], gap * normal
         notes.append(f"a single slice: {gap:.4g} mm thick ({source})")
     else:
         gaps = np.diff(positions)
         gap, widest = float(np.median(gaps)), int(gaps.argmax())
         start, step = np.polynomial.polynomial.polyfit(np.arange(len(points)), points, 1)
-        origin, drift = np.polynomial.polynomial.polyfit(positions, points, 1)  # by mm along the normal
+        _, drift = np.polynomial.polynomial.polyfit(positions, points, 1)  # by mm along the normal
         tilt = np.linalg.norm(drift - normal)
-        bend = np.abs(points - np.outer(positions, drift) - origin).max()
         if gaps[widest] > 1.5 * gap:
             notes.append(
                 f"{(gaps > 1.5 * gap).sum()} gaps of more than 1.5 x the median {gap:.3f} mm, the widest of "
@@ -1388,10 +1378,9 @@ def measure_stack(frames: list[Frame], notes: list[str]) -> tuple[np.ndarray, np
             )
         if tilt > 1e-3:
             notes.append(f"tilted: the stack leaves the slice normal by {tilt:.4f} mm per mm")
-        if bend > 0.5:
-            notes.append(f"slices lie up to {bend:.2f} mm beside a straight stack")
+    row_mm, col_mm = first.spacing_mm
     affine = np.eye(4)
-    affine[:3] = np.stack([step, row_mm * frames[0].col_dir, col_mm * frames[0].row_dir, start], axis=1)
+    affine[:3] = np.stack([step, row_mm * first.col_dir, col_mm * first.row_dir, start], axis=1)
     return normal, affine, (gap, row_mm, col_mm), positions
 
 

@@ -137,7 +137,7 @@ def test_files_are_found_by_content_and_others_named(tmp_path):
     reasons = {path.name: reason for path, reason in series.skipped}
     expected = {
         "readme.txt": "not DICOM", "short.dcm": f"truncated: {2 * SIZE - 10}",
-        "DICOMDIR": "DICOMDIR", "report.dcm": "no (7FE0,0010) PixelData",
+        "DICOMDIR": "not an image", "report.dcm": "no (7FE0,0010) PixelData",
     }  # fmt: skip
     assert reasons.keys() == expected.keys()
     assert all(text in reasons[name] for name, text in expected.items()), reasons
