@@ -186,7 +186,7 @@ def read_header(path: Path) -> dict:
       order        of bytes: < little, > big endian
       packed       offsets count in the unpacked file (`open_unpacked`)
       groups       for each frame the attributes of its functional groups, or None
-      remarks      what did not parse or was assumed -> the value at fault, or ""
+      remarks      what did not parse or was assumed
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("not a regular file")
@@ -224,7 +224,7 @@ def parse_header(head: bytes) -> dict:
         raise ValueError("no file meta group length")
     position, last_tag, explicit = 144, 0x00020000, True
     meta_end = 144 + int.from_bytes(take_bytes(head, 140, 4), "little")
-    header: dict = {"order": "<", "packed": False, "groups": None, "remarks": {}}
+    header: dict = {"order": "<", "packed": False, "groups": None, "remarks": []}
     while True:
         if position == meta_end:
             syntax = header.get("TransferSyntaxUID")
@@ -385,22 +385,21 @@ def slow_header(path: Path) -> dict:
         return header
 
 
-def parse_dataset(dataset: pydicom.Dataset, order: str) -> tuple[dict, dict[str, str]]:
+def parse_dataset(dataset: pydicom.Dataset, order: str) -> tuple[dict, list[str]]:
     """(the attributes of a dataset or a functional group by name, remarks as in `read_header`)."""
-    attributes, remarks = {}, {}
+    attributes, remarks = {}, []
     for tag, element in dataset.items():
         if tag not in FRAME_ATTRIBUTES:
             continue
         name, kind, _ = FRAME_ATTRIBUTES[tag]
         raw = element.value or b""
         if kind == "DS" and b"," in raw:
-            remarks["decimal commas read as points"] = raw.decode("latin-1")
+            remarks.append(f"{name}: decimal commas read as points")
             raw = raw.replace(b",", b".")
         try:
             value = parse_value(tag, element.VR, raw, order)
-        except (ValueError, TypeError, AttributeError, struct.error) as error:
-            text = f"({tag >> 16:04X},{tag & 0xFFFF:04X}) {name} does not parse"
-            remarks[text] = " ".join(str(error).split())[:80]
+        except (ValueError, TypeError, AttributeError, struct.error):
+            remarks.append(f"({tag >> 16:04X},{tag & 0xFFFF:04X}) {name} does not parse")
             continue
         if value is not None:
             attributes[name] = value
@@ -462,8 +461,8 @@ Pieces = list[tuple[int, int]]  # (offset, length) of each piece of a frame
 
 
 def locate_frames(header: dict, size: int, read: Reader) -> list[Pieces]:
-    """For each frame the pieces of its pixel data in a file of `size` bytes. ValueError if the image is absurd
-    or the file too short.
+    """For each frame the pieces of its pixel data in a file of `size` bytes. ValueError if the image is
+    absurd or the file too short.
 
     Without (0028,0008) NumberOfFrames, native frames are counted from the length of the pixel data if it
     holds a whole number of them, compressed ones by code streams.
@@ -495,7 +494,7 @@ def locate_frames(header: dict, size: int, read: Reader) -> list[Pieces]:
     if available < count * frame_bytes:
         raise ValueError(f"truncated: {available} of {count * frame_bytes} bytes of pixel data ({image})")
     if length > count * frame_bytes + 1:
-        header["remarks"][f"(7FE0,0010) PixelData longer than {image}"] = f"{length} bytes"
+        header["remarks"].append(f"(7FE0,0010) PixelData of {length} bytes is longer than {image}")
     return [[(offset + i * frame_bytes, frame_bytes)] for i in range(count)]
 
 
@@ -540,7 +539,7 @@ class Frame:
     slope: float  # value = slope * stored + intercept
     intercept: float
     padding: tuple[int, int] | None  # first and last of the stored values that are no tissue
-    remarks: dict[str, str]  # what was assumed for it -> the value at fault, or ""
+    remarks: list[str]  # what was assumed for it
 
 
 @dataclass
@@ -764,20 +763,20 @@ def make_frames(path: Path, header: dict) -> list[Frame]:
     frames, groups = [], header["groups"] or [{}]
     for index in range(len(header["spans"])):
         group = groups[index] if index < len(groups) else groups[0] if len(groups) == 1 else {}
-        tags, remarks = header | group, dict(header["remarks"])
+        tags, remarks = header | group, list(header["remarks"])
         directions = unit_directions(tags.get("ImageOrientationPatient", ()))
         spacing = pixel_spacing(tags, remarks)
         position = np.array(tags.get("ImagePositionPatient", ()))
         if position.shape != (3,) or np.abs(position).max() > 1e5:
-            remarks["no valid (0020,0032) ImagePositionPatient"] = ""
+            remarks.append("no valid (0020,0032) ImagePositionPatient")
             position = np.full(3, np.nan)
         if len(header["spans"]) > 1 and "ImagePositionPatient" not in group:
             step, source = slice_step(tags, spacing[0])
-            remarks[f"frames without position placed {step:.4g} mm apart along +normal ({source})"] = ""
+            remarks.append(f"frames without position placed {step:.4g} mm apart along +normal ({source})")
             position = np.nan_to_num(position) + index * step * np.cross(*directions)
         slope = tags.get("RescaleSlope", 1.0)
         if slope == 0:
-            remarks["(0028,1053) RescaleSlope is 0: 1 assumed"] = ""
+            remarks.append("(0028,1053) RescaleSlope is 0: 1 assumed")
         frame = Frame(
             path=path,
             index=index,
@@ -809,13 +808,13 @@ def unit_directions(orientation: tuple) -> np.ndarray:
     return np.full((2, 3), np.nan)
 
 
-def pixel_spacing(tags: dict, remarks: dict[str, str]) -> tuple[float, float]:
+def pixel_spacing(tags: dict, remarks: list[str]) -> tuple[float, float]:
     """(between rows, between columns) mm; 1 mm where it is missing."""
     spacing = tags.get("PixelSpacing", ())
     spacing = spacing * 2 if len(spacing) == 1 else spacing
     if len(spacing) == 2 and all(1e-3 < value < 1e3 for value in spacing):
         return spacing
-    remarks["no valid (0028,0030) PixelSpacing: 1 mm assumed"] = ""
+    remarks.append("no valid (0028,0030) PixelSpacing: 1 mm assumed")
     return 1.0, 1.0
 
 
@@ -855,10 +854,14 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
     frames, skipped = read_frames(sorted(paths, key=natural_key), where)
     notes: list[str] = []
     doubts: list[str] = []
-    frames = orient_frames(drop_copies(select_uid(frames, uid, notes), notes), notes, doubts)
+    members = [frame for frame in frames if frame.header.get("SeriesInstanceUID", uid) == uid]
+    if uid and members and len(members) < len(frames):
+        notes.append(f"{len(frames) - len(members)} images of other series left out")
+        frames = members
+    frames = orient_frames(drop_copies(frames, notes), notes, doubts)
     geometry = index_images(frames)
     frames = drop_slabs(select_stack(frames, where, notes), notes)
-    remarks = summarise_remarks(frames)
+    remarks = count_remarks(frames)
     notes += remarks
     doubts += [text for text in remarks if text.startswith("no valid (0028,0030)")]
     frames, volume = build_volume(frames, where, notes, doubts)
@@ -916,16 +919,6 @@ def read_frames(paths: list[Path], where: str) -> tuple[list[Frame], list[tuple[
     return frames, skipped
 
 
-def select_uid(frames: list[Frame], uid: str | None, notes: list[str]) -> list[Frame]:
-    """The images of series `uid` (or without a series) if there are any, else all."""
-    if not uid or all(frame.header.get("SeriesInstanceUID") != uid for frame in frames):
-        return frames
-    selected = [frame for frame in frames if frame.header.get("SeriesInstanceUID", uid) == uid]
-    if len(selected) < len(frames):
-        notes.append(f"{len(frames) - len(selected)} images of other series left out")
-    return selected
-
-
 def index_images(frames: list[Frame]) -> dict[tuple[str, int], Frame]:
     """(SOPInstanceUID, frame index) -> image, without UIDs that images at several places share."""
     images: dict[tuple[str, int], Frame] = {}
@@ -949,14 +942,10 @@ def drop_copies(frames: list[Frame], notes: list[str]) -> list[Frame]:
     return list(images.values())
 
 
-def summarise_remarks(frames: list[Frame]) -> list[str]:
-    """What was assumed for the images, each once with its number and the first value at fault."""
+def count_remarks(frames: list[Frame]) -> list[str]:
+    """What was assumed for the images, each once with its number."""
     counts = collections.Counter(text for frame in frames for text in frame.remarks)
-    values = {text: value for frame in reversed(frames) for text, value in frame.remarks.items()}
-    return [
-        f"{text} ({count} of {len(frames)} images{values[text] and ': '}{values[text]})"
-        for text, count in counts.items()
-    ]
+    return [f"{text} ({count} of {len(frames)} images)" for text, count in counts.items()]
 
 
 # Row and column directions where slices lie along x, y or z: sagittal, coronal, axial.
@@ -1066,7 +1055,7 @@ def align_frames(frames: list[Frame], directions: np.ndarray) -> list[Frame]:
         return frames
     row_dir, col_dir = unit_directions(tuple(np.median(directions, axis=0)))
     text = f"orientations differ by up to {jitter:.4f}: their median used"
-    return [replace(f, row_dir=row_dir, col_dir=col_dir, remarks=f.remarks | {text: ""}) for f in frames]
+    return [replace(f, row_dir=row_dir, col_dir=col_dir, remarks=[*f.remarks, text]) for f in frames]
 
 
 def drop_slabs(frames: list[Frame], notes: list[str]) -> list[Frame]:
@@ -1176,17 +1165,14 @@ def drop_strays(frames: list[Frame], notes: list[str]) -> list[Frame]:
     steps = np.linalg.norm(np.diff(points[order], axis=0), axis=1)
     jumps = np.linalg.norm(points[order][2:-2] - middles, axis=1)
     is_stray[order[2:-2]] = jumps > 3 * max(np.median(gaps), np.median(steps))
-    for axis in (frames[0].row_dir, frames[0].col_dir, np.cross(frames[0].row_dir, frames[0].col_dir)):
-        order = np.argsort(points @ axis, kind="stable")
-        is_far = np.diff(points[order] @ axis, prepend=0) > max(10 * np.median(gaps), 30)
-        clusters = np.cumsum(is_far)
-        is_stray[order] |= clusters != np.bincount(clusters).argmax()
+    positions = positions_along_normal(frames)
+    order = np.argsort(positions, kind="stable")
+    clusters = np.cumsum(np.diff(positions[order], prepend=0) > max(10 * np.median(gaps), 30))
+    is_stray[order] |= clusters != np.bincount(clusters).argmax()
     if not 0 < is_stray.sum() <= max(1, len(frames) // 10):
         return frames
-    distance = np.linalg.norm(points - np.median(points, axis=0), axis=1)[is_stray]
-    notes.append(
-        f"{is_stray.sum()} images left out: up to {distance.max():.0f} mm from the middle of the scan"
-    )
+    place = points[is_stray][0].round(1).tolist()
+    notes.append(f"{is_stray.sum()} images left out: far from the others, one at {place} mm")
     return list(itertools.compress(frames, ~is_stray))
 
 
