@@ -110,7 +110,6 @@ NUMBERS = re.compile(NUMBER + rb"(\\" + NUMBER + rb")*")
 STREAM_START = re.compile(
     rb"\xff[\xd8\x4f]|\0\0\0\x0c|[\1-\x0f]\0\0\0\x40\0\0\0", re.DOTALL
 )  # JPEG, J2K, JP2, RLE
-CHARACTER_SET = re.compile(rb"[A-Z0-9_ \\]*")
 
 
 def safe_uid(uid: str) -> str:
@@ -250,8 +249,6 @@ def parse_header(head: bytes) -> dict:
         position = start + length
         if group == 2 and position > meta_end:
             raise ValueError("the file meta group is longer than it says")
-        if tag == 0x00080005 and not (vr in (b"CS", b"") and CHARACTER_SET.fullmatch(head, start, position)):
-            raise ValueError("odd SpecificCharacterSet")  # pydicom may refuse the file
         if tag in ATTRIBUTES:
             value = parse_value(tag, vr.decode(), take_bytes(head, start, length), "<")
             if value is not None:
@@ -957,25 +954,25 @@ USUAL_DIRECTIONS = np.array(
 def orient_frames(frames: list[Frame], notes: list[str], doubts: list[str]) -> list[Frame]:
     """Frames without a valid (0020,0037) ImageOrientationPatient get the other images' one, else the usual
     one of the plane across which their positions lie, else axial."""
-    oriented = [frame for frame in frames if not np.isnan(frame.row_dir).any()]
-    if len(oriented) == len(frames):
+    is_oriented = np.array([np.isfinite(frame.row_dir).all() for frame in frames])
+    if is_oriented.all():
         return frames
+    text = f"no valid (0020,0037) ImageOrientationPatient in {(~is_oriented).sum()} images"
     points = frame_points(frames)
-    extent = np.subtract(*np.nanpercentile(points, (90, 10), axis=0)) if np.isfinite(points).any() else 0
-    text = f"no valid (0020,0037) ImageOrientationPatient in {len(frames) - len(oriented)} images"
-    if oriented:
-        row_dir, col_dir = oriented[0].row_dir, oriented[0].col_dir
+    points = points[np.isfinite(points).all(axis=1)]
+    extent = np.subtract(*np.percentile(points, (90, 10), axis=0)) if len(points) else np.zeros(3)
+    if is_oriented.any():
+        example = frames[int(is_oriented.argmax())]
+        row_dir, col_dir = example.row_dir, example.col_dir
         notes.append(f"{text}: taken from other images")
-    elif np.max(extent) > SAME_POSITION_MM:
+    elif extent.max() > SAME_POSITION_MM:
         row_dir, col_dir = USUAL_DIRECTIONS[extent.argmax()]
         notes.append(f"{text}: taken from the positions")
     else:
         row_dir, col_dir = USUAL_DIRECTIONS[2]
         doubts.append(f"{text}, nor positions: axial assumed")
-    return [
-        replace(frame, row_dir=row_dir, col_dir=col_dir) if np.isnan(frame.row_dir).any() else frame
-        for frame in frames
-    ]
+    oriented = [replace(frame, row_dir=row_dir, col_dir=col_dir) for frame in frames]
+    return [f if known else new for f, known, new in zip(frames, is_oriented, oriented, strict=True)]
 
 
 def frame_points(frames: list[Frame]) -> np.ndarray:
@@ -1012,20 +1009,19 @@ def select_stack(frames: list[Frame], where: str, notes: list[str]) -> list[Fram
         (kind, *_), members = group
         return kind == "slice", len({frame.position.tobytes() for frame in members}), len(members)
 
-    best_key, best = max(groups, key=rank)
-    kind = best_key[0]
+    (kind, best_series, *_), best = max(groups, key=rank)
     if kind != "slice":
         if len({frame.position.tobytes() for frame in best}) < 3:
             raise ValueError(f"{where}: {len(frames)} {kind} images, no volume")
         notes.append(f"the images call themselves {kind}: ImageType {best[0].header['ImageType']}")
     for (kind, series, rows, cols), group in groups:
         if group is not best:
-            other = " of another series" if series != best_key[1] else ""
+            other = " of another series" if series != best_series else ""
+            row_mm, col_mm = group[0].spacing_mm
             normal = np.cross(group[0].row_dir, group[0].col_dir).round(2) + 0.0
-            spacing = "{:.3g} x {:.3g}".format(*group[0].spacing_mm)
             notes.append(
-                f"{len(group)} images{other} left out: {kind}, {rows} x {cols} pixels of {spacing} mm, "
-                f"normal {normal}"
+                f"{len(group)} images{other} left out: {kind}, {rows} x {cols} pixels of {row_mm:.3g} x "
+                f"{col_mm:.3g} mm, normal {normal}"
             )
     return best
 
@@ -1196,13 +1192,10 @@ def is_ordered(frames: list[Frame], num_shared: int) -> bool:
     if len(frames) < 8:
         return True
     frames = take_one_per_position(frames)
-    lag, far_lag = max(2, len(frames) // num_shared), len(frames) // 4
-    starts = range(lag % len(frames) - 1, len(frames) - max(lag, far_lag), lag)
-    if num_shared == 1:
-        lag, starts = 2, range(len(frames) - far_lag)
-    images = np.array(
-        [[thumbnail(frames[i + k]) for k in (0, 1, lag, far_lag)] for i in starts[:: 1 + len(starts) // 24]]
-    )
+    lag = max(2, len(frames) // num_shared) if num_shared > 1 else 2
+    far_lag = len(frames) // 4
+    starts = range(lag - 1, len(frames) - max(lag, far_lag), lag)[-24:]
+    images = np.array([[thumbnail(frames[i + k]) for k in (0, 1, lag, far_lag)] for i in starts])
     near, later, far = (np.abs(images[:, 0] - images[:, k]).sum() for k in (1, 2, 3))
     contrast = np.abs(images - images.mean(axis=(2, 3), keepdims=True)).sum() / 4
     return bool(near < 0.85 * later and near < 0.5 * far and far > 0.05 * contrast)
@@ -1243,12 +1236,10 @@ def count_sweeps(frames: list[Frame], values: list) -> list[int]:
 
 def count_visits(frames: list[Frame]) -> list[int]:
     """For each frame, how many of lower InstanceNumber share its position."""
-    visits, seen = [0] * len(frames), collections.Counter()
     ranks = rank_positions(frames)
-    for i in sorted(range(len(frames)), key=lambda i: instance_number(frames[i])):
-        visits[i] = seen[ranks[i]]
-        seen[ranks[i]] += 1
-    return visits
+    order = np.lexsort(([instance_number(frame) for frame in frames], ranks))
+    visits = np.arange(len(frames)) - np.searchsorted(ranks[order], ranks[order])
+    return visits[np.argsort(order)].tolist()
 
 
 def alternate(frames: list[Frame]) -> list[int]:
