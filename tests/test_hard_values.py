@@ -177,7 +177,7 @@ AIR = RADIUS >= 1
 
 
 @pytest.mark.parametrize("is_fill", [CORNERS, AIR], ids=["corners", "all air"])
-@pytest.mark.parametrize("fill", [-2048, 63488, -100, 32767])
+@pytest.mark.parametrize("fill", [-2048, 63488, 32767])
 def test_a_fill_takes_neither_the_percentiles_nor_the_box_of_an_mr(tmp_path, healthy, fill, is_fill):
     stored = np.where(is_fill, fill, GREY)
     assert is_fill.mean() > 0.2
