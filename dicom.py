@@ -1647,6 +1647,7 @@ class Box:
     low: np.ndarray  # (3,) mm of the lower edges
     steps: np.ndarray  # (3,) mm per voxel
     shape: np.ndarray  # (3,) voxels
+    window: np.ndarray  # (2,) pixels along the image axes that cover the box, and one more
 
     def edges(self, axis: int) -> np.ndarray:
         """(shape + 1,) mm of the voxels' edges along an axis."""
@@ -1694,7 +1695,9 @@ class Grid:
             if len(self.lost) > max(1, num_slices // 10) or len(self.lost) == num_slices:
                 raise
             return np.zeros(self.shape, np.int16)
-        self.is_blank[i] = bool(np.ptp(stored[::8]) == 0 and np.ptp(stored) == 0)
+        rows, columns = stored.shape
+        is_corner = stored[0, 0] == stored[rows // 2, columns // 2]  # spares most of the next step
+        self.is_blank[i] = bool(is_corner and np.ptp(stored) == 0)
         image = stored.T if self.is_transposed else stored
         return image[:: self.flips[0], :: self.flips[1]]
 
@@ -1921,13 +1924,16 @@ def _doubt_voxels(
     covered: np.ndarray,
     notes: list[str],
 ) -> list[str]:
-    """What makes voxels implausible, looking at what was scanned of the box."""
-    is_scanned = [_is_scanned(grid, box, axis) for axis in range(3)]
-    scanned = voxels[np.ix_(*is_scanned)]
+    """What makes voxels implausible, of what was scanned in the box: every slab, every third pixel."""
+    indices = []
+    for axis in range(3):
+        stride = 1 if axis == grid.through else 3
+        indices.append(np.flatnonzero(_is_scanned(grid, box, axis))[::stride])
+    scanned = voxels[np.ix_(*indices)]
     if scanned.size == 0:
         return []
     doubts = []
-    covered = covered[is_scanned[grid.through]]
+    covered = covered[indices[grid.through]]
     slabs = np.moveaxis(scanned, grid.through, 0).reshape(len(covered), -1)
     is_interpolated = covered < 0.5
     is_empty = slabs.min(axis=1) == slabs.max(axis=1)
@@ -1972,20 +1978,13 @@ def _place_box(
     distance_mm = low[axes] - grid.middle_edges
     pixels = np.rint(distance_mm / grid.steps)
     low[axes] = grid.middle_edges + pixels * grid.steps
-    return Box(
-        low=low,
-        steps=np.array([slab_mm, pixel_mm, pixel_mm]),
-        shape=np.array([settings.base_slices, settings.img_size, settings.img_size]),
-    )
-
-
-def _window_shape(grid: Grid, box: Box) -> np.ndarray:
-    """Pixels along the image axes that cover the box, and one more."""
-    size_mm = (box.shape * box.steps)[grid.image_axes]
-    shape = np.ceil(size_mm / grid.steps - 1e-6).astype(int) + 1
-    if shape.max() > 8192:
+    steps = np.array([slab_mm, pixel_mm, pixel_mm])
+    shape = np.array([settings.base_slices, settings.img_size, settings.img_size])
+    size_mm = (shape * steps)[axes]
+    window = np.ceil(size_mm / grid.steps - 1e-6).astype(int) + 1
+    if window.max() > 8192:
         raise ValueError(f"(0028,0030) PixelSpacing {grid.steps.min():g} mm: expected at least 0.03 mm")
-    return shape
+    return Box(low, steps, shape, window)
 
 
 def _overlap(
@@ -1997,7 +1996,7 @@ def _overlap(
     The slice's own position counts, to a whole pixel, so gantry tilt is corrected."""
     distance_mm = box.low[grid.image_axes] - grid.edges[k]
     start = np.rint(distance_mm / grid.steps).astype(int)
-    end = start + _window_shape(grid, box)
+    end = start + box.window
     first = np.minimum(np.maximum(start, 0), grid.shape)
     last = np.maximum(np.minimum(end, grid.shape), first)
     of_image = tuple(map(slice, first, last))
@@ -2057,7 +2056,8 @@ def resize_exactly(
         (cv2.INTER_AREA, np.minimum(factors, 1)),
         (cv2.INTER_LINEAR, np.maximum(factors, 1)),
     ):
-        image = cv2.resize(image, None, fx=x, fy=y, interpolation=method)
+        if y != 1 or x != 1:
+            image = cv2.resize(image, None, fx=x, fy=y, interpolation=method)
     rows, columns = shape
     return image[:rows, :columns]
 
@@ -2098,7 +2098,7 @@ def _render_box(
     axes = grid.image_axes
     shape = box.shape[axes]
     factors = grid.steps / box.steps[axes]
-    image = np.empty(_window_shape(grid, box), np.float32)
+    image = np.empty(box.window, np.float32)
     slabs = np.zeros((num_slabs, *shape), np.uint8)
     merged: dict[int, np.ndarray] = {}  # slabs that wait for more slices
     offsets = np.zeros(num_slabs)
@@ -2111,7 +2111,8 @@ def _render_box(
             cv2.scaleAdd(image, gain * weight, merged[z], merged[z])
             offsets[z] += bias * weight
             if k == last[z]:
-                slab = merged.pop(z) + np.float32(offsets[z])
+                slab = merged.pop(z)
+                slab += np.float32(offsets[z])
                 slab = resize_exactly(slab, factors, shape)
                 slabs[z] = _to_uint8(slab)
     voxels = np.moveaxis(slabs, 0, grid.through)
@@ -2132,12 +2133,12 @@ def _mr_limits(
     has_content = not all(grid.is_blank.values())
     for k in _pick_evenly(np.flatnonzero(is_inside), 16):
         of_image, _ = _overlap(grid, k, box)
-        values = _rescaled_image(grid, k)[of_image]
-        if has_content and grid.is_blank.get(int(grid.order[k]), True):
-            continue
-        stride = 1 + math.isqrt(values.size // 30_000)
-        values = values[::stride, ::stride]
-        samples.append(values.ravel())
+        num_pixels = math.prod(part.stop - part.start for part in of_image)
+        stride = 1 + math.isqrt(num_pixels // 30_000)
+        region = tuple(slice(part.start, part.stop, stride) for part in of_image)
+        values = _rescaled_image(grid, k, region)
+        if not has_content or not grid.is_blank.get(int(grid.order[k]), True):
+            samples.append(values.ravel())
     values = np.concatenate(samples)
     tissue = values[~np.isnan(values)]
     if tissue.size == 0:
@@ -2153,13 +2154,14 @@ def _mr_limits(
     return dark, bright
 
 
-def _rescaled_image(grid: Grid, k: int) -> np.ndarray:
-    """Slice k along its canonical axes, float32 rescaled values, NaN where it is padding."""
+def _rescaled_image(grid: Grid, k: int, region: tuple = ()) -> np.ndarray:
+    """A region of slice k along its canonical axes, float32 rescaled values, NaN where it is padding."""
     i = int(grid.order[k])
-    stored = grid.image(k)
+    stored = grid.image(k)[region]
     slope, intercept = grid.series.rescale(i)
     values = stored.astype(np.float32, order="C")
-    values *= slope
+    if slope != 1:
+        values *= slope
     values += intercept
     padding = grid.series.padding(i)
     if padding is not None:
@@ -2293,9 +2295,10 @@ def _shrink_slice(
     """Rescaled slice k as means over blocks of `factors` pixels, float32; padding as air, or as what
     is darker."""
     image = _rescaled_image(grid, k)
-    is_missing = np.isnan(image)
-    black = -1024 if grid.series.modality == "CT" else 0
-    image[is_missing] = np.min(image[~is_missing], initial=black)
+    if grid.series.padding(int(grid.order[k])) is not None:
+        is_missing = np.isnan(image)
+        black = -1024 if grid.series.modality == "CT" else 0
+        image[is_missing] = np.min(image[~is_missing], initial=black)
     blocks = np.maximum(1, grid.shape // factors)
     rows, columns = blocks * factors
     return cv2.resize(image[:rows, :columns], blocks[::-1].tolist(), interpolation=cv2.INTER_AREA)

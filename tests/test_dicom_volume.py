@@ -1,5 +1,5 @@
-"""make_volume: every pixel's place in millimetres, what a slab is made of, and which part of the head is
-kept."""
+"""make_volume: where every pixel lies in millimetres, what a slab is made of, where the box lies.
+"""
 
 from __future__ import annotations
 
