@@ -1,5 +1,4 @@
-"""make_volume: where every pixel lies in millimetres, what a slab is made of, where the box lies.
-"""
+"""make_volume: where every pixel lies in millimetres, what a slab is made of, where the box lies."""
 
 from __future__ import annotations
 
@@ -11,6 +10,7 @@ import pytest
 
 from dicom import (
     VolumeSettings,
+    canonical_axes,
     canonical_grid,
     find_head,
     line_weights,
@@ -60,27 +60,21 @@ class StandIn:
 
 
 def scan(
-    values, row_dir, col_dir, shape, spacing_mm, centre=(0, 0, 0), shear=(0, 0, 0), modality="CT", at=None
+    values, row_dir, col_dir, shape, spacing_mm, centre=(0, 0, 0), shear=(0, 0, 0), modality="CT", at_mm=None
 ):
     """A series that samples values(points (..., 3) in LPS mm); row_dir is the direction of a growing column
-    index. Slice k lies at k * spacing (or at[k]) along the normal and drifts by shear mm per mm."""
+    index. Slice k lies at k * spacing (or at_mm[k]) along the normal and drifts by shear mm per mm."""
     normal = np.cross(row_dir, col_dir)
-    at = np.arange(shape[0]) * spacing_mm[0] if at is None else np.asarray(at, float)
-    at = at - (at[0] + at[-1]) / 2
+    at_mm = np.arange(shape[0]) * spacing_mm[0] if at_mm is None else np.asarray(at_mm, float)
     rows = (np.arange(shape[1]) - (shape[1] - 1) / 2) * spacing_mm[1]
     columns = (np.arange(shape[2]) - (shape[2] - 1) / 2) * spacing_mm[2]
     frames, images = [], []
-    for mm in at:
+    for mm in at_mm - (at_mm[0] + at_mm[-1]) / 2:
         middle = np.asarray(centre, float) + mm * (normal + np.asarray(shear, float))
-        points = (
-            middle + rows[:, None, None] * col_dir + columns[None, :, None] * row_dir
-        )  # (rows, columns, 3)
+        points = middle + rows[:, None, None] * col_dir + columns[None, :, None] * row_dir
         images.append(np.rint(values(points)).astype(np.int16))
-        frames.append(
-            SimpleNamespace(
-                position=points[0, 0], row_dir=row_dir, col_dir=col_dir, rows=shape[1], cols=shape[2]
-            )
-        )
+        frame = {"row_dir": row_dir, "col_dir": col_dir, "rows": shape[1], "cols": shape[2]}
+        frames.append(SimpleNamespace(position=points[0, 0], **frame))
     return StandIn(frames, normal, spacing_mm, images, modality)
 
 
@@ -94,10 +88,8 @@ def rotate(vector: np.ndarray, axis: int, degrees: float) -> np.ndarray:
     turn = np.deg2rad(degrees)
     a, b = (i for i in range(3) if i != axis)
     result = vector.copy()
-    result[a], result[b] = (
-        vector[a] * np.cos(turn) - vector[b] * np.sin(turn),
-        vector[a] * np.sin(turn) + vector[b] * np.cos(turn),
-    )
+    result[a] = vector[a] * np.cos(turn) - vector[b] * np.sin(turn)
+    result[b] = vector[a] * np.sin(turn) + vector[b] * np.cos(turn)
     return result
 
 
@@ -143,15 +135,18 @@ def test_resizing_is_exact_from_the_first_edge_on():
     image = np.arange(16, dtype=np.float32).reshape(4, 4)
     half = resize_exactly(image, np.array([0.5, 0.5]), (2, 2))
     np.testing.assert_allclose(half, [[2.5, 4.5], [10.5, 12.5]])
-    row = np.array(
-        [[0.0, 3.0, 6.0, 9.0, 12.0]], np.float32
-    )  # pixels of 2 to pixels of 3: 0..3 holds 0 and half of 3
-    shrunk = resize_exactly(row.repeat(4, axis=0), np.array([0.5, 2 / 3]), (2, 3))
+    image = np.array([[0.0, 3.0, 6.0, 9.0, 12.0]] * 4, np.float32)
+    shrunk = resize_exactly(image, np.array([0.5, 2 / 3]), (2, 3))  # 0..3 mm holds 0 and half of 3
     np.testing.assert_allclose(shrunk, [[1.0, 5.0, 10.0]] * 2, rtol=1e-6)
-    grown = resize_exactly(
-        row.repeat(4, axis=0), np.array([0.5, 2.0]), (2, 6)
-    )  # one axis shrinks, the other grows
-    np.testing.assert_allclose(grown, [[0.0, 0.75, 2.25, 3.75, 5.25, 6.75]] * 2, rtol=1e-6)
+    mixed = resize_exactly(image, np.array([0.5, 2.0]), (2, 6))  # one axis shrinks, the other grows
+    np.testing.assert_allclose(mixed, [[0.0, 0.75, 2.25, 3.75, 5.25, 6.75]] * 2, rtol=1e-6)
+
+
+def test_canonical_axes_turn_stored_axes_into_z_y_x():
+    permutation, signs = canonical_axes(np.array([L, I, P]))  # sagittal: slices to the left, rows downwards
+    assert (permutation, signs.tolist()) == ([1, 2, 0], [-1, 1, 1])
+    oblique = np.array([[0.0, 0.6, 0.8], [0.0, 0.8, -0.6], [1.0, 0.0, 0.0]])  # slice, row, column
+    assert canonical_axes(oblique)[0] == [0, 1, 2]
 
 
 # --- geometry -----------------------------------------------------------------------------------------------
@@ -176,7 +171,7 @@ def blob(points: np.ndarray) -> np.ndarray:
     return head(points) + 600 * np.exp(-((points - BLOB) ** 2).sum(axis=-1) / (2 * 5.0**2))
 
 
-def brightest_place(voxels: np.ndarray) -> np.ndarray:
+def brightest_voxel(voxels: np.ndarray) -> np.ndarray:
     """Centre of mass (z, y, x) of what is brighter than half of the maximum."""
     bright = np.where(voxels > voxels.max() / 2, voxels, 0).astype(float)
     return np.array([(index * bright).sum() / bright.sum() for index in np.indices(bright.shape)])
@@ -189,7 +184,7 @@ def test_a_blob_lies_where_its_millimetres_say(name):
     assert volume.voxels.shape == (16, 100, 100)
     assert volume.voxels.dtype == np.uint8
     assert volume.voxels.max() > 150
-    np.testing.assert_allclose(brightest_place(volume.voxels), to_voxel(BLOB, volume.affine)[0], atol=0.5)
+    np.testing.assert_allclose(brightest_voxel(volume.voxels), to_voxel(BLOB, volume.affine)[0], atol=0.5)
 
 
 @pytest.mark.parametrize("degrees", [-20, 14])
@@ -199,7 +194,7 @@ def test_gantry_tilt_is_put_upright(degrees):
     volume = make_volume(series, SETTINGS)
     directions = volume.affine[:3, :3] / np.linalg.norm(volume.affine[:3, :3], axis=0)
     np.testing.assert_allclose(directions.T @ directions, np.eye(3), atol=1e-9)
-    np.testing.assert_allclose(brightest_place(volume.voxels), to_voxel(BLOB, volume.affine)[0], atol=0.5)
+    np.testing.assert_allclose(brightest_voxel(volume.voxels), to_voxel(BLOB, volume.affine)[0], atol=0.5)
 
 
 @pytest.mark.parametrize("name", ORIENTATIONS)
@@ -253,7 +248,7 @@ def test_the_box_starts_at_the_top_of_the_head_and_is_centred_on_it(name, modali
         assert middle[2] == pytest.approx(top[2], abs=5)
 
 
-def test_table_and_headrest_are_no_head():
+def test_the_box_ignores_table_and_headrest():
     def values(points):
         x, y = points[..., 0], points[..., 1]
         table = (np.abs(y - 115) < 3) & (np.abs(x) < 120)  # reaches above the head
@@ -278,15 +273,14 @@ def test_shoulders_do_not_move_the_box():
     assert (y, x) == pytest.approx((0, 0), abs=5)
 
 
-def test_a_short_scan_keeps_what_it_has():
-    volume = make_volume(
-        scan(head, L, P, (32, 64, 64), (2.0, 3.6, 3.6)), SETTINGS
-    )  # 64 mm through the middle
+def test_the_box_of_a_short_scan_ends_with_it():
+    series = scan(head, L, P, (32, 64, 64), (2.0, 3.6, 3.6))  # 64 mm through the middle
+    volume = make_volume(series, SETTINGS)
     assert volume.spacing_mm[0] * 16 == pytest.approx(64)
     assert (volume.voxels.max(axis=(1, 2)) > 0).all()
 
 
-def test_without_a_head_the_whole_scan_is_taken_and_noted():
+def test_without_a_head_the_box_starts_at_the_top_of_the_scan():
     series = scan(lambda points: np.full(points.shape[:-1], -1000.0), L, P, (20, 32, 32), (2.0, 6.0, 6.0))
     volume = make_volume(series, SETTINGS)
     assert "head not found" in volume.notes[0]
@@ -305,9 +299,10 @@ def test_slices_outside_of_the_region_are_not_decoded():
 # --- intensities --------------------------------------------------------------------------------------------
 
 
-def stack(images: np.ndarray, modality: str = "CT", at=None) -> StandIn:
+def stack(images: np.ndarray, modality: str = "CT", at_mm=None) -> StandIn:
     """Axial slices of 2 mm, each of one value (n,), pixels of 2 mm, as large as the box of SETTINGS."""
-    series = scan(lambda p: np.zeros(p.shape[:-1]), L, P, (len(images), 100, 100), (2.0, 2.0, 2.0), at=at)
+    shape = (len(images), 100, 100)
+    series = scan(lambda p: np.zeros(p.shape[:-1]), L, P, shape, (2.0, 2.0, 2.0), at_mm=at_mm)
     series.images = [np.full((100, 100), value, np.int16) for value in images]
     series.modality = modality
     return series
@@ -317,8 +312,8 @@ def test_a_slab_is_the_mean_of_its_windowed_slices():
     values = np.array([0, 310, 600, 2000, -500, 60, 120, 120])
     volume = make_volume(stack(values), replace(SETTINGS, base_slices=4))
     expected = [155, 600, 30, 120]  # of 0..600, every slice clipped before the mean
-    found = np.median(volume.voxels, axis=(1, 2))
-    assert found.tolist() == [int(v / 600 * 255 + 0.5) for v in expected]
+    greys = np.median(volume.voxels, axis=(1, 2))
+    assert greys.tolist() == [int(v / 600 * 255 + 0.5) for v in expected]
 
 
 @pytest.mark.parametrize("name", ["axial", "coronal", "sagittal"])
@@ -342,8 +337,8 @@ def test_all_planes_give_the_same_volume(name):
 
 def test_missing_slices_are_filled_by_position_and_noted():
     values = np.array([0, 0, 0, 0, 600, 600, 600, 600])
-    at = [0, 2, 4, 6, 40, 42, 44, 46]  # 32 mm of nothing in between
-    volume = make_volume(stack(values, at=at), replace(SETTINGS, base_slices=12))
+    at_mm = [0, 2, 4, 6, 40, 42, 44, 46]
+    volume = make_volume(stack(values, at_mm=at_mm), replace(SETTINGS, base_slices=12))
     greys = np.median(volume.voxels, axis=(1, 2))
     assert any("of the slabs (8) are interpolated over missing slices" in note for note in volume.notes)
     assert greys[0] == 0
