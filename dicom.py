@@ -1476,21 +1476,20 @@ def _choose_reading(
     if not _is_signed(header) and max(stored.max() for stored in samples.values()) < 4096:
         signs.append({"PixelRepresentation": 1, "BitsStored": 12, "HighBit": 11})
     stated = header.get("RescaleIntercept", frames[0].intercept)
-    intercepts = (stated, stated / 2, 0.0, -1024.0, -2048.0, 1024.0)
-
+    intercepts = [stated]
     best = _judge_reading(frames, samples, {}, 0.0)
+    if not best.is_clear:
+        intercepts += [stated / 2, 0.0, -1024.0, -2048.0, 1024.0]
     chosen_tags, chosen_shift = {}, 0.0
     for tags, intercept in itertools.product(signs, intercepts):
         if best.score > 0.097:
             break
         shift = intercept - stated
         judged = _judge_reading(frames, samples, tags, shift)
-        if min(judged.air, judged.tissue) >= 0.05 and judged.score > best.score + 0.003:
+        if judged.is_clear and judged.score > best.score + 0.003:
             best, chosen_tags, chosen_shift = judged, tags, shift
     if max(best.air, best.tissue) < 0.02:
         doubts.append("CT values: neither air near -1000 HU nor soft tissue near 0 to 100 HU in any reading")
-    elif best.beyond > 0.03:
-        doubts.append(f"CT values: {best.beyond:.0%} of the pixels are no HU in any reading")
     if not chosen_tags and chosen_shift == 0:
         return frames
     changes = [f"{name} {value}" for name, value in chosen_tags.items()]
@@ -1511,6 +1510,10 @@ class Reading(NamedTuple):
     air: float
     tissue: float
     beyond: float  # above all HU, or below but for a fill
+
+    @property
+    def is_clear(self) -> bool:
+        return min(self.air, self.tissue) >= 0.05
 
     @property
     def score(self) -> float:

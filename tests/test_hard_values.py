@@ -159,6 +159,7 @@ def test_values_that_are_no_hu_in_any_known_reading_are_doubted(tmp_path):
         ("noise", np.random.default_rng(1).integers(-1024, -770, (4, SIZE, SIZE))),
         ("metal", np.where(RADIUS < 0.1, 3071, HU)),
         ("padding of -3024", np.where(np.hypot(*np.mgrid[-32:32, -32:32]) > 31, -3024, HU)),
+        ("lossy padding", np.where(np.hypot(*np.mgrid[-32:32, -32:32]) > 31, -2000 + np.rint(NOISE), HU)),
     ],
 )
 def test_a_ct_without_air_or_tissue_is_neither_changed_nor_doubted(tmp_path, name, hu):
