@@ -17,23 +17,30 @@ import itertools
 import math
 import os
 import re
+import stat
 import struct
-import typing
 import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
 import pydicom
-from pydicom.datadict import dictionary_has_tag, dictionary_VR, tag_for_keyword
-from pydicom.dataelem import RawDataElement
+from pydicom.datadict import (
+    dictionary_has_tag,
+    dictionary_VM,
+    dictionary_VR,
+    keyword_for_tag,
+    tag_for_keyword,
+)
 from pydicom.encaps import encapsulate
 from pydicom.pixels import get_decoder
 
 # --- settings -----------------------------------------------------------------------------------------------
 
-VOLUME_VERSION = 1  # to be raised with each change of the code that changes a volume's voxels
+VOLUME_VERSION = 2  # to be raised with each change of the code that changes a volume's voxels
 
 
 @dataclass(frozen=True)
@@ -61,41 +68,48 @@ DECODERS = {  # compressed transfer syntax -> packages that decode it
 MAX_PIXEL_BYTES = 2**31  # of one file, decoded
 MAX_FRAME_PIXELS = 2**26  # 8192 x 8192
 MAX_UNPACKED_BYTES = 2**29  # of one deflated or gzipped file
+MAX_FRAMES = 2**15  # of one file, and fragments of a frame
+MAX_HEADER_READS = 2**21  # about 10 s in pydicom
 SAME_POSITION_MM = 0.02  # closer slices share a position
 PIXEL_DATA = 0x7FE00010
 UNDEFINED = 0xFFFFFFFF  # length of an element that ends with a delimiter
 
 
-def _tags(names: str) -> dict[int, tuple[str, str]]:
-    """tag -> (name, VR) of attributes named as in PS3.6."""
-    return {tag_for_keyword(name): (name, dictionary_VR(name)[:2]) for name in names.split()}
+def tag_table(names: str) -> dict[int, tuple[str, str, bool]]:
+    """tag -> (name, VR, whether it has one value) of attributes named as in PS3.6."""
+    tags = map(tag_for_keyword, names.split())
+    return {tag: (keyword_for_tag(tag), dictionary_VR(tag)[:2], dictionary_VM(tag) == "1") for tag in tags}
 
 
-WANTED = _tags(  # the attributes that reading uses
+ATTRIBUTES = tag_table(  # what reading uses
     "TransferSyntaxUID ImageType SOPClassUID SOPInstanceUID Modality ComplexImageComponent PatientID "
     "PatientSex PatientAge SliceThickness EchoTime EchoNumbers SpacingBetweenSlices TriggerTime "
-    "ReconstructionDiameter DiffusionBValue SeriesInstanceUID AcquisitionNumber InstanceNumber "
-    "ImagePositionPatient ImageOrientationPatient TemporalPositionIdentifier SliceLocation StackID "
+    "DiffusionBValue SeriesInstanceUID AcquisitionNumber InstanceNumber AcquisitionTime SliceLocation "
+    "ImagePositionPatient ImageOrientationPatient TemporalPositionIdentifier StackID "
     "SamplesPerPixel PhotometricInterpretation PlanarConfiguration NumberOfFrames Rows Columns PixelSpacing "
     "BitsAllocated BitsStored HighBit PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit "
     "RescaleIntercept RescaleSlope"
 )
-IN_FRAME = WANTED | {  # the same in a functional group (PS3.3 C.7.6.16.2), where some have another tag
-    0x00089007: ("ImageType", "CS"),  # FrameType
-    0x00189082: ("EchoTime", "FD"),  # EffectiveEchoTime
-    0x00209128: ("TemporalPositionIdentifier", "UL"),  # TemporalPositionIndex
-    0x00209153: ("TriggerTime", "FD"),  # NominalCardiacTriggerDelayTime
-    0x00209156: ("AcquisitionNumber", "US"),  # FrameAcquisitionNumber
+FRAME_ATTRIBUTES = ATTRIBUTES | {  # in a functional group (PS3.3 C.7.6.16.2) some have another tag
+    0x00089007: ("ImageType", "CS", False),  # FrameType
+    0x00189082: ("EchoTime", "FD", True),  # EffectiveEchoTime
+    0x00209128: ("TemporalPositionIdentifier", "UL", True),  # TemporalPositionIndex
+    0x00209153: ("TriggerTime", "FD", True),  # NominalCardiacTriggerDelayTime
+    0x00209156: ("AcquisitionNumber", "US", True),  # FrameAcquisitionNumber
 }
-FUNCTIONAL_GROUPS = _tags(
+SHARED_GROUPS, FRAME_GROUPS = 0x52009229, 0x52009230  # sequences of functional groups
+FUNCTIONAL_GROUPS = tag_table(
     "MREchoSequence MRDiffusionSequence CardiacSynchronizationSequence MRImageFrameTypeSequence "
     "CTImageFrameTypeSequence FrameContentSequence PlanePositionSequence PlaneOrientationSequence "
     "PixelMeasuresSequence PixelValueTransformationSequence"
 )
-BINARY = {"US": "H", "UL": "I", "FD": "d"}
+BINARY = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": "d"}
+NUMERIC = {*BINARY, "DS", "IS"}
 NUMBER = rb" *[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)? *"
 NUMBERS = re.compile(NUMBER + rb"(\\" + NUMBER + rb")*")
-CHARACTER_SET = re.compile(rb"[A-Z0-9_ \\]*")
+STREAM_START = re.compile(
+    rb"\xff[\xd8\x4f]|\0\0\0\x0c|[\1-\x0f]\0\0\0\x40\0\0\0", re.DOTALL
+)  # JPEG, J2K, JP2, RLE
 
 
 def safe_uid(uid: str) -> str:
@@ -149,7 +163,7 @@ def find_series(root: Path, skip: Path | None = None) -> tuple[dict[str, list[Pa
 
 def walk_folders(
     root: Path, skip: Path | None, rejected: list[tuple[Path, str]]
-) -> typing.Iterator[tuple[Path, list[Path] | None]]:
+) -> Iterator[tuple[Path, list[Path] | None]]:
     """Every real folder under `root` once, in order, and its regular files (None if it cannot be read); what
     else lies in it (a pipe, a broken link) goes to `rejected`. Links are followed."""
     walked, pending = set(), [root]
@@ -219,7 +233,7 @@ def group_files(
     return series
 
 
-def _one_line_errors(function: typing.Callable) -> typing.Callable:
+def one_line_errors(function: Callable) -> Callable:
     """Whatever goes wrong inside becomes a ValueError of one line: what parsers raise on hostile bytes, and a
     decoder's own BaseException (pylibjpeg-rle: PanicException). Interrupts and exits pass through."""
 
@@ -236,7 +250,7 @@ def _one_line_errors(function: typing.Callable) -> typing.Callable:
     return wrapped
 
 
-@_one_line_errors
+@one_line_errors
 def read_identity(path: Path) -> tuple[str, str] | None:
     """((0020,000E) SeriesInstanceUID, (0010,0020) PatientID) of an image, "" where absent; None if it is too
     damaged to tell, empty or blank. ValueError if it is not an image.
@@ -254,7 +268,7 @@ def read_identity(path: Path) -> tuple[str, str] | None:
                 if not is_dicom and head[:2] not in (b"\x02\0", b"\x08\0", b"\0\x08"):
                     raise ValueError("not DICOM")
                 try:
-                    header = _walk_header(head)
+                    header = parse_header(head)
                 except struct.error:  # longer, or cut short
                     continue
                 except ValueError:  # unusual
@@ -307,142 +321,165 @@ def parse_head(head: bytes) -> dict[str, str]:
     return header
 
 
-@_one_line_errors
+@one_line_errors
 def read_header(path: Path) -> dict:
-    """What one file says of its images. ValueError with the reason if it is no DICOM image, or damaged.
+    """What one file says of its images. ValueError with the reason if it is not a DICOM image, or is damaged.
 
-    The attributes of WANTED by name (numbers as a tuple; absent where missing, empty or unreadable), and
+    The values of ATTRIBUTES by name (absent where missing, empty or unreadable), and
       spans        for each frame the (offset, length) pieces of its pixel data
       pixel_data   (VR, offset, length) of the element; length UNDEFINED if it is encapsulated
-      little       byte order
+      order        of bytes: < little, > big endian
       packed       offsets count in the unpacked file (`open_unpacked`)
       groups       for each frame the attributes of its functional groups, or None
-      unreadable   what did not parse
+      remarks      what did not parse or was assumed
     """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("not a regular file")
     return fast_header(path) or slow_header(path)
 
 
 def fast_header(path: Path) -> dict | None:
     """`read_header` in 0.1 ms for plain little-endian files. None at the slightest doubt (odd VR, length or
-    order, functional groups, a value that does not parse): then pydicom has to look at it."""
+    order, functional groups, a value that does not parse), which leaves the file to pydicom."""
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         for limit in (2**14, 2**18, 2**22):
             try:
-                header = _walk_header(os.pread(file.fileno(), limit, 0))
+                header = parse_header(os.pread(file.fileno(), limit, 0))
             except ValueError:
                 return None
             except struct.error:  # the header is longer
                 continue
-            header["spans"] = locate_frames(header, size, lambda at, n: os.pread(file.fileno(), n, at))
+            header["spans"] = locate_frames(
+                header, size, lambda offset, length: os.pread(file.fileno(), length, offset)
+            )
             return header
     return None
 
 
 SHORT_VRS = set(b"AE AS AT CS DA DS DT FL FD IS LO LT PN SH SL SS ST TM UI UL US".split())
 LONG_VRS = set(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # two reserved bytes, then a 4-byte length
-EXPLICIT_ELEMENT, IMPLICIT_ELEMENT = struct.Struct("<HH2sH"), struct.Struct("<HHI")
+ELEMENTS = {mark: (struct.Struct(f"{mark}HHI"), struct.Struct(f"{mark}HH2sH")) for mark in "<>"}
+DELIMITER_GROUP, ITEM, ITEM_END, SEQUENCE_END = 0xFFFE, 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 
 
-def _walk_header(head: bytes) -> dict:
-    """The wanted elements before the pixel data. ValueError on doubt, struct.error where `head` ends."""
+def parse_header(head: bytes) -> dict:
+    """The ATTRIBUTES before the pixel data. ValueError on doubt, struct.error where `head` ends too early."""
     if head[128:140] != b"DICM\x02\0\0\0UL\x04\0":
         raise ValueError("no file meta group length")
-    position, last, explicit = 144, 0x00020000, True
-    meta_end = 144 + int.from_bytes(_slice(head, 140, 4), "little")
-    header: dict = {"little": True, "packed": False, "groups": None, "unreadable": []}
+    position, last_tag, explicit = 144, 0x00020000, True
+    meta_end = 144 + int.from_bytes(take_bytes(head, 140, 4), "little")
+    header: dict = {"order": "<", "packed": False, "groups": None, "remarks": []}
     while True:
         if position == meta_end:
             syntax = header.get("TransferSyntaxUID")
             explicit = syntax != IMPLICIT
-            vr = _slice(head, position + 4, 2)
+            vr = take_bytes(head, position + 4, 2)
             if syntax not in (IMPLICIT, EXPLICIT, *DECODERS) or explicit != (vr.isalpha() and vr.isupper()):
                 raise ValueError("another transfer syntax, or VRs that do not fit it")
-        tag, vr, length, value = _element(head, position, explicit)
-        if tag <= last or tag >> 16 == 0x5200 or (tag >> 16 == 2) != (position < meta_end):
+        tag, vr, length, start = parse_element(head, position, explicit)
+        group = tag >> 16
+        if tag <= last_tag or group == SHARED_GROUPS >> 16 or (group == 2) != (position < meta_end):
             raise ValueError("tags out of order, or functional groups")
-        last = tag
+        last_tag = tag
         if tag >= PIXEL_DATA - 2:
             if tag != PIXEL_DATA or vr not in (b"OB", b"OW", b""):
                 raise ValueError("odd pixel data")
-            header["pixel_data"] = (vr.decode() or "OW", value, length)
+            header["pixel_data"] = (vr.decode() or "OW", start, length)
             return header
         if length == UNDEFINED:
             if vr != b"SQ" and not (vr == b"" and dictionary_has_tag(tag) and dictionary_VR(tag) == "SQ"):
                 raise ValueError("undefined length outside of a sequence")
-            position = _skip_sequence(head, value, explicit)
+            position = skip_sequence(head, start, explicit)
             continue
-        position = value + length
-        if tag >> 16 == 2 and position > meta_end:
+        position = start + length
+        if group == 2 and position > meta_end:
             raise ValueError("the file meta group is longer than it says")
-        if tag == 0x00080005 and not (vr in (b"CS", b"") and CHARACTER_SET.fullmatch(head, value, position)):
-            raise ValueError("odd SpecificCharacterSet")  # pydicom may refuse the file
-        if tag in WANTED:
-            name, expected = WANTED[tag]
-            if vr and vr.decode() != expected and (vr, expected) != (b"SS", "US"):
-                raise ValueError("another VR")
-            parsed = parse_value(expected, _slice(head, value, length), "little")
-            if parsed is not None:
-                header[name] = parsed
+        if tag in ATTRIBUTES:
+            value = parse_value(tag, vr.decode(), take_bytes(head, start, length), "<")
+            if value is not None:
+                header[ATTRIBUTES[tag][0]] = value
 
 
-def _slice(head: bytes, position: int, length: int) -> bytes:
-    if position + length > len(head):
+def take_bytes(head: bytes, start: int, length: int) -> bytes:
+    if start + length > len(head):
         raise struct.error("end of the bytes read so far")
-    return head[position : position + length]
+    return head[start : start + length]
 
 
-def _element(head: bytes, position: int, explicit: bool) -> tuple[int, bytes, int, int]:
-    """(tag, VR, length, position of the value) of the little-endian element at `position`."""
-    if not explicit:
-        group, element, length = IMPLICIT_ELEMENT.unpack_from(head, position)
-        return group << 16 | element, b"", length, position + 8
-    group, element, vr, length = EXPLICIT_ELEMENT.unpack_from(head, position)
-    tag = group << 16 | element
-    if vr in SHORT_VRS:
-        return tag, vr, length, position + 8
-    if vr in LONG_VRS and length == 0:
-        return tag, vr, int.from_bytes(_slice(head, position + 8, 4), "little"), position + 12
-    if group == 0xFFFE:  # items and delimiters have no VR
-        return tag, b"", int.from_bytes(vr, "little") | length << 16, position + 8
-    raise ValueError("odd VR")
+def parse_element(
+    head: bytes, position: int, explicit: bool, order: str = "<"
+) -> tuple[int, bytes, int, int]:
+    """(tag, VR, length, start of the value) of the element at `position`; order < little, > big endian."""
+    implicit_element, explicit_element = ELEMENTS[order]
+    if explicit:
+        group, element, vr, length = explicit_element.unpack_from(head, position)
+        if vr in SHORT_VRS:
+            return group << 16 | element, vr, length, position + 8
+        if vr in LONG_VRS and length == 0:
+            (length,) = struct.unpack(f"{order}I", take_bytes(head, position + 8, 4))
+            return group << 16 | element, vr, length, position + 12
+        if group != DELIMITER_GROUP:  # these have no VR
+            raise ValueError("odd VR")
+    group, element, length = implicit_element.unpack_from(head, position)
+    return group << 16 | element, b"", length, position + 8
 
 
-def _skip_sequence(head: bytes, position: int, explicit: bool, depth: int = 0) -> int:
+def skip_sequence(head: bytes, position: int, explicit: bool, depth: int = 0) -> int:
     """End of the undefined-length sequence whose first item starts at `position`."""
     while True:
-        tag, _, length, position = _element(head, position, explicit=False)
-        if tag == 0xFFFEE0DD and length == 0:
+        tag, _, length, position = parse_element(head, position, explicit=False)
+        if tag == SEQUENCE_END and length == 0:
             return position
-        if tag != 0xFFFEE000 or depth > 8:
+        if tag != ITEM or depth > 8:
             raise ValueError("odd sequence")
         end = position + length  # of the item; far away where the length is undefined
         while position != end:
-            tag, vr, inner, position = _element(head, position, explicit)
-            if tag == 0xFFFEE00D and inner == 0 and length == UNDEFINED:
+            tag, vr, inner, position = parse_element(head, position, explicit)
+            if tag == ITEM_END and inner == 0 and length == UNDEFINED:
                 break
-            if tag >> 16 == 0xFFFE or position > end or (inner == UNDEFINED and vr != b"SQ"):
+            if tag >> 16 == DELIMITER_GROUP or position > end or (inner == UNDEFINED and vr != b"SQ"):
                 raise ValueError("odd item")
-            position += inner
             if inner == UNDEFINED:
-                position = _skip_sequence(head, position - inner, explicit, depth + 1)
+                position = skip_sequence(head, position, explicit, depth + 1)
+            else:
+                position += inner
 
 
-def parse_value(vr: str, raw: bytes, order: str) -> tuple | str | None:
-    """Numbers as a tuple, text unpadded, None if empty. ValueError if malformed. `order`: little or big."""
-    if vr in BINARY:
-        count = len(raw) // struct.calcsize("=" + BINARY[vr])
-        values = struct.unpack(f"{'>' if order == 'big' else '<'}{count}{BINARY[vr]}", raw)
-    elif vr in ("DS", "IS"):
+def parse_value(tag: int, vr: str | None, raw: bytes, order: str) -> tuple | float | str | None:
+    """Text unpadded; numbers as a tuple, or the first where there should be one; None if empty.
+    ValueError if malformed. `vr` is the one written, if any."""
+    _, expected, is_single = FRAME_ATTRIBUTES[tag]
+    if expected not in NUMERIC:
+        return raw.decode("latin-1").strip(" \0") or None
+    if vr in BINARY or (vr in (None, "", "UN") and expected in BINARY):
+        code = BINARY.get(vr, BINARY.get(expected))
+        count = len(raw) // struct.calcsize("=" + code)
+        values = struct.unpack(f"{order}{count}{code}", raw)
+    else:
         text = raw.strip(b" \0")
         if text and not NUMBERS.fullmatch(text):
-            raise ValueError(f"{text[:40]!r} is no number")
+            raise ValueError(f"{text[:40]!r} is not a number")
         values = tuple(map(float, text.split(b"\\"))) if text else ()
-    else:
-        return raw.decode("latin-1").strip(" \0") or None
-    if not all(abs(value) < 1e12 for value in values):  # NaN too
+    if not sum(map(abs, values)) < 1e12:  # NaN too
         raise ValueError(f"{values[:6]} is out of range")
-    return values or None
+    if expected not in ("DS", "FD"):
+        values = tuple(map(int, values))
+    return values[0] if is_single and values else values or None
+
+
+class BoundedFile:
+    """A file that is read in a bounded number of pieces: tiny elements would keep pydicom busy for hours."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.num_reads = file, 0
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        self.num_reads += 1
+        if self.num_reads > MAX_HEADER_READS or size > MAX_UNPACKED_BYTES:
+            raise ValueError(f"absurd header: more than {MAX_HEADER_READS} elements, or one of {size} bytes")
+        return self.file.read(size)
 
 
 def slow_header(path: Path) -> dict:
@@ -450,129 +487,137 @@ def slow_header(path: Path) -> dict:
     with open_unpacked(path) as (file, is_deflated):
         start = file.read(132)
         has_preamble = start[128:] == b"DICM"
-        if not start:
-            raise ValueError("empty file")
+        if not start.strip(b"\0"):
+            raise ValueError("damaged: empty, or zeros where a file starts")
         if not has_preamble and start[:2] not in (b"\x02\0", b"\x08\0", b"\0\x08"):
             raise ValueError("not DICOM: no DICM after 128 bytes, and group 0002 or 0008 does not come first")
         file.seek(0)
-        dataset = pydicom.dcmread(file, stop_before_pixels=True, force=not has_preamble)
-        at_pixels = file.tell()
+        dataset = pydicom.dcmread(
+            BoundedFile(file),
+            stop_before_pixels=True,
+            force=not has_preamble,
+            specific_tags=[*ATTRIBUTES, SHARED_GROUPS, FRAME_GROUPS],
+        )
+        position = file.tell()
         size = file.seek(0, os.SEEK_END)
 
         def read(offset: int, length: int) -> bytes:
             file.seek(offset)
             return file.read(length)
 
-        if dataset.file_meta.get("MediaStorageSOPClassUID") == "1.2.840.10008.1.3.10":
-            raise ValueError("a DICOMDIR, no image")
         implicit, little = dataset.original_encoding
-        order = "little" if little else "big"
-        header, unreadable = _attributes(dataset, WANTED, order)
-        header |= {"little": little, "packed": isinstance(file, io.BytesIO), "unreadable": unreadable}
-        guess = IMPLICIT if implicit else EXPLICIT if little else BIG_ENDIAN
-        syntax = DEFLATED if is_deflated else str(dataset.file_meta.get("TransferSyntaxUID") or guess)
+        order = "<" if little else ">"
+        header, remarks = parse_dataset(dataset, order)
+        header |= {"order": order, "packed": isinstance(file, io.BytesIO), "remarks": remarks}
+        implied = IMPLICIT if implicit else EXPLICIT if little else BIG_ENDIAN
+        syntax = DEFLATED if is_deflated else str(dataset.file_meta.get("TransferSyntaxUID") or implied)
         header["TransferSyntaxUID"] = syntax
-        element = read(at_pixels, 12)
-        tag = int.from_bytes(element[:2], order) << 16 | int.from_bytes(element[2:4], order)
-        if len(element) < 8 or tag != PIXEL_DATA:
-            kind = header.get("Modality") or "no (0008,0060) Modality"
-            raise ValueError(f"no image ({kind}): no (7FE0,0010) PixelData")
-        if element[4:8] in (b"OB\0\0", b"OW\0\0", b"UN\0\0"):
-            length = int.from_bytes(element[8:], order)
-            header["pixel_data"] = (element[4:6].decode(), at_pixels + 12, length)
-        else:
-            header["pixel_data"] = ("OW", at_pixels + 8, int.from_bytes(element[4:8], order))
-        header["groups"] = _functional_groups(dataset, order)
+        element = read(position, 12).ljust(12, b"\0")
+        explicit = not implicit and element[4:6] in LONG_VRS
+        tag, vr, length, start = parse_element(element, 0, explicit, order)
+        if tag != PIXEL_DATA:
+            sop_class = header.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID", "")
+            modality = header.get("Modality", "no (0008,0060) Modality")
+            is_cut = sop_modality(sop_class) and modality in ("CT", "MR")
+            raise ValueError(
+                f"{'truncated' if is_cut else 'not an image'} ({modality}): no (7FE0,0010) PixelData"
+            )
+        header["pixel_data"] = (vr.decode() or "OW", position + start, length)
+        header["groups"] = parse_groups(dataset, order)
         header["spans"] = locate_frames(header, size, read)
         return header
 
 
-def _attributes(dataset: pydicom.Dataset, table: dict, order: str) -> tuple[dict, list[str]]:
-    """(the attributes of `table` in a dataset by name, those that do not parse)."""
-    found, unreadable = {}, []
-    for tag, (name, vr) in table.items():
-        if tag not in dataset:
+def parse_dataset(dataset: pydicom.Dataset, order: str) -> tuple[dict, list[str]]:
+    """(the attributes of a dataset or a functional group by name, remarks as in `read_header`)."""
+    attributes, remarks = {}, []
+    for tag, element in dataset.items():
+        if tag not in FRAME_ATTRIBUTES:
             continue
+        name, kind, _ = FRAME_ATTRIBUTES[tag]
+        raw = element.value or b""
+        if kind == "DS" and b"," in raw:
+            remarks.append(f"{name}: decimal commas read as points")
+            raw = raw.replace(b",", b".")
         try:
-            element = dataset.get_item(tag)
-            expected = (None, "UN", "US", "SS") if vr == "US" else (None, "UN", vr)
-            if isinstance(element, RawDataElement) and element.VR in expected:
-                value = parse_value(vr, element.value or b"", order)
-            else:  # written with another VR: what pydicom makes of it
-                value = dataset[tag].value
-                values = [] if value is None else [value] if isinstance(value, str | float | int) else value
-                kind = "DS" if vr in BINARY or vr == "IS" else vr
-                value = parse_value(kind, "\\".join(map(str, values)).encode(), order)
-        except Exception as error:  # pydicom raises many kinds; the attribute counts as missing, and is noted
-            reason = " ".join(str(error).split())[:80]
-            unreadable.append(f"({tag >> 16:04X},{tag & 0xFFFF:04X}) {name} does not parse: {reason}")
+            value = parse_value(tag, element.VR, raw, order)
+        except (ValueError, TypeError, AttributeError, struct.error):
+            remarks.append(f"({tag >> 16:04X},{tag & 0xFFFF:04X}) {name} does not parse")
             continue
         if value is not None:
-            found[name] = value
-    return found, unreadable
+            attributes[name] = value
+    return attributes, remarks
 
 
-def _functional_groups(dataset: pydicom.Dataset, order: str) -> list[dict] | None:
-    """For each frame of an enhanced file what its own and the shared functional groups say, else None."""
+def parse_groups(dataset: pydicom.Dataset, order: str) -> list[dict] | None:
+    """For each frame of an enhanced file what its and the shared functional groups say, else None."""
 
-    def flat(item: pydicom.Dataset) -> dict:
-        sequences = [item[tag].value for tag in FUNCTIONAL_GROUPS if tag in item]
-        parts = [_attributes(sequence[0], IN_FRAME, order)[0] for sequence in sequences if sequence]
-        return {name: value for part in parts for name, value in part.items()}
+    def parse_item(item: pydicom.Dataset) -> dict:
+        attributes = {}
+        for tag in FUNCTIONAL_GROUPS:
+            if tag in item and item[tag].value:
+                attributes |= parse_dataset(item[tag].value[0], order)[0]
+        return attributes
 
-    shared, frames = (dataset[tag].value if tag in dataset else None for tag in (0x52009229, 0x52009230))
-    common = flat(shared[0]) if shared else {}
-    return [common | flat(item) for item in frames] if frames else [common] if shared else None
+    shared, frames = (dataset[tag].value if tag in dataset else [] for tag in (SHARED_GROUPS, FRAME_GROUPS))
+    shared_attributes = parse_item(shared[0]) if shared else {}
+    if frames:
+        return [shared_attributes | parse_item(item) for item in frames]
+    return [shared_attributes] if shared else None
 
 
 @contextlib.contextmanager
-def open_unpacked(path: Path) -> typing.Iterator[tuple[typing.BinaryIO, bool]]:
+def open_unpacked(path: Path) -> Iterator[tuple[BinaryIO, bool]]:
     """(`path` open for reading, whether its dataset was deflated). A gzipped or deflated file is unpacked in
     memory, at most MAX_UNPACKED_BYTES; a deflated dataset then looks like explicit VR little endian."""
     with open(path, "rb") as file:
         head = file.read(2**16)
         file.seek(0)
         if head[:2] == b"\x1f\x8b":
-            head = _inflate(file.read(), 31)
+            head = inflate(file.read(MAX_UNPACKED_BYTES), 31)
             file = io.BytesIO(head)
         is_deflated = head[128:132] == b"DICM" and DEFLATED.encode() in head[: 2**16]
         if is_deflated:
-            data = file.read()
+            data = file.read(MAX_UNPACKED_BYTES)
             end = 144 + int.from_bytes(data[140:144], "little")  # of the file meta group, PS3.10 7.1
             meta = data[:end].replace(DEFLATED.encode(), EXPLICIT.encode() + b"\0\0\0")
-            file = io.BytesIO(meta + _inflate(data[end:], -15))
+            file = io.BytesIO(meta + inflate(data[end:], -15))
         yield file, is_deflated
 
 
-def _inflate(data: bytes, window_bits: int) -> bytes:
+def inflate(data: bytes, window_bits: int) -> bytes:
     """Unpacked `data`; what grows beyond MAX_UNPACKED_BYTES is refused before it takes the memory."""
-    unpacked = zlib.decompressobj(window_bits).decompress(data, MAX_UNPACKED_BYTES + 1)
+    stream = zlib.decompressobj(window_bits)
+    try:
+        unpacked = stream.decompress(data, MAX_UNPACKED_BYTES + 1)
+    except zlib.error as error:
+        raise ValueError(f"damaged: {error}") from error
     if len(unpacked) > MAX_UNPACKED_BYTES:
         raise ValueError(f"unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB: a decompression bomb?")
+    if not stream.eof:
+        raise ValueError(f"truncated: the compressed data end after {len(data)} bytes")
     return unpacked
 
 
-def whole(header: dict, name: str, default: int = 0) -> int:
-    """First value of an attribute as an int."""
-    return int(header[name][0]) if name in header else default
+Reader = Callable[[int, int], bytes]  # (offset, length) -> that piece of a file
+Pieces = list[tuple[int, int]]  # (offset, length) of each piece of a frame
 
 
-def locate_frames(header: dict, size: int, read: typing.Callable[[int, int], bytes]) -> list[tuple]:
-    """For each frame the (offset, length) pieces of its pixel data in a file of `size` bytes, of which
-    `read(offset, length)` gives some. ValueError if the image is absurd or the file too short.
+def locate_frames(header: dict, size: int, read: Reader) -> list[Pieces]:
+    """For each frame the pieces of its pixel data in a file of `size` bytes. ValueError if the image is
+    absurd or the file too short.
 
-    Without (0028,0008) NumberOfFrames, native frames are counted from the length of the pixel data,
-    compressed ones from the offset table or the fragments that start a code stream (RLE: every fragment is a
-    frame).
+    Without (0028,0008) NumberOfFrames, native frames are counted from the length of the pixel data if it
+    holds a whole number of them, compressed ones by code streams.
     """
-    rows, cols, bits = whole(header, "Rows"), whole(header, "Columns"), whole(header, "BitsAllocated")
-    samples, stated = whole(header, "SamplesPerPixel", 1), whole(header, "NumberOfFrames")
+    rows, cols, bits = (header.get(name, 0) for name in ("Rows", "Columns", "BitsAllocated"))
+    samples, stated = header.get("SamplesPerPixel", 1), header.get("NumberOfFrames", 0)
     _, offset, length = header["pixel_data"]
-    what = f"{max(stated, 1)} frames of {rows} x {cols} pixels of {samples} x {bits} bits"
+    image = f"{max(stated, 1)} frames of {rows} x {cols} pixels of {samples} x {bits} bits"
     if rows < 1 or cols < 1 or samples not in (1, 3) or bits not in (8, 16, 32) or stated < 0:
-        raise ValueError(f"unreadable image: {what}; expected 1 or 3 samples of 8, 16 or 32 bits")
+        raise ValueError(f"unreadable image: {image}; expected 1 or 3 samples of 8, 16 or 32 bits")
     if rows * cols > MAX_FRAME_PIXELS:
-        raise ValueError(f"absurd size: {what}, limit {MAX_FRAME_PIXELS} pixels")
+        raise ValueError(f"absurd size: {image}, limit {MAX_FRAME_PIXELS} pixels")
     frame_bytes = rows * cols * samples * bits // 8
     if header.get("PhotometricInterpretation") == "YBR_FULL_422" and length != UNDEFINED:
         frame_bytes = rows * cols * 2
@@ -580,53 +625,47 @@ def locate_frames(header: dict, size: int, read: typing.Callable[[int, int], byt
         syntax = header["TransferSyntaxUID"]
         if syntax in (IMPLICIT, EXPLICIT, BIG_ENDIAN, DEFLATED):
             raise ValueError(f"compressed pixel data, but (0002,0010) TransferSyntaxUID is {syntax}")
-        spans = _fragments_by_frame(stated, offset, size, read, syntax == RLE)
-    else:
-        count, there = stated or max(1, length // frame_bytes), max(0, min(length, size - offset))
-        if there < count * frame_bytes:
-            raise ValueError(f"truncated: {there} of {count * frame_bytes} bytes of pixel data ({what})")
-        spans = [((offset + i * frame_bytes, frame_bytes),) for i in range(count)]
-    if frame_bytes * len(spans) > MAX_PIXEL_BYTES:
-        raise ValueError(f"absurd size: {what}, limit {MAX_PIXEL_BYTES >> 20} MiB")
-    return spans
+        frames = group_fragments(stated, offset, size, read)
+    count = len(frames) if length == UNDEFINED else stated or max(length // frame_bytes, 1)
+    if count > MAX_FRAMES or frame_bytes * count > MAX_PIXEL_BYTES:
+        raise ValueError(f"absurd size: {image}, limit {MAX_FRAMES} frames, {MAX_PIXEL_BYTES >> 20} MiB")
+    if length == UNDEFINED:
+        return frames
+    if not stated and length % frame_bytes > 1:
+        count = 1
+    available = max(0, min(length, size - offset))
+    if available < count * frame_bytes:
+        raise ValueError(f"truncated: {available} of {count * frame_bytes} bytes of pixel data ({image})")
+    if length > count * frame_bytes + 1:
+        header["remarks"].append(f"(7FE0,0010) PixelData of {length} bytes is longer than {image}")
+    return [[(offset + i * frame_bytes, frame_bytes)] for i in range(count)]
 
 
-def _fragments_by_frame(
-    stated: int, offset: int, size: int, read: typing.Callable[[int, int], bytes], is_rle: bool
-) -> list[tuple]:
-    """Pieces of encapsulated pixel data by frame (PS3.5 A.4); `stated` is 0 where no number is given."""
-    fragments, starts_stream, table, first = [], [], None, 0
-    while offset + 8 <= size:
-        start = read(offset, 12)
-        length = int.from_bytes(start[4:8], "little")
-        if start[:4] == b"\xfe\xff\xdd\xe0":
+def group_fragments(stated: int, offset: int, size: int, read: Reader) -> list[Pieces]:
+    """Fragments of encapsulated pixel data by frame (PS3.5 A.4): a frame starts where a code stream does.
+    `stated` is 0 where no number of frames is given."""
+    fragments, frames = [], []
+    while offset + 8 <= size and len(fragments) <= 2 * MAX_FRAMES:
+        item = read(offset, 16)
+        start, length = offset + 8, int.from_bytes(item[4:8], "little")
+        if item[:4] == b"\xfe\xff\xdd\xe0":
             break
-        if start[:4] != b"\xfe\xff\x00\xe0":
+        if item[:4] != b"\xfe\xff\x00\xe0":
             raise ValueError("damaged: no item where the next fragment of compressed pixel data should be")
-        if offset + 8 + length > size:
-            raise ValueError(f"truncated: {size - offset - 8} bytes left for a fragment of {length}")
-        if table is None:
-            table, first = read(offset + 8, length), offset + 8 + length
-        else:
-            fragments.append((offset + 8, length))
-            starts_stream.append(start[8:10] in (b"\xff\xd8", b"\xff\x4f") or start[8:12] == b"\0\0\0\x0c")
-        offset += 8 + length
-    if not fragments:
-        raise ValueError("truncated: compressed pixel data without a fragment")
-    if stated == len(fragments) or (is_rle and not stated):
-        return [(fragment,) for fragment in fragments]
-    if stated == 1:
-        return [tuple(fragments)]
-    offsets = {int.from_bytes(table[i : i + 4], "little") for i in range(0, len(table), 4)}
-    in_table = [fragment[0] - 8 - first in offsets for fragment in fragments]
-    for is_start in (in_table, starts_stream):
-        starts = [i for i, start in enumerate(is_start) if start]
-        if starts[:1] == [0] and stated in (0, len(starts)):
-            return [tuple(fragments[i:j]) for i, j in zip(starts, [*starts[1:], None], strict=True)]
-    raise ValueError(f"damaged: {len(fragments)} fragments of compressed data for {stated or 'some'} frames")
+        offset = start + length
+        if offset > size:
+            raise ValueError(f"truncated: {size - start} bytes left for a fragment of {length}")
+        fragments.append((start, length, STREAM_START.match(item, 8)))
+    for start, length, is_stream_start in fragments[1:]:  # the first is the offset table
+        if is_stream_start or not frames:
+            frames.append([])
+        frames[-1].append((start, length))
+    if not frames or stated not in (0, len(frames)):
+        raise ValueError(f"damaged: {len(frames)} code streams of {stated or 'some'} frames")
+    return frames
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Frame:
     """One image: where it lies (LPS mm), what its stored values mean, and where its pixels are."""
 
@@ -634,16 +673,16 @@ class Frame:
     index: int  # in the file, from 0
     header: dict  # of the file (`read_header`), overlaid with the frame's own attributes
     sop_uid: str
-    position: np.ndarray | None  # (3,) centre of the pixel in row 0, column 0
-    row_dir: np.ndarray  # (3,) direction of a growing column index
+    position: np.ndarray  # (3,) centre of the pixel in row 0, column 0; NaN where unknown
+    row_dir: np.ndarray  # (3,) direction of a growing column index; NaN before `orient_frames`
     col_dir: np.ndarray  # (3,) direction of a growing row index
     spacing_mm: tuple[float, float]  # between rows, between columns
-    thickness_mm: float  # 0 where absent
     rows: int
     cols: int
     slope: float  # value = slope * stored + intercept
     intercept: float
     padding: tuple[int, int] | None  # first and last of the stored values that are no tissue
+    remarks: list[str]  # what was assumed for it
 
 
 @dataclass
@@ -658,15 +697,14 @@ class Series:
     frames: list[Frame]
     positions_mm: np.ndarray  # (n,) along the normal
     normal: np.ndarray  # (3,)
-    affine: (
-        np.ndarray
-    )  # (4, 4) (z, y, x) -> LPS mm; exact for even gaps, else least squares; sheared if tilted
+    affine: np.ndarray  # (4, 4) (z, y, x) -> LPS mm; least squares where gaps are uneven; sheared if tilted
     spacing_mm: tuple[float, float, float]  # slice (median gap), row, column
     plane: str  # axial, coronal or sagittal: the nearest
     transfer_syntax: str
     notes: list[str]  # everything that was left out, assumed or repaired
     skipped: list[tuple[Path, str]]  # files that are no slices, with the reason
     geometry: dict[tuple[str, int], Frame]  # (SOPInstanceUID, frame index) -> every image, left-out ones too
+    doubts: list[str]  # why the volume may be wrong
     _stored: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     def stored(self, i: int) -> np.ndarray:
@@ -683,7 +721,7 @@ class Series:
         """Free the stored values of slice `i`, or of all."""
         if i is None:
             self._stored.clear()
-            _unpacked.cache_clear()
+            read_unpacked.cache_clear()
         else:
             self._stored.pop(i, None)
 
@@ -710,44 +748,48 @@ class Series:
         if f is None and (sop_uid, 1) in self.geometry:
             raise ValueError(f"series {self.uid}: {sop_uid} has several frames, and no frame is named")
         frame = self.geometry.get((sop_uid, int(f or 0)))
-        if frame is None or frame.position is None:
-            raise ValueError(
-                f"series {self.uid}: no image {sop_uid}, frame {f or 0}, with a position of its own"
-            )
+        if frame is None or np.isnan(frame.position).any():
+            raise ValueError(f"series {self.uid}: no image {sop_uid}, frame {f or 0}, with a position")
         row_mm, col_mm = frame.spacing_mm
         return frame.position + x * col_mm * frame.row_dir + y * row_mm * frame.col_dir
 
 
-@_one_line_errors
+@one_line_errors
 def decode(frame: Frame) -> np.ndarray:
     """(rows, cols) stored values of a frame: decompressed, colour as luminance, masked to BitsStored."""
+    header, is_native = frame.header, frame.header["pixel_data"][2] != UNDEFINED
+    data = read_pixel_bytes(frame)
+    allocated, signed = header["BitsAllocated"], header.get("PixelRepresentation") == 1
+    bits, high_bit = header.get("BitsStored", allocated), header.get("HighBit", -1)
+    bits = bits if 1 <= bits <= allocated else allocated
+    high_bit = high_bit if bits - 1 <= high_bit < allocated else bits - 1
+    if is_native and header.get("SamplesPerPixel", 1) == 1:
+        dtype = np.dtype(f"{header['order']}{'i' if signed else 'u'}{allocated // 8}")
+        stored = np.frombuffer(data, dtype).reshape(frame.rows, frame.cols)
+        return mask_stored(stored.astype(dtype.newbyteorder("="), copy=False), bits, high_bit, signed)
+    return mask_stored(decode_with_pydicom(frame, data, bits), bits, bits - 1, signed)
+
+
+def read_pixel_bytes(frame: Frame) -> bytes:
+    """The pixel data of one frame."""
     header = frame.header
     pieces = header["spans"][frame.index]
     if header["packed"]:
-        unpacked = _unpacked(frame.path, os.stat(frame.path).st_mtime_ns)
+        unpacked = read_unpacked(frame.path, os.stat(frame.path).st_mtime_ns)
         data = b"".join(unpacked[offset : offset + length] for offset, length in pieces)
     else:
         with open(frame.path, "rb", buffering=0) as file:
             data = b"".join(os.pread(file.fileno(), length, offset) for offset, length in pieces)
     if len(data) != sum(length for _, length in pieces):
         raise ValueError("the file became shorter while it was read")
-    if header["pixel_data"][0] == "OW" and not header["little"] and len(data) == frame.rows * frame.cols:
-        data = (
-            np.frombuffer(data + bytes(len(data) % 2), "u2").byteswap().tobytes()[: len(data)]
-        )  # 8-bit in words
-    allocated, high_bit = whole(header, "BitsAllocated"), whole(header, "HighBit", -1)
-    bits, signed = whole(header, "BitsStored", allocated), whole(header, "PixelRepresentation") == 1
-    bits = bits if 1 <= bits <= allocated else allocated
-    high_bit = high_bit if bits - 1 <= high_bit < allocated else bits - 1
-    if header["pixel_data"][2] != UNDEFINED and whole(header, "SamplesPerPixel", 1) == 1:
-        dtype = np.dtype(f"{'<' if header['little'] else '>'}{'i' if signed else 'u'}{allocated // 8}")
-        stored = np.frombuffer(data, dtype).reshape(frame.rows, frame.cols)
-        return mask_stored(stored.astype(dtype.newbyteorder("="), copy=False), bits, high_bit, signed)
-    return mask_stored(_decode_with_pydicom(frame, data, bits), bits, bits - 1, signed)
+    if header["pixel_data"][0] == "OW" and header["order"] == ">" and header["BitsAllocated"] == 8:
+        words = np.frombuffer(data + bytes(len(data) % 2), "u2")  # big-endian words of two 8-bit pixels
+        data = words.byteswap().tobytes()[: len(data)]
+    return data
 
 
 @functools.lru_cache(maxsize=1)
-def _unpacked(path: Path, _changed: int) -> memoryview:
+def read_unpacked(path: Path, _changed: int) -> memoryview:
     """A packed file's unpacked bytes, kept until the next one so that its frames do not unpack it again."""
     with open_unpacked(path) as (file, _):
         return file.getbuffer()
@@ -763,19 +805,19 @@ def mask_stored(array: np.ndarray, bits: int, high_bit: int, signed: bool) -> np
     return np.right_shift(array, size - bits, out=array)
 
 
-def _decode_with_pydicom(frame: Frame, data: bytes, bits: int) -> np.ndarray:
+def decode_with_pydicom(frame: Frame, data: bytes, bits: int) -> np.ndarray:
     """(rows, cols) of compressed or colour pixel data through pydicom and its plug-ins."""
     header, is_native = frame.header, frame.header["pixel_data"][2] != UNDEFINED
     uid = pydicom.uid.UID(EXPLICIT if is_native else header["TransferSyntaxUID"])
-    samples = whole(header, "SamplesPerPixel", 1)
+    samples = header.get("SamplesPerPixel", 1)
     try:
         decoder = get_decoder(uid)
     except NotImplementedError:
         raise ValueError(f"there is no decoder for transfer syntax {uid.name} ({uid})") from None
     if not decoder.is_available:
         raise ValueError(f"transfer syntax {uid.name} ({uid}) needs a decoder: pip install {DECODERS[uid]}")
-    if not is_native:
-        _check_stream(data, uid, (frame.rows, frame.cols, samples))
+    if not is_native and uid != RLE:
+        check_code_stream(data, (frame.rows, frame.cols, samples))
     default = "RGB" if samples == 3 else "MONOCHROME2"
     array, _ = decoder.as_array(
         data if is_native else encapsulate([data]),
@@ -784,11 +826,11 @@ def _decode_with_pydicom(frame: Frame, data: bytes, bits: int) -> np.ndarray:
         columns=frame.cols,
         number_of_frames=1,
         samples_per_pixel=samples,
-        bits_allocated=whole(header, "BitsAllocated"),
+        bits_allocated=header["BitsAllocated"],
         bits_stored=bits,
-        pixel_representation=whole(header, "PixelRepresentation"),
+        pixel_representation=header.get("PixelRepresentation", 0),
         photometric_interpretation=header.get("PhotometricInterpretation", default),
-        planar_configuration=whole(header, "PlanarConfiguration"),
+        planar_configuration=header.get("PlanarConfiguration", 0),
         pixel_keyword="PixelData",
     )
     if array.ndim == 3:
@@ -798,88 +840,86 @@ def _decode_with_pydicom(frame: Frame, data: bytes, bits: int) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
-def _check_stream(data: bytes, uid: str, expected: tuple[int, int, int]) -> None:
+# Rows, columns and samples in the frame header of JPEG and JPEG-LS (SOFn), and in SIZ of JPEG 2000.
+JPEG_SIZE = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7]\0[\x0b\x11].(.{5})", re.DOTALL)
+JPEG_2000_SIZE = re.compile(rb"\xff\x4f\xff\x51.{4}(.{16}).{16}(..)", re.DOTALL)
+
+
+def check_code_stream(data: bytes, expected: tuple[int, int, int]) -> None:
     """Refuses a code stream of another size than stated: 600 bytes can ask a decoder for gigabytes."""
-    found, start = None, data.find(b"\xff\x4f\xff\x51", 0, 4096)  # JPEG 2000: SOC, SIZ
-    if uid == RLE:
-        return
-    if start >= 0:
-        width, height, left, top = struct.unpack_from(">4I", data, start + 8)
-        found = (height - top, width - left, *struct.unpack_from(">H", data, start + 40))
-    at = 2 if start < 0 else len(data)
-    while at + 10 <= len(data) and data[at] == 0xFF:  # JPEG, JPEG-LS: segments up to the frame header SOFn
-        marker = data[at + 1]
-        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            found = (*struct.unpack_from(">2H", data, at + 5), data[at + 9])
-            break
-        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    if found != expected:
-        raise ValueError(f"the code stream holds {found} rows, columns, samples; the header says {expected}")
+    size = None
+    if match := JPEG_2000_SIZE.search(data, 0, 4096):
+        width, height, left, top = struct.unpack(">4I", match[1])
+        size = (height - top, width - left, *struct.unpack(">H", match[2]))
+    elif match := JPEG_SIZE.search(data, 0, 2**16):
+        size = struct.unpack(">HHB", match[1])
+    if size != expected:
+        raise ValueError(f"the code stream holds {size} rows, columns, samples; the header says {expected}")
 
 
-MIP_TYPES = {"MIP", "MINIP", "MIN IP", "MAX IP", "PROJECTION IMAGE", "PROJECTION", "VOLUME RENDERED", "VRT"}
-SCOUT_TYPES = {"LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW", "REF_SURVIEW"}
+PROJECTION = re.compile(r"\b(MIP|MINIP|MAXIP|MIN IP|MAX IP|PROJECTION|VOLUME RENDERED|VRT)\b")
+SCOUT = re.compile(r"\b(LOCALIZER|SCOUT|TOPOGRAM|SURVIEW)\b")
 PHASE_TYPES = {"P", "PHASE", "R", "REAL", "I", "IMAGINARY", "PHASE MAP", "B0", "B0 MAP"}
 
 
-def _image_types(header: dict) -> list[str]:
-    return header.get("ImageType", "").upper().split("\\")
+def image_types(header: dict) -> list[str]:
+    return [value.strip() for value in header.get("ImageType", "").upper().split("\\")]
+
+
+def image_kind(header: dict) -> str:
+    """slice, scout or projection, by the words of (0008,0008) ImageType."""
+    words = re.sub("[^A-Z0-9]+", " ", header.get("ImageType", "").upper())
+    return "projection" if PROJECTION.search(words) else "scout" if SCOUT.search(words) else "slice"
+
+
+def sop_modality(sop_class: str) -> str:
+    """CT or MR where (0008,0016) SOPClassUID is one of their images, else ""."""
+    stem = ".".join(sop_class.split(".")[:10])
+    return {"1.2.840.10008.5.1.4.1.1.2": "CT", "1.2.840.10008.5.1.4.1.1.4": "MR"}.get(stem, "")
 
 
 def modality_of(header: dict) -> str:
-    """(0008,0060) Modality, else what (0008,0016) SOPClassUID implies, else ""."""
-    stem = ".".join(header.get("SOPClassUID", "").split(".")[:9])
-    implied = {"1.2.840.10008.5.1.4.1.1.2": "CT", "1.2.840.10008.5.1.4.1.1.4": "MR"}
-    return header.get("Modality") or implied.get(stem, "")
+    return header.get("Modality") or sop_modality(header.get("SOPClassUID", ""))
 
 
-def _refuse_what_is_no_slice(header: dict) -> None:
-    types, modality = _image_types(header), modality_of(header)
-    if modality not in ("CT", "MR", ""):
-        raise ValueError(f"(0008,0060) Modality {modality}: not CT or MR")
+def check_is_slice(header: dict) -> None:
+    """ValueError with the reason if a file's images are not slices of a CT or MR scan."""
+    types, modality = image_types(header), modality_of(header)
+    if modality not in ("CT", "MR"):
+        raise ValueError(f"(0008,0060) Modality {modality or 'missing'}: not CT or MR")
     if "MOSAIC" in types or ("VFRAME" in types and "ImagePositionPatient" not in header):
         raise ValueError(f"a volume tiled in one image: (0008,0008) ImageType {header['ImageType']}")
     if header.get("PhotometricInterpretation") == "PALETTE COLOR":
         raise ValueError("(0028,0004) PhotometricInterpretation PALETTE COLOR: colours without grey values")
-    is_placed = header["groups"] or "ImagePositionPatient" in header
-    if whole(header, "SamplesPerPixel", 1) == 3 and not is_placed:
+    has_position = header["groups"] or "ImagePositionPatient" in header
+    if header.get("SamplesPerPixel", 1) == 3 and not has_position:
         raise ValueError("a colour image without (0020,0032) ImagePositionPatient: a report or screenshot")
 
 
-def frames_of(path: Path, header: dict) -> list[tuple[Frame, list[str]]]:
-    """The images of one file, each with what was assumed for it. ValueError if they are no CT or MR slices.
+def make_frames(path: Path, header: dict) -> list[Frame]:
+    """The images of one file. ValueError if they are not CT or MR slices.
 
-    Orientation missing or not orthogonal: axial. Spacing missing: (0018,1100) ReconstructionDiameter over the
-    matrix, else 1 mm. Frames without positions of their own: from the file's position, else 0, along +normal
-    in steps of (0018,0088) SpacingBetweenSlices, else (0018,0050) SliceThickness, else the row spacing.
+    Frames without positions of their own: from the file's position, else 0, along +normal in steps of
+    (0018,0088) SpacingBetweenSlices, else (0018,0050) SliceThickness, else the row spacing.
     """
-    _refuse_what_is_no_slice(header)
-    frames, groups = [], header["groups"] or []
+    check_is_slice(header)
+    frames, groups = [], header["groups"] or [{}]
     for index in range(len(header["spans"])):
-        own = groups[index] if index < len(groups) else groups[0] if len(groups) == 1 else {}
-        tags = header | own if own else header
-        assumed = list(header["unreadable"])
-        directions = _directions(tags.get("ImageOrientationPatient"))
-        if directions is None:
-            assumed.append("no valid (0020,0037) ImageOrientationPatient: axial assumed")
-            directions = np.eye(3)[:2]
-        spacing = tags.get("PixelSpacing", ())
-        spacing = spacing * 2 if len(spacing) == 1 else spacing
-        if len(spacing) != 2 or not all(1e-3 < value < 1e3 for value in spacing):
-            diameter = tags.get("ReconstructionDiameter", (0,))[0] / max(tags["Rows"][0], tags["Columns"][0])
-            spacing = (diameter,) * 2 if 1e-3 < diameter < 1e3 else (1.0, 1.0)
-            assumed.append(f"no valid (0028,0030) PixelSpacing: {spacing[0]:.4g} mm assumed")
-        position = tags.get("ImagePositionPatient", ())
-        position = np.array(position) if len(position) == 3 and max(map(abs, position)) < 1e5 else None
-        if len(header["spans"]) > 1 and "ImagePositionPatient" not in own:
-            count = "" if "NumberOfFrames" in header else "number and "
-            step, why = slice_step(tags, spacing[0])
-            assumed.append(f"frames without {count}position placed {step:.4g} mm apart along +normal ({why})")
-            position = np.zeros(3) if position is None else position
-            position = position + index * step * np.cross(*directions)
-        slope = tags.get("RescaleSlope", (1.0,))[0]
+        group = groups[index] if index < len(groups) else groups[0] if len(groups) == 1 else {}
+        tags, remarks = header | group, list(header["remarks"])
+        directions = unit_directions(tags.get("ImageOrientationPatient", ()))
+        spacing = pixel_spacing(tags, remarks)
+        position = np.array(tags.get("ImagePositionPatient", ()))
+        if position.shape != (3,) or np.abs(position).max() > 1e5:
+            remarks.append("no valid (0020,0032) ImagePositionPatient")
+            position = np.full(3, np.nan)
+        if len(header["spans"]) > 1 and "ImagePositionPatient" not in group:
+            step, source = slice_step(tags, spacing[0])
+            remarks.append(f"frames without position placed {step:.4g} mm apart along +normal ({source})")
+            position = np.nan_to_num(position) + index * step * np.cross(*directions)
+        slope = tags.get("RescaleSlope", 1.0)
         if slope == 0:
-            assumed.append("(0028,1053) RescaleSlope is 0: 1 assumed")
+            remarks.append("(0028,1053) RescaleSlope is 0: 1 assumed")
         frame = Frame(
             path=path,
             index=index,
@@ -889,46 +929,54 @@ def frames_of(path: Path, header: dict) -> list[tuple[Frame, list[str]]]:
             row_dir=directions[0],
             col_dir=directions[1],
             spacing_mm=spacing,
-            thickness_mm=max(tags.get("SliceThickness", (0.0,))[0], 0.0),
-            rows=whole(tags, "Rows"),
-            cols=whole(tags, "Columns"),
+            rows=tags["Rows"],
+            cols=tags["Columns"],
             slope=slope or 1.0,
-            intercept=tags.get("RescaleIntercept", (0.0,))[0],
-            padding=_padding(tags),
+            intercept=tags.get("RescaleIntercept", 0.0),
+            padding=padding_range(tags),
+            remarks=remarks,
         )
-        frames.append((frame, assumed))
+        frames.append(frame)
     return frames
+
+
+@functools.lru_cache(maxsize=256)
+def unit_directions(orientation: tuple) -> np.ndarray:
+    """(2, 3) unit row and column directions; NaN if they are missing, zero or not orthogonal."""
+    if len(orientation) == 6 and max(map(abs, orientation)) < 1e3:
+        directions = np.array(orientation).reshape(2, 3)
+        lengths = np.linalg.norm(directions, axis=1, keepdims=True)
+        if lengths.min() > 1e-3 and abs(directions[0] @ directions[1]) < 0.02 * lengths.prod():
+            return directions / lengths
+    return np.full((2, 3), np.nan)
+
+
+def pixel_spacing(tags: dict, remarks: list[str]) -> tuple[float, float]:
+    """(between rows, between columns) mm; 1 mm where it is missing."""
+    spacing = tags.get("PixelSpacing", ())
+    spacing = spacing * 2 if len(spacing) == 1 else spacing
+    if len(spacing) == 2 and all(1e-3 < value < 1e3 for value in spacing):
+        return spacing
+    remarks.append("no valid (0028,0030) PixelSpacing: 1 mm assumed")
+    return 1.0, 1.0
 
 
 def slice_step(tags: dict, row_mm: float) -> tuple[float, str]:
     """(mm from slice to slice, the attribute that says so) where positions do not tell."""
     for name in ("SpacingBetweenSlices", "SliceThickness"):
-        step = abs(tags.get(name, (0.0,))[0])
+        step = abs(tags.get(name, 0.0))
         if 1e-3 < step < 1e3:
             return step, name
     return row_mm, "the row spacing"
 
 
-@functools.lru_cache(maxsize=256)
-def _directions(orientation: tuple | None) -> np.ndarray | None:
-    """(2, 3) unit row and column directions, or None if they are missing, zero or not orthogonal."""
-    if orientation is None or len(orientation) != 6 or max(map(abs, orientation)) > 1e3:
-        return None
-    directions = np.array(orientation).reshape(2, 3)
-    lengths = np.linalg.norm(directions, axis=1, keepdims=True)
-    if lengths.min() < 1e-3 or abs(directions[0] @ directions[1]) > 0.02 * lengths.prod():
-        return None
-    return directions / lengths
-
-
-def _padding(tags: dict) -> tuple[int, int] | None:
+def padding_range(tags: dict) -> tuple[int, int] | None:
     """(0028,0120) PixelPaddingValue to (0028,0121) PixelPaddingRangeLimit, in the sign of stored values."""
     if "PixelPaddingValue" not in tags:
         return None
-    first = whole(tags, "PixelPaddingValue")
-    ends = [first, whole(tags, "PixelPaddingRangeLimit", first)]
-    if whole(tags, "PixelRepresentation") == 1:
-        bits = whole(tags, "BitsAllocated")
+    first, bits = tags["PixelPaddingValue"], tags["BitsAllocated"]
+    ends = [first, tags.get("PixelPaddingRangeLimit", first)]
+    if tags.get("PixelRepresentation") == 1:
         ends = [end - 2**bits if end >= 2 ** (bits - 1) else end for end in ends]
     return min(ends), max(ends)
 
@@ -937,58 +985,40 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
     """One volume from a folder of any depth, or from a list of files.
 
     Files are recognised by content. Images of series `uid` are used if there are any, else all. The volume is
-    the largest group (by positions) of CT or MR images that agree in series, size, orientation (1e-3) and
-    pixel spacing (1e-3 relative); scouts and projections (MIP) only where nothing else is there. One image is
-    kept per position (`_one_volume`). ValueError (one line) if there is no volume: mosaics, projections,
-    radiographs, reports.
+    one of the largest group of CT or MR images that agree in series, size, orientation and pixel spacing
+    (`select_stack`), with one image per position (`build_volume`); scouts and projections (MIP) only where
+    nothing else is there. ValueError (one line) if there is no volume: mosaics, projections, radiographs,
+    reports.
     """
     where = f"{len(source)} files" if isinstance(source, list) else str(source)
     paths = source if isinstance(source, list) else [Path(source)]
     if paths == [Path(where)] and paths[0].is_dir():
         paths = [Path(folder, name) for folder, _, names in os.walk(where) for name in names]
-    found, intact, skipped, notes = [], [], [], []
-    for path in sorted(paths, key=natural_key):
-        try:
-            header = read_header(path)
-            intact.append(path)
-            found += frames_of(path, header)
-        except ValueError as error:
-            skipped.append((path, str(error)))
-            cause = error.__cause__
-            if isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL):
-                raise ValueError(f"{path}: {error}; the disk is at fault, not the file: try again") from error
-    damaged = [(path, reason) for path, reason in skipped if reason.startswith(("truncated", "damaged"))]
-    num_images = len(intact) + len(damaged)
-    if found and len(damaged) > max(1, num_images // 10):
-        path, reason = damaged[0]
-        raise ValueError(
-            f"{where}: {len(damaged)} of {num_images} images are damaged ({path.name}: {reason}); expected "
-            f"at most a tenth. Copy the series again"
-        )
-    if not found:
-        reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped[:3])
-        raise ValueError(f"{where}: no CT or MR slice in {len(paths)} files. {reasons}")
-    frames, assumed = [frame for frame, _ in found], {id(frame): texts for frame, texts in found}
-    geometry = _by_image(frames)
-    frames = _largest_group(frames, uid, where, notes)
-    for text, count in collections.Counter(text for frame in frames for text in assumed[id(frame)]).items():
-        notes.append(f"{text} ({count} of {len(frames)} images)")
-    frames = _placed(frames, notes)
-    geometry |= _by_image(frames)
-    frames = _one_volume(frames, notes)
-    header = frames[0].header
+    frames, skipped = read_frames(sorted(paths, key=natural_key), where)
+    notes: list[str] = []
+    doubts: list[str] = []
+    members = [frame for frame in frames if frame.header.get("SeriesInstanceUID", uid) == uid]
+    if uid and members and len(members) < len(frames):
+        notes.append(f"{len(frames) - len(members)} images of other series left out")
+        frames = members
+    frames = orient_frames(drop_copies(frames, notes), notes, doubts)
+    geometry = index_images(frames)
+    frames = drop_slabs(select_stack(frames, where, notes), notes)
+    remarks = count_remarks(frames)
+    notes += remarks
+    doubts += [text for text in remarks if text.startswith("no valid (0028,0030)")]
+    frames, volume = build_volume(frames, where, notes, doubts)
+    geometry |= index_images(frames)
+    header = volume[0].header
     modality, patient = modality_of(header), header.get("PatientID", "")
-    if not modality:
-        modality = "CT" if min(frame.intercept for frame in frames) <= -500 else "MR"
-        notes.append(f"no (0008,0060) Modality: {modality} assumed from (0028,1052) RescaleIntercept")
-    normal, affine, spacing, positions = _stack(frames, notes)
+    normal, affine, spacing, positions = measure_stack(volume, notes)
     return Series(
-        uid=safe_uid(uid or header.get("SeriesInstanceUID") or os.path.abspath(frames[0].path.parent)),
+        uid=safe_uid(uid or header.get("SeriesInstanceUID") or os.path.abspath(volume[0].path.parent)),
         modality=modality,
         patient=patient,
         age=header.get("PatientAge", ""),
         sex=header.get("PatientSex", ""),
-        frames=_repaired(frames, modality, notes),
+        frames=repair_values(volume, modality, notes, doubts),
         positions_mm=positions,
         normal=normal,
         affine=affine,
@@ -998,136 +1028,327 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
         notes=notes,
         skipped=skipped,
         geometry=geometry,
+        doubts=doubts,
     )
 
 
-def _by_image(frames: list[Frame]) -> dict[tuple[str, int], Frame]:
-    """(SOPInstanceUID, frame index) -> image. A UID that files at several places share tells nothing: left
-    out."""
-    images: dict[tuple[str, int], Frame] = {}
-    shared = set()
-    for frame in frames:
-        first = images.setdefault((frame.sop_uid, frame.index), frame)
-        if not np.array_equal(first.position, frame.position):
-            shared.add((frame.sop_uid, frame.index))
-    return {key: frame for key, frame in images.items() if key not in shared}
+def read_frames(paths: list[Path], where: str) -> tuple[list[Frame], list[tuple[Path, str]]]:
+    """(images, [(file that is not a slice, reason)]).
 
-
-def _image_kind(frame: Frame) -> str:
-    types = set(_image_types(frame.header))
-    return "projection" if types & MIP_TYPES else "scout" if types & SCOUT_TYPES else "slice"
-
-
-def _largest_group(frames: list[Frame], uid: str | None, where: str, notes: list[str]) -> list[Frame]:
-    """The images of one stack, as `read_series` says; the others are noted."""
-    if uid and any(frame.header.get("SeriesInstanceUID") == uid for frame in frames):
-        own = [frame for frame in frames if frame.header.get("SeriesInstanceUID", uid) == uid]
-        if len(own) < len(frames):
-            notes.append(f"{len(frames) - len(own)} images of other series left out")
-        frames = own
-    groups: list[tuple[tuple, np.ndarray, list[Frame]]] = []  # what must be equal, what nearly, members
-    members_of: dict[tuple, list[Frame]] = {}
-    for frame in frames:
-        equal = (frame.header.get("SeriesInstanceUID", ""), _image_kind(frame), frame.rows, frame.cols)
-        exact = (*equal, *frame.spacing_mm, *frame.row_dir.tolist(), *frame.col_dir.tolist())
-        if exact not in members_of:
-            nearly = np.array([*np.log(frame.spacing_mm), *frame.row_dir, *frame.col_dir])
-            same = [g for g in groups if g[0] == equal and np.abs(g[1] - nearly).max() < 1e-3]
-            if not same:
-                same = [(equal, nearly, [])]
-                groups += same
-            members_of[exact] = same[0][2]
-        members_of[exact].append(frame)
-
-    def rank(group: tuple) -> tuple:
-        (_, kind, *_), _, members = group
-        points = [frame.position for frame in members if frame.position is not None]
-        at = np.sort(points @ np.cross(members[0].row_dir, members[0].col_dir)) if points else np.zeros(0)
-        positions = len(members) - len(at) + (np.diff(at) > SAME_POSITION_MM).sum() + bool(len(at))
-        return kind == "slice", positions, len(members)
-
-    best = max(groups, key=rank)
-    if best[0][1] == "projection" and rank(best)[1] == 1:
-        raise ValueError(f"{where}: {len(frames)} projection images (MIP), no volume")
-    for equal, nearly, members in groups:
-        _, kind, rows, cols = equal
-        if members is not best[2]:
-            other = " of another series" if equal[0] != best[0][0] else ""
-            row_mm, col_mm = np.exp(nearly[:2])
-            direction = np.array2string(np.cross(nearly[2:5], nearly[5:]), precision=2, suppress_small=True)
-            notes.append(
-                f"{len(members)} images{other} left out: {kind}, {rows} x {cols} pixels of {row_mm:.3g} x "
-                f"{col_mm:.3g} mm, normal {direction}"
-            )
-        elif kind != "slice":
-            notes.append(f"the images call themselves {kind}: ImageType {members[0].header['ImageType']}")
-    return best[2]
-
-
-def _number(frame: Frame, name: str) -> float | None:
-    return frame.header[name][0] if name in frame.header else None
-
-
-def _placed(frames: list[Frame], notes: list[str]) -> list[Frame]:
-    """Every frame with a position. Where (0020,0032) ImagePositionPatient is all the same, by (0020,1041)
-    SliceLocation if that differs. Where it is missing, in this order: on the straight line that the others
-    follow by InstanceNumber; at (0020,1041) SliceLocation; at (0020,0013) InstanceNumber, else the rank of
-    the file name, times `slice_step`; all but the first along +normal. Each is noted."""
-    normal = np.cross(frames[0].row_dir, frames[0].col_dir)
-    known = [frame for frame in frames if frame.position is not None]
-    missing = len(frames) - len(known)
-    locations = [_number(frame, "SliceLocation") for frame in frames]
-    has_locations = None not in locations and np.ptp(locations) > SAME_POSITION_MM
-    if not missing:
-        is_one_place = np.ptp([frame.position for frame in frames], axis=0).max() < SAME_POSITION_MM
-        if not (is_one_place and has_locations):
-            return frames
-        notes.append("(0020,0032) ImagePositionPatient is one and the same: (0020,1041) SliceLocation used")
-        offsets = [mm - locations[0] for mm in locations]
-        return [replace(f, position=f.position + mm * normal) for f, mm in zip(frames, offsets, strict=True)]
-    if known:
-        line = _line_by_number(known)
-        placed = [frame if frame.position is not None else _on_line(frame, line) for frame in frames]
-        placed = [frame for frame in placed if frame.position is not None]
-        notes.append(
-            f"{missing} of {len(frames)} images without (0020,0032) ImagePositionPatient: "
-            f"{len(frames) - len(placed)} left out, the others placed by (0020,0013) InstanceNumber"
+    ValueError if there is no image, if more than a tenth of the images are damaged, or if the disk fails.
+    """
+    frames, skipped, num_intact = [], [], 0
+    for path in paths:
+        try:
+            header = read_header(path)
+            num_intact += 1
+            frames += make_frames(path, header)
+        except ValueError as error:
+            skipped.append((path, str(error)))
+            cause = error.__cause__
+            if isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL):
+                raise ValueError(f"{path}: {error}; the disk is at fault, not the file: try again") from error
+    damaged = [(path, reason) for path, reason in skipped if reason.startswith(("truncated", "damaged"))]
+    num_images = num_intact + len(damaged)
+    if frames and len(damaged) > max(1, num_images // 10):
+        path, reason = damaged[0]
+        raise ValueError(
+            f"{where}: {len(damaged)} of {num_images} images are damaged ({path.name}: {reason}); expected "
+            f"at most a tenth. Copy the series again"
         )
-        return placed
-    step, why = slice_step(frames[0].header, frames[0].spacing_mm[0])
-    numbers = [_number(frame, "InstanceNumber") for frame in frames]
-    if has_locations:
-        how, at = "(0020,1041) SliceLocation", locations
-    elif None not in numbers and len(set(numbers)) == len(numbers):
-        how, at = f"(0020,0013) InstanceNumber times {step:.4g} mm ({why})", np.array(numbers) * step
+    if not frames:
+        reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped[:3])
+        raise ValueError(f"{where}: no CT or MR slice in {len(paths)} files. {reasons}")
+    return frames, skipped
+
+
+def index_images(frames: list[Frame]) -> dict[tuple[str, int], Frame]:
+    """(SOPInstanceUID, frame index) -> image, without UIDs that images at several places share."""
+    images: dict[tuple[str, int], Frame] = {}
+    ambiguous = set()
+    for frame in frames:
+        key = frame.sop_uid, frame.index
+        if not np.array_equal(images.setdefault(key, frame).position, frame.position, equal_nan=True):
+            ambiguous.add(key)
+    return {key: frame for key, frame in images.items() if key not in ambiguous}
+
+
+def drop_copies(frames: list[Frame], notes: list[str]) -> list[Frame]:
+    images = {}
+    for i, frame in enumerate(frames):
+        key = frame.sop_uid or i, frame.index, frame.position.tobytes(), frame.header.get("InstanceNumber")
+        images.setdefault(key, frame)
+    if len(images) < len(frames):
+        notes.append(
+            f"{len(frames) - len(images)} copies of images left out: same SOPInstanceUID and position"
+        )
+    return list(images.values())
+
+
+def count_remarks(frames: list[Frame]) -> list[str]:
+    """What was assumed for the images, each once with its number."""
+    counts = collections.Counter(text for frame in frames for text in frame.remarks)
+    return [f"{text} ({count} of {len(frames)} images)" for text, count in counts.items()]
+
+
+# Row and column directions where slices lie along x, y or z: sagittal, coronal, axial.
+USUAL_DIRECTIONS = np.array(
+    [[[0, 1, 0], [0, 0, -1]], [[1, 0, 0], [0, 0, -1]], [[1, 0, 0], [0, 1, 0]]], dtype=float
+)
+
+
+def orient_frames(frames: list[Frame], notes: list[str], doubts: list[str]) -> list[Frame]:
+    """Frames without a valid (0020,0037) ImageOrientationPatient get the other images' one, else the usual
+    one of the plane across which their positions lie, else axial."""
+    is_oriented = np.array([np.isfinite(frame.row_dir).all() for frame in frames])
+    if is_oriented.all():
+        return frames
+    text = f"no valid (0020,0037) ImageOrientationPatient in {(~is_oriented).sum()} images"
+    points = frame_points(frames)
+    points = points[np.isfinite(points).all(axis=1)]
+    extent = np.subtract(*np.percentile(points, (90, 10), axis=0)) if len(points) else np.zeros(3)
+    if is_oriented.any():
+        example = frames[int(is_oriented.argmax())]
+        row_dir, col_dir = example.row_dir, example.col_dir
+        notes.append(f"{text}: taken from other images")
+    elif extent.max() > SAME_POSITION_MM:
+        row_dir, col_dir = USUAL_DIRECTIONS[extent.argmax()]
+        notes.append(f"{text}: taken from the positions")
     else:
-        how, at = f"the order of file names times {step:.4g} mm ({why})", np.arange(len(frames)) * step
-    notes.append(f"no (0020,0032) ImagePositionPatient: slices placed along +normal by {how}")
-    return [replace(frame, position=mm * normal) for frame, mm in zip(frames, at, strict=True)]
+        row_dir, col_dir = USUAL_DIRECTIONS[2]
+        doubts.append(f"{text}, nor positions: axial assumed")
+    oriented = [replace(frame, row_dir=row_dir, col_dir=col_dir) for frame in frames]
+    return [f if known else new for f, known, new in zip(frames, is_oriented, oriented, strict=True)]
 
 
-def _line_by_number(frames: list[Frame]) -> np.ndarray | None:
-    """(2, 3) start and step of the line that positions follow by InstanceNumber to 0.1 mm, or None."""
-    numbered = [frame for frame in frames if "InstanceNumber" in frame.header]
-    design = np.array([(1.0, _number(frame, "InstanceNumber")) for frame in numbered]).reshape(-1, 2)
-    positions = np.array([frame.position for frame in numbered]).reshape(-1, 3)
-    if len(np.unique(design, axis=0)) < 2:
-        return None
-    line = np.linalg.lstsq(design, positions, rcond=None)[0]
-    return line if np.abs(design @ line - positions).max() < 0.1 else None
+def frame_points(frames: list[Frame]) -> np.ndarray:
+    """(n, 3) positions"""
+    return np.array([frame.position for frame in frames])
 
 
-def _on_line(frame: Frame, line: np.ndarray | None) -> Frame:
-    if line is None or "InstanceNumber" not in frame.header:
-        return frame
-    return replace(frame, position=np.array([1.0, _number(frame, "InstanceNumber")]) @ line)
+def positions_along_normal(frames: list[Frame]) -> np.ndarray:
+    """(n,) mm"""
+    return frame_points(frames) @ np.cross(frames[0].row_dir, frames[0].col_dir)
 
 
-def _type_order(frame: Frame) -> tuple:
-    """Magnitude first, phase, real and imaginary last; original before derived."""
-    types = [*_image_types(frame.header), frame.header.get("ComplexImageComponent", "").upper()]
-    is_magnitude = any(word in ("M", "MAGNITUDE") or word.startswith("M_") for word in types)
-    return 0 if is_magnitude else 2 if PHASE_TYPES & set(types) else 1, "DERIVED" in types, tuple(types)
+def distinct_positions(frames: list[Frame]) -> np.ndarray:
+    """Sorted mm along the normal; images closer than SAME_POSITION_MM share one."""
+    positions = np.sort(positions_along_normal(frames))
+    return positions[np.diff(positions, prepend=-np.inf) > SAME_POSITION_MM]
+
+
+def rank_positions(frames: list[Frame]) -> np.ndarray:
+    """(n,) which of the distinct positions each frame has."""
+    return np.searchsorted(distinct_positions(frames), positions_along_normal(frames), side="right") - 1
+
+
+def select_stack(frames: list[Frame], where: str, notes: list[str]) -> list[Frame]:
+    """The largest group (by positions) of images that agree in series, kind, size, orientation and pixel
+    spacing; others are noted. Orientations that jitter become their median."""
+    stacks = collections.defaultdict(list)
+    for frame in frames:
+        series = frame.header.get("SeriesInstanceUID") or frame.header.get("PatientID")
+        stacks[image_kind(frame.header), series, frame.rows, frame.cols].append(frame)
+    groups = [(key, group) for key, members in stacks.items() for group in group_by_geometry(members)]
+
+    def rank(group: tuple[tuple, list[Frame]]) -> tuple:
+        (kind, *_), members = group
+        return kind == "slice", len({frame.position.tobytes() for frame in members}), len(members)
+
+    (kind, best_series, *_), best = max(groups, key=rank)
+    if kind != "slice":
+        if len({frame.position.tobytes() for frame in best}) < 3:
+            raise ValueError(f"{where}: {len(frames)} {kind} images, no volume")
+        notes.append(f"the images call themselves {kind}: ImageType {best[0].header['ImageType']}")
+    for (kind, series, rows, cols), group in groups:
+        if group is not best:
+            other = " of another series" if series != best_series else ""
+            row_mm, col_mm = group[0].spacing_mm
+            normal = np.cross(group[0].row_dir, group[0].col_dir).round(2) + 0.0
+            notes.append(
+                f"{len(group)} images{other} left out: {kind}, {rows} x {cols} pixels of {row_mm:.3g} x "
+                f"{col_mm:.3g} mm, normal {normal}"
+            )
+    return best
+
+
+def group_by_geometry(frames: list[Frame]) -> list[list[Frame]]:
+    """Groups of equal pixel spacing and orientation. In many images orientations may jitter: there the
+    tolerance against the median, which all get, is 0.02, or 0.1 if only that makes one group of many."""
+    geometry = np.array([[*10 * np.log(f.spacing_mm), *f.row_dir, *f.col_dir] for f in frames])
+    for tolerance in (0.02, 0.1, 0.02) if len(frames) >= 8 else (0.001,):
+        groups, rest = [], np.arange(len(frames))
+        while len(rest):
+            for centre in (np.median(geometry[rest], axis=0), geometry[rest[0]]):
+                is_near = np.abs(geometry[rest] - centre).max(axis=1) < tolerance
+                if is_near.any():
+                    break
+            groups.append(rest[is_near])
+            rest = rest[~is_near]
+        if max(map(len, groups)) > 0.9 * len(frames) or len(groups) <= 2:
+            break
+    return [align_frames([frames[i] for i in group], geometry[group, 2:]) for group in groups]
+
+
+def align_frames(frames: list[Frame], directions: np.ndarray) -> list[Frame]:
+    """Frames with the median of their directions (n, 6), where these differ."""
+    jitter = np.ptp(directions, axis=0).max()
+    if jitter < 1e-3:
+        return frames
+    row_dir, col_dir = unit_directions(tuple(np.median(directions, axis=0)))
+    text = f"orientations differ by up to {jitter:.4f}: their median used"
+    return [replace(f, row_dir=row_dir, col_dir=col_dir, remarks=[*f.remarks, text]) for f in frames]
+
+
+def drop_slabs(frames: list[Frame], notes: list[str]) -> list[Frame]:
+    """Images without those of another (0018,0050) SliceThickness among the usual ones: thick slabs and
+    projections of thin slices. A scan whose thickness changes on the way has them side by side instead."""
+    thickness = np.array([frame.header.get("SliceThickness", 0.0) for frame in frames])
+    sizes, counts = np.unique(thickness[thickness > 0], return_counts=True)
+    if len(sizes) < 2:
+        return frames
+    usual = sizes[2 * counts >= counts.max()].min()
+    is_slab = (thickness > 0) & (np.abs(np.log(np.maximum(thickness, 1e-3) / usual)) > 0.3)
+    positions = positions_along_normal(frames)
+    low, high = positions[~is_slab].min(), positions[~is_slab].max()
+    if not ((positions > low) & (positions < high))[is_slab].sum() > 0.5 * is_slab.sum():
+        return frames
+    notes.append(
+        f"{is_slab.sum()} images left out: thicker or thinner than the {usual:g} mm slices among them"
+    )
+    return list(itertools.compress(frames, ~is_slab))
+
+
+def build_volume(
+    frames: list[Frame], where: str, notes: list[str], doubts: list[str]
+) -> tuple[list[Frame], list[Frame]]:
+    """(every image with its position, one image per position sorted along +normal).
+
+    The sources of positions are tried in turn until one is plausible: of the images of one volume nearly all
+    have a position of their own, and where (0020,0032) does not tell, neighbours look alike.
+    """
+    attempts = []
+    for source, is_certain, placed in position_sources(frames):
+        remarks = [f"slices placed by {source}"] if source else []
+        placed = drop_strays(placed, remarks)
+        volume = select_volume(placed, remarks)
+        num_positions = len(distinct_positions(volume))
+        attempts.append((placed, volume, remarks, num_positions, source))
+        is_full = len(volume) <= max(1.1 * num_positions, num_positions + 1)
+        is_stack = num_positions > 1 or len(frames) == 1
+        if is_full and is_stack and (is_certain or is_ordered(volume, attempts[0][3])):
+            break
+    else:
+        placed, volume, remarks, num_positions, source = attempts[0]
+        counts = np.bincount(rank_positions(volume))
+        if num_positions > 1 and (counts == np.median(counts)).mean() < 0.9:
+            raise ValueError(
+                f"{where}: {len(volume)} images share {num_positions} positions, and neither (0020,1041) "
+                f"SliceLocation, (0020,0013) InstanceNumber nor file names tell them apart"
+            )
+        numbers = {(instance_number(frame), frame.index) for frame in volume}
+        if len(frames) >= 8 and (num_positions == 1 or source or len(numbers) < len(volume)):
+            doubts.append(f"{len(frames)} images without plausible positions: the slices are a guess")
+        volume = select_labelled(volume, count_visits(volume), "InstanceNumber", remarks)
+    notes += remarks
+    slices = take_one_per_position(volume)
+    if len(slices) < len(volume):
+        notes.append(f"{len(volume) - len(slices)} images left out at positions that others hold")
+    return placed, slices
+
+
+def position_sources(frames: list[Frame]) -> Iterator[tuple[str, bool, list[Frame]]]:
+    """(where positions come from, whether they are beyond doubt, frames so placed), the best source first."""
+    is_known = np.isfinite(frame_points(frames)[:, 0])
+    if is_known.all():
+        yield "", True, frames
+    locations = np.array([frame.header.get("SliceLocation", np.nan) for frame in frames])
+    if np.ptp(locations) > SAME_POSITION_MM:
+        yield "(0020,1041) SliceLocation", True, place_on_line(frames, locations, 1.0)[0]
+    if is_known.all() and len(frames) < 8:
+        return
+    step, tag = slice_step(frames[0].header, frames[0].spacing_mm[0])
+    numbers = np.array([instance_number(frame) + frame.index for frame in frames])
+    for name, values in (
+        ("(0020,0013) InstanceNumber", numbers),
+        ("the order of file names", np.arange(len(frames))),
+    ):
+        placed, line_step = place_on_line(frames, values, step)
+        is_certain = abs(line_step - step) < 0.1 * step
+        yield f"{name} times {line_step or step:.4g} mm ({tag})", is_certain, placed
+    if is_known.any():
+        yield f"the {is_known.sum()} known positions", True, list(itertools.compress(frames, is_known))
+
+
+def place_on_line(frames: list[Frame], values: np.ndarray, step_mm: float) -> tuple[list[Frame], float]:
+    """(frames on the line that known positions follow by `values`, the line's step), to half a millimetre,
+    because positions may be rounded; else (frames in steps of `step_mm` along +normal, 0)."""
+    points = frame_points(frames)
+    known = np.isfinite(points[:, 0])
+    step = step_mm * np.cross(frames[0].row_dir, frames[0].col_dir)
+    start, line_step = (points[known] - np.outer(values[known], step))[:1].sum(axis=0), 0.0
+    if known.any() and np.ptp(points[known], axis=0).max() > SAME_POSITION_MM and np.ptp(values[known]) > 0:
+        line = np.polynomial.polynomial.polyfit(values[known], points[known], 1)
+        if np.abs(line[0] + np.outer(values[known], line[1]) - points[known]).max() < 0.51:
+            (start, step), line_step = line, float(np.linalg.norm(line[1]))
+    positions = start + np.outer(values, step)
+    return [replace(f, position=position) for f, position in zip(frames, positions, strict=True)], line_step
+
+
+def drop_strays(frames: list[Frame], notes: list[str]) -> list[Frame]:
+    """Frames without the few (a tenth at most) whose position is corrupt, or far from the scan: they leave
+    the line of those numbered before and after, or lie beyond a gap far wider than others."""
+    points, gaps = frame_points(frames), np.diff(distinct_positions(frames))
+    if len(gaps) < 5:
+        return frames
+    is_stray = np.zeros(len(frames), bool)
+    order = np.argsort([instance_number(frame) for frame in frames], kind="stable")
+    middles = np.median(np.lib.stride_tricks.sliding_window_view(points[order], 5, axis=0), axis=-1)
+    steps = np.linalg.norm(np.diff(points[order], axis=0), axis=1)
+    jumps = np.linalg.norm(points[order][2:-2] - middles, axis=1)
+    is_stray[order[2:-2]] = jumps > 3 * max(np.median(gaps), np.median(steps))
+    positions = positions_along_normal(frames)
+    order = np.argsort(positions, kind="stable")
+    clusters = np.cumsum(np.diff(positions[order], prepend=0) > max(10 * np.median(gaps), 30))
+    is_stray[order] |= clusters != np.bincount(clusters).argmax()
+    if not 0 < is_stray.sum() <= max(1, len(frames) // 10):
+        return frames
+    place = points[is_stray][0].round(1).tolist()
+    notes.append(f"{is_stray.sum()} images left out: far from the others, one at {place} mm")
+    return list(itertools.compress(frames, ~is_stray))
+
+
+@functools.lru_cache(maxsize=64)
+def thumbnail(frame: Frame) -> np.ndarray:
+    """(32, 32) block means of the values; in CT of 0..1500 HU, so that air and metal weigh little. Zeros if
+    the frame cannot be decoded, which is told when the slice is used."""
+    try:
+        values = decode(frame) * np.float32(frame.slope) + np.float32(frame.intercept)
+    except ValueError:
+        return np.zeros((32, 32), np.float32)
+    image = cv2.resize(values, (32, 32), interpolation=cv2.INTER_AREA)
+    return np.clip(image, 0, 1500) if modality_of(frame.header) == "CT" else image
+
+
+def is_ordered(frames: list[Frame], num_shared: int) -> bool:
+    """Whether the order of slices is plausible, given that the best source tells `num_shared` positions: each
+    looks more like the next one than like one a quarter of the stack away, and than the one as far on as
+    images shared a position (if these were of several contrasts, it would be the other way round). Images of
+    one place hardly differ. Below 8 slices: assumed."""
+    if len(frames) < 8:
+        return True
+    frames = take_one_per_position(frames)
+    lag = max(2, len(frames) // num_shared) if num_shared > 1 else 2
+    far_lag = len(frames) // 4
+    starts = range(lag - 1, len(frames) - max(lag, far_lag), lag)[-24:]
+    images = np.array([[thumbnail(frames[i + k]) for k in (0, 1, lag, far_lag)] for i in starts])
+    near, later, far = (np.abs(images[:, 0] - images[:, k]).sum() for k in (1, 2, 3))
+    contrast = np.abs(images - images.mean(axis=(2, 3), keepdims=True)).sum() / 4
+    return bool(near < 0.85 * later and near < 0.5 * far and far > 0.05 * contrast)
+
+
+def instance_number(frame: Frame) -> int:
+    return frame.header.get("InstanceNumber", 0)
 
 
 VOLUME_KEYS = (  # what tells the volumes of one series apart, in the order tried
@@ -1136,64 +1357,143 @@ VOLUME_KEYS = (  # what tells the volumes of one series apart, in the order trie
 )
 
 
-def _one_volume(frames: list[Frame], notes: list[str]) -> list[Frame]:
-    """One frame per position, sorted along +normal.
-
-    Copies (same SOPInstanceUID, frame and position) go first. Then, while positions are shared, each
-    attribute of VOLUME_KEYS in turn: if one of its values occurs at every position (second round: at 90 % of
-    them), the images with the first such value stay (magnitude before phase, absent before small before
-    large). What still shares a position is settled by the lowest InstanceNumber.
-    """
-    at = np.array([frame.position for frame in frames]) @ np.cross(frames[0].row_dir, frames[0].col_dir)
-    order = np.argsort(at, kind="stable")
-    place = np.zeros(len(frames), int)  # of each frame, the rank of its position
-    place[order[1:]] = np.cumsum(np.diff(at[order]) > SAME_POSITION_MM)
-    images: dict[tuple, tuple[int, Frame]] = {}
-    for i, frame in enumerate(frames):
-        images.setdefault((frame.sop_uid or i, frame.index, place[i]), (place[i], frame))
-    kept, num_places = list(images.values()), int(place.max()) + 1
-    if len(kept) < len(frames):
-        notes.append(f"{len(frames) - len(kept)} copies of images left out: same SOPInstanceUID and position")
-
-    def value_of(frame: Frame, name: str) -> tuple:
-        if name == "ImageType":
-            return _type_order(frame)
+def key_value(frame: Frame, name: str) -> tuple:
+    """An attribute's value for sorting: absent before small before large. ImageType: magnitude first, phase,
+    real and imaginary last; original before derived."""
+    if name != "ImageType":
         return name in frame.header, frame.header.get(name, "")
-
-    for share, name in itertools.product((1.0, 0.9), VOLUME_KEYS):
-        if len(kept) == num_places:
-            break
-        values = collections.defaultdict(list)
-        for p, frame in kept:
-            values[value_of(frame, name)].append((p, frame))
-        complete = [v for v in sorted(values) if len({p for p, _ in values[v]}) >= share * num_places]
-        if len(values) > 1 and complete:
-            kept = values[complete[0]]
-            notes.append(f"{len(values)} volumes by {name}: the first complete one kept ({len(kept)} images)")
-    kept.sort(key=lambda item: (item[0], value_of(item[1], "InstanceNumber")))
-    first = [frame for i, (p, frame) in enumerate(kept) if i == 0 or kept[i - 1][0] != p]
-    if len(first) < len(kept):
-        notes.append(f"{len(kept) - len(first)} images left out at positions taken by a lower InstanceNumber")
-    return first
+    types = [*image_types(frame.header), frame.header.get("ComplexImageComponent", "").upper()]
+    is_magnitude = any(word in ("M", "MAGNITUDE") or word.startswith("M_") for word in types)
+    return 0 if is_magnitude else 2 if PHASE_TYPES & set(types) else 1, "DERIVED" in types, tuple(types)
 
 
-def _stack(frames: list[Frame], notes: list[str]) -> tuple[np.ndarray, np.ndarray, tuple, np.ndarray]:
+def count_sweeps(frames: list[Frame], values: list) -> list[int]:
+    """For each frame, how often the stack was run through before it, in the order of values."""
+    order = sorted(range(len(frames)), key=values.__getitem__)
+    positions = positions_along_normal(frames)
+    steps = np.diff(positions[order])
+    steps *= np.sign(np.median(steps))
+    is_return = steps < -0.5 * np.ptp(positions)
+    sweeps = np.zeros(len(frames), int)
+    if (steps < 0).sum() <= is_return.sum() + 0.1 * len(frames):
+        sweeps[order[1:]] = np.cumsum(is_return)
+    return sweeps.tolist()
+
+
+def count_visits(frames: list[Frame]) -> list[int]:
+    """For each frame, how many of lower InstanceNumber share its position."""
+    ranks = rank_positions(frames)
+    order = np.lexsort(([instance_number(frame) for frame in frames], ranks))
+    visits = np.arange(len(frames)) - np.searchsorted(ranks[order], ranks[order])
+    return visits[np.argsort(order)].tolist()
+
+
+def alternate(frames: list[Frame]) -> list[int]:
+    """0 and 1 in turn along the normal where gaps are by turns wide and narrow, else 0."""
+    gaps = np.diff(distinct_positions(frames))
+    if len(gaps) < 8:
+        return [0] * len(frames)
+    even, odd = np.median(gaps[::2]), np.median(gaps[1::2])
+    deviations = np.abs(gaps - np.where(np.arange(len(gaps)) % 2, odd, even))
+    is_alternate = abs(even - odd) > 0.12 * (even + odd) > 2.5 * np.percentile(deviations, 90)
+    return (rank_positions(frames) % 2 * is_alternate).tolist()
+
+
+def select_volume(frames: list[Frame], notes: list[str]) -> list[Frame]:
+    """The images of one volume: while an attribute, or the order of InstanceNumbers, times or files, tells
+    several complete volumes apart, one of them."""
+    for name in VOLUME_KEYS:
+        frames = select_labelled(frames, [key_value(frame, name) for frame in frames], name, notes)
+    for name in ("InstanceNumber", "AcquisitionTime", "order of files"):
+        labels = count_sweeps(frames, [key_value(frame, name) for frame in frames])
+        frames = select_labelled(frames, labels, name, notes)
+    return select_labelled(frames, alternate(frames), "alternating gaps", notes)
+
+
+def select_labelled(frames: list[Frame], labels: list, name: str, notes: list[str]) -> list[Frame]:
+    """The frames with one label, if that makes a volume (`is_volume`): of several CT volumes the brightest,
+    whose vessels are filled; else the fullest, the first of equals."""
+    volumes = collections.defaultdict(list)
+    for frame, label in zip(frames, labels, strict=True):
+        volumes[label].append(frame)
+    if len(volumes) == 1:
+        return frames
+    places = distinct_positions(frames)
+    complete = [volumes[label] for label in sorted(volumes) if is_volume(volumes[label], places, len(frames))]
+    if not complete:
+        return frames
+    sizes = [len(distinct_positions(volume)) for volume in complete]
+    best = complete[int(np.argmax(sizes))]
+    full = [volume for volume, size in zip(complete, sizes, strict=True) if size >= 0.9 * max(sizes) > 1]
+    if len(full) > 1 and name != "ImageType" and modality_of(frames[0].header) == "CT":
+        low, high = (np.median([distinct_positions(volume)[end] for volume in full]) for end in (0, -1))
+        shared = low + (high - low) * np.linspace(0.2, 0.8, 6)
+        best = max(full, key=lambda volume: measure_brightness(volume, shared))
+    notes.append(f"{len(complete)} volumes by {name}: one of them kept ({len(best)} images)")
+    return best
+
+
+def is_volume(frames: list[Frame], places: np.ndarray, num_all: int) -> bool:
+    """Whether frames cover the `places` where `num_all` images lie.
+
+    Either they lie at nearly all of them (at all, where few images share places), or between their own even
+    slices there is no room for others: these lie nearer than a slice's thickness. MR slices may be taken in
+    two passes, even ones after odd ones; these lie evenly.
+    """
+    own = distinct_positions(frames)
+    if len(own) >= (0.9 if num_all > 1.1 * len(places) else 1.0) * len(places):
+        return True
+    if len(own) < max(3, len(places) / 4):
+        return False
+    gap = np.median(np.diff(own))
+    after = np.searchsorted(own, places).clip(1, len(own) - 1)
+    distance = np.minimum(np.abs(places - own[after - 1]), np.abs(places - own[after]))
+    others = distance[distance > SAME_POSITION_MM]
+    narrow, wide = np.percentile(np.diff(places), (25, 75))
+    return bool(
+        np.percentile(np.diff(own), 90) < 1.5 * gap < 2.5 * (frames[0].header.get("SliceThickness") or gap)
+        and (others < 0.6 * gap).sum() > 0.8 * len(others)
+        and (wide > 1.2 * narrow or modality_of(frames[0].header) == "CT")
+    )
+
+
+def measure_brightness(frames: list[Frame], places: np.ndarray) -> float:
+    """Sum of mean values at some places along the normal, interpolated between slices."""
+    frames = take_one_per_position(frames)
+    positions = positions_along_normal(frames)
+    after = np.searchsorted(positions, places).clip(1, len(frames) - 1)
+    used = np.unique([after - 1, after])
+    return float(np.interp(places, positions[used], [thumbnail(frames[k]).mean() for k in used]).sum())
+
+
+def take_one_per_position(frames: list[Frame]) -> list[Frame]:
+    """Frames sorted along +normal; where several share a position, the one whose InstanceNumber fits those of
+    the others best, else the lowest."""
+    frames = [frames[i] for i in np.argsort(positions_along_normal(frames), kind="stable")]
+    ranks, numbers = rank_positions(frames), np.array([instance_number(frame) for frame in frames])
+    is_single = np.bincount(ranks)[ranks] == 1
+    expected = np.interp(ranks, ranks[is_single], numbers[is_single]) if is_single.any() else -1e12
+    order = np.lexsort((numbers, np.abs(numbers - expected), ranks))
+    return [frames[i] for i in order[np.diff(ranks[order], prepend=-1) > 0]]
+
+
+def measure_stack(frames: list[Frame], notes: list[str]) -> tuple[np.ndarray, np.ndarray, tuple, np.ndarray]:
     """(normal, affine, spacing, positions along the normal) of sorted frames; gaps and tilt are noted."""
-    normal = np.cross(frames[0].row_dir, frames[0].col_dir)
+    first = frames[0]
+    normal = np.cross(first.row_dir, first.col_dir)
     normal /= np.linalg.norm(normal)
-    points = np.array([frame.position for frame in frames])  # (n, 3)
-    at, (row_mm, col_mm) = points @ normal, frames[0].spacing_mm
+    points = frame_points(frames)
+    positions = points @ normal
     if len(frames) == 1:
-        gap, why = slice_step(frames[0].header, row_mm)
+        gap, source = slice_step(first.header, first.spacing_mm[0])
         start, step = points[0], gap * normal
-        notes.append(f"a single slice: {gap:.4g} mm thick ({why})")
+        notes.append(f"a single slice: {gap:.4g} mm thick ({source})")
     else:
-        gaps = np.diff(at)
+        gaps = np.diff(positions)
         gap, widest = float(np.median(gaps)), int(gaps.argmax())
-        start, step = np.polynomial.polynomial.polyfit(np.arange(len(at)), points, 1)
-        origin, drift = np.polynomial.polynomial.polyfit(at, points, 1)  # by mm along the normal
+        start, step = np.polynomial.polynomial.polyfit(np.arange(len(points)), points, 1)
+        _, drift = np.polynomial.polynomial.polyfit(positions, points, 1)  # by mm along the normal
         tilt = np.linalg.norm(drift - normal)
-        bend = np.abs(points - np.outer(at, drift) - origin).max()
         if gaps[widest] > 1.5 * gap:
             notes.append(
                 f"{(gaps > 1.5 * gap).sum()} gaps of more than 1.5 x the median {gap:.3f} mm, the widest of "
@@ -1201,58 +1501,274 @@ def _stack(frames: list[Frame], notes: list[str]) -> tuple[np.ndarray, np.ndarra
             )
         if tilt > 1e-3:
             notes.append(f"tilted: the stack leaves the slice normal by {tilt:.4f} mm per mm")
-        if bend > 0.5:
-            notes.append(f"slices lie up to {bend:.2f} mm beside a straight stack")
+    row_mm, col_mm = first.spacing_mm
     affine = np.eye(4)
-    affine[:3] = np.stack([step, row_mm * frames[0].col_dir, col_mm * frames[0].row_dir, start], axis=1)
-    return normal, affine, (gap, row_mm, col_mm), at
+    affine[:3] = np.stack([step, row_mm * first.col_dir, col_mm * first.row_dir, start], axis=1)
+    return normal, affine, (gap, row_mm, col_mm), positions
 
 
-def _repaired(frames: list[Frame], modality: str, notes: list[str]) -> list[Frame]:
-    """Values that the pixels contradict, put right for the whole series by a look at three slices."""
-    header = frames[0].header
-    signed = whole(header, "PixelRepresentation") == 1
+AIR_HU = (-1100, -900)
+TISSUE_HU = (-20, 120)
+HIGHEST_HU = 3200  # but for metal
+
+Samples = dict[int, np.ndarray]  # index of a frame -> some of its stored values, (h, w)
+
+
+def repair_values(
+    frames: list[Frame],
+    modality: str,
+    notes: list[str],
+    doubts: list[str],
+) -> list[Frame]:
+    """Values that the pixels contradict, put right for the whole series by a look at five slices."""
     if modality == "CT":
-        stated = {frame.intercept for frame in frames if "RescaleIntercept" in frame.header}
-        usual = stated.pop() if len(stated) == 1 else -1024.0 if not stated and not signed else None
-        lacking = sum("RescaleIntercept" not in frame.header for frame in frames)
-        if lacking and usual:
-            notes.append(f"no (0028,1052) RescaleIntercept in {lacking} CT images: {usual:g} assumed")
-            frames = [f if "RescaleIntercept" in f.header else replace(f, intercept=usual) for f in frames]
-    may_be_hu = modality == "CT" and signed and all(-1100 < frame.intercept < -900 for frame in frames)
-    is_mono1 = header.get("PhotometricInterpretation") == "MONOCHROME1"
-    samples = []
-    if may_be_hu or is_mono1:
-        for frame in (frames[len(frames) * k // 4] for k in (1, 2, 3)):
-            with contextlib.suppress(ValueError):  # told when the slice is used
-                samples.append((decode(frame), frame.padding))
-    if may_be_hu and samples and _is_hu(samples):
-        notes.append("(0028,1052) RescaleIntercept near -1024, but the stored values are HU: 0 used")
-        frames = [replace(frame, intercept=0.0) for frame in frames]
-    if is_mono1 and samples and _has_bright_border([stored for stored, _ in samples]):
-        notes.append("(0028,0004) PhotometricInterpretation MONOCHROME1 with a bright background: inverted")
-        ends = -1 if signed else 2 ** whole(header, "BitsStored", 16) - 1  # lowest plus highest stored value
-        frames = [replace(f, slope=-f.slope, intercept=f.intercept + f.slope * ends) for f in frames]
-    f = frames[0]
-    if modality == "CT" and f.padding and -500 < f.slope * f.padding[1] + f.intercept < 3000:
-        notes.append(f"(0028,0120) PixelPaddingValue {f.padding[1]} would be tissue: not used")
-        frames = [replace(frame, padding=None) for frame in frames]
+        frames = _add_intercept(frames, notes)
+    samples: Samples = {}
+    for k in (1, 2, 3, 4, 5):
+        i = len(frames) * k // 6
+        with contextlib.suppress(ValueError):  # told when the slice is used
+            stored = decode(frames[i])
+            stride = 1 + math.isqrt(stored.size // 16_000)
+            samples[i] = stored[::stride, ::stride]
+    if not samples:
+        return frames
+    is_inverse = frames[0].header.get("PhotometricInterpretation") == "MONOCHROME1"
+    if is_inverse:
+        frames = _invert_if_bright(frames, samples, notes)
+    if modality == "CT":
+        frames = _choose_reading(frames, samples, notes, doubts)
+    elif not is_inverse:
+        frames = _choose_sign(frames, samples, notes)
+    samples = {i: _reread(stored, frames[i].header) for i, stored in samples.items()}
+    frames = _drop_padding(frames, samples, notes)
+    if not frames[0].padding:
+        frames = _pad_fill(frames, samples, modality, notes)
     return frames
 
 
-def _is_hu(samples: list[tuple]) -> bool:
-    """Whether stored CT values are HU: 5 % of the pixels (padding aside) are air near -1000, and of those
-    above 300 less than half lie at 1024 +- 100, where soft tissue would be if 1024 were still to be
-    subtracted."""
-    values = np.concatenate([s[(s < p[0]) | (s > p[1])] if p else s.ravel() for s, p in samples])
-    high = values[values > 300]
-    has_air = ((values > -1050) & (values < -950)).sum() > 0.05 * values.size
-    return bool(has_air and ((high > 924) & (high < 1224)).sum() <= 0.5 * high.size)
+def _add_intercept(frames: list[Frame], notes: list[str]) -> list[Frame]:
+    """CT images without an intercept get that of the others; if none has one, unsigned images get -1024."""
+    lacking = [frame for frame in frames if "RescaleIntercept" not in frame.header]
+    stated = [frame.intercept for frame in frames if "RescaleIntercept" in frame.header]
+    usual = 0.0 if _is_signed(frames[0].header) else -1024.0
+    if stated:
+        usual = stated[0]
+    if not lacking or usual == 0:
+        return frames
+    notes.append(f"no (0028,1052) RescaleIntercept in {len(lacking)} CT images: {usual:g} assumed")
+    return [f if "RescaleIntercept" in f.header else replace(f, intercept=usual) for f in frames]
 
 
-def _has_bright_border(samples: list[np.ndarray]) -> bool:
-    border = np.concatenate([edge for s in samples for edge in (s[0], s[-1], s[:, 0], s[:, -1])])
-    return bool(np.median(border) > np.median(np.concatenate([s.ravel() for s in samples])))
+def _is_signed(header: dict) -> bool:
+    return header.get("PixelRepresentation") == 1
+
+
+def _flip_sign(header: dict) -> dict:
+    """The tags that say the other sign."""
+    return {"PixelRepresentation": 0 if _is_signed(header) else 1}
+
+
+def _corners(samples: Samples) -> np.ndarray:
+    """Stored values in the four corners of all samples, where no head reaches."""
+    corners = [stored[[0, 0, -1, -1], [0, -1, 0, -1]] for stored in samples.values()]
+    return np.concatenate(corners)
+
+
+def _invert_if_bright(
+    frames: list[Frame],
+    samples: Samples,
+    notes: list[str],
+) -> list[Frame]:
+    """MONOCHROME1 images with a bright background are complemented within BitsStored."""
+    pixels = np.concatenate([stored.ravel() for stored in samples.values()])
+    darkest, brightest = np.percentile(pixels, (1, 99))
+    if np.median(_corners(samples)) < (darkest + brightest) / 2:
+        return frames
+    notes.append("(0028,0004) PhotometricInterpretation MONOCHROME1 with a bright background: inverted")
+    header = frames[0].header
+    bits = header.get("BitsStored", 16)
+    ends = -1 if _is_signed(header) else 2**bits - 1  # lowest plus highest stored value
+    inverted = []
+    for frame in frames:
+        intercept = frame.intercept + frame.slope * ends
+        inverted.append(replace(frame, slope=-frame.slope, intercept=intercept))
+    return inverted
+
+
+def _reread(stored: np.ndarray, header: dict) -> np.ndarray:
+    """Stored values in the bits and sign that another header states."""
+    size = 8 * stored.dtype.itemsize
+    bits = header.get("BitsStored", size)
+    if not 1 <= bits <= size:
+        bits = size
+    return mask_stored(stored, bits, bits - 1, _is_signed(header))
+
+
+def _choose_reading(
+    frames: list[Frame],
+    samples: Samples,
+    notes: list[str],
+    doubts: list[str],
+) -> list[Frame]:
+    """CT frames read so that air and soft tissue lie where HU says.
+
+    Files are known to need another sign than (0028,0103) PixelRepresentation says, 12 signed bits where 16
+    are stated, or an intercept that is missing, was applied already, or counts twice. The stated reading
+    stands unless it is clearly worse than one that shows both air and soft tissue, because a field of view
+    inside the head has no air and a phantom no tissue.
+    """
+    header = frames[0].header
+    signs: list[dict] = [{}, _flip_sign(header)]
+    if not _is_signed(header) and max(stored.max() for stored in samples.values()) < 4096:
+        signs.append({"PixelRepresentation": 1, "BitsStored": 12, "HighBit": 11})
+    stated = header.get("RescaleIntercept", frames[0].intercept)
+    intercepts = [stated]
+    best = _judge_reading(frames, samples, {}, 0.0)
+    if not best.is_clear:
+        intercepts += [stated / 2, 0.0, -1024.0, -2048.0, 1024.0]
+    chosen_tags, chosen_shift = {}, 0.0
+    for tags, intercept in itertools.product(signs, intercepts):
+        if best.score > 0.097:
+            break
+        shift = intercept - stated
+        judged = _judge_reading(frames, samples, tags, shift)
+        if judged.is_clear and judged.score > best.score + 0.003:
+            best, chosen_tags, chosen_shift = judged, tags, shift
+    if max(best.air, best.tissue) < 0.02:
+        doubts.append("CT values: neither air near -1000 HU nor soft tissue near 0 to 100 HU in any reading")
+    if not chosen_tags and chosen_shift == 0:
+        return frames
+    changes = [f"{name} {value}" for name, value in chosen_tags.items()]
+    changes.append(f"RescaleIntercept {stated + chosen_shift:g}")
+    notes.append(f"stored values are HU only with {', '.join(changes)}: used, air and tissue say so")
+    repaired = []
+    for frame in frames:
+        padding = None if chosen_tags else frame.padding
+        tags = frame.header | chosen_tags
+        intercept = frame.intercept + chosen_shift
+        repaired.append(replace(frame, header=tags, intercept=intercept, padding=padding))
+    return repaired
+
+
+class Reading(NamedTuple):
+    """Shares of the pixels, padding aside."""
+
+    air: float
+    tissue: float
+    beyond: float  # above all HU, or below but for a fill
+
+    @property
+    def is_clear(self) -> bool:
+        return min(self.air, self.tissue) >= 0.05
+
+    @property
+    def score(self) -> float:
+        """At most 0.1: a twentieth of air and of soft tissue each is as good as more."""
+        return min(self.air, 0.05) + min(self.tissue, 0.05) - self.beyond
+
+
+def _judge_reading(
+    frames: list[Frame],
+    samples: Samples,
+    tags: dict,
+    shift: float,
+) -> Reading:
+    """Where the samples' values lie with other tags and an intercept shifted by `shift`."""
+    values, counts = np.unique(_corners(samples), return_counts=True)
+    fill = values[counts.argmax()]
+    num_pixels, sums = 0, np.zeros(3)
+    for i, stored in samples.items():
+        frame = frames[i]
+        hu = _reread(stored, frame.header | tags) * frame.slope + frame.intercept + shift
+        is_beyond = (hu > HIGHEST_HU) | ((hu < AIR_HU[0]) & (stored != fill))
+        is_air = (hu > AIR_HU[0]) & (hu < AIR_HU[1])
+        is_tissue = (hu > TISSUE_HU[0]) & (hu < TISSUE_HU[1])
+        is_image = np.full(stored.shape, True)
+        if frame.padding:
+            is_image = ~is_padding(stored, frame.padding)
+        num_pixels += is_image.sum()
+        sums += [np.sum(mask & is_image) for mask in (is_air, is_tissue, is_beyond)]
+    return Reading(*sums / max(num_pixels, 1))
+
+
+def _choose_sign(
+    frames: list[Frame],
+    samples: Samples,
+    notes: list[str],
+) -> list[Frame]:
+    """MR frames in the other sign than (0028,0103) PixelRepresentation says, if values lie much closer then:
+    small negative values without their sign are the largest of all."""
+    header = frames[0].header
+    tags = _flip_sign(header)
+    pixels = np.concatenate([stored.ravel() for stored in samples.values()])
+    stated_low, stated_high = np.percentile(pixels, (1, 99))
+    low, high = np.percentile(_reread(pixels, header | tags), (1, 99))
+    is_closer = high - low < 0.5 * (stated_high - stated_low)
+    if not is_closer or high < -0.25 * low:
+        return frames
+    notes.append(f"(0028,0103) PixelRepresentation {tags['PixelRepresentation']} used: values lie closer")
+    return [replace(frame, header=frame.header | tags, padding=None) for frame in frames]
+
+
+def _drop_padding(
+    frames: list[Frame],
+    samples: Samples,
+    notes: list[str],
+) -> list[Frame]:
+    """(0028,0120) PixelPaddingValue is not used where it would be tissue: among the other values and in no
+    corner, or all there is."""
+    padding = frames[0].padding
+    if not padding:
+        return frames
+    pixels = np.concatenate([stored.ravel() for stored in samples.values()])
+    others = pixels[~is_padding(pixels, padding)]
+    if others.size:
+        is_among = padding[0] < others.max() and padding[1] > np.percentile(others, 5)
+        if not is_among or is_padding(_corners(samples), padding).mean() > 0.25:
+            return frames
+    notes.append(f"(0028,0120) PixelPaddingValue {padding[1]} would be tissue: not used")
+    return [replace(frame, padding=None) for frame in frames]
+
+
+def _pad_fill(
+    frames: list[Frame],
+    samples: Samples,
+    modality: str,
+    notes: list[str],
+) -> list[Frame]:
+    """The lowest or highest value is padding if it fills corners and lies far from all others.
+
+    In MR such a fill (-2048, for example) would take the percentiles and the head's threshold. Where no other
+    value reaches two sides of the image it may be the air itself, and has to cover more and to lie farther
+    away. In CT only a fill brighter than bone matters.
+    """
+    pixels = np.concatenate([stored.ravel() for stored in samples.values()])
+    for fill in (int(pixels.min()), int(pixels.max())):
+        is_fill = pixels == fill
+        others = pixels[~is_fill]
+        if (_corners(samples) == fill).mean() < 0.25 or others.size == 0:
+            continue
+        low, high = np.percentile(others, (5, 99))
+        gap = max(low - fill, fill - high)
+        if modality == "CT":
+            is_far = fill > high and fill * frames[0].slope + frames[0].intercept > 1500
+        else:
+            is_open = [(side != fill).mean() > 0.1 for side in _sides(samples)]
+            least_share, least_gap = (0.01, 0.5) if sum(is_open) >= 2 else (0.25, 2.0)
+            is_far = is_fill.mean() > least_share and gap > least_gap * (high - low) > 0
+        if is_far:
+            notes.append(f"the stored value {fill} fills corners, far from all others: taken for padding")
+            below = (-(2**31), int(fill + gap / 2))
+            above = (int(fill - gap / 2), 2**31)
+            padding = below if fill < low else above
+            return [replace(frame, padding=padding) for frame in frames]
+    return frames
+
+
+def _sides(samples: Samples) -> list[np.ndarray]:
+    """Stored values of all samples along each of the four sides."""
+    sides = [[stored[0], stored[-1], stored[:, 0], stored[:, -1]] for stored in samples.values()]
+    return [np.concatenate(side) for side in zip(*sides, strict=True)]
 
 
 # --- volume -------------------------------------------------------------------------------------------------
@@ -1260,32 +1776,37 @@ def _has_bright_border(samples: list[np.ndarray]) -> bool:
 
 @dataclass(frozen=True)
 class Volume:
-    """A series as the models see it: voxels uint8 (Z, H, W), affine (4, 4) from (z, y, x, 1) to LPS mm,
-    notes."""
+    """A series as the models see it."""
 
-    voxels: np.ndarray
-    affine: np.ndarray
+    voxels: np.ndarray  # (Z, H, W) uint8
+    affine: np.ndarray  # (4, 4) from (z, y, x, 1) to LPS mm
     notes: list[str]
-    doubts: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)  # why it may be wrong, the series' doubts among them
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
         """(z, y, x)"""
-        return tuple(float(length) for length in np.linalg.norm(self.affine[:3, :3], axis=0))
+        return tuple(np.linalg.norm(self.affine[:3, :3], axis=0).tolist())
 
 
 @dataclass(frozen=True)
 class Box:
-    """The region of interest in canonical millimetres: lower edges, mm per voxel and voxels along
-    (z, y, x)."""
+    """The region of interest in canonical millimetres, along (z, y, x)."""
 
-    low: np.ndarray
-    steps: np.ndarray
-    shape: tuple[int, int, int]
+    low: np.ndarray  # (3,) mm of the lower edges
+    steps: np.ndarray  # (3,) mm per voxel
+    shape: np.ndarray  # (3,) voxels
+    window: np.ndarray  # (2,) pixels along the image axes that cover the box, and one more
 
     def edges(self, axis: int) -> np.ndarray:
         """(shape + 1,) mm of the voxels' edges along an axis."""
-        return self.low[axis] + self.steps[axis] * np.arange(self.shape[axis] + 1)
+        numbers = np.arange(self.shape[axis] + 1)
+        return self.low[axis] + self.steps[axis] * numbers
+
+    def middles(self, axis: int) -> np.ndarray:
+        """(shape,) mm of the voxels' middles along an axis."""
+        edges = self.edges(axis)
+        return (edges[:-1] + edges[1:]) / 2
 
 
 @dataclass(frozen=True)
@@ -1299,90 +1820,149 @@ class Grid:
     series: Series
     directions: np.ndarray  # (3, 3) a row per canonical axis: its unit vector in LPS
     through: int  # the axis across slices: 0 axial, 1 coronal, 2 sagittal
+    image_axes: list[int]
+    is_transposed: bool  # image[row, column] -> image[column, row]
+    flips: np.ndarray  # (2,) after that: 1, or -1 where an image axis runs backwards
+    steps: np.ndarray  # (2,) mm per pixel along the image axes
+    shape: np.ndarray  # (2,) pixels along the image axes
     order: np.ndarray  # (n,) index into series.frames
     centres: np.ndarray  # (n,) mm along `through`
     spans: np.ndarray  # (n, 2) mm that each slice stands for
-    image_axes: tuple[int, int]
-    is_transposed: bool  # image[row, column] -> image[column, row]
-    is_flipped: tuple[bool, bool]  # after that
-    steps: np.ndarray  # (2,) mm per pixel along the image axes
-    shape: tuple[int, int]  # pixels along the image axes
     edges: np.ndarray  # (n, 2) mm of the outer edge of each slice's first pixel: gantry tilt moves it
     lost: dict[int, str]  # index into series.frames -> why it cannot be decoded; grows while decoding
+    is_blank: dict[int, bool]  # index into series.frames -> whether it has a single value; grows likewise
 
     def image(self, k: int) -> np.ndarray:
         """Stored values of slice k along its canonical axes. One that cannot be decoded is written to `lost`
         and comes out as zeros; ValueError if these are more than a tenth of the series."""
         i = int(self.order[k])
+        num_slices = len(self.series.frames)
         try:
             stored = self.series.stored(i)
         except ValueError as error:
             self.lost[i] = str(error)
-            if len(self.lost) > max(1, len(self.series.frames) // 10) or len(self.lost) == len(
-                self.series.frames
-            ):
+            if len(self.lost) > max(1, num_slices // 10) or len(self.lost) == num_slices:
                 raise
             return np.zeros(self.shape, np.int16)
+        rows, columns = stored.shape
+        is_corner = stored[0, 0] == stored[rows // 2, columns // 2]  # spares most of the next step
+        self.is_blank[i] = bool(is_corner and np.ptp(stored) == 0)
         image = stored.T if self.is_transposed else stored
-        return image[:: -1 if self.is_flipped[0] else 1, :: -1 if self.is_flipped[1] else 1]
+        return image[:: self.flips[0], :: self.flips[1]]
 
     def extent_mm(self, axis: int) -> tuple[float, float]:
         """Outer edges of what was scanned along a canonical axis (in the image: of the middle slice)."""
         if axis == self.through:
             return float(self.spans.min()), float(self.spans.max())
         side = self.image_axes.index(axis)
-        low = float(self.edges[len(self.edges) // 2, side])
-        return low, low + self.shape[side] * float(self.steps[side])
+        low = float(self.middle_edges[side])
+        return low, low + float(self.shape[side] * self.steps[side])
+
+    @property
+    def middle_edges(self) -> np.ndarray:
+        """(2,) mm of the outer edge of the middle slice's first pixel."""
+        return self.edges[len(self.edges) // 2]
 
 
-def canonical_grid(series: Series, lost: dict[int, str] | None = None) -> Grid:
-    """The best of the six permutations by the sum of |cosines|, then flips; every slice keeps its own
-    position."""
-    first = series.frames[0]
-    normal = np.asarray(series.normal, float) / np.linalg.norm(series.normal)
-    along_row = np.asarray(first.row_dir, float) - normal * np.dot(first.row_dir, normal)
-    along_row /= np.linalg.norm(along_row)
-    along_column = np.cross(normal, along_row)
-    along_column *= np.sign(np.dot(along_column, first.col_dir))
-    stored = np.stack(
-        [normal, along_column, along_row]
-    )  # LPS directions of growing slice, row and column number
-    cosines = stored[:, ::-1]  # with z, y, x
-    axes = max(itertools.permutations(range(3)), key=lambda axes: sum(abs(cosines[axes, range(3)])))
-    signs = np.where(cosines[axes, range(3)] < 0, -1.0, 1.0)
-    directions = stored[list(axes)] * signs[:, None]
+def canonical_axes(directions: np.ndarray) -> tuple[list[int], np.ndarray]:
+    """(permutation, signs) that turn stored axes into z, y, x: the canonical axis a is stored axis
+    permutation[a], backwards where signs[a] is -1. `directions` (3, 3): the LPS unit vector of each stored
+    axis as a row.
 
-    through = axes.index(0)
-    image_axes = tuple(axis for axis in range(3) if axis != through)
-    shape = tuple(int((0, first.rows, first.cols)[axes[axis]]) for axis in image_axes)
-    steps = np.array([float(series.spacing_mm[axes[axis]]) for axis in image_axes])
-    is_flipped = tuple(bool(signs[axis] < 0) for axis in image_axes)
+    The best of the six permutations by the sum of |cosines|: one axis at a time might choose a taken one.
+    """
+    cosines = directions[:, ::-1]  # with z, y, x
+    canonical = [0, 1, 2]
+
+    def closeness(permutation: list[int]) -> float:
+        return np.abs(cosines[permutation, canonical]).sum()
+
+    permutations = [list(axes) for axes in itertools.permutations(canonical)]
+    best = max(permutations, key=closeness)
+    signs = np.where(cosines[best, canonical] < 0, -1, 1)
+    return best, signs
+
+
+def canonical_grid(
+    series: Series,
+    lost: dict[int, str] | None = None,
+    is_blank: dict[int, bool] | None = None,
+) -> Grid:
+    """The grid of a series without the slices in `lost`, the blank ones among others, and a few far away.
+
+    Pixels stay where they were acquired: an oblique scan gets canonical axes that lean as it does, so nothing
+    is interpolated but along z. Every slice keeps its own position, because a stack may have uneven gaps, or
+    be sheared by gantry tilt, and an index says nothing about millimetres then.
+    """
+    stored = _stored_directions(series)
+    permutation, signs = canonical_axes(stored)
+    directions = stored[permutation] * signs[:, None]
+
+    through = permutation.index(0)
+    image_axes = [axis for axis in range(3) if axis != through]
+    stored_axes = [permutation[axis] for axis in image_axes]
+    shape = np.array([0, series.frames[0].rows, series.frames[0].cols])[stored_axes]
+    steps = np.array(series.spacing_mm, float)[stored_axes]
+    flips = signs[image_axes]
 
     lost = {} if lost is None else lost
-    kept = np.array([i for i in range(len(series.frames)) if i not in lost])
-    centres_mm = (
-        np.array([series.frames[i].position for i in kept], float) @ directions.T
-    )  # (n, 3) of the first pixel
-    order = np.argsort(centres_mm[:, through], kind="stable")
-    centres_mm = centres_mm[order]
-    first_pixel = np.where(
-        is_flipped, np.array(shape) - 0.5, 0.5
-    )  # pixels from the view's lower edge to its centre
+    is_blank = {} if is_blank is None else is_blank
+    positions = np.array([frame.position for frame in series.frames])
+    positions = positions @ directions.T  # (n, 3) mm of the first stored pixel
+    order = np.argsort(positions[:, through], kind="stable")
+    order = [i for i in order.tolist() if i not in lost]
+    filled = [k for k, i in enumerate(order) if not is_blank.get(i, True)]
+    if filled:
+        inner = order[filled[0] : filled[-1]]
+        inner = [i for i in inner if not is_blank.get(i, False)]
+        order = order[: filled[0]] + inner + order[filled[-1] :]
+    order = _main_stack(positions, order, through)
+    positions = positions[order]
+    centres = positions[:, through]
+    pixels_before = np.where(flips < 0, shape - 0.5, 0.5)
     return Grid(
         series=series,
         directions=directions,
         through=through,
-        order=kept[order],
-        centres=centres_mm[:, through],
-        spans=slice_spans(centres_mm[:, through], float(series.spacing_mm[0])),
         image_axes=image_axes,
-        is_transposed=axes[image_axes[0]] == 2,
-        is_flipped=is_flipped,
+        is_transposed=stored_axes[0] == 2,
+        flips=flips,
         steps=steps,
         shape=shape,
-        edges=centres_mm[:, image_axes] - first_pixel * steps,
+        order=order,
+        centres=centres,
+        spans=slice_spans(centres, series.spacing_mm[0]),
+        edges=positions[:, image_axes] - pixels_before * steps,
         lost=lost,
+        is_blank=is_blank,
     )
+
+
+def _stored_directions(series: Series) -> np.ndarray:
+    """(3, 3) LPS unit vectors of a growing slice, row and column number, at right angles."""
+    row_dir, normal = series.frames[0].row_dir, series.normal
+    along_row = row_dir - normal * np.dot(row_dir, normal)
+    along_column = np.cross(normal, along_row)
+    directions = np.stack([normal, along_column, along_row])
+    return directions / np.linalg.norm(directions, axis=1, keepdims=True)
+
+
+def _main_stack(
+    positions: np.ndarray,
+    order: list[int],
+    through: int,
+) -> np.ndarray:
+    """The order of positions (n, 3) along `through`, less a few that lie far from all others: 200 mm beside
+    the median, or beyond a gap of 30 mm and four usual gaps. All, if less than nine tenths would stay."""
+    offsets = np.abs(positions - np.median(positions, axis=0))
+    offsets[:, through] = 0
+    near = np.array([i for i in order if offsets[i].max() < 200])
+    gaps = np.diff(positions[near, through])
+    usual = np.median(gaps) if len(gaps) else 0.0
+    is_wide = gaps > max(30.0, 4 * usual)
+    runs = np.split(near, np.flatnonzero(is_wide) + 1)
+    longest = max(runs, key=len)
+    return longest if len(longest) >= 0.9 * len(order) else np.array(order)
 
 
 def slice_spans(centres: np.ndarray, thickness_mm: float) -> np.ndarray:
@@ -1390,363 +1970,555 @@ def slice_spans(centres: np.ndarray, thickness_mm: float) -> np.ndarray:
     at most 0.75 of the median gap to either side (a missing slice leaves a hole); thickness_mm where there is
     only one."""
     gaps = np.diff(centres)
-    usual = float(np.median(gaps[gaps > 1e-6])) if (gaps > 1e-6).any() else thickness_mm
+    is_step = gaps > 1e-6
+    usual = float(np.median(gaps[is_step])) if is_step.any() else thickness_mm
     half = np.minimum(gaps, 1.5 * usual) / 2
-    return np.stack([centres - np.r_[usual / 2, half], centres + np.r_[half, usual / 2]], axis=1)
+    before = np.append(usual / 2, half)
+    after = np.append(half, usual / 2)
+    return np.stack([centres - before, centres + after], axis=1)
 
 
 def slab_weights(spans: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weights (Z, n) of n slices in Z slabs, by how much of the slab each span (n, 2) covers; rows sum to 1.
 
-    A slab that no span touches (missing slices) is interpolated between its neighbours; the second result
-    (Z,) says which. Beyond all spans the nearest slice counts.
+    A slab that no span touches (missing slices) is interpolated between its neighbours; beyond all spans the
+    nearest slice counts. The second result (Z,) is the share of each slab that spans cover.
     """
-    low, high = edges[:-1, None], edges[1:, None]  # (Z, 1)
-    weights = np.clip(np.minimum(high, spans[:, 1]) - np.maximum(low, spans[:, 0]), 0, None)
-    is_hole = weights.sum(axis=1) < 1e-6 * np.diff(edges)
-    weights[is_hole] = line_weights(spans.mean(axis=1), (edges[:-1] + edges[1:])[is_hole] / 2)
-    return weights / weights.sum(axis=1, keepdims=True), is_hole
+    first, last = spans.T
+    low, high = edges[:-1], edges[1:]
+    overlap_mm = np.minimum(high[:, None], last) - np.maximum(low[:, None], first)
+    weights = np.clip(overlap_mm, 0, None)
+    covered = weights.sum(axis=1) / (high - low)
+    is_hole = covered < 1e-6
+    middles = (low + high) / 2
+    centres = spans.mean(axis=1)
+    weights[is_hole] = line_weights(centres, middles[is_hole])
+    weights /= weights.sum(axis=1, keepdims=True)
+    return weights, covered
 
 
-def line_weights(centres: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Weights (P, n) of linear interpolation between n growing centres at P places; the nearest beyond the
+def line_weights(centres: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Weights (P, n) of linear interpolation between n growing centres at P targets; the nearest beyond the
     ends."""
-    at = np.interp(places, centres, np.arange(len(centres)))  # fractional slice number
-    return np.clip(1 - np.abs(at[:, None] - np.arange(len(centres))), 0, None)
+    numbers = np.arange(len(centres))
+    fractions = np.interp(targets, centres, numbers)
+    distances = np.abs(fractions[:, None] - numbers)
+    return np.clip(1 - distances, 0, None)
 
 
 def to_voxel(points_lps: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """LPS mm (P, 3) -> voxels (P, 3), (z, y, x); voxel centres are whole numbers."""
-    inverse = np.linalg.inv(affine)
-    return np.asarray(points_lps, float).reshape(-1, 3) @ inverse[:3, :3].T + inverse[:3, 3]
+    return to_lps(points_lps, np.linalg.inv(affine))
 
 
 def to_lps(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """Voxels (P, 3), (z, y, x) -> LPS mm (P, 3)."""
-    return np.asarray(voxels, float).reshape(-1, 3) @ affine[:3, :3].T + affine[:3, 3]
+    points = np.asarray(voxels, float).reshape(-1, 3)
+    steps, start = affine[:3, :3], affine[:3, 3]
+    return points @ steps.T + start
 
 
 def make_volume(series: Series, settings: VolumeSettings) -> Volume:
     """The box below the top of the head as settings.base_slices slabs of settings.img_size pixels, uint8.
 
-    The box is roi_mm wide, centred on the head, and roi_top_mm deep, along z cut to what was scanned. A slab
-    is the area-weighted mean of the slices in it; pixels are area means where
-    the image shrinks, linear where it grows, at equal mm in both directions, 0 outside of the image. CT:
-    ct_window becomes 0..255; else mr_percentiles of the box. Slices outside are not decoded, except up to 30
-    to find the head.
+    The box is measured from the top of the head, because that is the one end that every head scan shares: a
+    scan may end at the skull base or at the aortic arch. It is roi_mm wide, centred on the head, and
+    roi_top_mm deep, along z cut to what was scanned. A slab is the mean of the slices in it, weighted by
+    overlap, because single slices 5 mm apart would miss most aneurysms; pixels are area means where the image
+    shrinks and linear where it grows, at equal mm in both directions, 0 outside of the image. CT: ct_window
+    becomes 0..255; else mr_percentiles of the box. Slices outside are not decoded, except up to 30 to find
+    the head.
     """
-    lost: dict[int, str] = {}
-    while True:  # once more without the slices that could not be decoded
-        num_lost, notes = len(lost), []
-        grid = canonical_grid(series, lost)
-        head = find_head(grid)
-        if head is None:
-            notes.append("head not found: the box starts at the top of the scan, centred on it")
-            head = (grid.extent_mm(0)[1], *(sum(grid.extent_mm(axis)) / 2 for axis in (1, 2)))
-        box = _box(grid, head, settings)
-        limits = (
-            tuple(settings.ct_window) if series.modality == "CT" else _percentiles(grid, box, settings, notes)
-        )
-        slabs = _axial_slabs if grid.through == 0 else _sliced_slabs
-        voxels = slabs(grid, box, limits, notes)  # (Z, H, W) uint8
+    next_grid = canonical_grid(series)
+    while True:
+        notes = []
+        grid = next_grid
+        box = _place_box(grid, settings, notes)
+        limits = settings.ct_window
+        if series.modality != "CT":
+            limits = _mr_limits(grid, box, settings, notes)
+        weights, covered = _through_weights(grid, box)
+        voxels = _render_box(grid, box, weights, limits)
         series.forget()
-        if len(lost) == num_lost:
+        # Slices that failed to decode came out as zeros, others are blank: all over again without them.
+        next_grid = canonical_grid(series, grid.lost, grid.is_blank)
+        if len(next_grid.order) == len(grid.order):
             break
-    if lost:
-        notes.append(f"{len(lost)} slices left out, they cannot be decoded: {lost[min(lost)]}")
+    _note_left_out(grid, notes)
+    doubts = series.doubts + _doubt_voxels(grid, box, voxels, covered, notes)
     affine = np.eye(4)
     affine[:3, :3] = grid.directions.T * box.steps
     affine[:3, 3] = grid.directions.T @ (box.low + box.steps / 2)
-    return Volume(voxels, affine, notes)
+    return Volume(voxels, affine, notes, doubts)
 
 
-def _box(grid: Grid, head: tuple[float, float, float], settings: VolumeSettings) -> Box:
-    """The box under a head's (top, centre y, centre x) in mm. Along the image axes its edge is moved to the
-    nearest pixel edge of the middle slice, so that resizing is exact."""
+def _note_left_out(grid: Grid, notes: list[str]) -> None:
+    """Why the grid lacks slices of its series."""
+    lost = grid.lost
+    absent = set(range(len(grid.series.frames))) - set(grid.order.tolist()) - set(lost)
+    num_blank = sum(grid.is_blank.get(i, False) for i in absent)
+    num_far = len(absent) - num_blank
+    if lost:
+        notes.append(f"{len(lost)} slices left out, they cannot be decoded: {lost[min(lost)]}")
+    if num_blank:
+        notes.append(f"{num_blank} slices left out, they are blank")
+    if num_far:
+        notes.append(f"{num_far} slices left out, they lie far from all others")
+
+
+def _doubt_voxels(
+    grid: Grid,
+    box: Box,
+    voxels: np.ndarray,
+    covered: np.ndarray,
+    notes: list[str],
+) -> list[str]:
+    """What makes voxels implausible, of what was scanned in the box: every slab, every third pixel."""
+    indices = []
+    for axis in range(3):
+        stride = 1 if axis == grid.through else 3
+        indices.append(np.flatnonzero(_is_scanned(grid, box, axis))[::stride])
+    scanned = voxels[np.ix_(*indices)]
+    if scanned.size == 0:
+        return []
+    doubts = []
+    covered = covered[indices[grid.through]]
+    slabs = np.moveaxis(scanned, grid.through, 0).reshape(len(covered), -1)
+    is_interpolated = covered < 0.5
+    is_empty = slabs.min(axis=1) == slabs.max(axis=1)
+    if grid.through != 0:  # beside the head there may be only dark air
+        is_empty &= slabs[:, 0] > 127
+    for is_poor, why in (
+        (is_interpolated, "interpolated over missing slices"),
+        (is_empty, "empty"),
+    ):
+        if is_poor.any():
+            notes.append(f"{is_poor.mean():.0%} of the slabs ({is_poor.sum()}) are {why}")
+    share = (is_interpolated | is_empty).mean()
+    if share > 0.25:
+        doubts.append(f"{share:.0%} of the volume is interpolated over missing slices, or empty")
+    shares = np.bincount(scanned.ravel(), minlength=256) / scanned.size
+    white = shares[230:].sum()
+    if white > 0.5:
+        doubts.append(f"{white:.0%} of the volume is nearly white")
+    if shares.max() > 0.95:
+        doubts.append(f"{shares.max():.0%} of the volume has the grey value {shares.argmax()}")
+    return doubts if len(grid.order) >= 5 else []  # fewer slices are no scan to judge
+
+
+def _place_box(
+    grid: Grid,
+    settings: VolumeSettings,
+    notes: list[str],
+) -> Box:
+    """The box under the head. Along the image axes its edge is moved to the nearest pixel edge of the middle
+    slice, so that resizing is exact."""
     bottom, covered = grid.extent_mm(0)
+    head = find_head(grid)
+    if head is None:
+        notes.append("head not found: the box starts at the top of the scan, centred on it")
+        head = covered, sum(grid.extent_mm(1)) / 2, sum(grid.extent_mm(2)) / 2
     top = min(head[0], covered)
-    low = np.array(
-        [max(top - settings.roi_top_mm, bottom), head[1] - settings.roi_mm / 2, head[2] - settings.roi_mm / 2]
-    )
-    steps = np.array([(top - low[0]) / settings.base_slices, *[settings.roi_mm / settings.img_size] * 2])
-    for axis, step in zip(grid.image_axes, grid.steps, strict=True):
-        start = grid.extent_mm(axis)[0]
-        low[axis] = start + round((low[axis] - start) / step) * step
-    return Box(low, steps, (settings.base_slices, settings.img_size, settings.img_size))
-
-
-def _window_size(grid: Grid, box: Box) -> tuple[int, int]:
-    """Pixels along the image axes that cover the box, and one more."""
-    axes = list(grid.image_axes)
-    size = np.ceil(np.array(box.shape)[axes] * box.steps[axes] / grid.steps - 1e-6).astype(int) + 1
-    if size.max() > 8192:
+    low = np.array(head) - settings.roi_mm / 2
+    low[0] = max(top - settings.roi_top_mm, bottom)
+    slab_mm = (top - low[0]) / settings.base_slices
+    pixel_mm = settings.roi_mm / settings.img_size
+    axes = grid.image_axes
+    distance_mm = low[axes] - grid.middle_edges
+    pixels = np.rint(distance_mm / grid.steps)
+    low[axes] = grid.middle_edges + pixels * grid.steps
+    steps = np.array([slab_mm, pixel_mm, pixel_mm])
+    shape = np.array([settings.base_slices, settings.img_size, settings.img_size])
+    size_mm = (shape * steps)[axes]
+    window = np.ceil(size_mm / grid.steps - 1e-6).astype(int) + 1
+    if window.max() > 8192:
         raise ValueError(f"(0028,0030) PixelSpacing {grid.steps.min():g} mm: expected at least 0.03 mm")
-    return tuple(int(length) for length in size)
+    return Box(low, steps, shape, window)
 
 
-def _overlap(grid: Grid, k: int, box: Box, size: tuple[int, int]) -> tuple[tuple, tuple]:
-    """Slices of image k and of a window of `size` pixels at the box's lower edge, where the two overlap. The
-    slice's own position counts, to a whole pixel, so gantry tilt is corrected."""
-    source, target = [], []
-    for side, axis in enumerate(grid.image_axes):
-        start = round(float((box.low[axis] - grid.edges[k, side]) / grid.steps[side]))
-        first = min(max(start, 0), grid.shape[side])
-        last = max(min(start + size[side], grid.shape[side]), first)
-        source.append(slice(first, last))
-        target.append(slice(first - start, last - start) if last > first else slice(0, 0))
-    return tuple(source), tuple(target)
+def _overlap(
+    grid: Grid,
+    k: int,
+    box: Box,
+) -> tuple[tuple, tuple]:
+    """Where image k and a window at the box's lower edge overlap: slices of the image, slices of the window.
+    The slice's own position counts, to a whole pixel, so gantry tilt is corrected."""
+    distance_mm = box.low[grid.image_axes] - grid.edges[k]
+    start = np.rint(distance_mm / grid.steps).astype(int)
+    end = start + box.window
+    first = np.minimum(np.maximum(start, 0), grid.shape)
+    last = np.maximum(np.minimum(end, grid.shape), first)
+    of_image = tuple(map(slice, first, last))
+    of_window = tuple(map(slice, first - start, last - start))
+    return of_image, of_window
 
 
 def _load_window(
-    grid: Grid, k: int, box: Box, limits: tuple[float, float], out: np.ndarray
+    grid: Grid,
+    k: int,
+    box: Box,
+    limits: tuple[float, float],
+    out: np.ndarray,
 ) -> tuple[float, float]:
     """Fill out (h, w) float32 with the stored values of slice k from the box's lower edge on, clipped at the
     limits; outside of the image and for padding the lower one. Returns (gain, bias): limits -> 0..1 is gain *
     out + bias."""
     i = int(grid.order[k])
     slope, intercept = grid.series.rescale(i)
-    dark, bright = ((value - intercept) / slope for value in limits)  # as stored; dark > bright if slope < 0
-    source, target = _overlap(grid, k, box, out.shape)
-    image, inside = grid.image(k)[source], out[target]
+    # As stored; dark lies above bright where the slope is negative.
+    dark, bright = ((value - intercept) / slope for value in limits)
+    of_image, of_window = _overlap(grid, k, box)
+    image = grid.image(k)[of_image]
+    inside = out[of_window]
     if inside.shape != out.shape:
         out[:] = dark
-    np.clip(
-        image, np.float32(min(dark, bright)), np.float32(max(dark, bright)), out=inside, casting="same_kind"
-    )
+    low = np.float32(min(dark, bright))
+    high = np.float32(max(dark, bright))
+    np.clip(image, low, high, out=inside, casting="same_kind")
     padding = grid.series.padding(i)
     if padding is not None:
-        inside[(image >= padding[0]) & (image <= padding[1])] = dark
+        inside[is_padding(image, padding)] = dark
     grid.series.forget(i)
-    return 1 / (bright - dark), -dark / (bright - dark)
+    gain = 1 / (bright - dark)
+    return gain, -dark * gain
+
+
+def is_padding(stored: np.ndarray, padding: tuple[int, int]) -> np.ndarray:
+    low, high = padding
+    return (stored >= low) & (stored <= high)
 
 
 def _to_uint8(values: np.ndarray) -> np.ndarray:
     """0..1 -> 0..255, rounded; what lies beyond is clipped."""
-    return (np.clip(values, 0, 1) * 255 + 0.5).astype(np.uint8)
+    values = np.clip(values, 0, 1)
+    return (values * 255 + 0.5).astype(np.uint8)
 
 
-def resize_exactly(image: np.ndarray, factors: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+def resize_exactly(
+    image: np.ndarray,
+    factors: np.ndarray,
+    shape: np.ndarray,
+) -> np.ndarray:
     """Scale (h, w) float32 by factors per axis, its outer upper left edge staying in place, then cut to
     shape: area means along an axis that shrinks, linear along one that grows."""
-    for shrinks, method in ((True, cv2.INTER_AREA), (False, cv2.INTER_LINEAR)):
-        fy, fx = (float(factor) if (factor < 1) == shrinks else 1.0 for factor in factors)
-        if fy != 1 or fx != 1:
-            image = cv2.resize(image, None, fx=fx, fy=fy, interpolation=method)
-    return image[: shape[0], : shape[1]]
+    for method, (y, x) in (
+        (cv2.INTER_AREA, np.minimum(factors, 1)),
+        (cv2.INTER_LINEAR, np.maximum(factors, 1)),
+    ):
+        if y != 1 or x != 1:
+            image = cv2.resize(image, None, fx=x, fy=y, interpolation=method)
+    rows, columns = shape
+    return image[:rows, :columns]
 
 
-def _axial_slabs(grid: Grid, box: Box, limits: tuple[float, float], notes: list[str]) -> np.ndarray:
-    """(Z, H, W) of slices stacked along z: merged to slabs at their own resolution, then each slab resized
-    once."""
-    weights, is_hole = slab_weights(grid.spans, box.edges(0))
-    if is_hole.any():
-        notes.append(f"{int(is_hole.sum())} slabs lie where slices are missing: interpolated")
-    image = np.empty(_window_size(grid, box), np.float32)
-    voxels = np.empty(box.shape, np.uint8)
-    loaded = None
-    for z in range(box.shape[0]):
-        slab, offset = np.zeros_like(image), 0.0
-        for k in np.flatnonzero(weights[z]):
-            if k != loaded:  # a slice on an edge belongs to two slabs
-                gain, bias = _load_window(grid, loaded := int(k), box, limits, out=image)
-            cv2.scaleAdd(image, gain * float(weights[z, k]), slab, slab)
-            offset += bias * float(weights[z, k])
-        slab += np.float32(offset)
-        voxels[z] = _to_uint8(resize_exactly(slab, grid.steps / box.steps[1:], box.shape[1:]))
-    return voxels
+def _through_weights(grid: Grid, box: Box) -> tuple[np.ndarray, np.ndarray]:
+    """`slab_weights` of the voxels along `through`. Coronal and sagittal: linear where slices lie sparser
+    than voxels, and none beside what was scanned."""
+    weights, covered = slab_weights(grid.spans, box.edges(grid.through))
+    if grid.through != 0:
+        if np.median(np.diff(grid.spans)) > box.steps[grid.through]:
+            weights = line_weights(grid.centres, box.middles(grid.through))
+        weights[~_is_scanned(grid, box, grid.through)] = 0
+    return weights, covered
 
 
-def _sliced_slabs(grid: Grid, box: Box, limits: tuple[float, float], notes: list[str]) -> np.ndarray:
-    """(Z, H, W) of coronal or sagittal slices. z lies in the image, so each slice becomes (Z, side) first;
-    then the slices are spread over rows or columns: area means where they lie denser than voxels, linear
-    where sparser."""
-    edges = box.edges(grid.through)
-    places = (edges[:-1] + edges[1:]) / 2
-    if np.median(np.diff(grid.spans)) > box.steps[grid.through]:
-        weights = line_weights(grid.centres, places)
-    else:
-        weights, _ = slab_weights(grid.spans, edges)
-    first, last = grid.extent_mm(grid.through)
-    weights[(places < first) | (places > last)] = 0
+def _is_scanned(grid: Grid, box: Box, axis: int) -> np.ndarray:
+    """Which voxels along an axis have their middle in what was scanned."""
+    low, high = grid.extent_mm(axis)
+    middles = box.middles(axis)
+    return (middles >= low) & (middles <= high)
 
-    axes = list(grid.image_axes)
-    shape = tuple(box.shape[axis] for axis in axes)
+
+def _render_box(
+    grid: Grid,
+    box: Box,
+    weights: np.ndarray,
+    limits: tuple[float, float],
+) -> np.ndarray:
+    """Voxels (Z, H, W) from the weights (voxels along `through`, slices).
+
+    The slices of a slab (across a sagittal scan: of a column of voxels) are merged at their own resolution,
+    and each slab is resized once: both steps are linear, so their order does not change the result, and there
+    are ten times fewer images to resize. Clipping to the window comes first, slice by slice, or bone would
+    outshine the artery beside it in a thick slab.
+    """
+    num_slabs = len(weights)
+    last = [row.nonzero()[0].max(initial=-1) for row in weights]
+    axes = grid.image_axes
+    shape = box.shape[axes]
     factors = grid.steps / box.steps[axes]
-    image = np.empty(_window_size(grid, box), np.float32)
-    slabs = {}
+    image = np.empty(box.window, np.float32)
+    slabs = np.zeros((num_slabs, *shape), np.uint8)
+    merged: dict[int, np.ndarray] = {}  # slabs that wait for more slices
+    offsets = np.zeros(num_slabs)
     for k in np.flatnonzero(weights.any(axis=0)):
-        gain, bias = _load_window(grid, int(k), box, limits, out=image)
-        image *= np.float32(gain)
-        image += np.float32(bias)
-        slabs[k] = resize_exactly(image, factors, shape)
-    voxels = np.zeros((len(places), *shape), np.float32)
-    for place, k in np.argwhere(weights):
-        cv2.scaleAdd(slabs[k], float(weights[place, k]), voxels[place], voxels[place])
-    return np.ascontiguousarray(np.moveaxis(_to_uint8(voxels), 0, grid.through))
+        gain, bias = _load_window(grid, k, box, limits, out=image)
+        for z in np.flatnonzero(weights[:, k]):
+            if z not in merged:
+                merged[z] = np.zeros_like(image)
+            weight = float(weights[z, k])
+            cv2.scaleAdd(image, gain * weight, merged[z], merged[z])
+            offsets[z] += bias * weight
+            if k == last[z]:
+                slab = merged.pop(z)
+                slab += np.float32(offsets[z])
+                slab = resize_exactly(slab, factors, shape)
+                slabs[z] = _to_uint8(slab)
+    voxels = np.moveaxis(slabs, 0, grid.through)
+    return np.ascontiguousarray(voxels)
 
 
-def _percentiles(grid: Grid, box: Box, settings: VolumeSettings, notes: list[str]) -> tuple[float, float]:
-    """mr_percentiles of the rescaled pixels in the box (up to 30,000 of each of up to 16 slices, no
-    padding)."""
+def _mr_limits(
+    grid: Grid,
+    box: Box,
+    settings: VolumeSettings,
+    notes: list[str],
+) -> tuple[float, float]:
+    """mr_percentiles of the rescaled pixels in the box (up to 30,000 of each of up to 16 slices).
+    Padding counts as black air beside a magnitude image, and not at all where zero is far from all tissue."""
     edges = box.edges(grid.through)
-    inside = np.flatnonzero((grid.spans[:, 1] > edges[0]) & (grid.spans[:, 0] < edges[-1]))
+    is_inside = (grid.spans[:, 1] > edges[0]) & (grid.spans[:, 0] < edges[-1])
     samples = [np.zeros(0, np.float32)]
-    for k in _evenly(inside, 16):
-        i = int(grid.order[k])
-        part = grid.image(int(k))[_overlap(grid, int(k), box, _window_size(grid, box))[0]]
-        stride = 1 + math.isqrt(part.size // 30_000)
-        part = part[::stride, ::stride]
-        padding = grid.series.padding(i)
-        kept = part if padding is None else part[(part < padding[0]) | (part > padding[1])]
-        slope, intercept = grid.series.rescale(i)
-        samples.append(kept.ravel().astype(np.float32) * np.float32(slope) + np.float32(intercept))
+    has_content = not all(grid.is_blank.values())
+    for k in _pick_evenly(np.flatnonzero(is_inside), 16):
+        of_image, _ = _overlap(grid, k, box)
+        num_pixels = math.prod(part.stop - part.start for part in of_image)
+        stride = 1 + math.isqrt(num_pixels // 30_000)
+        region = tuple(slice(part.start, part.stop, stride) for part in of_image)
+        values = _rescaled_image(grid, k, region)
+        if not has_content or not grid.is_blank.get(int(grid.order[k]), True):
+            samples.append(values.ravel())
     values = np.concatenate(samples)
-    if values.size == 0:
+    tissue = values[~np.isnan(values)]
+    if tissue.size == 0:
         notes.append("no pixel in the box: the volume is empty")
         return 0.0, 1.0
-    dark, bright = (float(value) for value in np.percentile(values, settings.mr_percentiles))
+    dark, bright = np.percentile(tissue, settings.mr_percentiles).tolist()
+    if 0 <= dark < 2 * (bright - dark):
+        values = np.nan_to_num(values)
+        dark, bright = np.percentile(values, settings.mr_percentiles).tolist()
     if bright <= dark:
         notes.append(f"one intensity ({dark:g}) nearly all over the box")
         return dark, dark + 1.0
     return dark, bright
 
 
-def _evenly(items: np.ndarray, count: int) -> np.ndarray:
+def _rescaled_image(grid: Grid, k: int, region: tuple = ()) -> np.ndarray:
+    """A region of slice k along its canonical axes, float32 rescaled values, NaN where it is padding."""
+    i = int(grid.order[k])
+    stored = grid.image(k)[region]
+    slope, intercept = grid.series.rescale(i)
+    values = stored.astype(np.float32, order="C")
+    if slope != 1:
+        values *= slope
+    values += intercept
+    padding = grid.series.padding(i)
+    if padding is not None:
+        values[is_padding(stored, padding)] = np.nan
+    return values
+
+
+def _pick_evenly(items: np.ndarray, count: int) -> list[int]:
     """At most `count` of the items, evenly spread, first and last among them."""
-    return items[np.unique(np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int))]
+    count = min(count, len(items))
+    picks = np.linspace(0, len(items) - 1, count)
+    picks = np.unique(picks.round().astype(int))
+    return items[picks].tolist()
+
+
+# --- head ---------------------------------------------------------------------------------------------------
+
+
+Masks = dict[int, np.ndarray]  # slice k -> (h, w) uint8
 
 
 def find_head(grid: Grid) -> tuple[float, float, float] | None:
     """(top, centre y, centre x) of the head in mm, from up to 24 slices at about 3 mm per pixel; None without
     one.
 
-    Top: the highest place where the head's cross-section exceeds 1000 mm2 (28 mm times the scan's width in a
+    Top: the highest level where the head's cross-section exceeds 1000 mm2 (28 mm times the scan's width in a
     narrow scan); between axial slices bisected down to one slice or 2 mm. Centre: of the bounding box over
     100 mm below it.
     """
     factors = np.maximum(1, np.rint(3.0 / grid.steps)).astype(int)
     pixel_mm = grid.steps * factors
-    small = {int(k): _small_slice(grid, int(k), factors) for k in _evenly(np.arange(len(grid.order)), 24)}
+    samples = {}
+    for k in _pick_evenly(np.arange(len(grid.order)), 24):
+        samples[k] = _shrink_slice(grid, k, factors)
+    spread = np.ptp(np.percentile(list(samples.values()), (1, 99)))
+    images = [image for image in samples.values() if np.ptp(image) > 0.02 * spread]
+    if not images:
+        return None
     is_ct = grid.series.modality == "CT"
-    threshold = -300.0 if is_ct else _dark_tissue(np.concatenate([image.ravel() for image in small.values()]))
-    masks = {k: _foreground(image, threshold, is_ct) for k, image in small.items()}
-    least_mm2 = min(1000.0, 28.0 * min(high - low for low, high in map(grid.extent_mm, (1, 2))))
+    threshold = -300.0 if is_ct else _tissue_threshold(images)
+
+    def mask_slice(k: int) -> np.ndarray:
+        image = samples[k] if k in samples else _shrink_slice(grid, k, factors)
+        if np.ptp(image) <= 0.02 * spread:  # no head, however bright
+            return np.zeros(image.shape, np.uint8)
+        return _mask_head(image, threshold, is_ct)
+
+    masks = {k: mask_slice(k) for k in samples}
+    widths = np.diff([grid.extent_mm(1), grid.extent_mm(2)])
+    least_mm2 = min(1000.0, 28.0 * widths.min())
     if grid.through == 0:
-        masks = _follow(grid, masks)
-        large = [k for k, mask in masks.items() if mask.sum() * pixel_mm.prod() > least_mm2]
-        if not large:
-            return None
-        good = max(large)
-        bad = min((k for k in masks if k > good), default=good)
-        while bad - good > 1 and grid.centres[bad] - grid.centres[good] > 2.0:
-            k = (good + bad) // 2
-            mask = _part(_foreground(_small_slice(grid, k, factors), threshold, is_ct), near=masks[good])
-            if mask.sum() * pixel_mm.prod() > least_mm2:
-                good, masks[k] = k, mask
-            else:
-                bad = k
-        top = float(grid.spans[good, 1])
+        masks = _follow_head(grid, masks)
+        least_pixels = least_mm2 / pixel_mm.prod()
+        top = _find_axial_top(grid, masks, mask_slice, least_pixels)
     else:
-        masks = {k: _part(mask) for k, mask in masks.items()}
-        centres = grid.centres[list(masks)]
-        depths = (
-            np.gradient(centres) if len(masks) > 1 else np.diff(grid.spans[0])
-        )  # mm that each sample stands for
-        lengths_mm = np.stack([mask.sum(axis=1) for mask in masks.values()]) * pixel_mm[1]  # (n, rows)
-        rows = np.flatnonzero(depths @ lengths_mm > least_mm2)
-        if len(rows) == 0:
-            return None
-        bottom, covered = grid.extent_mm(0)
-        top = min(bottom + float((rows[-1] + 1) * pixel_mm[0]), covered)
-    return (top, *_centre_below(grid, masks, pixel_mm, top))
+        masks = {k: largest_component(mask) for k, mask in masks.items()}
+        top = _find_sliced_top(grid, masks, pixel_mm, least_mm2)
+    if top is None:
+        return None
+    points = [_mask_points(grid, k, mask, pixel_mm) for k, mask in masks.items()]
+    points = np.concatenate(points)
+    points = points[points[:, 0] < top]
+    heights = points[:, 0]
+    near = points[heights >= min(top - 100, heights.max())]
+    _, y, x = (near.min(axis=0) + near.max(axis=0)) / 2
+    return top, float(y), float(x)
 
 
-def _centre_below(
-    grid: Grid, masks: dict[int, np.ndarray], pixel_mm: np.ndarray, top: float
-) -> tuple[float, float]:
-    """(y, x) mm: the middle of the masks' bounding box between top and 100 mm below."""
-    bounds: dict[int, list[float]] = {1: [], 2: []}
-    for k, mask in masks.items():
-        if grid.through != 0:
-            rows_mm = grid.edges[k, 0] + (np.arange(len(mask)) + 0.5) * pixel_mm[0]
-            mask = mask * ((rows_mm > top - 100) & (rows_mm < top))[:, None]
-        if not mask.any() or (grid.through == 0 and not top - 100 <= grid.centres[k] <= top):
-            continue
-        for side, axis in enumerate(grid.image_axes):
-            if axis != 0:
-                there = np.flatnonzero(mask.any(axis=1 - side))
-                bounds[axis] += list(
-                    grid.edges[k, side] + np.array([there[0], there[-1] + 1]) * pixel_mm[side]
-                )
-        if grid.through != 0:
-            bounds[grid.through] += list(grid.spans[k])
-    return tuple(
-        sum(grid.extent_mm(a)) / 2 if not v else float(min(v) + max(v)) / 2 for a, v in bounds.items()
-    )
+def _find_axial_top(
+    grid: Grid,
+    masks: Masks,
+    mask_slice: Callable[[int], np.ndarray],
+    least_pixels: float,
+) -> float | None:
+    """mm of the top by bisection between the highest sample with a head and the next; `masks` gets the slices
+    with a head that it passes."""
+    large = [k for k, mask in masks.items() if mask.sum() > least_pixels]
+    if not large:
+        return None
+    inside = max(large)
+    above = min((k for k in masks if k > inside), default=inside)
+    while above - inside > 1 and grid.centres[above] - grid.centres[inside] > 2.0:
+        k = (inside + above) // 2
+        mask = largest_component(mask_slice(k), near=masks[inside])
+        if mask.sum() > least_pixels:
+            inside = k
+            masks[k] = mask
+        else:
+            above = k
+    return float(grid.spans[inside, 1])
 
 
-def _small_slice(grid: Grid, k: int, factors: np.ndarray) -> np.ndarray:
-    """Rescaled slice k as means over blocks of `factors` pixels, float32; padding as the slice's lowest
-    value."""
-    i = int(grid.order[k])
-    slope, intercept = grid.series.rescale(i)
-    rows, columns = (max(1, length // factor) for length, factor in zip(grid.shape, factors, strict=True))
-    values = grid.image(k)[: rows * factors[0], : columns * factors[1]]
-    if values.dtype not in (np.uint8, np.int16, np.uint16):  # what OpenCV resizes as it is
-        values = values.astype(np.float32)
-    padding = grid.series.padding(i)
-    if padding is not None:
-        is_padding = (values >= padding[0]) & (values <= padding[1])
-        kept = values[~is_padding] if not is_padding.all() else values
-        values = np.where(is_padding, kept.min() if slope > 0 else kept.max(), values)
-    small = cv2.resize(np.ascontiguousarray(values), (columns, rows), interpolation=cv2.INTER_AREA)
-    return small.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+def _find_sliced_top(
+    grid: Grid,
+    masks: Masks,
+    pixel_mm: np.ndarray,
+    least_mm2: float,
+) -> float | None:
+    """mm of the top: the highest row (of z) whose pixels in all samples make up the cross-section."""
+    centres = grid.centres[list(masks)]
+    # mm through the stack that a sample stands for
+    depths_mm = np.gradient(centres) if len(masks) > 1 else np.diff(grid.spans[0])
+    widths = np.stack(list(masks.values())).sum(axis=2)  # (samples, rows) pixels
+    areas_mm2 = depths_mm @ widths * pixel_mm[1]
+    rows = np.flatnonzero(areas_mm2 > least_mm2)
+    if len(rows) == 0:
+        return None
+    bottom, covered = grid.extent_mm(0)
+    return min(bottom + float(pixel_mm[0] * (rows[-1] + 1)), covered)
 
 
-def _dark_tissue(values: np.ndarray) -> float:
+def _mask_points(
+    grid: Grid,
+    k: int,
+    mask: np.ndarray,
+    pixel_mm: np.ndarray,
+) -> np.ndarray:
+    """(N, 3) canonical mm of the pixels in the mask of slice k."""
+    pixels = np.argwhere(mask)
+    points = np.empty((len(pixels), 3))
+    points[:, grid.through] = grid.centres[k]
+    points[:, grid.image_axes] = grid.edges[k] + (pixels + 0.5) * pixel_mm
+    return points
+
+
+def _shrink_slice(
+    grid: Grid,
+    k: int,
+    factors: np.ndarray,
+) -> np.ndarray:
+    """Rescaled slice k as means over blocks of `factors` pixels, float32; padding as air, or as what
+    is darker."""
+    image = _rescaled_image(grid, k)
+    if grid.series.padding(int(grid.order[k])) is not None:
+        is_missing = np.isnan(image)
+        black = -1024 if grid.series.modality == "CT" else 0
+        image[is_missing] = np.min(image[~is_missing], initial=black)
+    blocks = np.maximum(1, grid.shape // factors)
+    rows, columns = blocks * factors
+    return cv2.resize(image[:rows, :columns], blocks[::-1].tolist(), interpolation=cv2.INTER_AREA)
+
+
+def _tissue_threshold(images: list[np.ndarray]) -> float:
     """Threshold for MR: half of Otsu's, since dark tissue is head, but at least a tenth of the range (1st to
     99th percentile), since noise is not."""
-    low, high = (float(value) for value in np.percentile(values, (1, 99)))
+    values = np.concatenate([image.ravel() for image in images])
+    low, high = np.percentile(values, (1, 99)).tolist()
     if high <= low:
         return high
-    scaled = (np.clip((values - low) / (high - low), 0, 1) * 255).astype(np.uint8)
-    level, _ = cv2.threshold(scaled.reshape(1, -1), 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
-    return low + max(0.5 * level / 255, 0.1) * (high - low)
+    shares = np.clip((values - low) / (high - low), 0, 1)
+    scaled = (shares * 255).astype(np.uint8)
+    method = cv2.THRESH_BINARY + cv2.THRESH_OTSU
+    level, _ = cv2.threshold(scaled[None], 0, 255, method)
+    share = max(0.5 * level / 255, 0.1)
+    return low + share * (high - low)
 
 
-def _foreground(image: np.ndarray, threshold: float, is_ct: bool) -> np.ndarray:
+def _mask_head(
+    image: np.ndarray,
+    threshold: float,
+    is_ct: bool,
+) -> np.ndarray:
     """Mask uint8 of what is brighter, without structures thinner than 3 pixels (table, headrest). MR: with
-    its dark insides, because the skull is a dark ring there."""
-    mask = (image > threshold).astype(np.uint8)
+    its dark insides, because the skull is a dark ring there. CT: with all inside the skull, which may be
+    hollow or have a defect."""
     kernel = np.ones((3, 3), np.uint8)
-    if not is_ct:
+    mask = (image > threshold).astype(np.uint8)
+    if is_ct:
+        bone = (image > 100).astype(np.uint8)
+        bone = cv2.morphologyEx(bone, cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))
+        skull = largest_component(bone)
+        if skull.any():
+            hull = cv2.convexHull(cv2.findNonZero(skull))
+            cv2.fillConvexPoly(mask, hull, 1)
+    else:
         mask = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, kernel)
         contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
         mask = cv2.drawContours(mask, contours, -1, 1, cv2.FILLED)
     return cv2.morphologyEx(mask, cv2.MORPH_OPEN, kernel)
 
 
-def _part(mask: np.ndarray, near: np.ndarray | None = None) -> np.ndarray:
+def largest_component(mask: np.ndarray, near: np.ndarray | None = None) -> np.ndarray:
     """The largest connected part of a mask, or the one that shares most pixels with `near`; zeros if there is
     none."""
     _, labels = cv2.connectedComponents(mask, connectivity=8)
-    sizes = np.bincount(labels.ravel() if near is None else labels[near > 0])
-    if len(sizes) < 2 or sizes[1:].max() == 0:
+    pixels = labels.ravel() if near is None else labels[near > 0]
+    sizes = np.bincount(pixels, minlength=2)
+    sizes[0] = 0  # background
+    if sizes.max() == 0:
         return np.zeros_like(mask)
-    return (labels == 1 + int(sizes[1:].argmax())).astype(np.uint8)
+    return (labels == sizes.argmax()).astype(np.uint8)
 
 
-def _follow(grid: Grid, masks: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
-    """One part per slice: the largest of all, and up and down from it the part over the last one; nothing
+def _follow_head(grid: Grid, masks: Masks) -> Masks:
+    """One component per slice: the largest of all, and up and down from it the one over the last; nothing
     beyond 30 mm without any."""
-    kept = {k: np.zeros_like(mask) for k, mask in masks.items()}
-    largest = {k: _part(mask) for k, mask in masks.items()}
-    seed = max(largest, key=lambda k: int(largest[k].sum()))
-    kept[seed] = largest[seed]
-    for side in ([k for k in masks if k > seed], [k for k in reversed(masks) if k < seed]):
+    head = {k: np.zeros_like(mask) for k, mask in masks.items()}
+    largest = {k: largest_component(mask) for k, mask in masks.items()}
+    seed = max(largest, key=lambda k: largest[k].sum())
+    head[seed] = largest[seed]
+    upwards = [k for k in masks if k > seed]
+    downwards = [k for k in reversed(masks) if k < seed]
+    for side in (upwards, downwards):
         last = before = seed
         for k in side:
-            is_near = abs(grid.centres[before] - grid.centres[last]) <= 30
-            kept[k] = _part(masks[k], near=kept[last]) if is_near else kept[k]
-            last, before = (k if kept[k].any() else last), k
-    return kept
+            if abs(grid.centres[before] - grid.centres[last]) <= 30:
+                head[k] = largest_component(masks[k], near=head[last])
+            if head[k].any():
+                last = k
+            before = k
+    return head

@@ -127,7 +127,7 @@ def test_every_command_of_the_readme_parses():
 
 
 def test_the_wheels_for_kaggle_leave_its_numpy_alone(tmp_path):
-    """Where the index can be reached: each wheel for Python 3.11 accepts numpy 1.26, and all are few and small."""
+    """Where the index can be reached: each wheel for Python 3.11 accepts numpy 1.26, and all are small."""
     command = re.search(
         r"pip (download -r requirements-kaggle\.txt [^`]*) -d wheels", (ROOT / "README.md").read_text()
     )

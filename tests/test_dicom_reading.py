@@ -1,4 +1,4 @@
-"""common.py, reading: files written here with pydicom and expectations worked by hand; where ../shared/dicom
+"""dicom.py, reading: files written here with pydicom and expectations worked by hand; where ../shared/dicom
 exists, 53 real series against what other readers found in them."""
 
 from __future__ import annotations
@@ -7,7 +7,9 @@ import errno
 import gzip
 import hashlib
 import json
+import resource
 import zlib
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -28,12 +30,13 @@ from pydicom.uid import (
     RLELossless,
 )
 
-import common
-from common import (
+import dicom
+from dicom import (
     decode,
     fast_header,
     find_series,
-    frames_of,
+    make_frames,
+    one_line_errors,
     read_header,
     read_series,
     safe_uid,
@@ -94,17 +97,17 @@ def stack(folder: Path, positions: list[float], **tags: object) -> list[Path]:
     """One slice per z position; InstanceNumber counts from 1, pixels count up from 100 times the index."""
     paths = []
     for i, z in enumerate(positions):
-        own = {k: v[i] if isinstance(v, tuple) else v for k, v in tags.items()}
-        own = {"ImagePositionPatient": [-10, -20, z], "InstanceNumber": i + 1} | own
-        paths.append(write(folder / f"I{i + 1}", image(100 * i, **own)))
+        values = {k: v[i] if isinstance(v, tuple) else v for k, v in tags.items()}
+        values = {"ImagePositionPatient": [-10, -20, z], "InstanceNumber": i + 1} | values
+        paths.append(write(folder / f"I{i + 1}", image(100 * i, **values)))
     return paths
 
 
-def z_of(series: common.Series) -> list[float]:
+def z_of(series: dicom.Series) -> list[float]:
     return [round(float(frame.position[2]), 3) for frame in series.frames]
 
 
-def noted(series: common.Series, *words: str) -> bool:
+def noted(series: dicom.Series, *words: str) -> bool:
     return any(all(word in note for word in words) for note in series.notes)
 
 
@@ -117,7 +120,6 @@ def test_files_are_found_by_content_and_others_named(tmp_path):
     c.write_bytes(c.read_bytes()[132:])  # without preamble
     d.write_bytes(gzip.compress(d.read_bytes()))
     (tmp_path / "readme.txt").write_text("no DICOM")
-    (tmp_path / "empty.dcm").write_bytes(b"")
     (tmp_path / "short.dcm").write_bytes(a.read_bytes()[:-10])
     directory = Dataset()
     directory.file_meta = FileMetaDataset()
@@ -134,8 +136,8 @@ def test_files_are_found_by_content_and_others_named(tmp_path):
         assert series.stored(i)[0, :2].tolist() == [100 * i, 100 * i + 1]
     reasons = {path.name: reason for path, reason in series.skipped}
     expected = {
-        "readme.txt": "not DICOM", "empty.dcm": "empty", "short.dcm": f"truncated: {2 * SIZE - 10}",
-        "DICOMDIR": "DICOMDIR", "report.dcm": "no (7FE0,0010) PixelData",
+        "readme.txt": "not DICOM", "short.dcm": f"truncated: {2 * SIZE - 10}",
+        "DICOMDIR": "not an image", "report.dcm": "no (7FE0,0010) PixelData",
     }  # fmt: skip
     assert reasons.keys() == expected.keys()
     assert all(text in reasons[name] for name, text in expected.items()), reasons
@@ -175,7 +177,7 @@ def test_linked_folders_are_followed_and_circles_end(tmp_path):
     (tmp_path / "src" / "series").symlink_to(tmp_path / "disk")
     (tmp_path / "src" / "twice").symlink_to(tmp_path / "disk")
     (tmp_path / "disk" / "back").symlink_to(tmp_path / "src")
-    series, rejected = common.find_series(tmp_path / "src")
+    series, rejected = find_series(tmp_path / "src")
     assert list(series) == ["1.2.3"] and len(series["1.2.3"]) == len(paths) and rejected == []
 
 
@@ -196,7 +198,7 @@ def test_a_file_that_the_disk_does_not_give_fails_the_series(tmp_path, monkeypat
     def stale(path: Path) -> None:
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    monkeypatch.setattr(common, "fast_header", stale)
+    monkeypatch.setattr(dicom, "fast_header", stale)
     with pytest.raises(ValueError, match="Stale file handle; the disk is at fault"):
         read_series(tmp_path)
 
@@ -306,9 +308,7 @@ def test_of_several_volumes_one_whole_one_is_kept(tmp_path, key, values, kept):
         numbers = (1, 3, 5) if folder == "a" else (2, 4, 6)
         stack(tmp_path / folder, [0, 2, 4], InstanceNumber=numbers, **{key: own})
     series = read_series(tmp_path)
-    assert z_of(series) == [0, 2, 4] and noted(
-        series, "kept" if key != "SOPInstanceUID" else "3 images left out"
-    )
+    assert z_of(series) == [0, 2, 4] and noted(series, "kept (3 images)")
     assert {frame.path.parent.name for frame in series.frames} == {kept}
     assert len(series.geometry) == 6  # points on the other volume's images still have a place
 
@@ -328,20 +328,18 @@ def test_copies_of_an_image_are_dropped_and_one_position_gives_one_slice(tmp_pat
     assert z_of(read_series(tmp_path)) == [0, 1] and noted(read_series(tmp_path), "1 copies")
     stack(tmp_path / "same", [5, 5, 5], InstanceNumber=(7, 3, 5))
     series = read_series(tmp_path / "same")
-    assert [frame.path.name for frame in series.frames] == ["I2"] and noted(series, "2 images left out")
+    assert [frame.path.name for frame in series.frames] == ["I2"] and noted(series, "kept (1 images)")
 
 
-def enhanced(z: list[float], slopes: list[float]) -> Dataset:
-    """An enhanced file: position and rescale by frame, orientation and spacing shared."""
-    ds = image(pixels=np.arange(len(z) * SIZE).reshape(len(z), ROWS, COLS), NumberOfFrames=len(z))
-    for name in (
-        "ImagePositionPatient",
-        "ImageOrientationPatient",
-        "PixelSpacing",
-        "RescaleSlope",
-        "RescaleIntercept",
-    ):
-        delattr(ds, name)
+def enhanced(
+    positions: list, slopes: list[float], orientation: object = PLANES["axial"], **tags: object
+) -> Dataset:
+    """An enhanced file: position (z or x, y, z) and rescale by frame, orientation and spacing shared."""
+    pixels = np.arange(len(positions) * SIZE).reshape(len(positions), ROWS, COLS)
+    tags = {"pixels": pixels, "SliceThickness": 2} | tags
+    ds = image(NumberOfFrames=len(positions), **tags)
+    del ds.ImagePositionPatient, ds.ImageOrientationPatient, ds.PixelSpacing
+    del ds.RescaleSlope, ds.RescaleIntercept
 
     def group(sequence: str, **tags: object) -> Dataset:
         item, outer = Dataset(), Dataset()
@@ -349,11 +347,13 @@ def enhanced(z: list[float], slopes: list[float]) -> Dataset:
         setattr(outer, sequence, [item])
         return outer
 
-    shared = group("PlaneOrientationSequence", ImageOrientationPatient=PLANES["axial"])
-    shared.update(group("PixelMeasuresSequence", PixelSpacing=[0.5, 0.25], SliceThickness=2))
+    shared = group("PixelMeasuresSequence", PixelSpacing=[0.5, 0.25], SliceThickness=tags["SliceThickness"])
+    if orientation is not None:
+        shared.update(group("PlaneOrientationSequence", ImageOrientationPatient=orientation))
     ds.SharedFunctionalGroupsSequence, ds.PerFrameFunctionalGroupsSequence = [shared], []
-    for mm, slope in zip(z, slopes, strict=True):
-        frame = group("PlanePositionSequence", ImagePositionPatient=[0, 0, mm])
+    for mm, slope in zip(positions, slopes, strict=True):
+        point = mm if isinstance(mm, list) else [0, 0, mm]
+        frame = group("PlanePositionSequence", ImagePositionPatient=point)
         frame.update(group("PixelValueTransformationSequence", RescaleSlope=slope, RescaleIntercept=0))
         ds.PerFrameFunctionalGroupsSequence.append(frame)
     return ds
@@ -382,8 +382,12 @@ def test_frames_of_a_stripped_multi_frame_file_are_counted_from_its_pixel_data(t
     del ds.NumberOfFrames, ds.ImagePositionPatient, ds.ImageOrientationPatient, ds.SeriesInstanceUID
     ds.save_as(path)
     series = read_series(tmp_path)
-    assert z_of(series) == [0, 1.5, 3] and [series.stored(i)[0, 0] for i in range(3)] == [0, SIZE, 2 * SIZE]
-    assert noted(series, "1.5 mm", "SpacingBetweenSlices") and noted(series, "axial assumed")
+    assert np.diff(z_of(series)).tolist() == [1.5, 1.5] and [series.stored(i)[0, 0] for i in range(3)] == [
+        0,
+        SIZE,
+        2 * SIZE,
+    ]
+    assert noted(series, "1.5 mm", "SpacingBetweenSlices") and "axial assumed" in series.doubts[0]
 
 
 # --- fallbacks
@@ -407,9 +411,8 @@ def test_without_positions_slice_location_then_instance_number_then_names_order_
 def test_one_slice_without_a_position_goes_where_its_number_says(tmp_path):
     stack(tmp_path, [0, 2, 4], ImagePositionPatient=([0, 0, 0], None, [0, 1, 4]))
     series = read_series(tmp_path)
-    assert series.frames[1].position.tolist() == pytest.approx([0, 0.5, 2]) and noted(
-        series, "1 of 3", "0 left out"
-    )
+    assert series.frames[1].position.tolist() == pytest.approx([0, 0.5, 2])
+    assert noted(series, "no valid (0020,0032) ImagePositionPatient (1 of 3 images)")
 
 
 def test_equal_positions_give_way_to_differing_slice_locations(tmp_path):
@@ -420,11 +423,10 @@ def test_equal_positions_give_way_to_differing_slice_locations(tmp_path):
 
 def test_missing_orientation_and_spacing_are_assumed_and_noted(tmp_path):
     stack(tmp_path / "a", [0, 1], ImageOrientationPatient=[0, 0, 0, 0, 0, 0], PixelSpacing=None)
-    stack(tmp_path / "b", [0, 1], PixelSpacing=None, ReconstructionDiameter=20)
-    a, b = read_series(tmp_path / "a"), read_series(tmp_path / "b")
+    a = read_series(tmp_path / "a")
     assert a.spacing_mm == (1, 1, 1) and a.plane == "axial"
-    assert noted(a, "axial assumed (2 of 2") and noted(a, "PixelSpacing", "1 mm")
-    assert b.spacing_mm == (1, 0.5, 0.5)  # 20 mm / 40 columns
+    assert noted(a, "ImageOrientationPatient in 2 images: taken from the positions")
+    assert noted(a, "PixelSpacing: 1 mm assumed (2 of 2 images)")
 
 
 def test_an_attribute_that_does_not_parse_counts_as_missing_and_is_noted(tmp_path):
@@ -548,7 +550,7 @@ def test_jpeg_baseline_and_colour_become_grey(tmp_path):
 
 def test_a_missing_decoder_is_named_with_its_package(tmp_path, monkeypatch):
     write(tmp_path / "x", image(), JPEGLSLossless)
-    monkeypatch.setattr(common, "get_decoder", lambda uid: type("D", (), {"is_available": False}))
+    monkeypatch.setattr(dicom, "get_decoder", lambda uid: type("D", (), {"is_available": False}))
     series = read_series(tmp_path)
     with pytest.raises(
         ValueError, match=r"JPEG-LS Lossless.*1\.2\.840\.10008\.1\.2\.4\.80.*pyjpegls"
@@ -570,7 +572,7 @@ def test_whatever_a_decoder_raises_is_a_reason_but_interrupts_pass(tmp_path, mon
 
     write(tmp_path / "x", image(), RLELossless)
     series = read_series(tmp_path)
-    monkeypatch.setattr(common, "get_decoder", fail)
+    monkeypatch.setattr(dicom, "get_decoder", fail)
     with pytest.raises(expected, match="index out of bounds"):
         series.stored(0)
 
@@ -583,10 +585,10 @@ def test_bombs_and_absurd_headers_are_refused_before_they_take_memory(tmp_path, 
     at = data.index(b"\xff\x4f\xff\x51") + 8
     stream.write_bytes(data[:at] + b"\0\0\xff\xff\0\0\xff\xff" + data[at + 8 :])
     write(tmp_path / "deflated.dcm", image(pixels=np.zeros((1000, 1000))), DeflatedExplicitVRLittleEndian)
-    monkeypatch.setattr(common, "MAX_UNPACKED_BYTES", 2**20)
+    monkeypatch.setattr(dicom, "MAX_UNPACKED_BYTES", 2**20)
     series = read_series(tmp_path)
     reasons = {path.name: reason for path, reason in series.skipped}
-    assert "absurd size" in reasons["huge.dcm"] and "truncated" in reasons["frames.dcm"]
+    assert "absurd size" in reasons["huge.dcm"] and "absurd size" in reasons["frames.dcm"]
     assert "1 MiB: a decompression bomb" in reasons["deflated.dcm"]
     with pytest.raises(
         ValueError, match=r"\(65535, 65535, 1\) rows, columns, samples; the header says \(36, 40, 1\)"
@@ -651,7 +653,7 @@ def outcome(read: object, path: Path) -> object:
 
 def test_the_fast_header_equals_pydicoms_on_mutated_files(tmp_path):
     rng, files, num_fast = np.random.default_rng(1), bases(tmp_path), 0
-    slow = common._one_line_errors(slow_header)
+    slow = one_line_errors(slow_header)
     for i in range(600):
         path = tmp_path / "mutated"
         path.write_bytes(mutated(rng, files[(0, 1, 4)[i % 3]]))
@@ -682,14 +684,18 @@ def fuzz(job: tuple[Path, int]) -> dict[str, int]:
     return ends
 
 
+def limit_memory() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))
+
+
 def test_two_thousand_mutated_files_are_read_or_refused(tmp_path):
     bases(tmp_path)
     stack(tmp_path / "good", [0, 1])
     jobs = [(tmp_path, seed) for seed in range(20)]
     ends = {"read": 0, "skipped": 0, "refused": 0}
-    for job, result, reason in common.run_isolated(fuzz, jobs, workers=2, timeout_s=60, memory_gb=4):
-        assert reason is None, (job, reason)
-        ends = {end: count + result[end] for end, count in ends.items()}
+    with ProcessPoolExecutor(2, initializer=limit_memory) as pool:
+        for result in pool.map(fuzz, jobs, timeout=300):
+            ends = {end: count + result[end] for end, count in ends.items()}
     assert ends["read"] > 300 and ends["skipped"] > 300, ends
 
 
@@ -702,7 +708,7 @@ def real(name: str) -> dict:
 
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is not there")
 NAMES = sorted(path.stem for path in (REAL / "expected").glob("*.json"))
-NO_VOLUME = {"mra_rotating_mip_tiny"}
+NO_VOLUME = {"mra_rotating_mip_tiny", "ct_philips_scout", "ct_philips_exam_summary"}
 
 
 @needs_real
@@ -710,7 +716,7 @@ NO_VOLUME = {"mra_rotating_mip_tiny"}
 def test_real_series_have_the_expected_geometry_and_values(name):
     expected = real(name)
     if expected["main_group"] is None or name in NO_VOLUME:
-        with pytest.raises(ValueError, match=r"tiled in one image|projection"):
+        with pytest.raises(ValueError, match=r"tiled in one image|projection|scout"):
             read_series(REAL / name)
         return
     series = read_series(REAL / name)
@@ -738,7 +744,7 @@ def test_real_series_have_the_expected_geometry_and_values(name):
             stored, padding = series.stored(i)[sample["row"], sample["col"]], series.padding(i)
             if padding and padding[0] <= stored <= padding[1]:
                 continue
-            if series.frames[i].header["SamplesPerPixel"] == (3,):  # theirs is the mean of the colours
+            if series.frames[i].header["SamplesPerPixel"] == 3:  # theirs is the mean of the colours
                 continue
             value = series.values(i)[sample["row"], sample["col"]]
             assert value == pytest.approx(sample["value"], rel=1e-5, abs=1e-3)
@@ -754,15 +760,15 @@ def test_real_files_decode_to_the_expected_stored_values(name):
         if "stored_sha1" not in file or file["modality"] in ("SEG", "NM"):
             continue
         header = read_header(path) | {"Modality": "MR", "ImageType": ""}  # also what is no volume has pixels
-        if header["SamplesPerPixel"] == (3,):
+        if header["SamplesPerPixel"] == 3:
             continue
-        values = np.stack([decode(frame) for frame, _ in frames_of(path, header)]).astype("<i8")
+        values = np.stack([decode(frame) for frame in make_frames(path, header)]).astype("<i8")
         assert hashlib.sha1(values.tobytes()).hexdigest()[:12] == file["stored_sha1"], path
 
 
 @needs_real
 def test_the_fast_header_equals_pydicoms_on_real_files():
-    num_fast, slow = 0, common._one_line_errors(slow_header)
+    num_fast, slow = 0, one_line_errors(slow_header)
     for path in (path for name in NAMES for path in sorted((REAL / name).rglob("*")) if path.is_file()):
         fast = outcome(fast_header, path)
         if fast is not None:

@@ -1,0 +1,275 @@
+"""Series whose values or positions are wrong in ways that people report: the volume is the healthy head's, or
+the volume has doubts; sound series have none. Expected values are worked by hand."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage
+
+from dicom import Volume, VolumeSettings, make_volume, read_series, to_lps
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+SETTINGS = VolumeSettings(base_slices=16, img_size=64)
+NUM, SIZE, STEP_MM, PIXEL_MM = 40, 64, 4.0, 3.4
+PLANES = {"axial": [1, 0, 0, 0, 1, 0], "coronal": [1, 0, 0, 0, 0, -1], "sagittal": [0, 1, 0, 0, 0, -1]}
+U12 = {"BitsStored": 12, "HighBit": 11}
+MR = {"Modality": "MR"}
+
+
+def ellipsoid() -> np.ndarray:
+    """(40, 64, 64) radius: below 1 in a head of 144 x 176 mm whose vertex lies at z = 152 mm."""
+    z = (np.arange(NUM) - 14)[:, None, None] * STEP_MM
+    y, x = ((np.mgrid[:SIZE, :SIZE] - SIZE / 2 + 0.5) * PIXEL_MM)[:, None]
+    return np.sqrt((x / 72) ** 2 + (y / 88) ** 2 + (np.clip(z, 0, None) / 98) ** 2)
+
+
+RADIUS = ellipsoid()
+NOISE = np.random.default_rng(0).normal(0, 8, RADIUS.shape)
+
+
+def ct_head() -> np.ndarray:
+    """HU: air, a skull of 900, brain of 38 and a vessel of 350, with noise."""
+    hu = np.select([RADIUS < 0.3, RADIUS < 0.88, RADIUS < 1], [350.0, 38.0, 900.0], -1000.0)
+    return np.maximum(np.rint(hu + NOISE), -1024).astype(int)
+
+
+def mr_head() -> np.ndarray:
+    """Magnitudes: air 0, a dark skull, brain of 400 and a vessel of 900, with noise."""
+    grey = np.select([RADIUS < 0.3, RADIUS < 0.88, RADIUS < 1], [900.0, 400.0, 60.0], 0.0)
+    return np.rint(np.abs(grey + NOISE)).astype(int)
+
+
+def write(folder: Path, voxels: np.ndarray, plane: str = "axial", positions: dict | None = None, **tags):
+    """A file per slice of (z, y, x) voxels; `positions` replaces some: slice -> (x, y, z) mm."""
+    axis = {"axial": 0, "coronal": 1, "sagittal": 2}[plane]
+    corner = -(SIZE - 1) / 2 * PIXEL_MM
+    is_ct = tags.get("Modality", "CT") == "CT"
+    for i in range(voxels.shape[axis]):
+        pixels = voxels.take(i, axis) if axis == 0 else voxels.take(i, axis)[::-1]
+        position = [corner, corner, (NUM - 1) * STEP_MM]  # rows run from head to feet
+        position[2 - axis] = i * STEP_MM if axis == 0 else corner + i * PIXEL_MM
+        ds = Dataset()
+        ds.file_meta = FileMetaDataset()
+        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        defaults = dict(
+            SOPClassUID=CTImageStorage if is_ct else MRImageStorage, Modality="CT", InstanceNumber=i + 1,
+            SOPInstanceUID=f"1.2.{zlib.crc32(folder.name.encode())}.{i}", SeriesInstanceUID="1.2.3",
+            ImageOrientationPatient=PLANES[plane], ImagePositionPatient=(positions or {}).get(i, position),
+            PixelSpacing=[PIXEL_MM if axis == 0 else STEP_MM, PIXEL_MM], SliceThickness=PIXEL_MM,
+            Rows=pixels.shape[0], Columns=pixels.shape[1], SamplesPerPixel=1,
+            PhotometricInterpretation="MONOCHROME2", BitsAllocated=16, BitsStored=16, HighBit=15,
+            PixelRepresentation=int(pixels.min() < 0), RescaleIntercept=0, RescaleSlope=1,
+        )  # fmt: skip
+        for name, value in (defaults | tags).items():
+            if value is not None:
+                setattr(ds, name, value)
+        ds.PixelData = pixels.astype("i2" if pixels.min() < 0 else "u2").tobytes()
+        ds["PixelData"].VR = "OW"
+        folder.mkdir(exist_ok=True)
+        ds.save_as(folder / f"{i:03d}.dcm", enforce_file_format=True)
+
+
+def volume_of(folder: Path, voxels: np.ndarray, *args, **tags) -> Volume:
+    write(folder, voxels, *args, **tags)
+    return make_volume(read_series(folder), SETTINGS)
+
+
+def is_equal(volume: Volume, healthy: Volume) -> bool:
+    """At most a thousandth of the voxels differ by more than 20 grey levels."""
+    return np.mean(np.abs(volume.voxels.astype(int) - healthy.voxels) > 20) <= 0.001
+
+
+def noted(folder: Path, *words: str) -> bool:
+    return any(all(word in note for word in words) for note in read_series(folder).notes)
+
+
+# --- CT values ----------------------------------------------------------------------------------------------
+
+HU = ct_head()
+READINGS = {
+    "HU + 1024 with intercept 0": (HU + 1024, {}),
+    "HU + 1024 without intercept, signed": (HU + 1024, {"PixelRepresentation": 1, "RescaleIntercept": None}),
+    "HU + 1024 without intercept, unsigned": (HU + 1024, {"RescaleIntercept": None}),
+    "HU with intercept -1024": (HU, {"RescaleIntercept": -1024}),
+    "HU + 1024 with intercept -2048": (HU + 1024, {"RescaleIntercept": -2048}),
+    "HU - 1024 with intercept 0": (HU - 1024, {}),
+    "HU modulo 65536": (HU % 65536, {}),
+    "HU modulo 65536 with intercept -1024": (HU % 65536, {"RescaleIntercept": -1024}),
+    "HU modulo 4096 in 12 bits": (HU % 4096, U12),
+    "HU modulo 4096 in 16 bits": (HU % 4096, {}),
+    "HU + 1024 in 12 bits with a sign": (
+        HU + 1024,
+        U12 | {"PixelRepresentation": 1, "RescaleIntercept": -1024},
+    ),
+    "MONOCHROME1": (
+        4095 - HU - 1024,
+        U12 | {"PhotometricInterpretation": "MONOCHROME1", "RescaleIntercept": -1024},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory) -> dict[str, Volume]:
+    """The volume of the sound CT (by plane) and MR."""
+    root = tmp_path_factory.mktemp("healthy")
+    volumes = {plane: volume_of(root / plane, HU, plane) for plane in PLANES}
+    volumes["MR"] = volume_of(root / "MR", mr_head(), **MR)
+    return volumes
+
+
+def test_the_sound_heads_have_no_notes_and_no_doubts(healthy):
+    for volume in healthy.values():
+        assert volume.notes == volume.doubts == []
+    top = to_lps(np.array([15.5, 31.5, 31.5]), healthy["axial"].affine)[0]
+    np.testing.assert_allclose(top, [0, 0, 150], atol=5)  # below the vertex by the 1000 mm2 of a head
+
+
+@pytest.mark.parametrize("plane", ["axial", "sagittal"])
+@pytest.mark.parametrize("reading", READINGS)
+def test_a_ct_is_read_so_that_air_and_tissue_lie_where_hu_says(tmp_path, healthy, reading, plane):
+    stored, tags = READINGS[reading]
+    volume = volume_of(tmp_path / "ct", stored, plane, **tags)
+    assert is_equal(volume, healthy[plane]) and volume.doubts == []
+    series = read_series(tmp_path / "ct")
+    assert np.median(series.values(20 if plane == "axial" else 32)[14:18, 24:28]) == pytest.approx(38, abs=5)
+
+
+def test_a_reading_other_than_stated_is_noted(tmp_path):
+    write(tmp_path / "a", HU % 4096, **U12)
+    assert noted(tmp_path / "a", "PixelRepresentation 1")
+    write(tmp_path / "b", HU + 1024)
+    assert noted(tmp_path / "b", "RescaleIntercept -1024: used")
+
+
+def test_values_that_are_no_hu_in_any_known_reading_are_doubted(tmp_path):
+    volume = volume_of(tmp_path / "a", HU + 8192)
+    assert "neither air near -1000 HU nor soft tissue" in volume.doubts[0]
+
+
+@pytest.mark.parametrize(
+    "name, hu",
+    [
+        ("inside the head", np.rint(38 + NOISE)[:, 20:44, 20:44]),
+        ("no soft tissue", np.where(RADIUS < 1, 900, -1000) + np.rint(NOISE)),
+        ("noise", np.random.default_rng(1).integers(-1024, -770, (4, SIZE, SIZE))),
+        ("metal", np.where(RADIUS < 0.1, 3071, HU)),
+        ("padding of -3024", np.where(np.hypot(*np.mgrid[-32:32, -32:32]) > 31, -3024, HU)),
+        ("lossy padding", np.where(np.hypot(*np.mgrid[-32:32, -32:32]) > 31, -2000 + np.rint(NOISE), HU)),
+    ],
+)
+def test_a_ct_without_air_or_tissue_is_neither_changed_nor_doubted(tmp_path, name, hu):
+    hu = hu.astype(int)
+    write(tmp_path / "a", hu)
+    series = read_series(tmp_path / "a")
+    np.testing.assert_array_equal(series.values(2), hu[2])
+    assert series.doubts == []
+
+
+# --- MR values ----------------------------------------------------------------------------------------------
+
+GREY = mr_head()
+CORNERS = np.broadcast_to(np.hypot(*(np.mgrid[:SIZE, :SIZE] - 31.5)) > 31.9, GREY.shape)
+AIR = RADIUS >= 1
+
+
+@pytest.mark.parametrize("is_fill", [CORNERS, AIR], ids=["corners", "all air"])
+@pytest.mark.parametrize("fill", [-2048, 63488, 32767])
+def test_a_fill_takes_neither_the_percentiles_nor_the_box_of_an_mr(tmp_path, healthy, fill, is_fill):
+    stored = np.where(is_fill, fill, GREY)
+    assert is_fill.mean() > 0.2
+    volume = volume_of(tmp_path / "mr", stored, **MR)
+    assert is_equal(volume, healthy["MR"]) and volume.doubts == []
+
+
+def test_inversion_recovery_over_a_far_background_spans_the_grey_levels(tmp_path):
+    volume = volume_of(tmp_path / "mr", np.where(AIR, 0, 1800 + GREY), **MR)
+    inside = volume.voxels[np.abs(volume.voxels.astype(int) - 128) < 110]
+    assert np.mean(volume.voxels > 230) < 0.2 and np.ptp(inside) > 100  # today 1800 would be 170 of 255
+
+
+def test_small_negative_mr_values_without_their_sign_are_black(tmp_path, healthy):
+    assert is_equal(volume_of(tmp_path / "mr", (GREY - np.where(AIR, 9, 0)) % 65536, **MR), healthy["MR"])
+
+
+@pytest.mark.parametrize("padding", [0, 400])
+def test_declared_mr_padding_is_used_only_beside_the_tissue(tmp_path, healthy, padding):
+    volume = volume_of(tmp_path / "mr", GREY, PixelPaddingValue=padding, **MR)
+    assert is_equal(volume, healthy["MR"])
+    assert noted(tmp_path / "mr", "would be tissue") == (padding == 400)
+
+
+# --- where the head is --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("z", [-200.0, 200.0, 400.0, 9000.0])
+@pytest.mark.parametrize("modality", ["CT", "MR"])
+def test_a_stray_slice_does_not_move_the_box(tmp_path, healthy, z, modality):
+    voxels = HU if modality == "CT" else GREY
+    corner = -(SIZE - 1) / 2 * PIXEL_MM
+    stray = np.concatenate([voxels, voxels[20:21]])
+    volume = volume_of(tmp_path / "a", stray, "axial", {NUM: [corner, corner, z]}, Modality=modality)
+    assert is_equal(volume, healthy["axial" if modality == "CT" else "MR"])
+
+
+@pytest.mark.parametrize("plane, axis", [("axial", 2), ("axial", 0), ("sagittal", 0), ("sagittal", 2)])
+def test_one_corrupt_coordinate_costs_one_slice(tmp_path, healthy, plane, axis):
+    """A slice beside the head's middle, so that its neighbours look nearly the same."""
+    position = [-(SIZE - 1) / 2 * PIXEL_MM] * 2 + [(NUM - 1) * STEP_MM]
+    position[axis] = 9000.0
+    if plane == "axial" and axis != 2:
+        position[2] = 20 * STEP_MM
+    if plane == "sagittal" and axis != 0:
+        position[0] += 20 * PIXEL_MM
+    volume = volume_of(tmp_path / "a", HU, plane, {20: position})
+    np.testing.assert_allclose(volume.affine, healthy[plane].affine, atol=0.1)
+    assert np.mean(np.abs(volume.voxels.astype(int) - healthy[plane].voxels) > 20) < 0.02
+
+
+@pytest.mark.parametrize("value", [-1024, 0, 1000])
+def test_blank_images_above_the_vertex_do_not_move_the_box(tmp_path, healthy, value):
+    volume = volume_of(tmp_path / "a", np.concatenate([HU, np.full((10, SIZE, SIZE), value)]))
+    assert is_equal(volume, healthy["axial"]) and volume.doubts == []
+
+
+@pytest.mark.parametrize("value", [-1024, 0, 1000])
+@pytest.mark.parametrize("plane, is_blank", [("axial", np.s_[8:24]), ("sagittal", np.s_[:, :, 24:42])])
+def test_a_volume_with_a_quarter_of_blank_images_is_doubted(tmp_path, healthy, plane, is_blank, value):
+    voxels = HU.copy()
+    voxels[is_blank] = value
+    volume = volume_of(tmp_path / "a", voxels, plane)
+    assert "interpolated over missing slices, or empty" in volume.doubts[0]
+    assert any("slices left out, they are blank" in note for note in volume.notes)
+    assert volume.affine[2, 3] == pytest.approx(healthy[plane].affine[2, 3], abs=1)
+
+
+def test_a_hollow_head_with_a_bone_defect_has_the_box_of_the_sound_one(tmp_path, healthy):
+    y, x = np.mgrid[:SIZE, :SIZE] - 31.5
+    is_hollow = (RADIUS < 0.88) | ((RADIUS < 1) & (x > 0) & (np.abs(y) < 8))
+    volume = volume_of(tmp_path / "a", np.where(is_hollow, -1000, HU))
+    np.testing.assert_allclose(volume.affine, healthy["axial"].affine, atol=PIXEL_MM + 0.1)
+    assert volume.doubts == []
+
+
+@pytest.mark.parametrize("num_missing, is_doubted", [(4, False), (16, True)])
+def test_missing_slices_are_noted_with_their_share(tmp_path, num_missing, is_doubted):
+    write(tmp_path / "a", HU)
+    for i in range(12, 12 + num_missing):
+        (tmp_path / "a" / f"{i:03d}.dcm").unlink()
+    volume = make_volume(read_series(tmp_path / "a"), SETTINGS)
+    assert "are interpolated over missing slices" in volume.notes[-1]
+    assert bool(volume.doubts) == is_doubted
+
+
+@pytest.mark.parametrize(
+    "part", [np.s_[12:27], np.s_[::5], np.s_[:, :, 25:], np.s_[:18], np.s_[:, 16:48, 16:48]]
+)
+@pytest.mark.parametrize("modality", ["CT", "MR"])
+def test_partial_and_thick_scans_are_not_doubted(tmp_path, modality, part):
+    """A slab of 60 mm, slices 20 mm apart, half of the head outside, no vertex, a field of view inside it."""
+    voxels = (HU if modality == "CT" else GREY)[part]
+    assert volume_of(tmp_path / "a", voxels, Modality=modality).doubts == []
