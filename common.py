@@ -78,7 +78,7 @@ def read_csv(path: Path, columns: Sequence[str], **options) -> pd.DataFrame:
     missing = [name for name in columns if name not in table]
     if missing:
         names = ", ".join(map(repr, missing))
-        raise ValueError(f"{path}: columns missing: {names}; expected {', '.join(columns)}")
+        raise ValueError(f"{path}: columns missing: {names}; found {', '.join(map(str, table)):.200}")
     return table
 
 

@@ -209,7 +209,8 @@ def group_files(
     if is_uid and files and not series:
         return {(by_name, ""): files}
     rejected += strays
-    if any(os.path.getsize(path) for path in damaged):
+    # empty files alone are not a series; one that may not be looked at could be an image
+    if any(not os.path.isfile(path) or os.path.getsize(path) for path in damaged):
         series = series or {(by_name, ""): []}
     if series:
         max(series.values(), key=len).extend(damaged)
@@ -218,27 +219,50 @@ def group_files(
     return series
 
 
+def _one_line_errors(function: typing.Callable) -> typing.Callable:
+    """Whatever goes wrong inside becomes a ValueError of one line: what parsers raise on hostile bytes, and a
+    decoder's own BaseException (pylibjpeg-rle: PanicException). Interrupts and exits pass through."""
+
+    @functools.wraps(function)
+    def wrapped(*args: object) -> object:
+        try:
+            return function(*args)
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:
+            kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+            raise ValueError(kind + " ".join(str(error).split())[:300]) from error
+
+    return wrapped
+
+
+@_one_line_errors
 def read_identity(path: Path) -> tuple[str, str] | None:
     """((0020,000E) SeriesInstanceUID, (0010,0020) PatientID) of an image, "" where absent; None if it is too
-    damaged to tell, or empty. ValueError if it is not an image.
+    damaged to tell, empty or blank. ValueError if it is not an image.
 
     A file costs bounded time and memory, whatever it holds: at most HEAD_BYTES are read and unpacked.
     """
     try:
         with open(path, "rb", buffering=0) as file:
-            head = unpack_head(file.read(2**14))
-            if not head:
-                return None
-            is_dicom = head[128:132] == b"DICM"
-            if not is_dicom and head[:2] not in (b"\x02\0", b"\x08\0", b"\0\x08"):
-                raise ValueError(
-                    "not DICOM: no DICM after 128 bytes, and group 0002 or 0008 does not come first"
-                )
-            try:
-                header = _walk_header(head)
-            except (ValueError, struct.error):  # unusual, longer, or cut short
+            for limit in (2**14, 2**18, HEAD_BYTES):
                 file.seek(0)
-                header = parse_head(unpack_head(file.read(HEAD_BYTES)))
+                head = unpack_head(file.read(limit))
+                if not head.strip(b"\0"):
+                    return None
+                is_dicom = head[128:132] == b"DICM"
+                if not is_dicom and head[:2] not in (b"\x02\0", b"\x08\0", b"\0\x08"):
+                    raise ValueError("not DICOM")
+                try:
+                    header = _walk_header(head)
+                except struct.error:  # longer, or cut short
+                    continue
+                except ValueError:  # unusual
+                    header = parse_head(head)
+                if "Rows" in header:
+                    break
+            else:
+                header = parse_head(head)
     except OSError:
         return None
     kind = header.get("SOPClassUID", "")
@@ -276,29 +300,11 @@ def parse_head(head: bytes) -> dict[str, str]:
         for name in names:
             if name in dataset:
                 header[name] = (dataset.get_item(name).value or b"").decode("latin-1").strip(" \0")
-        header["SOPClassUID"] = dataset.file_meta.get("MediaStorageSOPClassUID") or header.get(
-            "SOPClassUID", ""
-        )
+        stated = dataset.file_meta.get("MediaStorageSOPClassUID") or header.get("SOPClassUID", "")
+        header["SOPClassUID"] = str(stated)
     except Exception:  # pydicom raises many kinds on damaged bytes; what is known by then counts
         return header
     return header
-
-
-def _one_line_errors(function: typing.Callable) -> typing.Callable:
-    """Whatever goes wrong inside becomes a ValueError of one line: what parsers raise on hostile bytes, and a
-    decoder's own BaseException (pylibjpeg-rle: PanicException). Interrupts and exits pass through."""
-
-    @functools.wraps(function)
-    def wrapped(*args: object) -> object:
-        try:
-            return function(*args)
-        except (KeyboardInterrupt, SystemExit, GeneratorExit):
-            raise
-        except BaseException as error:
-            kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-            raise ValueError(kind + " ".join(str(error).split())[:300]) from error
-
-    return wrapped
 
 
 @_one_line_errors
@@ -971,7 +977,7 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
     geometry |= _by_image(frames)
     frames = _one_volume(frames, notes)
     header = frames[0].header
-    modality = modality_of(header)
+    modality, patient = modality_of(header), header.get("PatientID", "")
     if not modality:
         modality = "CT" if min(frame.intercept for frame in frames) <= -500 else "MR"
         notes.append(f"no (0008,0060) Modality: {modality} assumed from (0028,1052) RescaleIntercept")
@@ -979,7 +985,7 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
     return Series(
         uid=safe_uid(uid or header.get("SeriesInstanceUID") or os.path.abspath(frames[0].path.parent)),
         modality=modality,
-        patient=header.get("PatientID", ""),
+        patient=patient,
         age=header.get("PatientAge", ""),
         sex=header.get("PatientSex", ""),
         frames=_repaired(frames, modality, notes),

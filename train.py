@@ -9,6 +9,10 @@ run  accelerate launch train.py --config configs/fold0.yaml
      accelerate launch train.py --config configs/fold0.yaml --set seed=1 --set lr=5.0e-5 --resume
      ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 train.py --config configs/demo.yaml
 
+`accelerate launch` takes every GPU of the machine; --num_processes 1 takes one, and --quiet leaves out the
+launcher's own traceback after a failure. lr belongs to the global batch, batch_size x processes x
+accumulation, which the first line names: with more processes lower batch_size, or raise lr in proportion.
+
 Validation sees what a new patient has: no annotated crop ever, only decoys or a locator's proposals.
 A run that was stopped or killed goes on after its last finished epoch and ends with the same bits.
 exit 0 trained, 1 refused or failed (one line says why), 2 wrong usage, 130 or 143 stopped by a signal.
@@ -24,18 +28,17 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import math
 import multiprocessing
 import os
-import resource
 import shutil
 import signal
 import sys
 import time
-import typing
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -62,7 +65,7 @@ PROPOSAL_COLUMNS = [UID, *PLACE, "score", "label"]
 KEEP_CHECKPOINTS = 2  # of last/: the newest and one to fall back to
 
 
-# --- what there is to train on ------------------------------------------------------------------------------
+# --- the series to train on ---------------------------------------------------------------------------------
 
 
 def load_table(cfg: Config, limit: int = 0) -> pd.DataFrame:
@@ -79,7 +82,9 @@ def load_table(cfg: Config, limit: int = 0) -> pd.DataFrame:
     if num_patients < cfg.num_folds:
         faults[f"table with fewer patients than num_folds, {cfg.num_folds}"] = [str(num_patients)]
     if faults:
-        texts = [f"{len(places)} x {fault}: {', '.join(places[:3])}" for fault, places in faults.items()]
+        texts = []
+        for fault, places in faults.items():
+            texts.append(f"{len(places)} x {fault}: {', '.join(places[:3])}")
         raise ValueError(f"{cfg.cache}: cannot train: {'; '.join(texts)}")
     table["fold"] = make_folds(table, cfg.num_folds, cfg.fold_seed)
     return table
@@ -89,7 +94,8 @@ def merge_labels(cfg: Config) -> pd.DataFrame:
     """The rows of train.csv whose volumes are in the cache, with their patient and plane of index.csv; says
     how many series it leaves out."""
     cache = Path(cfg.cache)
-    if not (cache / "index.csv").is_file() or not (cache / "train.csv").is_file():
+    files = [cache / "index.csv", cache / "train.csv"]
+    if not all(path.is_file() for path in files):
         raise ValueError(
             f"{cache}: lacks index.csv or train.csv; expected a cache with labels: put train.csv beside the "
             f"series and run python preprocess.py --src dicoms --dst {cache}"
@@ -102,7 +108,8 @@ def merge_labels(cfg: Config) -> pd.DataFrame:
     status = table["status"].fillna("not in the cache")
     is_usable = status.isin(["ok", "doubtful"] if cfg.use_doubtful else ["ok"])
     left_out = status[~is_usable].value_counts().to_dict()
-    left_out["without labels"] = len(set(index[UID]) - set(labels[UID]))
+    is_labelled = index[UID].isin(labels[UID])
+    left_out["without labels"] = (~is_labelled).sum()
     counts = [f"{count} {reason}" for reason, count in left_out.items() if count]
     if counts:
         common.log(f"{cache}: {is_usable.sum()} series; left out: {', '.join(counts)}")
@@ -113,7 +120,8 @@ def merge_labels(cfg: Config) -> pd.DataFrame:
 
 def check_volumes(cfg: Config, table: pd.DataFrame) -> dict[str, list[str]]:
     """What is wrong with the volumes, and with which: unreadable, of other settings, with shared images."""
-    faults, series_of_image = defaultdict(list), {}
+    faults = defaultdict(list)
+    series_of_image = {}
     expected = common.volume_settings(cfg)
     for uid in table[UID]:
         try:
@@ -131,9 +139,10 @@ def check_volumes(cfg: Config, table: pd.DataFrame) -> dict[str, list[str]]:
 
 
 def make_folds(table: pd.DataFrame, num_folds: int, seed: int) -> pd.Series:
-    """Fold of every row; a patient's series share one, and the order of the rows does not matter.
+    """Fold of every row; a patient's series share one. Neither the order of the rows matters nor the names of
+    the patients, which each cache hides by another key.
 
-    table has `patient`, `Modality` and the 14 labels. Patients come rarest positive location first; each
+    table has UID, `patient`, `Modality` and the 14 labels. Patients come rarest positive location first; each
     goes to the fold that it leaves most even: the least growth of sum((count / total)^2) over the columns, so
     that a rare location weighs more than presence or a modality.
     """
@@ -141,7 +150,8 @@ def make_folds(table: pd.DataFrame, num_folds: int, seed: int) -> pd.Series:
     modalities = pd.get_dummies(table["Modality"]).astype(float)
     is_absent = (1 - table[LABELS[AP]]).rename("absent")
     columns = pd.concat([labels, modalities, is_absent], axis=1)
-    per_patient = columns.groupby(table["patient"]).sum()  # sorted by patient
+    patients = table.groupby("patient")[UID].transform("min")  # the first of a patient's series names it
+    per_patient = columns.groupby(patients).sum()
     counts = per_patient.to_numpy()  # (patients, columns)
     total = np.maximum(counts.sum(0), 1)
     rarity = np.where(counts > 0, total, np.inf).min(1)
@@ -149,11 +159,12 @@ def make_folds(table: pd.DataFrame, num_folds: int, seed: int) -> pd.Series:
     filled = np.zeros((num_folds, counts.shape[1]))
     folds = {}
     for i in shuffled[np.argsort(rarity[shuffled], kind="stable")]:
-        growth = (((filled + counts[i]) ** 2 - filled**2) / total**2).sum(1)
+        grown = (filled + counts[i]) ** 2 - filled**2
+        growth = (grown / total**2).sum(1)
         fold = int(np.argmin(growth))  # the lowest fold of several equal ones
         filled[fold] += counts[i]
         folds[per_patient.index[i]] = fold
-    return table["patient"].map(folds)
+    return patients.map(folds)
 
 
 def collect_decoys(cfg: Config, train_table: pd.DataFrame) -> np.ndarray:
@@ -181,20 +192,22 @@ def load_proposals(cfg: Config, table: pd.DataFrame) -> tuple[dict[str, np.ndarr
     """
     if not cfg.proposals:
         return None, ""
-    names, proposals = {}, {}
+    names = {}
+    proposals = {}
     for path in sorted(glob.glob(f"{cfg.proposals}/proposals.csv")):
         folder = Path(path).parent
         locator_cfg = common.load_config(folder / "config.yaml")
-        fold, rows = locator_cfg.fold, pd.read_csv(path, dtype={UID: str})
-        has_other_folds = (locator_cfg.num_folds, locator_cfg.fold_seed) != (cfg.num_folds, cfg.fold_seed)
-        if has_other_folds or set(rows[UID]) != set(table[UID][table["fold"] == fold]):
+        fold = locator_cfg.fold
+        rows = pd.read_csv(path, dtype={UID: str})
+        is_finished = (folder / "metrics.json").exists()
+        has_folds = (locator_cfg.num_folds, locator_cfg.fold_seed) == (cfg.num_folds, cfg.fold_seed)
+        has_series = set(rows[UID]) == set(table[UID][table["fold"] == fold])
+        if not (is_finished and has_folds and has_series):
             raise ValueError(
-                f"{folder}: made with num_folds {locator_cfg.num_folds}, fold_seed {locator_cfg.fold_seed} "
-                f"and {rows[UID].nunique()} series in fold {fold}; expected num_folds {cfg.num_folds}, "
-                f"fold_seed {cfg.fold_seed} and the series of this run's fold {fold}"
+                f"{folder}: finished {is_finished}, num_folds {locator_cfg.num_folds}, fold_seed "
+                f"{locator_cfg.fold_seed}, {rows[UID].nunique()} series in fold {fold}; expected a finished "
+                f"locator of num_folds {cfg.num_folds}, fold_seed {cfg.fold_seed} and this run's series"
             )
-        if not (folder / "metrics.json").exists():
-            raise ValueError(f"{folder}: this locator is not finished; go on with it (--resume) first")
         if fold in names:
             raise ValueError(f"proposals: {folder} and {names[fold]} validate the same fold; expected one")
         names[fold] = folder.name
@@ -215,11 +228,14 @@ def augment(batch: dict[str, Tensor], cfg: Config) -> tuple[Tensor, Tensor, Tens
     """Apply each sample's drawn augmentation on the device: -> images (B, C, H, W) in [0, 1], labels, points.
 
     Flip (all channels, labels swapped), slab shift and drop-out, rotation, scale and shift in plane (slabs
-    only: crops have their own centre), gain and offset (all). What only moves bytes happens before they
+    only: crops have a centre to themselves), gain and offset (all). What only moves bytes happens before they
     become floats. points (B, 8, 4) follow; label -1 means that a row holds no point.
     """
-    images, labels, points = batch["image"], batch["labels"], batch["points"].clone()
-    slabs, extent = cfg.volume.base_slices, images.shape[-1]
+    images = batch["image"]
+    labels = batch["labels"]
+    points = batch["points"].clone()
+    slabs = cfg.volume.base_slices
+    extent = images.shape[-1]
     values = batch["augment"][:, : common.NUM_AUGMENT, None, None]
     flip, degrees, scale, dx, dy, gain, offset, step = values.unbind(1)  # each (B, 1, 1)
     is_shown = batch["augment"][:, common.NUM_AUGMENT :]
@@ -228,29 +244,34 @@ def augment(batch: dict[str, Tensor], cfg: Config) -> tuple[Tensor, Tensor, Tens
     is_flipped = flip[:, 0] > 0.5  # (B, 1)
     labels = torch.where(is_flipped, labels[:, SWAP], labels)
     swap = points.new_tensor([*SWAP, -1])  # the last one for rows without a point
-    points[..., 0] = torch.where(is_flipped, swap[points[..., 0].long()], points[..., 0])
+    names = points[..., 0]
+    points[..., 0] = torch.where(is_flipped, swap[names.long()], names)
     crops = images[:, slabs:]
     crops = torch.where(is_flipped[..., None, None], common.mirror(crops), crops)
 
     source = torch.arange(slabs, device=images.device) - step[:, 0].long()  # (B, Z)
     is_shown = is_shown * ((source >= 0) & (source < slabs))
     rows = torch.arange(len(images), device=images.device)[:, None]
-    moved = images[rows, source.clamp(0, slabs - 1)] * is_shown[..., None, None].to(images.dtype)
+    moved = images[rows, source.clamp(0, slabs - 1)]
+    moved = moved * is_shown[..., None, None].to(images.dtype)
     points[..., 1:2] += step
 
     # out(p) = in(mirror(R p / scale + shift)) in [-1, 1] coordinates; a point moves by the inverse.
     angle = torch.deg2rad(degrees)
-    rotation = torch.cat([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
+    cos, sin = angle.cos(), angle.sin()
+    rotation = torch.cat([cos, -sin, sin, cos], dim=1).view(-1, 2, 2)
     shift = torch.cat([dx, dy], dim=1) * 2 / cfg.volume.roi_mm  # (B, xy, 1)
     mirrored = torch.cat([1 - 2 * flip, torch.ones_like(flip)], dim=1)
     theta = torch.cat([rotation / scale, shift], dim=2) * mirrored
     grid = F.affine_grid(theta, moved.shape, align_corners=False)
     moved = F.grid_sample(moved.float(), grid, align_corners=False)  # 0 outside
-    centred = ((2 * points[..., [3, 2]] + 1) / extent - 1) * mirrored.mT - shift.mT  # (B, 8, xy)
-    points[..., [3, 2]] = ((centred @ rotation * scale + 1) * extent - 1) / 2
+    centred = (2 * points[..., [3, 2]] + 1) / extent - 1  # (B, 8, xy)
+    centred = (centred * mirrored.mT - shift.mT) @ rotation * scale
+    points[..., [3, 2]] = ((centred + 1) * extent - 1) / 2
 
     images = torch.cat([moved, crops.float()], dim=1)
-    images.flatten(2).mul_(gain / 255).add_(offset).clamp_(0, 1)  # in place, through a view
+    pixels = images.flatten(2)  # a view
+    pixels.mul_(gain / 255).add_(offset).clamp_(0, 1)
     return images, labels, points
 
 
@@ -269,10 +290,12 @@ def map_targets(
     """
     targets = points.new_zeros(shape)
     step = points.new_tensor([1, stride, stride])
-    axes = torch.meshgrid(*(torch.arange(n, device=points.device) for n in shape[2:]), indexing="ij")
-    cells = torch.stack(axes, dim=-1) * step + (step - 1) / 2  # (Z, h, w, 3) voxels
+    axes = [torch.arange(size, device=points.device) for size in shape[2:]]
+    cells = torch.cartesian_prod(*axes).view(*shape[2:], 3)  # (Z, h, w, zyx)
+    centres = cells * step + (step - 1) / 2  # voxels
     for b, p in (points[..., 0] >= 0).nonzero().tolist():
-        squared = (((cells - points[b, p, 1:]) * spacing_mm[b]) ** 2).sum(-1)
+        away_mm = (centres - points[b, p, 1:]) * spacing_mm[b]
+        squared = (away_mm**2).sum(-1)
         bump = torch.exp(-squared / (2 * sigma_mm**2))
         is_in_volume = squared.min() <= ((spacing_mm[b] * step) ** 2).sum()
         if is_in_volume:
@@ -291,7 +314,8 @@ def map_loss(maps: Tensor, targets: Tensor) -> Tensor:
     """
     log_probs = F.logsigmoid(maps.float())
     log_find = torch.logsumexp(log_probs, 1).clamp(max=-1e-6)  # p: the sum over arteries
-    find, target = log_find.exp(), targets.amax(1)
+    find = log_find.exp()
+    target = targets.amax(1)
     positive_loss = -((1 - find) ** 2) * log_find
     negative_loss = -((1 - target) ** 4) * find**2 * torch.log1p(-find)
     finding = torch.where(target == 1, positive_loss, negative_loss)
@@ -342,10 +366,14 @@ def train_epoch(
 
     Raises FloatingPointError at a loss that is NaN or infinite.
     """
-    progress, rank = state.progress, accelerator.process_index
+    progress = state.progress
+    rank = accelerator.process_index
     plan = plan_epoch(len(dataset), cfg, progress.epoch, rank, accelerator.num_processes)
-    total, warmup = cfg.epochs * len(plan), max(1, round(cfg.warmup_epochs * len(plan)))
-    dataset.epoch, loss_sum, waits = progress.epoch, 0.0, []
+    total = cfg.epochs * len(plan)
+    warmup = max(1, round(cfg.warmup_epochs * len(plan)))
+    loss_sum = 0.0
+    waits = []
+    dataset.epoch = progress.epoch
     indices = [indices for update in plan for indices, _ in update]
     batches = load_batches(dataset, indices, cfg, accelerator.device, waits)
     bar = common.progress(len(plan), f"epoch {progress.epoch + 1}", accelerator.is_main_process)
@@ -360,14 +388,12 @@ def train_epoch(
         losses = []
         for _, weight in update:
             batch = next(batches)
-            # Gradients add up over the update's batches; ranks exchange them with the last one only.
-            is_last = len(losses) == len(update) - 1
-            with contextlib.nullcontext() if is_last else accelerator.no_sync(state.model):
-                images, labels, points = augment(batch, cfg)
-                with accelerator.autocast():
-                    output = state.model(images)
-                batch_losses = sample_losses(output, labels, points, batch["spacing_mm"], cfg)
-                accelerator.backward(batch_losses.sum() * weight)
+            images, labels, points = augment(batch, cfg)
+            with accelerator.autocast():
+                output = state.model(images)
+            batch_losses = sample_losses(output, labels, points, batch["spacing_mm"], cfg)
+            # Gradients add up over the batches of an update, and DDP averages them over ranks.
+            accelerator.backward(batch_losses.sum() * weight)
             losses.append(batch_losses.detach() * (weight > 0))
         if cfg.clip_grad:
             accelerator.clip_grad_norm_(state.model.parameters(), cfg.clip_grad)
@@ -401,8 +427,11 @@ def plan_epoch(
         group = order[start : start + size]
         num_steps = math.ceil(len(group) / (cfg.batch_size * world))
         parts = np.array_split(group, num_steps * world)[rank::world]
-        weight = world / len(group)  # DDP averages over ranks, so scale
-        plan.append([(part.tolist(), weight) if len(part) else ([0], 0.0) for part in parts])
+        weight = world / len(group)  # DDP averages over ranks, so scale: each sample weighs 1 / len(group)
+        update = []
+        for part in parts:
+            update.append((part.tolist(), weight) if len(part) else ([0], 0.0))
+        plan.append(update)
     return plan
 
 
@@ -412,7 +441,8 @@ def learning_rate(update: int, total: int, warmup: int, cfg: Config) -> float:
     if update < warmup:
         return cfg.lr * (update + 1) / warmup
     share = min(1.0, (update - warmup) / max(1, total - warmup))
-    return cfg.min_lr + (cfg.lr - cfg.min_lr) * (1 + math.cos(math.pi * share)) / 2
+    height = (1 + math.cos(math.pi * share)) / 2
+    return cfg.min_lr + (cfg.lr - cfg.min_lr) * height
 
 
 def add_losses(losses: Tensor, update: list[tuple], dataset: SeriesDataset, number: int) -> float:
@@ -422,7 +452,7 @@ def add_losses(losses: Tensor, update: list[tuple], dataset: SeriesDataset, numb
         uids = [dataset.uids[i] for indices, _ in update for i in indices]
         raise FloatingPointError(
             f"loss is {losses.tolist()} in epoch {dataset.epoch + 1}, update {number + 1}, series "
-            f"{', '.join(uids)}; lower lr or clip_grad, or look at these series"
+            f"{', '.join(uids)}; lower lr or clip_grad, or check these series"
         )
     return total
 
@@ -481,10 +511,7 @@ def start_worker(_: int) -> None:
 def predict(
     model: nn.Module, dataset: SeriesDataset, cfg: Config, accelerator: Accelerator
 ) -> tuple[np.ndarray, list[list]]:
-    """Logits (N, 14) of every item on every rank, and where the model makes maps the rows of proposals.csv.
-
-    Raises RuntimeError unless each index arrives exactly once.
-    """
+    """Logits (N, 14) of every item, on every rank, and of a model with maps the rows of proposals.csv."""
     model.eval()
     order = list(range(accelerator.process_index, len(dataset), accelerator.num_processes))
     batches = [order[i : i + cfg.batch_size] for i in range(0, len(order), cfg.batch_size)]
@@ -493,57 +520,35 @@ def predict(
         with torch.inference_mode(), accelerator.autocast():
             output = model(batch["image"].float() / 255)
         logits = output.logits.float().cpu().numpy()
+        spacing_mm = batch["spacing_mm"].cpu().numpy()
+        affine = batch["affine"].cpu().numpy()
         for i, index in enumerate(batch["index"].tolist()):
             places = []
             if output.maps is not None:
-                probs = torch.sigmoid(output.maps[i].float()).cpu().numpy()
-                peaks = common.propose(probs, batch["spacing_mm"][i].cpu().numpy(), cfg)
-                places_mm = to_lps(peaks[:, :3], batch["affine"][i].cpu().numpy())
-                for place, (score, label) in zip(places_mm, peaks[:, 3:], strict=True):
-                    places.append([dataset.uids[index], *place, score, int(label)])
+                probs = output.maps[i].float().sigmoid().cpu().numpy()
+                peaks = common.propose(probs, spacing_mm[i], cfg)
+                peaks[:, :3] = to_lps(peaks[:, :3], affine[i])
+                places = [[dataset.uids[index], *peak] for peak in peaks.tolist()]
             answers.append((index, logits[i], places))
     answers = sorted(gather_object(answers), key=lambda answer: answer[0])
-    if [index for index, _, _ in answers] != list(range(len(dataset))):
-        raise RuntimeError(f"validation saw {len(answers)} rows; expected each of {len(dataset)} once")
-    logits = np.stack([values for _, values, _ in answers])
-    return logits, [row for _, _, places in answers for row in places]
+    indices, logits, places = zip(*answers, strict=True)
+    assert indices == tuple(range(len(dataset))), "validation sees each series exactly once"
+    return np.stack(logits), list(itertools.chain(*places))
 
 
-def score_epoch(val_table: pd.DataFrame, logits: np.ndarray, cfg: Config) -> dict[str, float]:
-    """The columns of log.csv that validation fills. ValueError for logits that are NaN or infinite."""
-    metrics = common.score(val_table, logits, cfg.bootstrap)
-    truth = torch.tensor(val_table[list(LABELS)].to_numpy(np.float32))
-    loss = label_loss(torch.tensor(logits), truth, cfg.label_smoothing).mean().item()
-    return {"val_loss": loss, "wauc": metrics["wauc"], "low": metrics["low"], "high": metrics["high"]}
-
-
-def is_better(row: dict, best: dict) -> bool:
-    """Higher wAUC; where it is undefined (a fold with one class), lower validation loss. The first of equals
-    stays."""
-    if math.isnan(row["wauc"]):
-        return row["val_loss"] < best["val_loss"]
-    return row["wauc"] > best["wauc"]
-
-
-def write_best(
-    folder: Path,
-    model: nn.Module,
-    cfg: Config,
-    meta: dict,
-    val_table: pd.DataFrame,
-    logits: np.ndarray,
-    places: list[list],
-) -> None:
+def write_best(run: common.Run, val_table: pd.DataFrame, logits: np.ndarray, places: list[list]) -> None:
     """best_ema.safetensors, oof.csv and for a locator proposals.csv, each atomic."""
-    labels, probs = list(LABELS), common.sigmoid(logits)
+    labels = list(LABELS)
     oof = val_table[[UID, "patient", "Modality", "plane"]].rename(columns={"Modality": "modality"})
-    oof[labels] = probs
+    oof[labels] = common.sigmoid(logits)
     oof[[f"label {label}" for label in labels]] = val_table[labels]
-    write_table(folder / "oof.csv", oof)
+    write_table(run.folder / "oof.csv", oof)
     if places:
-        write_table(folder / "proposals.csv", pd.DataFrame(places, columns=PROPOSAL_COLUMNS))
-    meta = meta | {"operating_points": operating_points(val_table, probs[:, AP], cfg.bootstrap)}
-    common.save_checkpoint(folder / "best_ema.safetensors", model, cfg, meta)
+        table = pd.DataFrame(places, columns=PROPOSAL_COLUMNS).astype({"label": int})
+        write_table(run.folder / "proposals.csv", table)
+    points = operating_points(val_table, oof[LABELS[AP]].to_numpy(), run.cfg.bootstrap)
+    meta = run.meta | {"operating_points": points}
+    common.save_checkpoint(run.folder / "best_ema.safetensors", run.model, run.cfg, meta)
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
@@ -567,9 +572,7 @@ def finish(
         return
     if (folder / "proposals.csv").exists():
         metrics |= score_proposals(folder, cfg, val_table)
-    device, peak = "cpu", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
-    if accelerator.device.type == "cuda":
-        device, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
+    is_gpu = accelerator.device.type == "cuda"
     modules = ("torch", "timm", "accelerate", "numpy")
     metrics |= {
         "operating_points": run.meta["operating_points"],
@@ -577,19 +580,19 @@ def finish(
         "epochs": progress.epoch,
         "history": progress.history,
         "seconds": round(progress.seconds, 1),
-        "peak_memory_gb": round(peak / 2**30, 3),
-        "device": device,
+        "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 3) if is_gpu else None,
+        "device": torch.cuda.get_device_name() if is_gpu else "cpu",
         "precision": effective_precision(accelerator),
         "num_processes": accelerator.num_processes,
         "versions": {name: importlib.metadata.version(name) for name in modules},
-        "finished": True,
     }
     metrics = json.loads(json.dumps(metrics), parse_constant=lambda _: None)  # JSON has no NaN
     common.write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
     best = progress.best
     common.log(
         f"{folder}: best epoch {best['epoch']}, wAUC {best['wauc']:.4f} (95 % interval "
-        f"{best['low']:.4f} to {best['high']:.4f}, {metrics['num_patients']} patients)"
+        f"{best['low']:.4f} to {best['high']:.4f}, {metrics['num_patients']} patients); without an AUC, as "
+        f"of one class: {', '.join(metrics['undefined']) or 'none'}"
     )
 
 
@@ -610,13 +613,14 @@ def measure_leak(
 
 def operating_points(val_table: pd.DataFrame, scores: np.ndarray, draws: int) -> list[dict]:
     """Sensitivity of `Aneurysm Present`, scores (N,), at each of SPECIFICITIES; see measure_sensitivity."""
-    is_negative = (val_table[LABELS[AP]] == 0).to_numpy()
-    scores = np.stack([scores, np.arange(len(scores))], axis=1)
-    weights = draw_weights(val_table, draws)
+    is_present = (val_table[LABELS[AP]] == 1).to_numpy()
+    rows = np.flatnonzero(is_present)
+    positives = np.stack([scores[rows], rows], axis=1)
+    negatives = scores[~is_present]
     points = []
     for specificity in SPECIFICITIES:
-        allowed = (1 - specificity) * weights[:, is_negative].sum(1)
-        point = measure_sensitivity(scores[~is_negative], scores[is_negative], weights, allowed)
+        allowed = (1 - specificity) * len(negatives)
+        point = measure_sensitivity(positives, negatives, allowed, val_table, draws)
         points.append({"specificity": specificity, **point})
     return points
 
@@ -625,7 +629,8 @@ def score_proposals(folder: Path, cfg: Config, val_table: pd.DataFrame) -> dict:
     """How well a locator's proposals find annotated points, within REACH_MM: all of them (recall_10mm: value,
     low, high), and those above a threshold that lets FALSE_PER_SCAN others pass (froc)."""
     rows = pd.read_csv(folder / "proposals.csv", dtype={UID: str})
-    hits, misses = [], []  # (score, row of val_table): the best near a point or 0; away from all points
+    hits = []  # of each point the best score of a place near it, or 0, and the point's row of val_table
+    misses = []  # scores of places away from all points
     for i, uid in enumerate(val_table[UID]):
         tensors, meta = common.load_volume(common.volume_path(cfg.cache, uid), ["points"])
         points_mm = to_lps(tensors["points"], np.array(meta["affine"]))
@@ -633,13 +638,12 @@ def score_proposals(folder: Path, cfg: Config, val_table: pd.DataFrame) -> dict:
         scores = proposals["score"].to_numpy()
         away_mm = np.linalg.norm(points_mm[:, None] - proposals[PLACE].to_numpy(), axis=2)
         is_near = away_mm <= REACH_MM  # (points, proposals)
-        hits += [(score, i) for score in (is_near * scores).max(axis=1, initial=0)]
-        misses += [(score, i) for score in scores[~is_near.any(axis=0)]]
-    hits, misses = np.reshape(hits, (-1, 2)), np.reshape(misses, (-1, 2))
-    weights = draw_weights(val_table, cfg.bootstrap)
+        best = (is_near * scores).max(axis=1, initial=0)
+        hits += [(score, i) for score in best]
+        misses += scores[~is_near.any(axis=0)].tolist()
     froc = []
     for rate in (*FALSE_PER_SCAN, math.inf):
-        point = measure_sensitivity(hits, misses, weights, rate * weights.sum(1))
+        point = measure_sensitivity(hits, misses, rate * len(val_table), val_table, cfg.bootstrap)
         froc.append({"false_per_scan": rate, **point})
     every = froc.pop()
     return {
@@ -650,30 +654,24 @@ def score_proposals(folder: Path, cfg: Config, val_table: pd.DataFrame) -> dict:
 
 
 def measure_sensitivity(
-    positives: np.ndarray, negatives: np.ndarray, weights: np.ndarray, allowed: np.ndarray
+    positives: list, negatives: Sequence, allowed: float, val_table: pd.DataFrame, draws: int
 ) -> dict:
-    """Share of positives above the lowest threshold that at most `allowed` (D,) negatives exceed, with its
-    95 % interval.
+    """Share of positives above the lowest threshold that at most `allowed` negatives exceed, with its 95 %
+    interval over patients.
 
-    positives and negatives (n, 2): a score above 0, and the row of the table that it belongs to. weights (D,
-    N): how often each row counts, once in the first draw, then as the bootstrap drew it.
+    negatives are scores above 0, positives pairs of a score and its row of val_table.
     """
-    negatives = negatives[np.argsort(-negatives[:, 0])]
-    is_over = weights[:, negatives[:, 1].astype(int)].cumsum(1) > allowed[:, None] + 1e-9
-    first = np.where(is_over.any(1), is_over.argmax(1), len(negatives))
-    thresholds = np.append(negatives[:, 0], 0.0)[first]
-    weights = weights[:, positives[:, 1].astype(int)]
-    is_above = positives[:, 0] > thresholds[:, None]
+    ranked = [*sorted(negatives, reverse=True), 0.0]
+    threshold = ranked[int(min(allowed + 1e-9, len(negatives)))]
+    scores, rows = np.reshape(positives, (-1, 2)).T
+    draws = common.patient_weights(val_table["patient"], draws)
+    every_row = np.ones((1, len(val_table)))
+    weights = np.concatenate([every_row, *draws])
+    weights = weights[:, rows.astype(int)]
     with np.errstate(invalid="ignore"):
-        shares = (weights * is_above).sum(1) / weights.sum(1)
+        shares = (weights @ (scores > threshold)) / weights.sum(1)
     low, high = common.percentile_interval(shares[1:])
-    return {"threshold": thresholds[0], "sensitivity": shares[0], "low": low, "high": high}
-
-
-def draw_weights(val_table: pd.DataFrame, draws: int) -> np.ndarray:
-    """(1 + draws, N): ones, then how often each row counts in a draw of patients."""
-    ones = np.ones((1, len(val_table)))
-    return np.concatenate([ones, *common.patient_weights(val_table["patient"], draws)])
+    return {"threshold": threshold, "sensitivity": shares[0], "low": low, "high": high}
 
 
 # --- checkpoints for --resume -------------------------------------------------------------------------------
@@ -688,7 +686,7 @@ def describe_run(cfg: Config, table: pd.DataFrame, world: int) -> dict:
     return settings | {"processes": world, "series and labels": data}
 
 
-def list_parts(state: TrainState, accelerator: Accelerator) -> dict[str, typing.Any]:
+def list_parts(state: TrainState, accelerator: Accelerator) -> dict:
     """What has a state_dict to be saved."""
     parts = {"model": state.raw, "ema": state.ema.module, "optimizer": state.optimizer}
     return parts | ({"scaler": accelerator.scaler} if accelerator.scaler else {})
@@ -697,8 +695,9 @@ def list_parts(state: TrainState, accelerator: Accelerator) -> dict[str, typing.
 def save_last(folder: Path, state: TrainState, accelerator: Accelerator) -> None:
     """Write last/<epoch>.pt, which ends with the SHA-256 of what stands before it, then prune older ones."""
     states = {name: part.state_dict() for name, part in list_parts(state, accelerator).items()}
+    states["progress"] = asdict(state.progress)
     buffer = io.BytesIO()
-    torch.save(states | {"progress": asdict(state.progress)}, buffer)
+    torch.save(states, buffer)
     buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
     (folder / "last").mkdir(exist_ok=True)
     common.write_atomic(folder / "last" / f"{state.progress.epoch:04d}.pt", buffer.getbuffer())
@@ -708,16 +707,14 @@ def save_last(folder: Path, state: TrainState, accelerator: Accelerator) -> None
 
 
 def load_last(folder: Path) -> dict | None:
-    """The states of the newest checkpoint that verifies, and `progress`; None without checkpoints. Says when
-    it falls back."""
-    paths = sorted((folder / "last").glob("*.pt"), reverse=True)
-    for path in paths:
+    """The states of the newest checkpoint that verifies, and `progress`; None without one."""
+    for path in sorted((folder / "last").glob("*.pt"), reverse=True):
         data = memoryview(path.read_bytes())
-        if hashlib.sha256(data[:-32]).digest() == data[-32:]:
-            return torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
+        states = data[:-32]
+        is_intact = hashlib.sha256(states).digest() == data[-32:]
+        if is_intact:
+            return torch.load(io.BytesIO(states), map_location="cpu", weights_only=True)
         common.log(f"{path}: differs from its sum; falling back to the one before")
-    if paths:
-        raise ValueError(f"{folder / 'last'}: no checkpoint verifies; start again with --overwrite")
     return None
 
 
@@ -726,10 +723,12 @@ def load_last(folder: Path) -> dict | None:
 
 def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> None:
     """Everything from an empty run folder to metrics.json; see the top of the file."""
-    folder, is_main = Path(cfg.outputs) / cfg.run_name, accelerator.is_main_process
+    folder = Path(cfg.outputs) / cfg.run_name
+    is_main = accelerator.is_main_process
     with fail_together(accelerator):
         table = load_table(cfg, args.limit)
-        val_table, train_table = table[table["fold"] == cfg.fold], table[table["fold"] != cfg.fold]
+        train_table = table[table["fold"] != cfg.fold]
+        val_table = table[table["fold"] == cfg.fold]
         decoys = collect_decoys(cfg, train_table)
         proposals, locator = load_proposals(cfg, table)
         identity = describe_run(cfg, table, accelerator.num_processes)
@@ -742,37 +741,43 @@ def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> No
         "val_uids": val_set.uids,
         "locator": locator,
     }
+    val_labels = torch.tensor(val_set.labels)
     progress = state.progress
     state.model, state.optimizer = accelerator.prepare(state.raw, state.optimizer)
-    with locked(folder, accelerator):
+    with fail_together(accelerator):
+        lock = claim_folder(folder, cfg, args.overwrite) if is_main else None
+    settings = {key: str(value) for key, value in common.config_to_dict(cfg).items()}
+    accelerator.init_trackers("aneurysm", settings)
+    announce(folder, cfg, accelerator, state, len(train_set), len(val_set))
+    while progress.epoch < min(cfg.epochs, progress.best["epoch"] + (cfg.patience or cfg.epochs)):
+        clock = time.perf_counter()
+        loss_sum, waited = train_epoch(cfg, accelerator, state, train_set)
+        logits, places = predict(state.ema.module, val_set, cfg, accelerator)
+        seconds = time.perf_counter() - clock
+        metrics = common.score(val_table, logits, cfg.bootstrap)
+        row = {
+            "epoch": progress.epoch + 1,
+            "lr": state.optimizer.param_groups[0]["lr"],
+            "train_loss": sum(gather_object([loss_sum])) / len(train_set),
+            "val_loss": label_loss(torch.tensor(logits), val_labels, cfg.label_smoothing).mean().item(),
+            "wauc": metrics["wauc"],
+            "low": metrics["low"],
+            "high": metrics["high"],
+            "seconds": seconds,
+            "data_wait": waited / seconds,
+        }
+        add_epoch(progress, row, cfg)
+        accelerator.log(row, step=progress.epoch)
         if is_main:
-            prepare_folder(folder, cfg, args.overwrite)
-        if cfg.tracker:
-            settings = {key: str(value) for key, value in common.config_to_dict(cfg).items()}
-            accelerator.init_trackers("aneurysm", settings)
-        announce(folder, cfg, accelerator, state, len(train_set), len(val_set))
-        while progress.epoch < min(cfg.epochs, progress.best["epoch"] + (cfg.patience or cfg.epochs)):
-            clock = time.perf_counter()
-            loss_sum, waited = train_epoch(cfg, accelerator, state, train_set)
-            logits, places = predict(state.ema.module, val_set, cfg, accelerator)
-            seconds = time.perf_counter() - clock
-            row = {
-                "epoch": progress.epoch + 1,
-                "lr": state.optimizer.param_groups[0]["lr"],
-                "train_loss": sum(gather_object([loss_sum])) / len(train_set),
-                **score_epoch(val_table, logits, cfg),
-                "seconds": seconds,
-                "data_wait": waited / seconds,
-            }
-            add_epoch(progress, row, cfg)
-            accelerator.log(row, step=progress.epoch)
-            if is_main:
-                if progress.best is row:
-                    best = meta | {"epoch": progress.epoch, "wauc": row["wauc"]}
-                    write_best(folder, state.ema.module, cfg, best, val_table, logits, places)
-                write_table(folder / "log.csv", pd.DataFrame(progress.history))
-                save_last(folder, state, accelerator)
-        finish(folder, cfg, accelerator, val_table, progress)
+            if progress.best is row:
+                best_meta = meta | {"epoch": progress.epoch, "wauc": row["wauc"]}
+                best_run = common.Run(folder, state.ema.module, cfg, best_meta)
+                write_best(best_run, val_table, logits, places)
+            write_table(folder / "log.csv", pd.DataFrame(progress.history))
+            save_last(folder, state, accelerator)
+    finish(folder, cfg, accelerator, val_table, progress)
+    if lock:
+        lock.close()
 
 
 def begin(
@@ -787,7 +792,7 @@ def begin(
     if is_used and not (args.resume or args.overwrite):
         raise ValueError(
             f"{folder}: holds a run; --resume goes on with it, --overwrite starts again, another tag, "
-            f"seed or fold has a folder of its own"
+            f"seed or fold gets another folder"
         )
     last = load_last(folder) if args.resume else None
     progress = Progress(**last["progress"]) if last else Progress(identity)
@@ -801,7 +806,13 @@ def begin(
     model = common.build_model(cfg, pretrained=last is None).to(accelerator.device)
     # a fused step that the fp16 scaler skips is not reported as skipped
     fused = accelerator.scaler is None
-    optimizer = create_optimizer_v2(model, "adamw", lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
+    optimizer = create_optimizer_v2(
+        model,
+        opt="adamw",
+        lr=cfg.lr,
+        weight_decay=cfg.weight_decay,
+        fused=fused,
+    )
     ema = ModelEmaV3(model, decay=cfg.ema_decay, use_warmup=True, foreach=True)
     state = TrainState(model, model, ema, optimizer, progress)
     if last:
@@ -811,23 +822,12 @@ def begin(
     return state
 
 
-def prepare_folder(folder: Path, cfg: Config, overwrite: bool) -> None:
-    """Write the settings; with overwrite delete what an earlier run left, but for the lock."""
-    for path in folder.iterdir() if overwrite else []:
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != ".lock":
-            path.unlink()
-    common.remove_leftovers(folder)
-    text = yaml.safe_dump(common.config_to_dict(cfg), sort_keys=False)
-    common.write_atomic(folder / "config.yaml", text.encode())
-
-
 def announce(
     folder: Path, cfg: Config, accelerator: Accelerator, state: TrainState, num_train: int, num_val: int
 ) -> None:
     """One line on what is about to run."""
-    precision, world = effective_precision(accelerator), accelerator.num_processes
+    precision = effective_precision(accelerator)
+    world = accelerator.num_processes
     num_weights = sum(p.numel() for p in state.raw.parameters())
     common.log(
         f"{folder}: {num_train} series train, {num_val} validate; {num_weights / 1e6:.1f} M weights; "
@@ -843,7 +843,11 @@ def add_epoch(progress: Progress, row: dict, cfg: Config) -> None:
     progress.epoch += 1
     progress.seconds += row["seconds"]
     progress.history.append(row)
-    if is_better(row, progress.best):
+    # where wAUC is undefined, in a fold with one class, the loss decides; the first of equals stays
+    is_best = row["wauc"] > progress.best["wauc"]
+    if math.isnan(row["wauc"]):
+        is_best = row["val_loss"] < progress.best["val_loss"]
+    if is_best:
         progress.best = row
     left_s = (cfg.epochs - progress.epoch) * progress.seconds / progress.epoch
     common.log(
@@ -874,25 +878,29 @@ def fail_together(accelerator: Accelerator) -> Iterator[None]:
         common.exit_rank(1)
 
 
-@contextlib.contextmanager
-def locked(folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Hold folder/.lock for the run; a second run in the same folder is refused."""
-    with fail_together(accelerator):
-        if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = open(folder / ".lock", "w")  # noqa: SIM115
-            try:
-                # unlike flock it is not inherited, so loaders that outlive a killed run do not hold it
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                raise ValueError(
-                    f"{folder}: another run is writing here; wait for it, or change tag, seed or fold"
-                ) from None
-            except OSError as error:
-                common.log(f"{folder}: not locked ({error.strerror}); let no second run write here")
-    yield
-    if accelerator.is_main_process:
-        lock.close()
+def claim_folder(folder: Path, cfg: Config, overwrite: bool) -> io.TextIOBase:
+    """Make the run's folder, empty with overwrite, and write the settings. Returns its open lock, which a
+    second run waits for in vain: it gets a ValueError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "w")  # noqa: SIM115
+    try:
+        # unlike flock's it is not inherited, so loaders that outlive a killed run do not hold it
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(
+            f"{folder}: another run is writing here; wait for it, or change tag, seed or fold"
+        ) from None
+    except OSError as error:
+        common.log(f"{folder}: not locked ({error.strerror}); let no second run write here")
+    common.remove_leftovers(folder)
+    for path in folder.iterdir() if overwrite else []:
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
+    text = yaml.safe_dump(common.config_to_dict(cfg), sort_keys=False)
+    common.write_atomic(folder / "config.yaml", text.encode())
+    return lock
 
 
 def fit_workers(cfg: Config) -> Config:
@@ -901,8 +909,9 @@ def fit_workers(cfg: Config) -> Config:
     if not os.path.isdir("/dev/shm"):
         return cfg
     disk = os.statvfs("/dev/shm")
-    num_bytes = disk.f_bavail * disk.f_frsize // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    num_batches = num_bytes // (cfg.batch_size * cfg.in_chans * cfg.volume.img_size**2)
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    batch_bytes = cfg.batch_size * cfg.in_chans * cfg.volume.img_size**2
+    num_batches = disk.f_bavail * disk.f_frsize // num_processes // batch_bytes
     # a loader works two batches ahead; another one is in use, and one on its way
     workers = min(cfg.workers, max(0, (num_batches - 2) // 2))
     if workers < cfg.workers:
@@ -913,16 +922,8 @@ def fit_workers(cfg: Config) -> Config:
     return replace(cfg, workers=workers)
 
 
-def use_cores(accelerator: Accelerator) -> None:
-    """`accelerate launch` gives a single CPU process one thread (OMP_NUM_THREADS=1): let it use all cores."""
-    is_launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ
-    if is_launched and accelerator.device.type == "cpu" and accelerator.num_processes == 1:
-        torch.set_num_threads(common.usable_cores())
-
-
 def stop(number: int, _frame: object) -> None:
-    """End the run at a signal, at once: an exception could be lost in a destructor. The last finished epoch is
-    saved."""
+    """End at once at a signal (an exception could be lost in a destructor); finished epochs are saved."""
     if int(os.environ.get("RANK", 0)) == 0:
         name = signal.Signals(number).name
         text = f"\ntrain.py: stopped by {name}; --resume goes on after the last finished epoch\n"
@@ -932,19 +933,15 @@ def stop(number: int, _frame: object) -> None:
     os._exit(128 + number)
 
 
-def parse_arguments() -> argparse.Namespace:
+def main() -> int:
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  started with 2>&-
     parser = common.make_parser(__doc__, has_config=True)
     parser.add_argument("--print-config", action="store_true", help="print the settings as YAML and end")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="a quick look: N series alone")
     either = parser.add_mutually_exclusive_group()
-    either.add_argument("--resume", action="store_true", help="go on with an unfinished run, if there is one")
+    either.add_argument("--resume", action="store_true", help="go on with the run in the folder, if any")
     either.add_argument("--overwrite", action="store_true", help="delete what the run folder holds")
-    return parser.parse_args()
-
-
-def main() -> int:
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  started with 2>&-
-    args = parse_arguments()
+    args = parser.parse_args()
     try:
         cfg = fit_workers(common.load_config(args.config, args.set))
         if args.print_config:
@@ -964,7 +961,9 @@ def main() -> int:
             log_with=cfg.tracker or None,
             project_dir=Path(cfg.outputs) / cfg.run_name if cfg.tracker else None,
         )
-        use_cores(accelerator)
+        is_alone = accelerator.num_processes == 1 and accelerator.device.type == "cpu"
+        if is_alone and "ACCELERATE_DYNAMO_BACKEND" in os.environ:
+            torch.set_num_threads(common.usable_cores())  # accelerate launch has set OMP_NUM_THREADS=1
         train(cfg, accelerator, args)
         accelerator.end_training()
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
