@@ -662,7 +662,8 @@ def measure_sensitivity(
     negatives are scores above 0, positives pairs of a score and its row of val_table.
     """
     ranked = [*sorted(negatives, reverse=True), 0.0]
-    threshold = ranked[int(min(allowed + 1e-9, len(negatives)))]
+    highest = ranked[int(min(allowed + 1e-9, len(negatives)))]  # of the negatives that must not pass
+    threshold = math.ceil(1e6 * highest) / 1e6  # rounded up, so that the last bits do not matter
     scores, rows = np.reshape(positives, (-1, 2)).T
     draws = common.patient_weights(val_table["patient"], draws)
     every_row = np.ones((1, len(val_table)))

@@ -45,8 +45,7 @@ def train_all(seeds: int, num_jobs: int) -> None:
     call("preprocess.py", *folders, "--config", "configs/ablation/base.yaml")  # skips finished series
     threads = str(max(1, common.usable_cores() // num_jobs))
 
-    def train(job: tuple[str, int, int]) -> None:  # refuses to go on with a run of other settings
-        row, seed, fold = job
+    def train(row: str, seed: int, fold: int) -> None:  # refuses to go on with a run of other settings
         settings = ["--set", f"seed={seed}", "--set", f"fold={fold}", "--resume"]
         call("train.py", "--config", f"configs/ablation/{row}.yaml", *settings, OMP_NUM_THREADS=threads)
 
@@ -55,7 +54,7 @@ def train_all(seeds: int, num_jobs: int) -> None:
     classifiers = [(row, seed, 0) for row in ROWS if row[0] in "abcd" for seed in range(seeds)]
     for jobs in (locators, classifiers):
         with ThreadPoolExecutor(num_jobs) as pool:
-            list(pool.map(train, jobs))
+            list(pool.map(train, *zip(*jobs, strict=True)))
 
 
 def read_results(row: str, seeds: int) -> tuple[list[dict], pd.DataFrame, np.ndarray]:
