@@ -877,7 +877,7 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
         normal=normal,
         affine=affine,
         spacing_mm=spacing,
-        plane=("sagittal", "coronal", "axial")[int(np.abs(normal).argmax())],
+        plane=PLANES[int(np.abs(normal).argmax())],
         transfer_syntax=header["TransferSyntaxUID"],
         notes=notes,
         skipped=skipped,
@@ -918,13 +918,14 @@ def read_frames(paths: list[Path], where: str) -> tuple[list[Frame], list[tuple[
 
 def index_images(frames: list[Frame]) -> dict[tuple[str, int], Frame]:
     """(SOPInstanceUID, frame index) -> image, without UIDs that images at several places share."""
-    images: dict[tuple[str, int], Frame] = {}
-    ambiguous = set()
+    images = collections.defaultdict(list)
     for frame in frames:
-        key = frame.sop_uid, frame.index
-        if not np.array_equal(images.setdefault(key, frame).position, frame.position, equal_nan=True):
-            ambiguous.add(key)
-    return {key: frame for key, frame in images.items() if key not in ambiguous}
+        images[frame.sop_uid, frame.index].append(frame)
+    return {key: same[0] for key, same in images.items() if count_places(same) == 1}
+
+
+def count_places(frames: list[Frame]) -> int:
+    return len({frame.position.tobytes() for frame in frames})
 
 
 def drop_copies(frames: list[Frame], notes: list[str]) -> list[Frame]:
@@ -945,34 +946,32 @@ def count_remarks(frames: list[Frame]) -> list[str]:
     return [f"{text} ({count} of {len(frames)} images)" for text, count in counts.items()]
 
 
-# Row and column directions where slices lie along x, y or z: sagittal, coronal, axial.
+PLANES = ("sagittal", "coronal", "axial")  # slices lie along x, y, z
 USUAL_DIRECTIONS = np.array(
     [[[0, 1, 0], [0, 0, -1]], [[1, 0, 0], [0, 0, -1]], [[1, 0, 0], [0, 1, 0]]], dtype=float
 )
 
 
 def orient_frames(frames: list[Frame], notes: list[str], doubts: list[str]) -> list[Frame]:
-    """Frames without a valid (0020,0037) ImageOrientationPatient get the other images' one, else the usual
-    one of the plane across which their positions lie, else axial."""
-    is_oriented = np.array([np.isfinite(frame.row_dir).all() for frame in frames])
-    if is_oriented.all():
+    """Frames without a valid (0020,0037) ImageOrientationPatient get the usual one of the plane across which
+    the positions of all lie, else axial."""
+    num_missing = sum(np.isnan(frame.row_dir[0]) for frame in frames)
+    if num_missing == 0:
         return frames
-    text = f"no valid (0020,0037) ImageOrientationPatient in {(~is_oriented).sum()} images"
     points = frame_points(frames)
     points = points[np.isfinite(points).all(axis=1)]
     extent = np.subtract(*np.percentile(points, (90, 10), axis=0)) if len(points) else np.zeros(3)
-    if is_oriented.any():
-        example = frames[int(is_oriented.argmax())]
-        row_dir, col_dir = example.row_dir, example.col_dir
-        notes.append(f"{text}: taken from other images")
-    elif extent.max() > SAME_POSITION_MM:
-        row_dir, col_dir = USUAL_DIRECTIONS[extent.argmax()]
-        notes.append(f"{text}: taken from the positions")
+    plane = int(extent.argmax()) if extent.max() > SAME_POSITION_MM else 2
+    text = f"no valid (0020,0037) ImageOrientationPatient in {num_missing} of {len(frames)} images"
+    if extent.max() > SAME_POSITION_MM:
+        notes.append(f"{text}: {PLANES[plane]} by their positions")
     else:
-        row_dir, col_dir = USUAL_DIRECTIONS[2]
         doubts.append(f"{text}, nor positions: axial assumed")
-    oriented = [replace(frame, row_dir=row_dir, col_dir=col_dir) for frame in frames]
-    return [f if known else new for f, known, new in zip(frames, is_oriented, oriented, strict=True)]
+    row_dir, col_dir = USUAL_DIRECTIONS[plane]
+    return [
+        replace(frame, row_dir=row_dir, col_dir=col_dir) if np.isnan(frame.row_dir[0]) else frame
+        for frame in frames
+    ]
 
 
 def frame_points(frames: list[Frame]) -> np.ndarray:
@@ -998,7 +997,7 @@ def rank_positions(frames: list[Frame]) -> np.ndarray:
 
 def select_stack(frames: list[Frame], where: str, notes: list[str]) -> list[Frame]:
     """The largest group (by positions) of images that agree in series, kind, size, orientation and pixel
-    spacing; others are noted. Orientations that jitter become their median."""
+    spacing; others are noted."""
     stacks = collections.defaultdict(list)
     for frame in frames:
         series = frame.header.get("SeriesInstanceUID") or frame.header.get("PatientID")
@@ -1007,11 +1006,11 @@ def select_stack(frames: list[Frame], where: str, notes: list[str]) -> list[Fram
 
     def rank(group: tuple[tuple, list[Frame]]) -> tuple:
         (kind, *_), members = group
-        return kind == "slice", len({frame.position.tobytes() for frame in members}), len(members)
+        return kind == "slice", count_places(members), len(members)
 
     (kind, best_series, *_), best = max(groups, key=rank)
     if kind != "slice":
-        if len({frame.position.tobytes() for frame in best}) < 3:
+        if count_places(best) < 3:
             raise ValueError(f"{where}: {len(frames)} {kind} images, no volume")
         notes.append(f"the images call themselves {kind}: ImageType {best[0].header['ImageType']}")
     for (kind, series, rows, cols), group in groups:
@@ -1027,31 +1026,17 @@ def select_stack(frames: list[Frame], where: str, notes: list[str]) -> list[Fram
 
 
 def group_by_geometry(frames: list[Frame]) -> list[list[Frame]]:
-    """Groups of equal pixel spacing and orientation. In many images orientations may jitter: there the
-    tolerance against the median, which all get, is 0.02, or 0.1 if only that makes one group of many."""
+    """Groups of equal pixel spacing (0.2 %) and orientation (0.02 from the median, because it may jitter in
+    many images; 0.001 in a few)."""
     geometry = np.array([[*10 * np.log(f.spacing_mm), *f.row_dir, *f.col_dir] for f in frames])
-    for tolerance in (0.02, 0.1, 0.02) if len(frames) >= 8 else (0.001,):
-        groups, rest = [], np.arange(len(frames))
-        while len(rest):
-            for centre in (np.median(geometry[rest], axis=0), geometry[rest[0]]):
-                is_near = np.abs(geometry[rest] - centre).max(axis=1) < tolerance
-                if is_near.any():
-                    break
-            groups.append(rest[is_near])
-            rest = rest[~is_near]
-        if max(map(len, groups)) > 0.9 * len(frames) or len(groups) <= 2:
-            break
-    return [align_frames([frames[i] for i in group], geometry[group, 2:]) for group in groups]
-
-
-def align_frames(frames: list[Frame], directions: np.ndarray) -> list[Frame]:
-    """Frames with the median of their directions (n, 6), where these differ."""
-    jitter = np.ptp(directions, axis=0).max()
-    if jitter < 1e-3:
-        return frames
-    row_dir, col_dir = unit_directions(tuple(np.median(directions, axis=0)))
-    text = f"orientations differ by up to {jitter:.4f}: their median used"
-    return [replace(f, row_dir=row_dir, col_dir=col_dir, remarks=[*f.remarks, text]) for f in frames]
+    groups, rest, tolerance = [], np.arange(len(frames)), 0.02 if len(frames) >= 8 else 0.001
+    while len(rest):
+        is_near = np.abs(geometry[rest] - np.median(geometry[rest], axis=0)).max(axis=1) < tolerance
+        if not is_near.any():  # several orientations, none of them in the majority
+            is_near = np.abs(geometry[rest] - geometry[rest[0]]).max(axis=1) < tolerance
+        groups.append([frames[i] for i in rest[is_near]])
+        rest = rest[~is_near]
+    return groups
 
 
 def drop_slabs(frames: list[Frame], notes: list[str]) -> list[Frame]:
@@ -1139,9 +1124,9 @@ def place_on_line(frames: list[Frame], values: np.ndarray, step_mm: float) -> tu
     because positions may be rounded; else (frames in steps of `step_mm` along +normal, 0)."""
     points = frame_points(frames)
     known = np.isfinite(points[:, 0])
-    step = step_mm * np.cross(frames[0].row_dir, frames[0].col_dir)
-    start, line_step = (points[known] - np.outer(values[known], step))[:1].sum(axis=0), 0.0
-    if known.any() and np.ptp(points[known], axis=0).max() > SAME_POSITION_MM and np.ptp(values[known]) > 0:
+    step, line_step = step_mm * np.cross(frames[0].row_dir, frames[0].col_dir), 0.0
+    start = (points[known] - np.outer(values[known], step))[:1].sum(axis=0)
+    if len(np.unique(values[known])) > 1 and np.ptp(points[known], axis=0).max() > SAME_POSITION_MM:
         line = np.polynomial.polynomial.polyfit(values[known], points[known], 1)
         if np.abs(line[0] + np.outer(values[known], line[1]) - points[known]).max() < 0.51:
             (start, step), line_step = line, float(np.linalg.norm(line[1]))
@@ -1150,19 +1135,22 @@ def place_on_line(frames: list[Frame], values: np.ndarray, step_mm: float) -> tu
 
 
 def drop_strays(frames: list[Frame], notes: list[str]) -> list[Frame]:
-    """Frames without the few (a tenth at most) whose position is corrupt, or far from the scan: they leave
-    the line of those numbered before and after, or lie beyond a gap far wider than others."""
-    points, gaps = frame_points(frames), np.diff(distinct_positions(frames))
+    """Frames without the few (a tenth at most) that lie beyond a gap far wider than the others, or far from
+    those numbered before and after them: test images, corrupt positions."""
+    points, positions, gaps = (
+        frame_points(frames),
+        positions_along_normal(frames),
+        np.diff(distinct_positions(frames)),
+    )
     if len(gaps) < 5:
         return frames
     is_stray = np.zeros(len(frames), bool)
     order = np.argsort([instance_number(frame) for frame in frames], kind="stable")
-    middles = np.median(np.lib.stride_tricks.sliding_window_view(points[order], 5, axis=0), axis=-1)
+    windows = np.lib.stride_tricks.sliding_window_view(points[order], 5, axis=0)
+    jumps = np.linalg.norm(windows[..., 2] - np.median(windows, axis=-1), axis=1)
     steps = np.linalg.norm(np.diff(points[order], axis=0), axis=1)
-    jumps = np.linalg.norm(points[order][2:-2] - middles, axis=1)
     is_stray[order[2:-2]] = jumps > 3 * max(np.median(gaps), np.median(steps))
-    positions = positions_along_normal(frames)
-    order = np.argsort(positions, kind="stable")
+    order = np.argsort(positions)
     clusters = np.cumsum(np.diff(positions[order], prepend=0) > max(10 * np.median(gaps), 30))
     is_stray[order] |= clusters != np.bincount(clusters).argmax()
     if not 0 < is_stray.sum() <= max(1, len(frames) // 10):

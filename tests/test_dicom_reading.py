@@ -425,7 +425,7 @@ def test_missing_orientation_and_spacing_are_assumed_and_noted(tmp_path):
     stack(tmp_path / "a", [0, 1], ImageOrientationPatient=[0, 0, 0, 0, 0, 0], PixelSpacing=None)
     a = read_series(tmp_path / "a")
     assert a.spacing_mm == (1, 1, 1) and a.plane == "axial"
-    assert noted(a, "ImageOrientationPatient in 2 images: taken from the positions")
+    assert noted(a, "ImageOrientationPatient in 2 of 2 images: axial by their positions")
     assert noted(a, "PixelSpacing: 1 mm assumed (2 of 2 images)")
 
 
