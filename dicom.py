@@ -107,9 +107,8 @@ BINARY = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": "d"}
 NUMERIC = {*BINARY, "DS", "IS"}
 NUMBER = rb" *[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)? *"
 NUMBERS = re.compile(NUMBER + rb"(\\" + NUMBER + rb")*")
-STREAM_START = re.compile(
-    rb"\xff[\xd8\x4f]|\0\0\0\x0c|[\1-\x0f]\0\0\0\x40\0\0\0", re.DOTALL
-)  # JPEG, J2K, JP2, RLE
+# What a code stream begins with: JPEG, JPEG 2000, JP2, RLE (number of segments, first offset).
+STREAM_START = re.compile(rb"\xff\xd8\xff|\xff\x4f\xff\x51|\0\0\0\x0cjP|[\1-\x0f]\0\0\0\x40\0\0\0")
 
 
 def safe_uid(uid: str) -> str:
@@ -184,7 +183,7 @@ def read_header(path: Path) -> dict:
       pixel_data   (VR, offset, length) of the element; length UNDEFINED if it is encapsulated
       order        of bytes: < little, > big endian
       packed       offsets count in the unpacked file (`open_unpacked`)
-      groups       for each frame the attributes of its functional groups, or None
+      groups       for each frame the attributes and remarks of its functional groups, or None
       remarks      what did not parse or was assumed
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
@@ -406,18 +405,20 @@ def parse_dataset(dataset: pydicom.Dataset, order: str) -> tuple[dict, list[str]
 def parse_groups(dataset: pydicom.Dataset, order: str) -> list[dict] | None:
     """For each frame of an enhanced file what its and the shared functional groups say, else None."""
 
-    def parse_item(item: pydicom.Dataset) -> dict:
-        attributes = {}
+    def parse_item(item: pydicom.Dataset, attributes: dict) -> dict:
         for tag in FUNCTIONAL_GROUPS:
             if tag in item and item[tag].value:
-                attributes |= parse_dataset(item[tag].value[0], order)[0]
+                parsed, remarks = parse_dataset(item[tag].value[0], order)
+                attributes = attributes | parsed | {"remarks": attributes["remarks"] + remarks}
         return attributes
 
     shared, frames = (dataset[tag].value if tag in dataset else [] for tag in (SHARED_GROUPS, FRAME_GROUPS))
-    shared_attributes = parse_item(shared[0]) if shared else {}
+    attributes: dict = {"remarks": []}
+    if shared:
+        attributes = parse_item(shared[0], attributes)
     if frames:
-        return [shared_attributes | parse_item(item) for item in frames]
-    return [shared_attributes] if shared else None
+        return [parse_item(item, attributes) for item in frames]
+    return [attributes] if shared else None
 
 
 @contextlib.contextmanager
@@ -760,7 +761,7 @@ def make_frames(path: Path, header: dict) -> list[Frame]:
     frames, groups = [], header["groups"] or [{}]
     for index in range(len(header["spans"])):
         group = groups[index] if index < len(groups) else groups[0] if len(groups) == 1 else {}
-        tags, remarks = header | group, list(header["remarks"])
+        tags, remarks = header | group, header["remarks"] + group.get("remarks", [])
         directions = unit_directions(tags.get("ImageOrientationPatient", ()))
         spacing = pixel_spacing(tags, remarks)
         position = np.array(tags.get("ImagePositionPatient", ()))
@@ -845,10 +846,7 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
     reports.
     """
     where = f"{len(source)} files" if isinstance(source, list) else str(source)
-    paths = source if isinstance(source, list) else [Path(source)]
-    if paths == [Path(where)] and paths[0].is_dir():
-        paths = [Path(folder, name) for folder, _, names in os.walk(where) for name in names]
-    frames, skipped = read_frames(sorted(paths, key=natural_key), where)
+    frames, skipped = read_frames(list_files(source), where)
     notes: list[str] = []
     doubts: list[str] = []
     members = [frame for frame in frames if frame.header.get("SeriesInstanceUID", uid) == uid]
@@ -884,6 +882,14 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
         geometry=geometry,
         doubts=doubts,
     )
+
+
+def list_files(source: Path | list[Path]) -> list[Path]:
+    """The files of a folder of any depth, or those given, in their natural order."""
+    paths = source if isinstance(source, list) else [Path(source)]
+    if not isinstance(source, list) and paths[0].is_dir():
+        paths = [Path(folder, name) for folder, _, names in os.walk(source) for name in names]
+    return sorted(paths, key=natural_key)
 
 
 def read_frames(paths: list[Path], where: str) -> tuple[list[Frame], list[tuple[Path, str]]]:
@@ -1137,11 +1143,8 @@ def place_on_line(frames: list[Frame], values: np.ndarray, step_mm: float) -> tu
 def drop_strays(frames: list[Frame], notes: list[str]) -> list[Frame]:
     """Frames without the few (a tenth at most) that lie beyond a gap far wider than the others, or far from
     those numbered before and after them: test images, corrupt positions."""
-    points, positions, gaps = (
-        frame_points(frames),
-        positions_along_normal(frames),
-        np.diff(distinct_positions(frames)),
-    )
+    points, positions = frame_points(frames), positions_along_normal(frames)
+    gaps = np.diff(distinct_positions(frames))
     if len(gaps) < 5:
         return frames
     is_stray = np.zeros(len(frames), bool)
