@@ -69,7 +69,7 @@ MAX_PIXEL_BYTES = 2**31  # of one file, decoded
 MAX_FRAME_PIXELS = 2**26  # 8192 x 8192
 MAX_UNPACKED_BYTES = 2**29  # of one deflated or gzipped file
 MAX_FRAMES = 2**15  # of one file, and fragments of a frame
-MAX_HEADER_READS = 2**21  # about 10 s in pydicom
+MAX_HEADER_READS = 2**20  # about 5 s in pydicom; and items of functional groups
 SAME_POSITION_MM = 0.02  # closer slices share a position
 PIXEL_DATA = 0x7FE00010
 UNDEFINED = 0xFFFFFFFF  # length of an element that ends with a delimiter
@@ -412,6 +412,10 @@ def parse_groups(dataset: pydicom.Dataset, order: str) -> list[dict] | None:
                 attributes = attributes | parsed | {"remarks": attributes["remarks"] + remarks}
         return attributes
 
+    for tag in (SHARED_GROUPS, FRAME_GROUPS):
+        raw = dataset.get_item(tag).value if tag in dataset else b""
+        if isinstance(raw, bytes) and raw.count(b"\xfe\xff\x00\xe0") > MAX_HEADER_READS:
+            raise ValueError(f"absurd header: more than {MAX_HEADER_READS} items in functional groups")
     shared, frames = (dataset[tag].value if tag in dataset else [] for tag in (SHARED_GROUPS, FRAME_GROUPS))
     attributes: dict = {"remarks": []}
     if shared:

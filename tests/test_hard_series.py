@@ -342,14 +342,18 @@ def absurd_files(folder: Path) -> dict[str, Path]:
         os.truncate(folder / name, at + 4 + size)
     plain = write(folder / "elements", image()).read_bytes()
     at = plain.index(b"\x08\0\x16\0")
-    (folder / "elements").write_bytes(gzip.compress(plain[:at] + b"\x08\0\x08\0CS\0\0" * 40_000_000))
+    (folder / "elements").write_bytes(gzip.compress(plain[:at] + b"\x08\0\x08\0CS\0\0" * 1_000_000))
+    items = b"\xfe\xff\x00\xe0\0\0\0\0" * 20_000
+    pixels = plain.index(b"\xe0\x7f\x10\x00")
+    groups = b"\x00\x52\x30\x92SQ\0\0" + struct.pack("<I", len(items)) + items
+    (folder / "items").write_bytes(plain[:pixels] + groups + plain[pixels:])
     return {path.name: path for path in folder.iterdir()}
 
 
 def test_absurd_files_are_refused_in_bounded_time_and_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("dicom.MAX_HEADER_READS", 10_000)
     expected = {"fifo": "not a regular file", "sparse": "absurd size", "frames": "absurd size"}
-    expected["elements"] = "absurd header"
+    expected |= {"elements": "absurd header", "items": "absurd header"}
     files = absurd_files(tmp_path)
     assert files.keys() == expected.keys()
     for name, path in files.items():
