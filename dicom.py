@@ -543,6 +543,12 @@ class Frame:
     padding: tuple[int, int] | None  # first and last of the stored values that are no tissue
     remarks: list[str]  # what was assumed for it
 
+    @property
+    def normal(self) -> np.ndarray:
+        """(3,) unit direction across the slice"""
+        normal = np.cross(self.row_dir, self.col_dir)
+        return normal / np.linalg.norm(normal)
+
 
 @dataclass
 class Series:
@@ -931,7 +937,7 @@ def index_images(frames: list[Frame]) -> dict[tuple[str, int], Frame]:
     images = collections.defaultdict(list)
     for frame in frames:
         images[frame.sop_uid, frame.index].append(frame)
-    return {key: same[0] for key, same in images.items() if count_places(same) == 1}
+    return {key: members[0] for key, members in images.items() if count_places(members) == 1}
 
 
 def count_places(frames: list[Frame]) -> int:
@@ -957,9 +963,8 @@ def count_remarks(frames: list[Frame]) -> list[str]:
 
 
 PLANES = ("sagittal", "coronal", "axial")  # slices lie along x, y, z
-USUAL_DIRECTIONS = np.array(
-    [[[0, 1, 0], [0, 0, -1]], [[1, 0, 0], [0, 0, -1]], [[1, 0, 0], [0, 1, 0]]], dtype=float
-)
+X, Y, Z = np.eye(3)
+USUAL_DIRECTIONS = ((Y, -Z), (X, -Z), (X, Y))  # of rows and columns in these planes
 
 
 def orient_frames(frames: list[Frame], notes: list[str], doubts: list[str]) -> list[Frame]:
@@ -991,7 +996,7 @@ def frame_points(frames: list[Frame]) -> np.ndarray:
 
 def positions_along_normal(frames: list[Frame]) -> np.ndarray:
     """(n,) mm"""
-    return frame_points(frames) @ np.cross(frames[0].row_dir, frames[0].col_dir)
+    return frame_points(frames) @ frames[0].normal
 
 
 def distinct_positions(frames: list[Frame]) -> np.ndarray:
@@ -1027,7 +1032,7 @@ def select_stack(frames: list[Frame], where: str, notes: list[str]) -> list[Fram
         if group is not best:
             other = " of another series" if series != best_series else ""
             row_mm, col_mm = group[0].spacing_mm
-            normal = np.cross(group[0].row_dir, group[0].col_dir).round(2) + 0.0
+            normal = group[0].normal.round(2) + 0.0
             notes.append(
                 f"{len(group)} images{other} left out: {kind}, {rows} x {cols} pixels of {row_mm:.3g} x "
                 f"{col_mm:.3g} mm, normal {normal}"
@@ -1057,10 +1062,11 @@ def drop_slabs(frames: list[Frame], notes: list[str]) -> list[Frame]:
     if len(sizes) < 2:
         return frames
     usual = sizes[2 * counts >= counts.max()].min()
-    is_slab = (thickness > 0) & (np.abs(np.log(np.maximum(thickness, 1e-3) / usual)) > 0.3)
+    is_slab = (thickness > 0) & ((thickness > 1.35 * usual) | (thickness < usual / 1.35))
     positions = positions_along_normal(frames)
     low, high = positions[~is_slab].min(), positions[~is_slab].max()
-    if not ((positions > low) & (positions < high))[is_slab].sum() > 0.5 * is_slab.sum():
+    is_among = is_slab & (positions > low) & (positions < high)
+    if is_among.sum() <= 0.5 * is_slab.sum():
         return frames
     notes.append(
         f"{is_slab.sum()} images left out: thicker or thinner than the {usual:g} mm slices among them"
@@ -1134,11 +1140,12 @@ def place_on_line(frames: list[Frame], values: np.ndarray, step_mm: float) -> tu
     because positions may be rounded; else (frames in steps of `step_mm` along +normal, 0)."""
     points = frame_points(frames)
     known = np.isfinite(points[:, 0])
-    step, line_step = step_mm * np.cross(frames[0].row_dir, frames[0].col_dir), 0.0
+    step, line_step = step_mm * frames[0].normal, 0.0
     start = (points[known] - np.outer(values[known], step))[:1].sum(axis=0)
     if len(np.unique(values[known])) > 1 and np.ptp(points[known], axis=0).max() > SAME_POSITION_MM:
         line = np.polynomial.polynomial.polyfit(values[known], points[known], 1)
-        if np.abs(line[0] + np.outer(values[known], line[1]) - points[known]).max() < 0.51:
+        residuals = line[0] + np.outer(values[known], line[1]) - points[known]
+        if np.abs(residuals).max() < 0.51:
             (start, step), line_step = line, float(np.linalg.norm(line[1]))
     positions = start + np.outer(values, step)
     return [replace(f, position=position) for f, position in zip(frames, positions, strict=True)], line_step
@@ -1191,9 +1198,10 @@ def is_ordered(frames: list[Frame], num_shared: int) -> bool:
     far_lag = len(frames) // 4
     starts = range(lag - 1, len(frames) - max(lag, far_lag), lag)[-24:]
     images = np.array([[thumbnail(frames[i + k]) for k in (0, 1, lag, far_lag)] for i in starts])
-    near, later, far = (np.abs(images[:, 0] - images[:, k]).sum() for k in (1, 2, 3))
-    contrast = np.abs(images - images.mean(axis=(2, 3), keepdims=True)).sum() / 4
-    return bool(near < 0.85 * later and near < 0.5 * far and far > 0.05 * contrast)
+    first, second, later, last = images.swapaxes(0, 1)
+    near, far = np.abs(first - second).sum(), np.abs(first - last).sum()
+    contrast = np.abs(first - first.mean(axis=(1, 2), keepdims=True)).sum()
+    return bool(near < 0.85 * np.abs(first - later).sum() and near < 0.5 * far and far > 0.05 * contrast)
 
 
 def instance_number(frame: Frame) -> int:
@@ -1289,18 +1297,21 @@ def is_volume(frames: list[Frame], places: np.ndarray, num_all: int) -> bool:
     slices there is no room for others: these lie nearer than a slice's thickness. MR slices may be taken in
     two passes, even ones after odd ones; these lie evenly.
     """
-    own = distinct_positions(frames)
-    if len(own) >= (0.9 if num_all > 1.1 * len(places) else 1.0) * len(places):
+    positions = distinct_positions(frames)
+    if len(positions) >= (0.9 if num_all > 1.1 * len(places) else 1.0) * len(places):
         return True
-    if len(own) < max(3, len(places) / 4):
+    if len(positions) < max(3, len(places) / 4):
         return False
-    gap = np.median(np.diff(own))
-    after = np.searchsorted(own, places).clip(1, len(own) - 1)
-    distance = np.minimum(np.abs(places - own[after - 1]), np.abs(places - own[after]))
+    gaps = np.diff(positions)
+    gap = np.median(gaps)
+    thickness = frames[0].header.get("SliceThickness") or gap
+    after = np.searchsorted(positions, places).clip(1, len(positions) - 1)
+    distance = np.minimum(np.abs(places - positions[after - 1]), np.abs(places - positions[after]))
     others = distance[distance > SAME_POSITION_MM]
     narrow, wide = np.percentile(np.diff(places), (25, 75))
     return bool(
-        np.percentile(np.diff(own), 90) < 1.5 * gap < 2.5 * (frames[0].header.get("SliceThickness") or gap)
+        np.percentile(gaps, 90) < 1.5 * gap
+        and gap < 1.7 * thickness
         and (others < 0.6 * gap).sum() > 0.8 * len(others)
         and (wide > 1.2 * narrow or modality_of(frames[0].header) == "CT")
     )
@@ -1311,8 +1322,9 @@ def measure_brightness(frames: list[Frame], places: np.ndarray) -> float:
     frames = take_one_per_position(frames)
     positions = positions_along_normal(frames)
     after = np.searchsorted(positions, places).clip(1, len(frames) - 1)
-    used = np.unique([after - 1, after])
-    return float(np.interp(places, positions[used], [thumbnail(frames[k]).mean() for k in used]).sum())
+    neighbours = np.unique([after - 1, after])
+    means = [thumbnail(frames[k]).mean() for k in neighbours]
+    return float(np.interp(places, positions[neighbours], means).sum())
 
 
 def take_one_per_position(frames: list[Frame]) -> list[Frame]:
@@ -1329,8 +1341,7 @@ def take_one_per_position(frames: list[Frame]) -> list[Frame]:
 def measure_stack(frames: list[Frame], notes: list[str]) -> tuple[np.ndarray, np.ndarray, tuple, np.ndarray]:
     """(normal, affine, spacing, positions along the normal) of sorted frames; gaps and tilt are noted."""
     first = frames[0]
-    normal = np.cross(first.row_dir, first.col_dir)
-    normal /= np.linalg.norm(normal)
+    normal = first.normal
     points = frame_points(frames)
     positions = points @ normal
     if len(frames) == 1:

@@ -6,6 +6,7 @@ import gzip
 import os
 import re
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -86,8 +87,11 @@ def test_of_two_ct_phases_the_one_with_filled_vessels_is_read(tmp_path, offset, 
     scan(tmp_path / "b", head(vessel=400), plane, start=offset, **arterial)
     if offset == 2.0 and "InstanceNumber" in plain:
         pytest.skip("even and odd slices of one volume look the same")
+    for path in list(tmp_path.glob("?/*")):  # names tell nothing
+        path.rename(tmp_path / f"{zlib.crc32(bytes(path))}{path.parent.name}")
     series = read_series(tmp_path)
-    assert folders(series) == {"b"} and offsets(series) == [4.0 * i for i in range(24)]
+    assert {frame.path.name[-1] for frame in series.frames} == {"b"}
+    assert offsets(series) == [4.0 * i for i in range(24)]
     assert series.doubts == [] and noted(series, "volumes by")
 
 
