@@ -1210,7 +1210,7 @@ def instance_number(frame: Frame) -> int:
 
 VOLUME_KEYS = (  # what tells the volumes of one series apart, in the order tried
     *("ImageType", "EchoNumbers", "EchoTime", "TemporalPositionIdentifier", "DiffusionBValue"),
-    *("AcquisitionNumber", "TriggerTime", "StackID"),
+    *("AcquisitionNumber", "AcquisitionTime", "TriggerTime", "StackID"),
 )
 
 
