@@ -69,7 +69,7 @@ MAX_PIXEL_BYTES = 2**31  # of one file, decoded
 MAX_FRAME_PIXELS = 2**26  # 8192 x 8192
 MAX_UNPACKED_BYTES = 2**29  # of one deflated or gzipped file
 MAX_FRAMES = 2**15  # of one file, and fragments of a frame
-MAX_HEADER_READS = 2**21  # about 10 s in pydicom
+MAX_HEADER_READS = 2**20  # about 5 s in pydicom; and items of functional groups
 SAME_POSITION_MM = 0.02  # closer slices share a position
 PIXEL_DATA = 0x7FE00010
 UNDEFINED = 0xFFFFFFFF  # length of an element that ends with a delimiter
@@ -107,9 +107,8 @@ BINARY = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": "d"}
 NUMERIC = {*BINARY, "DS", "IS"}
 NUMBER = rb" *[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)? *"
 NUMBERS = re.compile(NUMBER + rb"(\\" + NUMBER + rb")*")
-STREAM_START = re.compile(
-    rb"\xff[\xd8\x4f]|\0\0\0\x0c|[\1-\x0f]\0\0\0\x40\0\0\0", re.DOTALL
-)  # JPEG, J2K, JP2, RLE
+# What a code stream begins with: JPEG, JPEG 2000, JP2, RLE (number of segments, first offset).
+STREAM_START = re.compile(rb"\xff\xd8\xff|\xff\x4f\xff\x51|\0\0\0\x0cjP|[\1-\x0f]\0\0\0\x40\0\0\0")
 
 
 def safe_uid(uid: str) -> str:
@@ -184,7 +183,7 @@ def read_header(path: Path) -> dict:
       pixel_data   (VR, offset, length) of the element; length UNDEFINED if it is encapsulated
       order        of bytes: < little, > big endian
       packed       offsets count in the unpacked file (`open_unpacked`)
-      groups       for each frame the attributes of its functional groups, or None
+      groups       for each frame the attributes and remarks of its functional groups, or None
       remarks      what did not parse or was assumed
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
@@ -406,18 +405,24 @@ def parse_dataset(dataset: pydicom.Dataset, order: str) -> tuple[dict, list[str]
 def parse_groups(dataset: pydicom.Dataset, order: str) -> list[dict] | None:
     """For each frame of an enhanced file what its and the shared functional groups say, else None."""
 
-    def parse_item(item: pydicom.Dataset) -> dict:
-        attributes = {}
+    def parse_item(item: pydicom.Dataset, attributes: dict) -> dict:
         for tag in FUNCTIONAL_GROUPS:
             if tag in item and item[tag].value:
-                attributes |= parse_dataset(item[tag].value[0], order)[0]
+                parsed, remarks = parse_dataset(item[tag].value[0], order)
+                attributes = attributes | parsed | {"remarks": attributes["remarks"] + remarks}
         return attributes
 
+    for tag in (SHARED_GROUPS, FRAME_GROUPS):
+        raw = dataset.get_item(tag).value if tag in dataset else b""
+        if isinstance(raw, bytes) and raw.count(b"\xfe\xff\x00\xe0") > MAX_HEADER_READS:
+            raise ValueError(f"absurd header: more than {MAX_HEADER_READS} items in functional groups")
     shared, frames = (dataset[tag].value if tag in dataset else [] for tag in (SHARED_GROUPS, FRAME_GROUPS))
-    shared_attributes = parse_item(shared[0]) if shared else {}
+    attributes: dict = {"remarks": []}
+    if shared:
+        attributes = parse_item(shared[0], attributes)
     if frames:
-        return [shared_attributes | parse_item(item) for item in frames]
-    return [shared_attributes] if shared else None
+        return [parse_item(item, attributes) for item in frames]
+    return [attributes] if shared else None
 
 
 @contextlib.contextmanager
@@ -537,6 +542,12 @@ class Frame:
     intercept: float
     padding: tuple[int, int] | None  # first and last of the stored values that are no tissue
     remarks: list[str]  # what was assumed for it
+
+    @property
+    def normal(self) -> np.ndarray:
+        """(3,) unit direction across the slice"""
+        normal = np.cross(self.row_dir, self.col_dir)
+        return normal / np.linalg.norm(normal)
 
 
 @dataclass
@@ -760,7 +771,7 @@ def make_frames(path: Path, header: dict) -> list[Frame]:
     frames, groups = [], header["groups"] or [{}]
     for index in range(len(header["spans"])):
         group = groups[index] if index < len(groups) else groups[0] if len(groups) == 1 else {}
-        tags, remarks = header | group, list(header["remarks"])
+        tags, remarks = header | group, header["remarks"] + group.get("remarks", [])
         directions = unit_directions(tags.get("ImageOrientationPatient", ()))
         spacing = pixel_spacing(tags, remarks)
         position = np.array(tags.get("ImagePositionPatient", ()))
@@ -845,10 +856,7 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
     reports.
     """
     where = f"{len(source)} files" if isinstance(source, list) else str(source)
-    paths = source if isinstance(source, list) else [Path(source)]
-    if paths == [Path(where)] and paths[0].is_dir():
-        paths = [Path(folder, name) for folder, _, names in os.walk(where) for name in names]
-    frames, skipped = read_frames(sorted(paths, key=natural_key), where)
+    frames, skipped = read_frames(list_files(source), where)
     notes: list[str] = []
     doubts: list[str] = []
     members = [frame for frame in frames if frame.header.get("SeriesInstanceUID", uid) == uid]
@@ -877,13 +885,21 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
         normal=normal,
         affine=affine,
         spacing_mm=spacing,
-        plane=("sagittal", "coronal", "axial")[int(np.abs(normal).argmax())],
+        plane=PLANES[int(np.abs(normal).argmax())],
         transfer_syntax=header["TransferSyntaxUID"],
         notes=notes,
         skipped=skipped,
         geometry=geometry,
         doubts=doubts,
     )
+
+
+def list_files(source: Path | list[Path]) -> list[Path]:
+    """The files of a folder of any depth, or those given, in their natural order."""
+    paths = source if isinstance(source, list) else [Path(source)]
+    if not isinstance(source, list) and paths[0].is_dir():
+        paths = [Path(folder, name) for folder, _, names in os.walk(source) for name in names]
+    return sorted(paths, key=natural_key)
 
 
 def read_frames(paths: list[Path], where: str) -> tuple[list[Frame], list[tuple[Path, str]]]:
@@ -918,13 +934,14 @@ def read_frames(paths: list[Path], where: str) -> tuple[list[Frame], list[tuple[
 
 def index_images(frames: list[Frame]) -> dict[tuple[str, int], Frame]:
     """(SOPInstanceUID, frame index) -> image, without UIDs that images at several places share."""
-    images: dict[tuple[str, int], Frame] = {}
-    ambiguous = set()
+    images = collections.defaultdict(list)
     for frame in frames:
-        key = frame.sop_uid, frame.index
-        if not np.array_equal(images.setdefault(key, frame).position, frame.position, equal_nan=True):
-            ambiguous.add(key)
-    return {key: frame for key, frame in images.items() if key not in ambiguous}
+        images[frame.sop_uid, frame.index].append(frame)
+    return {key: members[0] for key, members in images.items() if count_places(members) == 1}
+
+
+def count_places(frames: list[Frame]) -> int:
+    return len({frame.position.tobytes() for frame in frames})
 
 
 def drop_copies(frames: list[Frame], notes: list[str]) -> list[Frame]:
@@ -945,34 +962,31 @@ def count_remarks(frames: list[Frame]) -> list[str]:
     return [f"{text} ({count} of {len(frames)} images)" for text, count in counts.items()]
 
 
-# Row and column directions where slices lie along x, y or z: sagittal, coronal, axial.
-USUAL_DIRECTIONS = np.array(
-    [[[0, 1, 0], [0, 0, -1]], [[1, 0, 0], [0, 0, -1]], [[1, 0, 0], [0, 1, 0]]], dtype=float
-)
+PLANES = ("sagittal", "coronal", "axial")  # slices lie along x, y, z
+X, Y, Z = np.eye(3)
+USUAL_DIRECTIONS = ((Y, -Z), (X, -Z), (X, Y))  # of rows and columns in these planes
 
 
 def orient_frames(frames: list[Frame], notes: list[str], doubts: list[str]) -> list[Frame]:
-    """Frames without a valid (0020,0037) ImageOrientationPatient get the other images' one, else the usual
-    one of the plane across which their positions lie, else axial."""
-    is_oriented = np.array([np.isfinite(frame.row_dir).all() for frame in frames])
-    if is_oriented.all():
+    """Frames without a valid (0020,0037) ImageOrientationPatient get the usual one of the plane across which
+    the positions of all lie, else axial."""
+    num_missing = sum(np.isnan(frame.row_dir[0]) for frame in frames)
+    if num_missing == 0:
         return frames
-    text = f"no valid (0020,0037) ImageOrientationPatient in {(~is_oriented).sum()} images"
     points = frame_points(frames)
     points = points[np.isfinite(points).all(axis=1)]
     extent = np.subtract(*np.percentile(points, (90, 10), axis=0)) if len(points) else np.zeros(3)
-    if is_oriented.any():
-        example = frames[int(is_oriented.argmax())]
-        row_dir, col_dir = example.row_dir, example.col_dir
-        notes.append(f"{text}: taken from other images")
-    elif extent.max() > SAME_POSITION_MM:
-        row_dir, col_dir = USUAL_DIRECTIONS[extent.argmax()]
-        notes.append(f"{text}: taken from the positions")
+    plane = int(extent.argmax()) if extent.max() > SAME_POSITION_MM else 2
+    text = f"no valid (0020,0037) ImageOrientationPatient in {num_missing} of {len(frames)} images"
+    if extent.max() > SAME_POSITION_MM:
+        notes.append(f"{text}: {PLANES[plane]} by their positions")
     else:
-        row_dir, col_dir = USUAL_DIRECTIONS[2]
         doubts.append(f"{text}, nor positions: axial assumed")
-    oriented = [replace(frame, row_dir=row_dir, col_dir=col_dir) for frame in frames]
-    return [f if known else new for f, known, new in zip(frames, is_oriented, oriented, strict=True)]
+    row_dir, col_dir = USUAL_DIRECTIONS[plane]
+    return [
+        replace(frame, row_dir=row_dir, col_dir=col_dir) if np.isnan(frame.row_dir[0]) else frame
+        for frame in frames
+    ]
 
 
 def frame_points(frames: list[Frame]) -> np.ndarray:
@@ -982,7 +996,7 @@ def frame_points(frames: list[Frame]) -> np.ndarray:
 
 def positions_along_normal(frames: list[Frame]) -> np.ndarray:
     """(n,) mm"""
-    return frame_points(frames) @ np.cross(frames[0].row_dir, frames[0].col_dir)
+    return frame_points(frames) @ frames[0].normal
 
 
 def distinct_positions(frames: list[Frame]) -> np.ndarray:
@@ -998,7 +1012,7 @@ def rank_positions(frames: list[Frame]) -> np.ndarray:
 
 def select_stack(frames: list[Frame], where: str, notes: list[str]) -> list[Frame]:
     """The largest group (by positions) of images that agree in series, kind, size, orientation and pixel
-    spacing; others are noted. Orientations that jitter become their median."""
+    spacing; others are noted."""
     stacks = collections.defaultdict(list)
     for frame in frames:
         series = frame.header.get("SeriesInstanceUID") or frame.header.get("PatientID")
@@ -1007,18 +1021,18 @@ def select_stack(frames: list[Frame], where: str, notes: list[str]) -> list[Fram
 
     def rank(group: tuple[tuple, list[Frame]]) -> tuple:
         (kind, *_), members = group
-        return kind == "slice", len({frame.position.tobytes() for frame in members}), len(members)
+        return kind == "slice", count_places(members), len(members)
 
     (kind, best_series, *_), best = max(groups, key=rank)
     if kind != "slice":
-        if len({frame.position.tobytes() for frame in best}) < 3:
+        if count_places(best) < 3:
             raise ValueError(f"{where}: {len(frames)} {kind} images, no volume")
         notes.append(f"the images call themselves {kind}: ImageType {best[0].header['ImageType']}")
     for (kind, series, rows, cols), group in groups:
         if group is not best:
             other = " of another series" if series != best_series else ""
             row_mm, col_mm = group[0].spacing_mm
-            normal = np.cross(group[0].row_dir, group[0].col_dir).round(2) + 0.0
+            normal = group[0].normal.round(2) + 0.0
             notes.append(
                 f"{len(group)} images{other} left out: {kind}, {rows} x {cols} pixels of {row_mm:.3g} x "
                 f"{col_mm:.3g} mm, normal {normal}"
@@ -1027,31 +1041,17 @@ def select_stack(frames: list[Frame], where: str, notes: list[str]) -> list[Fram
 
 
 def group_by_geometry(frames: list[Frame]) -> list[list[Frame]]:
-    """Groups of equal pixel spacing and orientation. In many images orientations may jitter: there the
-    tolerance against the median, which all get, is 0.02, or 0.1 if only that makes one group of many."""
+    """Groups of equal pixel spacing (0.2 %) and orientation (0.02 from the median, because it may jitter in
+    many images; 0.001 in a few)."""
     geometry = np.array([[*10 * np.log(f.spacing_mm), *f.row_dir, *f.col_dir] for f in frames])
-    for tolerance in (0.02, 0.1, 0.02) if len(frames) >= 8 else (0.001,):
-        groups, rest = [], np.arange(len(frames))
-        while len(rest):
-            for centre in (np.median(geometry[rest], axis=0), geometry[rest[0]]):
-                is_near = np.abs(geometry[rest] - centre).max(axis=1) < tolerance
-                if is_near.any():
-                    break
-            groups.append(rest[is_near])
-            rest = rest[~is_near]
-        if max(map(len, groups)) > 0.9 * len(frames) or len(groups) <= 2:
-            break
-    return [align_frames([frames[i] for i in group], geometry[group, 2:]) for group in groups]
-
-
-def align_frames(frames: list[Frame], directions: np.ndarray) -> list[Frame]:
-    """Frames with the median of their directions (n, 6), where these differ."""
-    jitter = np.ptp(directions, axis=0).max()
-    if jitter < 1e-3:
-        return frames
-    row_dir, col_dir = unit_directions(tuple(np.median(directions, axis=0)))
-    text = f"orientations differ by up to {jitter:.4f}: their median used"
-    return [replace(f, row_dir=row_dir, col_dir=col_dir, remarks=[*f.remarks, text]) for f in frames]
+    groups, rest, tolerance = [], np.arange(len(frames)), 0.02 if len(frames) >= 8 else 0.001
+    while len(rest):
+        is_near = np.abs(geometry[rest] - np.median(geometry[rest], axis=0)).max(axis=1) < tolerance
+        if not is_near.any():  # several orientations, none of them in the majority
+            is_near = np.abs(geometry[rest] - geometry[rest[0]]).max(axis=1) < tolerance
+        groups.append([frames[i] for i in rest[is_near]])
+        rest = rest[~is_near]
+    return groups
 
 
 def drop_slabs(frames: list[Frame], notes: list[str]) -> list[Frame]:
@@ -1062,10 +1062,11 @@ def drop_slabs(frames: list[Frame], notes: list[str]) -> list[Frame]:
     if len(sizes) < 2:
         return frames
     usual = sizes[2 * counts >= counts.max()].min()
-    is_slab = (thickness > 0) & (np.abs(np.log(np.maximum(thickness, 1e-3) / usual)) > 0.3)
+    is_slab = (thickness > 0) & ((thickness > 1.35 * usual) | (thickness < usual / 1.35))
     positions = positions_along_normal(frames)
     low, high = positions[~is_slab].min(), positions[~is_slab].max()
-    if not ((positions > low) & (positions < high))[is_slab].sum() > 0.5 * is_slab.sum():
+    is_among = is_slab & (positions > low) & (positions < high)
+    if is_among.sum() <= 0.5 * is_slab.sum():
         return frames
     notes.append(
         f"{is_slab.sum()} images left out: thicker or thinner than the {usual:g} mm slices among them"
@@ -1139,30 +1140,31 @@ def place_on_line(frames: list[Frame], values: np.ndarray, step_mm: float) -> tu
     because positions may be rounded; else (frames in steps of `step_mm` along +normal, 0)."""
     points = frame_points(frames)
     known = np.isfinite(points[:, 0])
-    step = step_mm * np.cross(frames[0].row_dir, frames[0].col_dir)
-    start, line_step = (points[known] - np.outer(values[known], step))[:1].sum(axis=0), 0.0
-    if known.any() and np.ptp(points[known], axis=0).max() > SAME_POSITION_MM and np.ptp(values[known]) > 0:
+    step, line_step = step_mm * frames[0].normal, 0.0
+    start = (points[known] - np.outer(values[known], step))[:1].sum(axis=0)
+    if len(np.unique(values[known])) > 1 and np.ptp(points[known], axis=0).max() > SAME_POSITION_MM:
         line = np.polynomial.polynomial.polyfit(values[known], points[known], 1)
-        if np.abs(line[0] + np.outer(values[known], line[1]) - points[known]).max() < 0.51:
+        residuals = line[0] + np.outer(values[known], line[1]) - points[known]
+        if np.abs(residuals).max() < 0.51:
             (start, step), line_step = line, float(np.linalg.norm(line[1]))
     positions = start + np.outer(values, step)
     return [replace(f, position=position) for f, position in zip(frames, positions, strict=True)], line_step
 
 
 def drop_strays(frames: list[Frame], notes: list[str]) -> list[Frame]:
-    """Frames without the few (a tenth at most) whose position is corrupt, or far from the scan: they leave
-    the line of those numbered before and after, or lie beyond a gap far wider than others."""
-    points, gaps = frame_points(frames), np.diff(distinct_positions(frames))
+    """Frames without the few (a tenth at most) that lie beyond a gap far wider than the others, or far from
+    those numbered before and after them: test images, corrupt positions."""
+    points, positions = frame_points(frames), positions_along_normal(frames)
+    gaps = np.diff(distinct_positions(frames))
     if len(gaps) < 5:
         return frames
     is_stray = np.zeros(len(frames), bool)
     order = np.argsort([instance_number(frame) for frame in frames], kind="stable")
-    middles = np.median(np.lib.stride_tricks.sliding_window_view(points[order], 5, axis=0), axis=-1)
+    windows = np.lib.stride_tricks.sliding_window_view(points[order], 5, axis=0)
+    jumps = np.linalg.norm(windows[..., 2] - np.median(windows, axis=-1), axis=1)
     steps = np.linalg.norm(np.diff(points[order], axis=0), axis=1)
-    jumps = np.linalg.norm(points[order][2:-2] - middles, axis=1)
     is_stray[order[2:-2]] = jumps > 3 * max(np.median(gaps), np.median(steps))
-    positions = positions_along_normal(frames)
-    order = np.argsort(positions, kind="stable")
+    order = np.argsort(positions)
     clusters = np.cumsum(np.diff(positions[order], prepend=0) > max(10 * np.median(gaps), 30))
     is_stray[order] |= clusters != np.bincount(clusters).argmax()
     if not 0 < is_stray.sum() <= max(1, len(frames) // 10):
@@ -1196,9 +1198,10 @@ def is_ordered(frames: list[Frame], num_shared: int) -> bool:
     far_lag = len(frames) // 4
     starts = range(lag - 1, len(frames) - max(lag, far_lag), lag)[-24:]
     images = np.array([[thumbnail(frames[i + k]) for k in (0, 1, lag, far_lag)] for i in starts])
-    near, later, far = (np.abs(images[:, 0] - images[:, k]).sum() for k in (1, 2, 3))
-    contrast = np.abs(images - images.mean(axis=(2, 3), keepdims=True)).sum() / 4
-    return bool(near < 0.85 * later and near < 0.5 * far and far > 0.05 * contrast)
+    first, second, later, last = images.swapaxes(0, 1)
+    near, far = np.abs(first - second).sum(), np.abs(first - last).sum()
+    contrast = np.abs(first - first.mean(axis=(1, 2), keepdims=True)).sum()
+    return bool(near < 0.85 * np.abs(first - later).sum() and near < 0.5 * far and far > 0.05 * contrast)
 
 
 def instance_number(frame: Frame) -> int:
@@ -1207,7 +1210,7 @@ def instance_number(frame: Frame) -> int:
 
 VOLUME_KEYS = (  # what tells the volumes of one series apart, in the order tried
     *("ImageType", "EchoNumbers", "EchoTime", "TemporalPositionIdentifier", "DiffusionBValue"),
-    *("AcquisitionNumber", "TriggerTime", "StackID"),
+    *("AcquisitionNumber", "AcquisitionTime", "TriggerTime", "StackID"),
 )
 
 
@@ -1294,18 +1297,21 @@ def is_volume(frames: list[Frame], places: np.ndarray, num_all: int) -> bool:
     slices there is no room for others: these lie nearer than a slice's thickness. MR slices may be taken in
     two passes, even ones after odd ones; these lie evenly.
     """
-    own = distinct_positions(frames)
-    if len(own) >= (0.9 if num_all > 1.1 * len(places) else 1.0) * len(places):
+    positions = distinct_positions(frames)
+    if len(positions) >= (0.9 if num_all > 1.1 * len(places) else 1.0) * len(places):
         return True
-    if len(own) < max(3, len(places) / 4):
+    if len(positions) < max(3, len(places) / 4):
         return False
-    gap = np.median(np.diff(own))
-    after = np.searchsorted(own, places).clip(1, len(own) - 1)
-    distance = np.minimum(np.abs(places - own[after - 1]), np.abs(places - own[after]))
+    gaps = np.diff(positions)
+    gap = np.median(gaps)
+    thickness = frames[0].header.get("SliceThickness") or gap
+    after = np.searchsorted(positions, places).clip(1, len(positions) - 1)
+    distance = np.minimum(np.abs(places - positions[after - 1]), np.abs(places - positions[after]))
     others = distance[distance > SAME_POSITION_MM]
     narrow, wide = np.percentile(np.diff(places), (25, 75))
     return bool(
-        np.percentile(np.diff(own), 90) < 1.5 * gap < 2.5 * (frames[0].header.get("SliceThickness") or gap)
+        np.percentile(gaps, 90) < 1.5 * gap
+        and gap < 1.7 * thickness
         and (others < 0.6 * gap).sum() > 0.8 * len(others)
         and (wide > 1.2 * narrow or modality_of(frames[0].header) == "CT")
     )
@@ -1316,8 +1322,9 @@ def measure_brightness(frames: list[Frame], places: np.ndarray) -> float:
     frames = take_one_per_position(frames)
     positions = positions_along_normal(frames)
     after = np.searchsorted(positions, places).clip(1, len(frames) - 1)
-    used = np.unique([after - 1, after])
-    return float(np.interp(places, positions[used], [thumbnail(frames[k]).mean() for k in used]).sum())
+    neighbours = np.unique([after - 1, after])
+    means = [thumbnail(frames[k]).mean() for k in neighbours]
+    return float(np.interp(places, positions[neighbours], means).sum())
 
 
 def take_one_per_position(frames: list[Frame]) -> list[Frame]:
@@ -1334,8 +1341,7 @@ def take_one_per_position(frames: list[Frame]) -> list[Frame]:
 def measure_stack(frames: list[Frame], notes: list[str]) -> tuple[np.ndarray, np.ndarray, tuple, np.ndarray]:
     """(normal, affine, spacing, positions along the normal) of sorted frames; gaps and tilt are noted."""
     first = frames[0]
-    normal = np.cross(first.row_dir, first.col_dir)
-    normal /= np.linalg.norm(normal)
+    normal = first.normal
     points = frame_points(frames)
     positions = points @ normal
     if len(frames) == 1:

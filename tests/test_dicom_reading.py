@@ -302,7 +302,7 @@ def test_a_single_slice_is_a_volume(tmp_path):
         ("SOPInstanceUID", ("1.2.5", "1.2.6"), "a"),  # nothing but the order tells: the lower InstanceNumber
     ],
 )
-def test_of_several_volumes_one_whole_one_is_kept(tmp_path, key, values, kept):
+def test_of_several_volumes_a_complete_one_is_read(tmp_path, key, values, kept):
     for folder, value in zip("ab", values, strict=True):
         own = tuple(f"{value}.{i}" for i in range(3)) if key == "SOPInstanceUID" else value
         numbers = (1, 3, 5) if folder == "a" else (2, 4, 6)
@@ -322,7 +322,7 @@ def test_an_echo_with_a_missing_slice_is_not_mixed_with_the_other(tmp_path):
     assert {frame.path.parent.name for frame in series.frames} == {"a"} and len(series.frames) == 11
 
 
-def test_copies_of_an_image_are_dropped_and_one_position_gives_one_slice(tmp_path):
+def test_copies_of_an_image_are_left_out_and_one_position_gives_one_slice(tmp_path):
     paths = stack(tmp_path / "a", [0, 1])
     (tmp_path / "copy").write_bytes(paths[0].read_bytes())
     assert z_of(read_series(tmp_path)) == [0, 1] and noted(read_series(tmp_path), "1 copies")
@@ -425,8 +425,9 @@ def test_missing_orientation_and_spacing_are_assumed_and_noted(tmp_path):
     stack(tmp_path / "a", [0, 1], ImageOrientationPatient=[0, 0, 0, 0, 0, 0], PixelSpacing=None)
     a = read_series(tmp_path / "a")
     assert a.spacing_mm == (1, 1, 1) and a.plane == "axial"
-    assert noted(a, "ImageOrientationPatient in 2 images: taken from the positions")
+    assert noted(a, "ImageOrientationPatient in 2 of 2 images: axial by their positions")
     assert noted(a, "PixelSpacing: 1 mm assumed (2 of 2 images)")
+    assert a.doubts == ["no valid (0028,0030) PixelSpacing: 1 mm assumed (2 of 2 images)"]
 
 
 def test_an_attribute_that_does_not_parse_counts_as_missing_and_is_noted(tmp_path):
