@@ -1516,6 +1516,7 @@ def measure_stack(frames: list[Frame], notes: list[str]) -> tuple[np.ndarray, np
 AIR_HU = (-1100, -900)
 TISSUE_HU = (-20, 120)
 HIGHEST_HU = 3200  # but for metal
+MOST_FILL = 0.4  # share of an image; a round field of view leaves 0.21 over
 
 Samples = dict[int, np.ndarray]  # index of a frame -> some of its stored values, (h, w)
 
@@ -1679,16 +1680,19 @@ def _judge_reading(
     tags: dict,
     shift: float,
 ) -> Reading:
-    """Where the samples' values lie with other tags and an intercept shifted by `shift`."""
+    """Where the samples' values lie with other tags and an intercept shifted by `shift`. The corners' most
+    common value is air or tissue only if it covers more than a fill does."""
     values, counts = np.unique(_corners(samples), return_counts=True)
     fill = values[counts.argmax()]
+    is_common = np.mean([np.mean(stored == fill) for stored in samples.values()]) > MOST_FILL
     num_pixels, sums = 0, np.zeros(3)
     for i, stored in samples.items():
         frame = frames[i]
         hu = _reread(stored, frame.header | tags) * frame.slope + frame.intercept + shift
-        is_beyond = (hu > HIGHEST_HU) | ((hu < AIR_HU[0]) & (stored != fill))
-        is_air = (hu > AIR_HU[0]) & (hu < AIR_HU[1])
-        is_tissue = (hu > TISSUE_HU[0]) & (hu < TISSUE_HU[1])
+        is_fill = stored == fill
+        is_beyond = (hu > HIGHEST_HU) | ((hu < AIR_HU[0]) & ~is_fill)
+        is_air = (hu > AIR_HU[0]) & (hu < AIR_HU[1]) & (is_common | ~is_fill)
+        is_tissue = (hu > TISSUE_HU[0]) & (hu < TISSUE_HU[1]) & (is_common | ~is_fill)
         is_image = np.full(stored.shape, True)
         if frame.padding:
             is_image = ~is_padding(stored, frame.padding)
@@ -1744,37 +1748,36 @@ def _pad_fill(
 ) -> list[Frame]:
     """The lowest or highest value is padding if it fills corners and lies far from all others.
 
-    In MR such a fill (-2048, for example) would take the percentiles and the head's threshold. Where no other
-    value reaches two sides of the image it may be the air itself, and has to cover more and to lie farther
-    away. In CT only a fill brighter than bone matters.
+    In MR such a fill (-2048, for example) would take the percentiles and the head's threshold. Where it
+    covers more than a round field of view leaves over it may be the air itself, and has to lie farther away,
+    unless it alone is negative. In CT only a fill brighter than bone matters.
     """
+    slope, intercept, padding = frames[0].slope, frames[0].intercept, frames[0].padding
     pixels = np.concatenate([stored.ravel() for stored in samples.values()])
+    if padding:
+        pixels = pixels[~is_padding(pixels, padding)]
     for fill in (int(pixels.min()), int(pixels.max())):
         is_fill = pixels == fill
         others = pixels[~is_fill]
-        if (_corners(samples) == fill).mean() < 0.25 or others.size == 0:
+        is_outside = (_corners(samples) == fill).mean() > 0.25 or is_fill.mean() > MOST_FILL
+        if not is_outside or others.size == 0:
             continue
         low, high = np.percentile(others, (5, 99))
         gap = max(low - fill, fill - high)
+        value = fill * slope + intercept
         if modality == "CT":
-            is_far = fill > high and fill * frames[0].slope + frames[0].intercept > 1500
+            is_far = fill > high and value > 1500
         else:
-            is_open = [(side != fill).mean() > 0.1 for side in _sides(samples)]
-            least_share, least_gap = (0.01, 0.5) if sum(is_open) >= 2 else (0.25, 2.0)
-            is_far = is_fill.mean() > least_share and gap > least_gap * (high - low) > 0
-        if is_far:
+            least_gap = 0.5 if is_fill.mean() < MOST_FILL else 2.0
+            is_negative = value < 0 <= low * slope + intercept
+            is_far = gap > least_gap * (high - low) > 0 or is_negative
+        if is_far and is_fill.mean() > 0.01:
             notes.append(f"the stored value {fill} fills corners, far from all others: taken for padding")
             below = (-(2**31), int(fill + gap / 2))
             above = (int(fill - gap / 2), 2**31)
-            padding = below if fill < low else above
-            return [replace(frame, padding=padding) for frame in frames]
+            padded = [replace(frame, padding=below if fill < low else above) for frame in frames]
+            return _pad_fill(padded, samples, modality, notes) if fill < low else padded
     return frames
-
-
-def _sides(samples: Samples) -> list[np.ndarray]:
-    """Stored values of all samples along each of the four sides."""
-    sides = [[stored[0], stored[-1], stored[:, 0], stored[:, -1]] for stored in samples.values()]
-    return [np.concatenate(side) for side in zip(*sides, strict=True)]
 
 
 # --- volume -------------------------------------------------------------------------------------------------
