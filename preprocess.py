@@ -226,7 +226,7 @@ def describe_series(series: Series, job: dict) -> dict:
         "slice_mm": slice_mm,
         "row_mm": row_mm,
         "col_mm": col_mm,
-        "thickness_mm": round(frame.thickness_mm, 4) or "",
+        "thickness_mm": round(frame.header.get("SliceThickness", 0.0), 4) or "",
         "coverage_mm": round(high - low, 2),  # along z
         "transfer_syntax": series.transfer_syntax,
     }
