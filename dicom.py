@@ -1920,12 +1920,7 @@ def canonical_grid(
     positions = positions @ directions.T  # (n, 3) mm of the first stored pixel
     order = np.argsort(positions[:, through], kind="stable")
     order = [i for i in order.tolist() if i not in lost]
-    filled = [k for k, i in enumerate(order) if not is_blank.get(i, True)]
-    if filled:
-        inner = order[filled[0] : filled[-1]]
-        inner = [i for i in inner if not is_blank.get(i, False)]
-        order = order[: filled[0]] + inner + order[filled[-1] :]
-    order = _main_stack(positions, order, through)
+    order = _main_stack(positions, _drop_blank(order, is_blank), through)
     positions = positions[order]
     centres = positions[:, through]
     pixels_before = np.where(flips < 0, shape - 0.5, 0.5)
@@ -1956,6 +1951,15 @@ def _stored_directions(series: Series) -> np.ndarray:
     return directions / np.linalg.norm(directions, axis=1, keepdims=True)
 
 
+def _drop_blank(order: list[int], is_blank: dict[int, bool]) -> list[int]:
+    """Slices less the blank ones between others: the ends may be air. What is not decoded yet stays."""
+    filled = [k for k, i in enumerate(order) if not is_blank.get(i, True)]
+    if not filled:
+        return order
+    inner = [i for i in order[filled[0] : filled[-1]] if not is_blank.get(i, False)]
+    return order[: filled[0]] + inner + order[filled[-1] :]
+
+
 def _main_stack(
     positions: np.ndarray,
     order: list[int],
@@ -1965,7 +1969,7 @@ def _main_stack(
     the median, or beyond a gap of 30 mm and four usual gaps. All, if less than nine tenths would stay."""
     offsets = np.abs(positions - np.median(positions, axis=0))
     offsets[:, through] = 0
-    near = np.array([i for i in order if offsets[i].max() < 200])
+    near = np.array([i for i in order if offsets[i].max() < 200] or order)
     gaps = np.diff(positions[near, through])
     usual = np.median(gaps) if len(gaps) else 0.0
     is_wide = gaps > max(30.0, 4 * usual)
