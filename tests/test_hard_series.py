@@ -47,6 +47,8 @@ def scan(
         "ImagePositionPatient": tuple(points), "InstanceNumber": numbers, "SliceThickness": abs(step),
         "ImageOrientationPatient": PLANES[plane], "PixelSpacing": [5.0, 5.0], "pixels": tuple(pixels),
     }  # fmt: skip
+    if tags.get("Modality") == "MR":
+        defaults["RescaleIntercept"] = 0.0
     return stack(folder, [0.0] * len(pixels), **(defaults | tags))
 
 
