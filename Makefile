@@ -9,7 +9,7 @@ LAUNCH = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pre
 INFER = $(BIN)/python infer.py --outputs demo/outputs
 PHANTOMS = --matrix 128
 
-.PHONY: install demo test lint clean ablation shell
+.PHONY: install demo test lint clean ablation shell picture
 
 install: $(VENV)/installed
 
@@ -50,6 +50,13 @@ demo: install
 	@echo "== done. The scores are of 100 phantom series of patients that training never saw: 4/6 is the ensemble's,"
 	@echo "   5/6 is the control. No annotated point was used in either."
 	@echo "   predictions: demo/submission.csv    report: demo/report.html"
+
+# The README's picture: the first positive series of the demo's held-out patients.
+POSITIVE = $$(awk -F, 'NR > 1 && $$NF == 1 {print $$1; exit}' demo/held_out/train.csv)
+picture:
+	rm -rf demo/picture
+	$(INFER) --src demo/held_out/series/$(POSITIVE) --explain demo/picture > demo/picture.csv
+	cp demo/picture/*.png docs/explain.png
 
 # The README's table: do localizer crops help a new patient?
 ablation: install

@@ -11,7 +11,7 @@ run  accelerate launch train.py --config configs/fold0.yaml
 
 `accelerate launch` takes every GPU of the machine; --num_processes 1 takes one, and --quiet leaves out the
 launcher's own traceback after a failure. lr belongs to the global batch, batch_size x processes x
-accumulation, which the first line names: with more processes lower batch_size, or raise lr in proportion.
+accumulation, which the first line names: with more processes lower batch_size, or raise lr.
 
 Validation sees what a new patient has: no annotated crop ever, only decoys or a locator's proposals.
 A run that was stopped or killed goes on after its last finished epoch and ends with the same bits.
