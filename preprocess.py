@@ -97,7 +97,7 @@ def read_points(path: Path) -> dict[str, list[list]]:
         try:
             if location not in LOCATIONS:
                 raise ValueError(f"unknown location {location!r:.60}")
-            point = [str(sop_uid), *parse_coordinates(coordinates), LABELS.index(location)]
+            point = [sop_uid, *parse_coordinates(coordinates), LABELS.index(location)]
             points.setdefault(safe_uid(str(uid)), []).append(point)
         except ValueError as error:
             faults.append(f"line {line}: {error}")
@@ -226,7 +226,7 @@ def describe_series(series: Series, job: dict) -> dict:
         "slice_mm": slice_mm,
         "row_mm": row_mm,
         "col_mm": col_mm,
-        "thickness_mm": round(frame.header.get("SliceThickness", 0.0), 4) or "",
+        "thickness_mm": round(frame.header.get("SliceThickness", 0), 4) or "",
         "coverage_mm": round(high - low, 2),  # along z
         "transfer_syntax": series.transfer_syntax,
     }
@@ -238,7 +238,7 @@ def describe_series(series: Series, job: dict) -> dict:
 def read_patient_key(dst: Path) -> bytes:
     """The random key of a cache, the same for all its shards: made by the first that comes."""
     path = dst / ".patient_key"
-    with contextlib.suppress(FileExistsError), open(path, "xb", buffering=0) as file:
+    with contextlib.suppress(FileExistsError), open(path, "xb") as file:
         file.write(secrets.token_bytes(32))
     for _ in range(50):  # the process that made it may not have written it yet
         if len(key := path.read_bytes()) == 32:
