@@ -96,24 +96,22 @@ def find_source(src: Path) -> Source:
     """The series of a cache or of a tree of DICOM files. Raises ValueError where there is none."""
     if not src.is_dir():
         raise ValueError(f"--src {src}: no such folder; expected a cache or a tree of DICOM files")
-    paths = sorted(src.glob("*.safetensors"))
-    volumes = {path.stem: path for path in paths if safe_uid(path.stem) == path.stem}
-    index = read_index(src)
-    if not volumes and index.empty:
+    paths, index, settings = sorted(src.glob("*.safetensors")), read_index(src), None
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError, KeyError):  # a damaged volume's row will say so
+            settings = common.load_volume(path, [])[1]["settings"]
+            break
+    if settings is None and index.empty:
         series, strays = find_series(src)
         if strays:
             log("{} files belong to no series, such as {}: {}".format(len(strays), *strays[0]))
         if not series:
             raise ValueError(f"{src}: no DICOM image; expected a cache or a tree of DICOM files")
         return Source(False, series, {})
-    source = Source(True, volumes, {})
+    source = Source(True, {path.stem: path for path in paths}, {}, settings)
     for uid, reason in index["reason"].items():
-        if uid not in volumes:
+        if uid not in source.series:
             source.failed[uid] = f"in preprocessing: {reason or 'its volume is missing; preprocess again'}"
-    for path in paths:
-        with contextlib.suppress(OSError, ValueError, KeyError):  # a damaged volume's row will say so
-            source.settings = common.load_volume(path, [])[1]["settings"]
-            break
     return source
 
 
