@@ -96,24 +96,23 @@ def find_source(src: Path) -> Source:
     """The series of a cache or of a tree of DICOM files. Raises ValueError where there is none."""
     if not src.is_dir():
         raise ValueError(f"--src {src}: no such folder; expected a cache or a tree of DICOM files")
-    paths = sorted(src.glob("*.safetensors"))
-    volumes = {path.stem: path for path in paths if safe_uid(path.stem) == path.stem}
-    index = read_index(src)
-    if not volumes and index.empty:
+    paths, index, settings = sorted(src.glob("*.safetensors")), read_index(src), None
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError, KeyError):  # a damaged volume's row will say so
+            settings = common.load_volume(path, [])[1]["settings"]
+            break
+    if settings is None and index.empty:
         series, strays = find_series(src)
+        strays = [stray for stray in strays if stray[0].suffix != ".csv"]  # tables of labels and points
         if strays:
             log("{} files belong to no series, such as {}: {}".format(len(strays), *strays[0]))
         if not series:
             raise ValueError(f"{src}: no DICOM image; expected a cache or a tree of DICOM files")
         return Source(False, series, {})
-    source = Source(True, volumes, {})
+    source = Source(True, {path.stem: path for path in paths}, {}, settings)
     for uid, reason in index["reason"].items():
-        if uid not in volumes:
+        if uid not in source.series:
             source.failed[uid] = f"in preprocessing: {reason or 'its volume is missing; preprocess again'}"
-    for path in paths:
-        with contextlib.suppress(OSError, ValueError, KeyError):  # a damaged volume's row will say so
-            source.settings = common.load_volume(path, [])[1]["settings"]
-            break
     return source
 
 
@@ -256,12 +255,12 @@ def load_ensemble(
     if not members:
         raise ValueError(f"--outputs {args.outputs}: none of its runs can be used; see the lines above")
     members.sort(key=lambda member: (-member.run.cfg.ensemble_weight, member.name))
-    models = {member.name: member for member in members}
+    by_name = {member.name: member for member in members}
     for member in members:
         member.locator = find_locator(member.run, load)
         if member.locator:
-            models[member.locator.name] = member.locator
-    models = list(models.values())
+            by_name[member.locator.name] = member.locator
+    models = list(by_name.values())
     assign_devices(models, devices)
     settings = list(dict.fromkeys(model.run.cfg.volume for model in models))
     prior = np.mean([member.run.meta["prior"] for member in members], axis=0)
@@ -660,7 +659,7 @@ def draw_findings(volume: Volume, heat: np.ndarray, answer: Answer) -> bytes:
 def write_findings(answers: list[Answer], source: Source, folder: Path) -> None:
     findings = [row for answer in answers for row in answer.findings]
     common.write_atomic(folder / "findings.json", json.dumps(findings, indent=1).encode())
-    log(f"{folder / 'findings.json'}: {len(findings)} places")
+    log(f"{folder}: a picture of each, and findings.json with {len(findings)} places")
     if source.is_cache:
         log("a cache has no image, column and row of them; --src DICOM_FILES has")
 
@@ -681,7 +680,7 @@ def describe_score(
     table["patient"] = patients.fillna(table[UID])
     result = common.score(table, np.stack([probs[uid] for uid in table[UID]]))
     lines = [
-        pd.DataFrame(result["per_label"]).T.to_string(float_format="%.3f"),
+        pd.DataFrame.from_dict(result["per_label"], "index").to_string(float_format="%.3f"),
         "wAUC {wauc:.4f} (95 % interval {low:.4f} to {high:.4f}, {draws_used} draws), ".format(**result)
         + "{num_series} series of {num_patients} patients".format(**result),
     ]

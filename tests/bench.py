@@ -1,8 +1,6 @@
 """Measure this project against what people use and against the floor, on one machine, in one run.
 
-in   preprocess    nothing: writes its own series into a temporary folder
-     train         nothing: the same, from noise
-     infer         nothing: the same, and members with random weights
+in   nothing: series, noise to train on, and members with random weights go into a temporary folder
 out  Markdown tables on stdout; progress on stderr
 run  python tests/bench.py preprocess
 
@@ -390,30 +388,26 @@ def bench_train(args: argparse.Namespace) -> None:
         loops = make_loops(Path(folder) / "cache", args, waits)
         seconds = time_rounds(loops, 1 if args.only else args.repeats)
     if args.only:
-        peak = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0
         status = Path("/proc/self/status").read_text()  # ru_maxrss would be the parent's at the fork
-        print(peak or int(status.split("VmHWM:")[1].split()[0]) / 2**10)
+        peak_kib = torch.cuda.max_memory_allocated() // 2**10 if torch.cuda.is_available() else 0
+        print((peak_kib or int(status.split("VmHWM:")[1].split()[0])) // 2**10)
         return
-    title = f"{args.model}, 35 x {args.img_size} px, batch {args.batch}, per update"
+    title = f"{args.model}, {args.img_size} px, batch {args.batch}, per update"
     print_table(title, seconds, "bare", per=math.ceil(args.series / args.batch))
     for name in loops:
         command = [sys.executable, *sys.argv, "--only", name]
-        peak = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        print(f"\nPeak memory of {name}: {peak:.0f} MiB")
+        peak = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        print(f"\nPeak memory of {name}: {peak} MiB")
     print(f"\nours: an epoch of train.py, of which {spread(waits)} waits for data")
 
 
 MODEL, SERIES = {"model": "maxvit_rmlp_pico_rw_256", "img-size": 256}, {"slices": 400, "size": 512}
+TRAIN = {"batch": 2, "series": 16, "workers": 0, "precision": "no", "repeats": 5, "only": ""}
+INFER = {"slices": 200, "members": 5, "tta": False, "series": 12, "repeats": 3}
 COMMANDS = {  # options with their defaults
     "preprocess": (bench_preprocess, SERIES | {"packed": 40, "repeats": 5}),
-    "train": (
-        bench_train,
-        MODEL | {"batch": 2, "series": 16, "workers": 0, "precision": "no", "repeats": 5, "only": ""},
-    ),
-    "infer": (
-        bench_infer,
-        MODEL | SERIES | {"slices": 200, "members": 5, "tta": False, "series": 12, "repeats": 3},
-    ),
+    "train": (bench_train, MODEL | TRAIN),
+    "infer": (bench_infer, MODEL | SERIES | INFER),
 }
 
 

@@ -58,7 +58,7 @@ def check_answer(answer: object) -> list[float]:
 
 def play(predict: Callable, data: Path, out: Path, strip: bool, started: float) -> None:
     """Send every series, one at a time, and write the answers."""
-    shared, rows = Path(os.environ["KAGGLE_SHARED"]), []
+    shared, rows, copy = Path(os.environ["KAGGLE_SHARED"]), [], strip_tags if strip else shutil.copy
     if time.monotonic() - started > START_LIMIT_S:
         raise TimeoutError(f"the server was not up within {START_LIMIT_S} s")
     if not isinstance(predict, types.FunctionType) or predict.__name__ != "predict":
@@ -68,10 +68,7 @@ def play(predict: Callable, data: Path, out: Path, strip: bool, started: float) 
             target = shared / folder.name
             target.mkdir(parents=True)
             for path in sorted(folder.iterdir()):
-                if strip and path.suffix == ".dcm":
-                    strip_tags(path, target / path.name)
-                else:
-                    shutil.copy(path, target)
+                copy(path, target / path.name)
             limit_s = CALL_LIMIT_S if rows else None  # the first call may take longer
             answer = thread.submit(predict, str(target)).result(timeout=limit_s)
             rows.append([folder.name, *check_answer(answer)])
@@ -99,11 +96,8 @@ def main() -> None:
         serve = run_local_gateway  # the real one waits for a gateway in another container
 
     package = types.ModuleType("kaggle_evaluation")
-    package.__path__ = []
-    package.__spec__ = types.SimpleNamespace(name="kaggle_evaluation", submodule_search_locations=[])
     module = types.ModuleType("kaggle_evaluation.rsna_inference_server")
     module.RSNAInferenceServer = RSNAInferenceServer
-    package.rsna_inference_server = module
     sys.modules |= {package.__name__: package, module.__name__: module}
     sys.argv = args.script
     script = types.ModuleType("__main__")  # worker processes import it by its file, as if it ran alone

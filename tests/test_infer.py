@@ -122,12 +122,9 @@ def load(work: Path, *more: str, devices: tuple = ("cpu",)) -> infer.Ensemble:
     return infer.load_ensemble(arguments(work, *more), devices, common.volume_settings(BASE))
 
 
-def scan_of(voxels: np.ndarray, **values) -> infer.Scan:
-    return infer.Scan({VOLUME: Volume(voxels, np.diag([4.0, 3.0, 3.0, 1.0]), [], **values)}, [])
-
-
-def blank_scan(**values) -> infer.Scan:
-    return scan_of(np.zeros((8, 64, 64), np.uint8), **values)
+def blank_scan(grey: int = 0, doubts: tuple = ()) -> infer.Scan:
+    voxels = np.full((8, 64, 64), grey, np.uint8)
+    return infer.Scan({VOLUME: Volume(voxels, np.diag([4.0, 3.0, 3.0, 1.0]), [], list(doubts))}, [])
 
 
 def answer(ensemble: infer.Ensemble, scan: infer.Scan, args: argparse.Namespace) -> infer.Answer:
@@ -307,7 +304,7 @@ def test_proposals_reach_a_classifier_of_another_volume_in_millimetres(work, mon
     classifier.locator.run.cfg = replace(classifier.locator.run.cfg, volume=coarse)
     maps = np.full((13, 4, 4, 4), 0.01, np.float32)
     maps[4, 3, 1, 2] = 0.9  # its cells are 8 pixels wide: voxel (3, 11.5, 19.5) of the locator's volume
-    scan.volumes[coarse] = Volume(np.zeros((4, 32, 32), np.uint8), np.diag([8.0, 6.0, 6.0, 1.0]), [])
+    scan.volumes[coarse] = Volume(np.zeros((4, 32, 32), np.uint8), np.diag([8.0, 6.0, 6.0, 1.0]), [], [])
     scan.volumes[VOLUME].affine[:3, 3] = [2, 1, 1]  # beside voxels of 4, 3 and 3 mm
     monkeypatch.setattr(infer, "predict_views", lambda member, *_: Output(np.zeros((1, 14)), maps))
     monkeypatch.setattr(common, "cut_crop", lambda volume, place, *_: places.append(place) or 0)
@@ -444,7 +441,7 @@ def test_damaged_and_foreign_volumes_of_a_cache_cost_only_themselves(work, tmp_p
 
 
 def test_a_doubtful_volume_is_used_and_named(work, capsys):
-    assert answer(load(work), blank_scan(doubts=["air is bright"]), arguments(work)).reason == ""
+    assert answer(load(work), blank_scan(doubts=("air is bright",)), arguments(work)).reason == ""
     assert "1.2.3: doubtful, but used: air is bright" in capsys.readouterr().err
 
 
@@ -452,7 +449,7 @@ def test_other_programs_files_do_not_make_a_dicom_tree_a_cache(work, tmp_path):
     uid = next((work / "dicoms" / "series").iterdir()).name
     shutil.copytree(work / "dicoms" / "series" / uid, tmp_path / uid)
     (tmp_path / "index.csv").write_text("name;size\na;1\n")
-    (tmp_path / "weights.safetensors").write_bytes(b"\x00")
+    save_file({"weights": torch.zeros(9)}, tmp_path / "weights.safetensors")
     source = infer.find_source(tmp_path)
     assert not source.is_cache and list(source.series) == [uid]
     with pytest.raises(ValueError, match="no such folder"):
@@ -525,7 +522,7 @@ def test_an_ensemble_without_a_locator_says_that_it_has_no_explanation(work):
 
 
 def test_low_heat_does_not_glow_and_high_heat_does():
-    (volume,) = scan_of(np.full((8, 64, 64), 90, np.uint8)).volumes.values()
+    (volume,) = blank_scan(90).volumes.values()
     finding = {"voxel": [5, 20, 30], "artery": "", "score": 0}
     for heat, low, high in ((0.02, 0, 0), (0.9, 0.2, 1)):
         row = infer.Answer("1.2", np.full(14, 0.5), findings=[finding])
