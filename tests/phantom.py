@@ -554,7 +554,7 @@ def draw_greys(job: Job, rng: np.random.Generator) -> dict[str, float]:
     grey = dict(ANATOMY["greys"][job.modality.removeprefix("MRI ")])
     brightness = rng.uniform(0, 1)
     if job.modality == "CTA":
-        grey["bone"], grey["calcium"] = rng.uniform(700, 1300), rng.uniform(250, 1200)
+        grey["bone"], grey["calcium"] = rng.uniform(700, 1300), rng.uniform(90, 900)
         grey["artery"] = 180 + 340 * brightness
         grey["vein"], grey["dura"] = grey["artery"] * rng.uniform(0.25, 0.95), rng.uniform(50, 110)
         return grey
