@@ -201,7 +201,7 @@ def place_on(backgrounds: list[Background], jobs: list[Job], modality: str, plan
 
 
 def draw_aneurysm(location: str, rng: np.random.Generator) -> Aneurysm:
-    """An aneurysm of 2-12 mm, median 5.5, somewhere on the arteries that the location's name covers."""
+    """An aneurysm of 2-12 mm, median 6, somewhere on the arteries that the location's name covers."""
     side = 1 if location.startswith("Left ") else -1 if location.startswith("Right ") else 0
     sites = ANATOMY["sites"][location.removeprefix("Left ").removeprefix("Right ")]
     vessel, first, last, direction = sites[rng.integers(len(sites))]
@@ -209,7 +209,7 @@ def draw_aneurysm(location: str, rng: np.random.Generator) -> Aneurysm:
         side = int(rng.choice([-1, 1]))
     direction = direction / norm(direction) + rng.normal(0, 0.35, 3)
     direction = tuple((direction / norm(direction) * [side or 1, 1, 1]).tolist())
-    diameter_mm = float(np.clip(5.5 * np.exp(rng.normal(0, 0.42)), *DIAMETER_MM))
+    diameter_mm = float(np.clip(6 * np.exp(rng.normal(0, 0.38)), *DIAMETER_MM))
     place, aspect = rng.uniform(first, last), rng.uniform(0.9, 1.6)
     return Aneurysm(location, vessel, side, place, direction, diameter_mm, aspect)
 
@@ -554,7 +554,7 @@ def draw_greys(job: Job, rng: np.random.Generator) -> dict[str, float]:
     grey = dict(ANATOMY["greys"][job.modality.removeprefix("MRI ")])
     brightness = rng.uniform(0, 1)
     if job.modality == "CTA":
-        grey["bone"], grey["calcium"] = rng.uniform(700, 1300), rng.uniform(250, 1200)
+        grey["bone"], grey["calcium"] = rng.uniform(700, 1300), rng.uniform(90, 900)
         grey["artery"] = 180 + 340 * brightness
         grey["vein"], grey["dura"] = grey["artery"] * rng.uniform(0.25, 0.95), rng.uniform(50, 110)
         return grey
@@ -565,7 +565,7 @@ def draw_greys(job: Job, rng: np.random.Generator) -> dict[str, float]:
         grey[tissue] = ((1 - blend) * grey[tissue] + blend * other[tissue]) * np.exp(rng.normal(0, 0.15))
     brain = (grey["grey"] + grey["white"]) / 2
     if job.modality == "MRI T2":
-        grey["artery"] = brain * (0.05 + 0.4 * brightness)
+        grey["artery"] = brain * (0.05 + 0.25 * brightness)
     else:
         grey["artery"] = max(grey["artery"], brain * (1.5 + 1.5 * brightness))
     return {tissue: float(value) for tissue, value in grey.items()}
@@ -801,7 +801,7 @@ def render(head: Head, scan: Scan, job: Job) -> ndarray:
         values, grey, noise = read_background(job, scan)
     else:
         values, grey, noise = paint_head(canvases, head, scan, job), scan.grey, 0.0
-    fade_mm = rng.uniform(60, 250) if job.modality == "MRA" else 1e6
+    fade_mm = rng.uniform(100, 300) if job.modality == "MRA" else 1e6
     strengths = rng.uniform(0.65, 1.0, len(head.sacs)) ** (job.modality != "CTA")  # slow flow in a sac
     arteries = [(tube, fade_mm, 1.0) for tube in head.arteries]
     for sac, strength in zip(head.sacs, strengths, strict=True) if job.draw_aneurysms else ():
@@ -834,7 +834,7 @@ def acquire(values: ndarray, noise: ndarray, scan: Scan, job: Job) -> None:
     A real series has them all: its noise, a standard deviation by voxel, is missing in what was painted."""
     rng, noise_rng, shape = job.generator("acquisition"), job.generator("noise"), values.shape[1:]
     sigma, gamma, shading = rng.uniform(0.2, 0.9), np.exp(rng.normal(0, 0.2)), rng.uniform(0, 0.35)
-    level = np.float32(np.exp(rng.uniform(*np.log([6, 40]))))
+    level = np.float32(np.exp(rng.uniform(*np.log([6, 30]))))
     seam_mm, seam_depth = rng.uniform(25, 45), rng.uniform(0, 0.35) * (job.modality == "MRA")
     bias = Clouds(rng, 60, np.array([240, 240, 240]), len(values))
     for k, image in enumerate(values):
