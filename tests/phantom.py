@@ -584,7 +584,7 @@ def make_real_scan(job: Job) -> Scan:
     corners = (corners - vertex) @ change + vertex
     turn = mirror @ pose[:3, :3] @ mirror @ rotation(rng.normal(0, 2.5, 3))
     pose = make_pose(turn, vertex + turn @ rng.normal([0, 0, -8], [1.5, 3, 4]))
-    thickness_mm = first.thickness_mm or series.spacing_mm[0]
+    thickness_mm = first.header.get("SliceThickness") or series.spacing_mm[0]
     size = (first.rows // factor, first.cols // factor)
     down, across = down @ change * factor, across @ change * factor
     return Scan(corners, down, across, size, thickness_mm, pose, draw_greys(job, rng))
