@@ -1372,6 +1372,8 @@ def key_value(frame: Frame, name: str) -> tuple:
 
 def count_sweeps(frames: list[Frame], values: list) -> list[int]:
     """For each frame, how often the stack was run through before it, in the order of values."""
+    if len(frames) < 2:
+        return [0] * len(frames)
     order = sorted(range(len(frames)), key=values.__getitem__)
     positions = positions_along_normal(frames)
     steps = np.diff(positions[order])
@@ -2116,7 +2118,8 @@ def _doubt_voxels(
         doubts.append(f"{white:.0%} of the volume is nearly white")
     if shares.max() > 0.95:
         doubts.append(f"{shares.max():.0%} of the volume has the grey value {shares.argmax()}")
-    return doubts if len(grid.order) >= 5 else []  # fewer slices are no scan to judge
+    # Fewer than 5 slices are not enough of a scan to judge, unless they show nothing at all.
+    return doubts if len(grid.order) >= 5 or shares.max() == 1 else []
 
 
 def _place_box(

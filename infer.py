@@ -27,6 +27,7 @@ import contextlib
 import functools
 import glob
 import io
+import itertools
 import json
 import math
 import os
@@ -131,8 +132,9 @@ def choose_series(source: Source, path: Path | None) -> list[str]:
         return sorted({*source.series, *source.failed})
     lines = path.read_text("utf-8-sig").splitlines()
     rows = [[cell.strip(' "') for cell in re.split("[,;\t]", line)] for line in lines]
-    column = next((row.index(UID) for row in rows if UID in row), 0)
-    uids = dict.fromkeys(row[column] for row in rows if len(row) > column)
+    column = next((row.index(UID) for row in rows if UID in row), None)
+    cells = [row if column is None else row[column : column + 1] for row in rows]
+    uids = dict.fromkeys(itertools.chain.from_iterable(cells))
     uids = [uid for uid in uids if uid not in ("", UID)]
     if not uids:
         raise ValueError(f"{path}: lists no series; expected a UID per line, or a CSV with a column {UID}")
@@ -222,6 +224,8 @@ def find_runs(outputs: str) -> list[Path]:
     paths = folder.iterdir() if folder.is_dir() else map(Path, glob.glob(outputs))
     folders = [path for path in sorted(paths) if path.is_dir()]
     runs = [path for path in (folder, *folders) if (path / CHECKPOINT).is_file()]
+    if not folders and not runs:
+        raise ValueError(f"--outputs {outputs}: no such folder, or an empty one; expected runs of train.py")
     if not runs:
         raise ValueError(f"--outputs {outputs}: none of {len(folders)} folders is a run of train.py")
     empty = [path.name for path in folders if path not in runs]
@@ -248,6 +252,8 @@ def load_ensemble(
         except (ValueError, RuntimeError, MemoryError, OSError) as error:
             log(f"left out: {error}")
             return None
+        if not (folder / "metrics.json").is_file():
+            log(f"{folder.name}: not finished; its best epoch so far ({run.meta.get('epoch')}) is used")
         return Member(run, dtype)
 
     members = [load(folder.resolve()) for folder in find_runs(args.outputs)]
@@ -597,6 +603,7 @@ def describe_place(voxel: np.ndarray, volume: Volume, frames: list[Frame]) -> di
     offset_mm = point_mm - frame.position
     row_mm, col_mm = frame.spacing_mm
     place |= {"SOPInstanceUID": frame.sop_uid, "frame": frame.index}
+    place["distance_mm"] = round(float(distance_mm(frame)), 2)  # from the image's plane
     place["column"] = round(float(offset_mm @ frame.row_dir) / col_mm, 2)
     place["row"] = round(float(offset_mm @ frame.col_dir) / row_mm, 2)
     return place
@@ -676,8 +683,8 @@ def describe_score(
     table = labels[labels[UID].isin(probs)].assign(plane="", Modality="")
     if table.empty:
         raise ValueError(f"--labels: none of the {len(answers)} predicted series is among them")
-    patients = table[UID].map(index["patient"]).replace("", None)
-    table["patient"] = patients.fillna(table[UID])
+    patients = table[UID].map(index["patient"]).astype(object)
+    table["patient"] = patients.where(patients.notna() & (patients != ""), table[UID])
     result = common.score(table, np.stack([probs[uid] for uid in table[UID]]))
     lines = [
         pd.DataFrame.from_dict(result["per_label"], "index").to_string(float_format="%.3f"),

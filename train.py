@@ -68,7 +68,7 @@ KEEP_CHECKPOINTS = 2  # of last/: the newest and one to fall back to
 # --- the series to train on ---------------------------------------------------------------------------------
 
 
-def load_table(cfg: Config, limit: int = 0) -> pd.DataFrame:
+def load_table(cfg: Config, limit: int = 10**9) -> pd.DataFrame:
     """A row per cached and labelled series, or for the first `limit` of them: UID, patient, Modality, plane,
     the 14 labels, fold.
 
@@ -76,7 +76,7 @@ def load_table(cfg: Config, limit: int = 0) -> pd.DataFrame:
     shows them all.
     """
     table = merge_labels(cfg)
-    table = table.sort_values(UID, ignore_index=True)[: limit or None].copy()
+    table = table.sort_values(UID, ignore_index=True)[:limit].copy()
     faults = check_volumes(cfg, table)
     num_patients = table["patient"].nunique()
     if num_patients < cfg.num_folds:
@@ -131,7 +131,9 @@ def check_volumes(cfg: Config, table: pd.DataFrame) -> dict[str, list[str]]:
             continue
         difference = common.describe_difference(meta["settings"], expected)
         if difference:
-            faults[f"volume made with {difference}; preprocess again or change the config"].append(uid)
+            faults[f"volume made with {difference}; use preprocess.py --config, or other settings"].append(
+                uid
+            )
         others = {series_of_image.setdefault(image, uid) for image in tensors["sop_hashes"].tolist()}
         for other in others - {uid}:
             faults["pair of series that share a (0008,0018) SOPInstanceUID"].append(f"{other} and {uid}")
@@ -938,11 +940,13 @@ def main() -> int:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  started with 2>&-
     parser = common.make_parser(__doc__, has_config=True)
     parser.add_argument("--print-config", action="store_true", help="print the settings as YAML and end")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="a quick look: N series alone")
+    parser.add_argument("--limit", type=int, default=10**9, metavar="N", help="a quick look: N series alone")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="go on with the run in the folder, if any")
     either.add_argument("--overwrite", action="store_true", help="delete what the run folder holds")
     args = parser.parse_args()
+    if args.limit <= 0:
+        parser.error(f"--limit {args.limit}: expected more than 0")
     try:
         cfg = fit_workers(common.load_config(args.config, args.set))
         if args.print_config:
