@@ -250,7 +250,7 @@ def test_runs_are_a_folder_of_runs_a_run_or_a_glob_also_with_brackets_in_its_nam
     single = outputs / "test_maxvit_seed0_fold0"
     assert infer.find_runs(str(single)) == [single]
     assert len(infer.find_runs(str(work / "outputs" / "locator_*"))) == 2
-    with pytest.raises(ValueError, match="none of 0 folders is a run"):
+    with pytest.raises(ValueError, match="no such folder, or an empty one"):
         infer.find_runs("nothing/*")
 
 
