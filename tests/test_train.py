@@ -144,7 +144,8 @@ def test_every_fault_of_the_cache_is_reported_at_once(tmp_path):
     for complaint in (
         f"2 x unreadable volume: {paths[5]}: no such volume",
         f"{paths[9]}: not a readable volume",
-        "1 x volume made with roi_mm 150.0 (expected 160.0); use preprocess.py --config, or other settings: 1.2.6",
+        "1 x volume made with roi_mm 150.0 (expected 160.0); use preprocess.py --config, "
+        "or other settings: 1.2.6",
         "1 x pair of series that share a (0008,0018) SOPInstanceUID: 1.2.7 and 1.2.8",
     ):
         assert complaint in str(error.value), complaint
