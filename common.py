@@ -1069,7 +1069,7 @@ def create_backbone(cfg: Config, pretrained: bool, **options) -> nn.Module:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"pretrained weights of {cfg.model_name} could not be loaded ({type(error).__name__}: "
-                f"{reason}). Give a local file (pretrained: PATH.safetensors) or pretrained: false"
+                f"{reason}). Give a local file (pretrained: PATH.safetensors), pretrained: package, or false"
             ) from error
         refuse_random_weights(model, random_model, f"pretrained {cfg.pretrained}")
     if cfg.grad_checkpointing:

@@ -715,6 +715,9 @@ def main() -> int:
     if not (paths["cache"] / "index.csv").is_file() and not paths["outputs"].is_dir():
         common.log(f"nothing to report on: no index.csv in {paths['cache']}, no folder {paths['outputs']}")
         return 1
+    for path in (paths["cache"] / "index.csv", paths["outputs"]):
+        if not path.exists():
+            common.log(f"{path}: not there, so the report does without")
     stdout = common.reserve_stdout()
     with matplotlib.rc_context(CHART_STYLE), stdout:
         stdout.write(make_page(**paths))

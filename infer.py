@@ -655,9 +655,9 @@ def draw_findings(volume: Volume, heat: np.ndarray, answer: Answer) -> bytes:
         left, bottom = 0.05 * heat.shape[2], 0.95 * heat.shape[1]
         plain.plot([left, left + 20 / volume.spacing_mm[2]], [bottom, bottom], color="white")
         plain.text(left, bottom, "20 mm", color="white", va="bottom")
-        plain.set_title(f"slab {slab} of 0 to {len(heat) - 1}", fontsize=8)
+        plain.set_title(f"slab {slab} (0 to {len(heat) - 1})", fontsize=8)
     figure.colorbar(image, ax=panels, shrink=0.5, label="probability of an aneurysm at this place")
-    figure.suptitle(f"{answer.uid}\n{LABELS[AP]} {answer.probs[AP]:.2f}. Not for diagnosis.")
+    figure.suptitle(f"{answer.uid}\n{LABELS[AP]} {answer.probs[AP]:.3f}. Not for diagnosis.")
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=80)
     return png.getvalue()
@@ -666,7 +666,10 @@ def draw_findings(volume: Volume, heat: np.ndarray, answer: Answer) -> bytes:
 def write_findings(answers: list[Answer], source: Source, folder: Path) -> None:
     findings = [row for answer in answers for row in answer.findings]
     common.write_atomic(folder / "findings.json", json.dumps(findings, indent=1).encode())
-    log(f"{folder}: a picture of each, and findings.json with {len(findings)} places")
+    num_pictures = sum(bool(answer.findings) for answer in answers)
+    log(f"{folder}: {num_pictures} pictures, and findings.json with {len(findings)} places")
+    if num_pictures < len(answers):
+        log(f"no picture of unreadable series, nor of those below {SUSPICIOUS}: --series-list names others")
     if source.is_cache:
         log("a cache has no image, column and row of them; --src DICOM_FILES has")
 
