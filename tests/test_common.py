@@ -341,7 +341,7 @@ def test_no_worker_outlives_a_killed_parent(tmp_path):
         f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
         "import common\n"
         "def wait(x):\n"
-        "    print(os.getpid(), flush=True)\n"
+        "    os.write(1, b'%d\\n' % os.getpid())\n"
         "    time.sleep(600)\n"
         "if __name__ == '__main__':\n"
         "    list(common.run_isolated(wait, [1, 2], workers=2, timeout_s=600, memory_gb=1))\n"

@@ -496,6 +496,7 @@ def test_a_place_is_the_one_that_series_point_gives_back(work):
         away_mm = point_mm - series.point(*image)
         along_mm = away_mm @ series.normal
         assert abs(along_mm) <= series.spacing_mm[0] / 2 + 1e-6  # the nearest image
+        assert place["distance_mm"] == pytest.approx(abs(along_mm), abs=0.006)
         assert np.linalg.norm(away_mm - along_mm * series.normal) < 0.05
         assert place["lps_mm"] == pytest.approx(point_mm, abs=0.006)
 
@@ -508,7 +509,7 @@ def test_one_scan_is_answered_in_words_with_a_picture_and_where_to_look(work):
     assert cv2.imread(str(pictures / f"{folder.name}.png")).shape[0] > 300
     first, second, _ = json.loads((pictures / "findings.json").read_text())
     assert first["score"] >= second["score"] and first["artery"] in LABELS[:AP]
-    in_image = {"SOPInstanceUID", "frame", "column", "row"}
+    in_image = {"SOPInstanceUID", "frame", "column", "row", "distance_mm"}
     assert set(first) == {UID, "artery", "score", "voxel", "lps_mm", *in_image}
     _, stderr = run(work, "--explain", "pictures", "--limit", "1")
     assert "a cache has no image, column and row" in stderr
