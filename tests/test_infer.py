@@ -87,7 +87,7 @@ def work(tmp_path_factory) -> Path:
         write_run(outputs, fold, val_uids, locator, fold=fold, proposals="outputs/locator_*_seed0_fold*")
         settings = {"task": "locate", "locator_width": 8, "ensemble_weight": 0.5}
         write_run(outputs, 10 + fold, val_uids, fold=fold, **settings)
-    write_run(outputs, 20, uids[:5], model_name="test_maxvit", max_localizer_crops=0)
+    write_run(outputs, 20, uids[:5], model_name="test_resnet", max_localizer_crops=0)
     (outputs / "unfinished_seed0_fold0").mkdir()
     return work
 
@@ -247,7 +247,7 @@ def test_runs_are_a_folder_of_runs_a_run_or_a_glob_also_with_brackets_in_its_nam
     shutil.copytree(work / "outputs", outputs)
     assert len(infer.find_runs(str(outputs))) == 5
     assert "without best_ema.safetensors: unfinished_seed0_fold0" in capsys.readouterr().err
-    single = outputs / "test_maxvit_seed0_fold0"
+    single = outputs / "test_resnet_seed0_fold0"
     assert infer.find_runs(str(single)) == [single]
     assert len(infer.find_runs(str(work / "outputs" / "locator_*"))) == 2
     with pytest.raises(ValueError, match="no such folder, or an empty one"):
@@ -268,7 +268,7 @@ def test_members_without_their_locator_or_with_other_volumes_are_named(work, tmp
 
 
 def test_a_bad_checkpoint_never_spoils_the_good_ones(work, tmp_path, capsys):
-    shutil.copytree(work / "outputs" / "test_maxvit_seed0_fold0", tmp_path / "good")
+    shutil.copytree(work / "outputs" / "test_resnet_seed0_fold0", tmp_path / "good")
     good = common.load_run(tmp_path / "good")
     state = {name: value.contiguous() for name, value in good.model.state_dict().items()}
     config = common.config_to_dict(good.cfg)
@@ -517,7 +517,7 @@ def test_one_scan_is_answered_in_words_with_a_picture_and_where_to_look(work):
 
 
 def test_an_ensemble_without_a_locator_says_that_it_has_no_explanation(work):
-    outputs = "outputs/test_maxvit_seed0_fold0"
+    outputs = "outputs/test_resnet_seed0_fold0"
     _, stderr = run(work, "--outputs", outputs, "--limit", "1", "--explain", "none")
     assert "no locator among the members" in stderr and not list((work / "none").glob("*.png"))
 
