@@ -1020,13 +1020,14 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
     header = volume[0].header
     modality, patient = modality_of(header), header.get("PatientID", "")
     normal, affine, spacing, positions = measure_stack(volume, notes)
+    decoded: dict[int, np.ndarray] = {}
     return Series(
         uid=safe_uid(uid or header.get("SeriesInstanceUID") or os.path.abspath(volume[0].path.parent)),
         modality=modality,
         patient=patient,
         age=header.get("PatientAge", ""),
         sex=header.get("PatientSex", ""),
-        frames=repair_values(volume, modality, notes, doubts),
+        frames=repair_values(volume, modality, decoded, notes, doubts),
         positions_mm=positions,
         normal=normal,
         affine=affine,
@@ -1037,6 +1038,7 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
         skipped=skipped,
         geometry=geometry,
         doubts=doubts,
+        _stored=decoded,
     )
 
 
@@ -1526,28 +1528,33 @@ Samples = dict[int, np.ndarray]  # index of a frame -> some of its stored values
 def repair_values(
     frames: list[Frame],
     modality: str,
+    decoded: dict[int, np.ndarray],
     notes: list[str],
     doubts: list[str],
 ) -> list[Frame]:
-    """Values that the pixels contradict, put right for the whole series by a look at five slices."""
+    """Values that the pixels contradict, put right for the whole series by a look at five slices; these come
+    back in `decoded`, unless their bits or sign turn out to be others."""
     if modality == "CT":
         frames = _add_intercept(frames, notes)
     samples: Samples = {}
     for k in (1, 2, 3, 4, 5):
         i = len(frames) * k // 6
         with contextlib.suppress(ValueError):  # told when the slice is used
-            stored = decode(frames[i])
-            stride = 1 + math.isqrt(stored.size // 16_000)
-            samples[i] = stored[::stride, ::stride]
+            decoded[i] = decode(frames[i])
+            stride = 1 + math.isqrt(decoded[i].size // 16_000)
+            samples[i] = decoded[i][::stride, ::stride]
     if not samples:
         return frames
-    is_inverse = frames[0].header.get("PhotometricInterpretation") == "MONOCHROME1"
+    header = frames[0].header
+    is_inverse = header.get("PhotometricInterpretation") == "MONOCHROME1"
     if is_inverse:
         frames = _invert_if_bright(frames, samples, notes)
     if modality == "CT":
         frames = _choose_reading(frames, samples, notes, doubts)
     elif not is_inverse:
         frames = _choose_sign(frames, samples, notes)
+    if frames[0].header is not header:
+        decoded.clear()
     samples = {i: _reread(stored, frames[i].header) for i, stored in samples.items()}
     frames = _drop_padding(frames, samples, notes)
     if not frames[0].padding:
