@@ -550,7 +550,9 @@ def draw_histogram(
     if values.empty:
         return absent(f"{title}: no series states it.")
     axes = new_chart(title, "number")
-    axes.hist(values.to_numpy(), 24, stacked=True, label=list(values))
+    low, high = np.nanmin(values), np.nanmax(values)
+    edges = np.linspace(low, max(high, low + 1e-3 * max(abs(low), 1.0)), 25)  # equal but for rounding, too
+    axes.hist(values.to_numpy(), edges, stacked=True, label=list(values))
     axes.yaxis.get_major_locator().set_params(integer=True)
     return show_chart(title, caption, axes)
 
