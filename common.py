@@ -720,13 +720,6 @@ def percentile_interval(values: np.ndarray) -> list[float]:
     return np.percentile(values, [2.5, 97.5]).tolist() if len(values) else [math.nan, math.nan]
 
 
-def wilson_interval(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share, which holds near 0 and 1 too."""
-    centre = hits + z**2 / 2
-    reach = z * math.sqrt(hits * (total - hits) / total + z**2 / 4)
-    return (centre - reach) / (total + z**2), (centre + reach) / (total + z**2)
-
-
 def compare_waucs(
     labels: np.ndarray, probs: np.ndarray, base: np.ndarray, patients: Sequence, draws: int = 2000
 ) -> list[float]:

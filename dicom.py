@@ -686,7 +686,7 @@ class Frame:
     cols: int
     slope: float  # value = slope * stored + intercept
     intercept: float
-    padding: tuple[int, int] | None  # first and last of the stored values that are no tissue
+    padding: tuple[int, int] | None  # first and last of the stored values that are not tissue
     remarks: list[str]  # what was assumed for it
 
     @property
@@ -713,7 +713,7 @@ class Series:
     plane: str  # axial, coronal or sagittal: the nearest
     transfer_syntax: str
     notes: list[str]  # everything that was left out, assumed or repaired
-    skipped: list[tuple[Path, str]]  # files that are no slices, with the reason
+    skipped: list[tuple[Path, str]]  # files that are not slices, with the reason
     geometry: dict[tuple[str, int], Frame]  # (SOPInstanceUID, frame index) -> every image, left-out ones too
     doubts: list[str]  # why the volume may be wrong
     _stored: dict[int, np.ndarray] = field(default_factory=dict, repr=False)

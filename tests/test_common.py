@@ -195,12 +195,6 @@ def test_bootstrap_says_how_many_draws_lost_a_class():
     assert result["draws_used"] == pytest.approx(2000 * (1 - (5 / 6) ** 6), rel=0.1)
 
 
-def test_wilson_interval_agrees_with_a_worked_example():
-    # 8 of 10: centre (8 + 1.9208) / 13.8416, half width 1.96 sqrt(8 * 2 / 10 + 0.9604) / 13.8416
-    assert common.wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert common.wilson_interval(0, 10)[0] == pytest.approx(0) and common.wilson_interval(10, 10)[1] == 1
-
-
 # --- the sample ---------------------------------------------------------------------------------------------
 
 
