@@ -58,6 +58,7 @@ def arguments(folder: Path, cfg: common.Config, *options: str) -> list[str]:
 def run(folder: Path, cfg: common.Config, *options: str, code: int = 0) -> str:
     """stderr of train.py's main in this process."""
     errors = io.StringIO()
+    torch.set_num_threads(1)  # sums have other last bits with more; the processes started here have one too
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
         patch.setattr(sys, "argv", ["train.py", *arguments(folder, cfg, *options)])
         AcceleratorState._reset_state(reset_partial_state=True)
