@@ -31,17 +31,8 @@ from pydicom.uid import (
 )
 
 import dicom
-from dicom import (
-    decode,
-    fast_header,
-    find_series,
-    make_frames,
-    one_line_errors,
-    read_header,
-    read_series,
-    safe_uid,
-    slow_header,
-)
+from dicom import find_series, make_frames, read_series, safe_uid
+from dicom_file import decode, fast_header, one_line_errors, read_header, slow_header
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 REAL = Path(__file__).resolve().parents[2] / "shared" / "dicom"
@@ -198,7 +189,7 @@ def test_a_file_that_the_disk_does_not_give_fails_the_series(tmp_path, monkeypat
     def stale(path: Path) -> None:
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    monkeypatch.setattr(dicom, "fast_header", stale)
+    monkeypatch.setattr("dicom_file.fast_header", stale)
     with pytest.raises(ValueError, match="Stale file handle; the disk is at fault"):
         read_series(tmp_path)
 
@@ -551,7 +542,7 @@ def test_jpeg_baseline_and_colour_become_grey(tmp_path):
 
 def test_a_missing_decoder_is_named_with_its_package(tmp_path, monkeypatch):
     write(tmp_path / "x", image(), JPEGLSLossless)
-    monkeypatch.setattr(dicom, "get_decoder", lambda uid: type("D", (), {"is_available": False}))
+    monkeypatch.setattr("dicom_file.get_decoder", lambda uid: type("D", (), {"is_available": False}))
     series = read_series(tmp_path)
     with pytest.raises(
         ValueError, match=r"JPEG-LS Lossless.*1\.2\.840\.10008\.1\.2\.4\.80.*pyjpegls"
@@ -574,7 +565,7 @@ def test_whatever_a_decoder_raises_is_a_reason_but_interrupts_pass(tmp_path, mon
     write(tmp_path / "x", image(), RLELossless)
     series = read_series(tmp_path)
     series.forget()  # what the look at its values has decoded
-    monkeypatch.setattr(dicom, "get_decoder", fail)
+    monkeypatch.setattr("dicom_file.get_decoder", fail)
     with pytest.raises(expected, match="index out of bounds"):
         series.stored(0)
 
@@ -587,7 +578,7 @@ def test_bombs_and_absurd_headers_are_refused_before_they_take_memory(tmp_path, 
     at = data.index(b"\xff\x4f\xff\x51") + 8
     stream.write_bytes(data[:at] + b"\0\0\xff\xff\0\0\xff\xff" + data[at + 8 :])
     write(tmp_path / "deflated.dcm", image(pixels=np.zeros((1000, 1000))), DeflatedExplicitVRLittleEndian)
-    monkeypatch.setattr(dicom, "MAX_UNPACKED_BYTES", 2**20)
+    monkeypatch.setattr("dicom_file.MAX_UNPACKED_BYTES", 2**20)
     series = read_series(tmp_path)
     reasons = {path.name: reason for path, reason in series.skipped}
     assert "absurd size" in reasons["huge.dcm"] and "absurd size" in reasons["frames.dcm"]

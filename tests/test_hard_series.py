@@ -16,7 +16,8 @@ from pydicom.encaps import encapsulate, generate_frames
 from pydicom.uid import DeflatedExplicitVRLittleEndian, MRImageStorage, RLELossless
 from test_dicom_reading import PLANES, enhanced, image, noted, stack, write
 
-from dicom import Series, read_header, read_series
+from dicom import Series, read_series
+from dicom_file import read_header
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 NORMALS = {"axial": [0, 0, 1], "coronal": [0, 1, 0], "sagittal": [-1, 0, 0]}  # row x column direction
@@ -357,7 +358,7 @@ def absurd_files(folder: Path) -> dict[str, Path]:
 
 
 def test_absurd_files_are_refused_in_bounded_time_and_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("dicom.MAX_HEADER_READS", 10_000)
+    monkeypatch.setattr("dicom_file.MAX_HEADER_READS", 10_000)
     expected = {"fifo": "not a regular file", "sparse": "absurd size", "frames": "absurd size"}
     expected |= {"elements": "absurd header", "items": "absurd header"}
     files = absurd_files(tmp_path)

@@ -1,0 +1,787 @@
+"""One DICOM file -> its header -> its images, `Frame`s, and the stored values of their pixels.
+
+Reads top to bottom: what is read -> the header -> which series a file belongs to -> frames -> pixels. Space
+is LPS millimetres (x to the patient's left, y to the back, z to the head). `dicom.py` makes series of these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import os
+import re
+import stat
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pydicom
+from pydicom.datadict import (
+    dictionary_has_tag,
+    dictionary_VM,
+    dictionary_VR,
+    keyword_for_tag,
+    tag_for_keyword,
+)
+from pydicom.encaps import encapsulate
+from pydicom.pixels import get_decoder
+
+IMPLICIT, EXPLICIT = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1"  # transfer syntaxes, PS3.5 A
+BIG_ENDIAN, DEFLATED, RLE = "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.5"
+DECODERS = {  # compressed transfer syntax -> packages that decode it
+    RLE: "pylibjpeg pylibjpeg-rle",
+    **{f"1.2.840.10008.1.2.4.{n}": "pylibjpeg pylibjpeg-libjpeg" for n in (50, 51, 57, 70)},  # JPEG
+    **{f"1.2.840.10008.1.2.4.{n}": "pyjpegls" for n in (80, 81)},  # JPEG-LS
+    **{f"1.2.840.10008.1.2.4.{n}": "pylibjpeg pylibjpeg-openjpeg" for n in (90, 91)},  # JPEG 2000
+}
+MAX_PIXEL_BYTES = 2**31  # of one file, decoded
+MAX_FRAME_PIXELS = 2**26  # 8192 x 8192
+MAX_UNPACKED_BYTES = 2**29  # of one deflated or gzipped file
+MAX_FRAMES = 2**15  # of one file, and fragments of a frame
+MAX_HEADER_READS = 2**20  # about 5 s in pydicom; and items of functional groups
+HEAD_BYTES = 2**20  # find_series reads at most so much of a file, and unpacks at most so much
+PIXEL_DATA = 0x7FE00010
+UNDEFINED = 0xFFFFFFFF  # length of an element that ends with a delimiter
+
+
+def tag_table(names: str) -> dict[int, tuple[str, str, bool]]:
+    """tag -> (name, VR, whether it has one value) of attributes named as in PS3.6."""
+    tags = map(tag_for_keyword, names.split())
+    return {tag: (keyword_for_tag(tag), dictionary_VR(tag)[:2], dictionary_VM(tag) == "1") for tag in tags}
+
+
+ATTRIBUTES = tag_table(  # what reading uses
+    "TransferSyntaxUID ImageType SOPClassUID SOPInstanceUID Modality ComplexImageComponent PatientID "
+    "PatientSex PatientAge SliceThickness EchoTime EchoNumbers SpacingBetweenSlices TriggerTime "
+    "DiffusionBValue SeriesInstanceUID AcquisitionNumber InstanceNumber AcquisitionTime SliceLocation "
+    "ImagePositionPatient ImageOrientationPatient TemporalPositionIdentifier StackID "
+    "SamplesPerPixel PhotometricInterpretation PlanarConfiguration NumberOfFrames Rows Columns PixelSpacing "
+    "BitsAllocated BitsStored HighBit PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit "
+    "RescaleIntercept RescaleSlope"
+)
+FRAME_ATTRIBUTES = ATTRIBUTES | {  # in a functional group (PS3.3 C.7.6.16.2) some have another tag
+    0x00089007: ("ImageType", "CS", False),  # FrameType
+    0x00189082: ("EchoTime", "FD", True),  # EffectiveEchoTime
+    0x00209128: ("TemporalPositionIdentifier", "UL", True),  # TemporalPositionIndex
+    0x00209153: ("TriggerTime", "FD", True),  # NominalCardiacTriggerDelayTime
+    0x00209156: ("AcquisitionNumber", "US", True),  # FrameAcquisitionNumber
+}
+SHARED_GROUPS, FRAME_GROUPS = 0x52009229, 0x52009230  # sequences of functional groups
+FUNCTIONAL_GROUPS = tag_table(
+    "MREchoSequence MRDiffusionSequence CardiacSynchronizationSequence MRImageFrameTypeSequence "
+    "CTImageFrameTypeSequence FrameContentSequence PlanePositionSequence PlaneOrientationSequence "
+    "PixelMeasuresSequence PixelValueTransformationSequence"
+)
+BINARY = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": "d"}
+NUMERIC = {*BINARY, "DS", "IS"}
+NUMBER = rb" *[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)? *"
+NUMBERS = re.compile(NUMBER + rb"(\\" + NUMBER + rb")*")
+# What a code stream begins with: JPEG, JPEG 2000, JP2, RLE (number of segments, first offset).
+STREAM_START = re.compile(rb"\xff\xd8\xff|\xff\x4f\xff\x51|\0\0\0\x0cjP|[\1-\x0f]\0\0\0\x40\0\0\0")
+
+
+def one_line_errors(function: Callable) -> Callable:
+    """Whatever goes wrong inside becomes a ValueError of one line: what parsers raise on hostile bytes, and a
+    decoder's own BaseException (pylibjpeg-rle: PanicException). Interrupts and exits pass through."""
+
+    @functools.wraps(function)
+    def wrapped(*args: object) -> object:
+        try:
+            return function(*args)
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:
+            kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+            raise ValueError(kind + " ".join(str(error).split())[:300]) from error
+
+    return wrapped
+
+
+# --- the header ---------------------------------------------------------------------------------------------
+
+
+@one_line_errors
+def read_header(path: Path) -> dict:
+    """What one file says of its images. ValueError with the reason if it is not a DICOM image, or is damaged.
+
+    The values of ATTRIBUTES by name (absent where missing, empty or unreadable), and
+      spans        for each frame the (offset, length) pieces of its pixel data
+      pixel_data   (VR, offset, length) of the element; length UNDEFINED if it is encapsulated
+      order        of bytes: < little, > big endian
+      packed       offsets count in the unpacked file (`open_unpacked`)
+      groups       for each frame the attributes and remarks of its functional groups, or None
+      remarks      what did not parse or was assumed
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("not a regular file")
+    return fast_header(path) or slow_header(path)
+
+
+def fast_header(path: Path) -> dict | None:
+    """`read_header` in 0.1 ms for plain little-endian files. None at the slightest doubt (odd VR, length or
+    order, functional groups, a value that does not parse), which leaves the file to pydicom."""
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        for limit in (2**14, 2**18, 2**22):
+            try:
+                header = parse_header(os.pread(file.fileno(), limit, 0))
+            except ValueError:
+                return None
+            except struct.error:  # the header is longer
+                continue
+            header["spans"] = locate_frames(
+                header, size, lambda offset, length: os.pread(file.fileno(), length, offset)
+            )
+            return header
+    return None
+
+
+SHORT_VRS = set(b"AE AS AT CS DA DS DT FL FD IS LO LT PN SH SL SS ST TM UI UL US".split())
+LONG_VRS = set(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # two reserved bytes, then a 4-byte length
+ELEMENTS = {mark: (struct.Struct(f"{mark}HHI"), struct.Struct(f"{mark}HH2sH")) for mark in "<>"}
+DELIMITER_GROUP, ITEM, ITEM_END, SEQUENCE_END = 0xFFFE, 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
+
+
+def parse_header(head: bytes) -> dict:
+    """The ATTRIBUTES before the pixel data. ValueError on doubt, struct.error where `head` ends too early."""
+    if head[128:140] != b"DICM\x02\0\0\0UL\x04\0":
+        raise ValueError("no file meta group length")
+    position, last_tag, explicit = 144, 0x00020000, True
+    meta_end = 144 + int.from_bytes(take_bytes(head, 140, 4), "little")
+    header: dict = {"order": "<", "packed": False, "groups": None, "remarks": []}
+    while True:
+        if position == meta_end:
+            syntax = header.get("TransferSyntaxUID")
+            explicit = syntax != IMPLICIT
+            vr = take_bytes(head, position + 4, 2)
+            if syntax not in (IMPLICIT, EXPLICIT, *DECODERS) or explicit != (vr.isalpha() and vr.isupper()):
+                raise ValueError("another transfer syntax, or VRs that do not fit it")
+        tag, vr, length, start = parse_element(head, position, explicit)
+        group = tag >> 16
+        if tag <= last_tag or group == SHARED_GROUPS >> 16 or (group == 2) != (position < meta_end):
+            raise ValueError("tags out of order, or functional groups")
+        last_tag = tag
+        if tag >= PIXEL_DATA - 2:
+            if tag != PIXEL_DATA or vr not in (b"OB", b"OW", b""):
+                raise ValueError("odd pixel data")
+            header["pixel_data"] = (vr.decode() or "OW", start, length)
+            return header
+        if length == UNDEFINED:
+            if vr != b"SQ" and not (vr == b"" and dictionary_has_tag(tag) and dictionary_VR(tag) == "SQ"):
+                raise ValueError("undefined length outside of a sequence")
+            position = skip_sequence(head, start, explicit)
+            continue
+        position = start + length
+        if group == 2 and position > meta_end:
+            raise ValueError("the file meta group is longer than it says")
+        if tag in ATTRIBUTES:
+            value = parse_value(tag, vr.decode(), take_bytes(head, start, length), "<")
+            if value is not None:
+                header[ATTRIBUTES[tag][0]] = value
+
+
+def take_bytes(head: bytes, start: int, length: int) -> bytes:
+    if start + length > len(head):
+        raise struct.error("end of the bytes read so far")
+    return head[start : start + length]
+
+
+def parse_element(
+    head: bytes, position: int, explicit: bool, order: str = "<"
+) -> tuple[int, bytes, int, int]:
+    """(tag, VR, length, start of the value) of the element at `position`; order < little, > big endian."""
+    implicit_element, explicit_element = ELEMENTS[order]
+    if explicit:
+        group, element, vr, length = explicit_element.unpack_from(head, position)
+        if vr in SHORT_VRS:
+            return group << 16 | element, vr, length, position + 8
+        if vr in LONG_VRS and length == 0:
+            (length,) = struct.unpack(f"{order}I", take_bytes(head, position + 8, 4))
+            return group << 16 | element, vr, length, position + 12
+        if group != DELIMITER_GROUP:  # these have no VR
+            raise ValueError("odd VR")
+    group, element, length = implicit_element.unpack_from(head, position)
+    return group << 16 | element, b"", length, position + 8
+
+
+def skip_sequence(head: bytes, position: int, explicit: bool, depth: int = 0) -> int:
+    """End of the undefined-length sequence whose first item starts at `position`."""
+    while True:
+        tag, _, length, position = parse_element(head, position, explicit=False)
+        if tag == SEQUENCE_END and length == 0:
+            return position
+        if tag != ITEM or depth > 8:
+            raise ValueError("odd sequence")
+        end = position + length  # of the item; far away where the length is undefined
+        while position != end:
+            tag, vr, inner, position = parse_element(head, position, explicit)
+            if tag == ITEM_END and inner == 0 and length == UNDEFINED:
+                break
+            if tag >> 16 == DELIMITER_GROUP or position > end or (inner == UNDEFINED and vr != b"SQ"):
+                raise ValueError("odd item")
+            if inner == UNDEFINED:
+                position = skip_sequence(head, position, explicit, depth + 1)
+            else:
+                position += inner
+
+
+def parse_value(tag: int, vr: str | None, raw: bytes, order: str) -> tuple | float | str | None:
+    """Text unpadded; numbers as a tuple, or the first where there should be one; None if empty.
+    ValueError if malformed. `vr` is the one written, if any."""
+    _, expected, is_single = FRAME_ATTRIBUTES[tag]
+    if expected not in NUMERIC:
+        return raw.decode("latin-1").strip(" \0") or None
+    if vr in BINARY or (vr in (None, "", "UN") and expected in BINARY):
+        code = BINARY.get(vr, BINARY.get(expected))
+        count = len(raw) // struct.calcsize("=" + code)
+        values = struct.unpack(f"{order}{count}{code}", raw)
+    else:
+        text = raw.strip(b" \0")
+        if text and not NUMBERS.fullmatch(text):
+            raise ValueError(f"{text[:40]!r} is not a number")
+        values = tuple(map(float, text.split(b"\\"))) if text else ()
+    if not sum(map(abs, values)) < 1e12:  # NaN too
+        raise ValueError(f"{values[:6]} is out of range")
+    if expected not in ("DS", "FD"):
+        values = tuple(map(int, values))
+    return values[0] if is_single and values else values or None
+
+
+class BoundedFile:
+    """A file that is read in a bounded number of pieces: tiny elements would keep pydicom busy for hours."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.num_reads = file, 0
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        self.num_reads += 1
+        if self.num_reads > MAX_HEADER_READS or size > MAX_UNPACKED_BYTES:
+            raise ValueError(f"absurd header: more than {MAX_HEADER_READS} elements, or one of {size} bytes")
+        return self.file.read(size)
+
+
+def slow_header(path: Path) -> dict:
+    """`read_header` of any file, through pydicom."""
+    with open_unpacked(path) as (file, is_deflated):
+        start = file.read(132)
+        has_preamble = start[128:] == b"DICM"
+        if not start.strip(b"\0"):
+            raise ValueError("damaged: empty, or zeros where a file starts")
+        if not has_preamble and start[:2] not in (b"\x02\0", b"\x08\0", b"\0\x08"):
+            raise ValueError("not DICOM: no DICM after 128 bytes, and group 0002 or 0008 does not come first")
+        file.seek(0)
+        dataset = pydicom.dcmread(
+            BoundedFile(file),
+            stop_before_pixels=True,
+            force=not has_preamble,
+            specific_tags=[*ATTRIBUTES, SHARED_GROUPS, FRAME_GROUPS],
+        )
+        position = file.tell()
+        size = file.seek(0, os.SEEK_END)
+
+        def read(offset: int, length: int) -> bytes:
+            file.seek(offset)
+            return file.read(length)
+
+        implicit, little = dataset.original_encoding
+        order = "<" if little else ">"
+        header, remarks = parse_dataset(dataset, order)
+        header |= {"order": order, "packed": isinstance(file, io.BytesIO), "remarks": remarks}
+        implied = IMPLICIT if implicit else EXPLICIT if little else BIG_ENDIAN
+        syntax = DEFLATED if is_deflated else str(dataset.file_meta.get("TransferSyntaxUID") or implied)
+        header["TransferSyntaxUID"] = syntax
+        element = read(position, 12).ljust(12, b"\0")
+        explicit = not implicit and element[4:6] in LONG_VRS
+        tag, vr, length, start = parse_element(element, 0, explicit, order)
+        if tag != PIXEL_DATA:
+            sop_class = header.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID", "")
+            modality = header.get("Modality", "no (0008,0060) Modality")
+            is_cut = sop_modality(sop_class) and modality in ("CT", "MR")
+            raise ValueError(
+                f"{'truncated' if is_cut else 'not an image'} ({modality}): no (7FE0,0010) PixelData"
+            )
+        header["pixel_data"] = (vr.decode() or "OW", position + start, length)
+        header["groups"] = parse_groups(dataset, order)
+        header["spans"] = locate_frames(header, size, read)
+        return header
+
+
+def parse_dataset(dataset: pydicom.Dataset, order: str) -> tuple[dict, list[str]]:
+    """(the attributes of a dataset or a functional group by name, remarks as in `read_header`)."""
+    attributes, remarks = {}, []
+    for tag, element in dataset.items():
+        if tag not in FRAME_ATTRIBUTES:
+            continue
+        name, kind, _ = FRAME_ATTRIBUTES[tag]
+        raw = element.value or b""
+        if kind == "DS" and b"," in raw:
+            remarks.append(f"{name}: decimal commas read as points")
+            raw = raw.replace(b",", b".")
+        try:
+            value = parse_value(tag, element.VR, raw, order)
+        except (ValueError, TypeError, AttributeError, struct.error):
+            remarks.append(f"({tag >> 16:04X},{tag & 0xFFFF:04X}) {name} does not parse")
+            continue
+        if value is not None:
+            attributes[name] = value
+    return attributes, remarks
+
+
+def parse_groups(dataset: pydicom.Dataset, order: str) -> list[dict] | None:
+    """For each frame of an enhanced file what its and the shared functional groups say, else None."""
+
+    def parse_item(item: pydicom.Dataset, attributes: dict) -> dict:
+        for tag in FUNCTIONAL_GROUPS:
+            if tag in item and item[tag].value:
+                parsed, remarks = parse_dataset(item[tag].value[0], order)
+                attributes = attributes | parsed | {"remarks": attributes["remarks"] + remarks}
+        return attributes
+
+    for tag in (SHARED_GROUPS, FRAME_GROUPS):
+        raw = dataset.get_item(tag).value if tag in dataset else b""
+        if isinstance(raw, bytes) and raw.count(b"\xfe\xff\x00\xe0") > MAX_HEADER_READS:
+            raise ValueError(f"absurd header: more than {MAX_HEADER_READS} items in functional groups")
+    shared, frames = (dataset[tag].value if tag in dataset else [] for tag in (SHARED_GROUPS, FRAME_GROUPS))
+    attributes: dict = {"remarks": []}
+    if shared:
+        attributes = parse_item(shared[0], attributes)
+    if frames:
+        return [parse_item(item, attributes) for item in frames]
+    return [attributes] if shared else None
+
+
+@contextlib.contextmanager
+def open_unpacked(path: Path) -> Iterator[tuple[BinaryIO, bool]]:
+    """(`path` open for reading, whether its dataset was deflated). A gzipped or deflated file is unpacked in
+    memory, at most MAX_UNPACKED_BYTES; a deflated dataset then looks like explicit VR little endian."""
+    with open(path, "rb") as file:
+        head = file.read(2**16)
+        file.seek(0)
+        if head[:2] == b"\x1f\x8b":
+            head = inflate(file.read(MAX_UNPACKED_BYTES), 31)
+            file = io.BytesIO(head)
+        is_deflated = head[128:132] == b"DICM" and DEFLATED.encode() in head[: 2**16]
+        if is_deflated:
+            data = file.read(MAX_UNPACKED_BYTES)
+            end = 144 + int.from_bytes(data[140:144], "little")  # of the file meta group, PS3.10 7.1
+            meta = data[:end].replace(DEFLATED.encode(), EXPLICIT.encode() + b"\0\0\0")
+            file = io.BytesIO(meta + inflate(data[end:], -15))
+        yield file, is_deflated
+
+
+def inflate(data: bytes, window_bits: int) -> bytes:
+    """Unpacked `data`; what grows beyond MAX_UNPACKED_BYTES is refused before it takes the memory."""
+    stream = zlib.decompressobj(window_bits)
+    try:
+        unpacked = stream.decompress(data, MAX_UNPACKED_BYTES + 1)
+    except zlib.error as error:
+        raise ValueError(f"damaged: {error}") from error
+    if len(unpacked) > MAX_UNPACKED_BYTES:
+        raise ValueError(f"unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB: a decompression bomb?")
+    if not stream.eof:
+        raise ValueError(f"truncated: the compressed data end after {len(data)} bytes")
+    return unpacked
+
+
+# --- which series -------------------------------------------------------------------------------------------
+
+
+@one_line_errors
+def read_identity(path: Path) -> tuple[str, str] | None:
+    """((0020,000E) SeriesInstanceUID, (0010,0020) PatientID) of an image, "" where absent; None if it is too
+    damaged to tell, empty or blank. ValueError if it is not an image.
+
+    A file costs bounded time and memory, whatever it holds: at most HEAD_BYTES are read and unpacked.
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            for limit in (2**14, 2**18, HEAD_BYTES):
+                file.seek(0)
+                head = unpack_head(file.read(limit))
+                if not head.strip(b"\0"):
+                    return None
+                is_dicom = head[128:132] == b"DICM"
+                if not is_dicom and head[:2] not in (b"\x02\0", b"\x08\0", b"\0\x08"):
+                    raise ValueError("not DICOM")
+                try:
+                    header = parse_header(head)
+                except struct.error:  # longer, or cut short
+                    continue
+                except ValueError:  # unusual
+                    header = parse_head(head)
+                if "Rows" in header:
+                    break
+            else:
+                header = parse_head(head)
+    except OSError:
+        return None
+    kind = header.get("SOPClassUID", "")
+    name = pydicom.uid.UID_dictionary.get(kind, ("",))[0]
+    if name and "Image Storage" not in name:
+        raise ValueError(f"not an image: {name}")
+    if "Rows" in header:
+        return header.get("SeriesInstanceUID", ""), header.get("PatientID", "")
+    if name or (is_dicom and not kind):
+        return None
+    raise ValueError(f"not an image: no (0028,0010) Rows, (0008,0016) SOPClassUID {kind or 'missing'}")
+
+
+def unpack_head(head: bytes) -> bytes:
+    """The first bytes of a file, unpacked where the file is gzipped or its dataset deflated."""
+    with contextlib.suppress(zlib.error):
+        if head[:2] == b"\x1f\x8b":
+            head = zlib.decompressobj(31).decompress(head, HEAD_BYTES)
+        if DEFLATED.encode() in head[:1024]:
+            end = 144 + int.from_bytes(head[140:144], "little")  # of the file meta group, PS3.10 7.1
+            dataset = zlib.decompressobj(-15).decompress(head[end:], HEAD_BYTES)
+            head = head[:end].replace(DEFLATED.encode(), EXPLICIT.encode() + b"\0\0\0") + dataset
+    return head
+
+
+def parse_head(head: bytes) -> dict[str, str]:
+    """What `read_identity` asks for, as far as the first bytes of a file tell, through pydicom."""
+    names = ("SOPClassUID", "SeriesInstanceUID", "PatientID", "Rows")
+    tags = [tag_for_keyword(name) for name in names]
+    header = {}
+    try:
+        dataset = pydicom.filereader.read_partial(
+            io.BytesIO(head), lambda tag, vr, length: tag > tags[-1], force=True, specific_tags=tags
+        )
+        for name in names:
+            if name in dataset:
+                header[name] = (dataset.get_item(name).value or b"").decode("latin-1").strip(" \0")
+        stated = dataset.file_meta.get("MediaStorageSOPClassUID") or header.get("SOPClassUID", "")
+        header["SOPClassUID"] = str(stated)
+    except Exception:  # pydicom raises many kinds on damaged bytes; what is known by then counts
+        return header
+    return header
+
+
+def sop_modality(sop_class: str) -> str:
+    """CT or MR where (0008,0016) SOPClassUID is one of their images, else ""."""
+    stem = ".".join(sop_class.split(".")[:10])
+    return {"1.2.840.10008.5.1.4.1.1.2": "CT", "1.2.840.10008.5.1.4.1.1.4": "MR"}.get(stem, "")
+
+
+def modality_of(header: dict) -> str:
+    return header.get("Modality") or sop_modality(header.get("SOPClassUID", ""))
+
+
+# --- frames -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One image: where it lies (LPS mm), what its stored values mean, and where its pixels are."""
+
+    path: Path
+    index: int  # in the file, from 0
+    header: dict  # of the file (`read_header`), overlaid with the frame's own attributes
+    sop_uid: str
+    position: np.ndarray  # (3,) centre of the pixel in row 0, column 0; NaN where unknown
+    row_dir: np.ndarray  # (3,) direction of a growing column index; NaN before `orient_frames`
+    col_dir: np.ndarray  # (3,) direction of a growing row index
+    spacing_mm: tuple[float, float]  # between rows, between columns
+    rows: int
+    cols: int
+    slope: float  # value = slope * stored + intercept
+    intercept: float
+    padding: tuple[int, int] | None  # first and last of the stored values that are not tissue
+    remarks: list[str]  # what was assumed for it
+
+    @property
+    def normal(self) -> np.ndarray:
+        """(3,) unit direction across the slice"""
+        normal = np.cross(self.row_dir, self.col_dir)
+        return normal / np.linalg.norm(normal)
+
+
+PROJECTION = re.compile(r"\b(MIP|MINIP|MAXIP|MIN IP|MAX IP|PROJECTION|VOLUME RENDERED|VRT)\b")
+SCOUT = re.compile(r"\b(LOCALIZER|SCOUT|TOPOGRAM|SURVIEW)\b")
+
+
+def image_types(header: dict) -> list[str]:
+    return [value.strip() for value in header.get("ImageType", "").upper().split("\\")]
+
+
+def image_kind(header: dict) -> str:
+    """slice, scout or projection, by the words of (0008,0008) ImageType."""
+    words = re.sub("[^A-Z0-9]+", " ", header.get("ImageType", "").upper())
+    return "projection" if PROJECTION.search(words) else "scout" if SCOUT.search(words) else "slice"
+
+
+def check_is_slice(header: dict) -> None:
+    """ValueError with the reason if a file's images are not slices of a CT or MR scan."""
+    types, modality = image_types(header), modality_of(header)
+    if modality not in ("CT", "MR"):
+        raise ValueError(f"(0008,0060) Modality {modality or 'missing'}: not CT or MR")
+    if "MOSAIC" in types or ("VFRAME" in types and "ImagePositionPatient" not in header):
+        raise ValueError(f"a volume tiled in one image: (0008,0008) ImageType {header['ImageType']}")
+    if header.get("PhotometricInterpretation") == "PALETTE COLOR":
+        raise ValueError("(0028,0004) PhotometricInterpretation PALETTE COLOR: colours without grey values")
+    has_position = header["groups"] or "ImagePositionPatient" in header
+    if header.get("SamplesPerPixel", 1) == 3 and not has_position:
+        raise ValueError("a colour image without (0020,0032) ImagePositionPatient: a report or screenshot")
+
+
+def make_frames(path: Path, header: dict) -> list[Frame]:
+    """The images of one file. ValueError if they are not CT or MR slices.
+
+    Frames without positions of their own: from the file's position, else 0, along +normal in steps of
+    (0018,0088) SpacingBetweenSlices, else (0018,0050) SliceThickness, else the row spacing.
+    """
+    check_is_slice(header)
+    frames, groups = [], header["groups"] or [{}]
+    for index in range(len(header["spans"])):
+        group = groups[index] if index < len(groups) else groups[0] if len(groups) == 1 else {}
+        tags, remarks = header | group, header["remarks"] + group.get("remarks", [])
+        directions = unit_directions(tags.get("ImageOrientationPatient", ()))
+        spacing = pixel_spacing(tags, remarks)
+        position = np.array(tags.get("ImagePositionPatient", ()))
+        if position.shape != (3,) or np.abs(position).max() > 1e5:
+            remarks.append("no valid (0020,0032) ImagePositionPatient")
+            position = np.full(3, np.nan)
+        if len(header["spans"]) > 1 and "ImagePositionPatient" not in group:
+            step, source = slice_step(tags, spacing[0])
+            remarks.append(f"frames without position placed {step:.4g} mm apart along +normal ({source})")
+            position = np.nan_to_num(position) + index * step * np.cross(*directions)
+        slope = tags.get("RescaleSlope", 1.0)
+        if slope == 0:
+            remarks.append("(0028,1053) RescaleSlope is 0: 1 assumed")
+        frame = Frame(
+            path=path,
+            index=index,
+            header=tags,
+            sop_uid=header.get("SOPInstanceUID", ""),
+            position=position,
+            row_dir=directions[0],
+            col_dir=directions[1],
+            spacing_mm=spacing,
+            rows=tags["Rows"],
+            cols=tags["Columns"],
+            slope=slope or 1.0,
+            intercept=tags.get("RescaleIntercept", 0.0),
+            padding=padding_range(tags),
+            remarks=remarks,
+        )
+        frames.append(frame)
+    return frames
+
+
+@functools.lru_cache(maxsize=256)
+def unit_directions(orientation: tuple) -> np.ndarray:
+    """(2, 3) unit row and column directions; NaN if they are missing, zero or not orthogonal."""
+    if len(orientation) == 6 and max(map(abs, orientation)) < 1e3:
+        directions = np.array(orientation).reshape(2, 3)
+        lengths = np.linalg.norm(directions, axis=1, keepdims=True)
+        if lengths.min() > 1e-3 and abs(directions[0] @ directions[1]) < 0.02 * lengths.prod():
+            return directions / lengths
+    return np.full((2, 3), np.nan)
+
+
+def pixel_spacing(tags: dict, remarks: list[str]) -> tuple[float, float]:
+    """(between rows, between columns) mm; 1 mm where it is missing."""
+    spacing = tags.get("PixelSpacing", ())
+    spacing = spacing * 2 if len(spacing) == 1 else spacing
+    if len(spacing) == 2 and all(1e-3 < value < 1e3 for value in spacing):
+        return spacing
+    remarks.append("no valid (0028,0030) PixelSpacing: 1 mm assumed")
+    return 1.0, 1.0
+
+
+def slice_step(tags: dict, row_mm: float) -> tuple[float, str]:
+    """(mm from slice to slice, the attribute that says so) where positions do not tell."""
+    for name in ("SpacingBetweenSlices", "SliceThickness"):
+        step = abs(tags.get(name, 0.0))
+        if 1e-3 < step < 1e3:
+            return step, name
+    return row_mm, "the row spacing"
+
+
+def padding_range(tags: dict) -> tuple[int, int] | None:
+    """(0028,0120) PixelPaddingValue to (0028,0121) PixelPaddingRangeLimit, in the sign of stored values."""
+    if "PixelPaddingValue" not in tags:
+        return None
+    first, bits = tags["PixelPaddingValue"], tags["BitsAllocated"]
+    ends = [first, tags.get("PixelPaddingRangeLimit", first)]
+    if tags.get("PixelRepresentation") == 1:
+        ends = [end - 2**bits if end >= 2 ** (bits - 1) else end for end in ends]
+    return min(ends), max(ends)
+
+
+# --- pixels -------------------------------------------------------------------------------------------------
+
+
+Reader = Callable[[int, int], bytes]  # (offset, length) -> that piece of a file
+Pieces = list[tuple[int, int]]  # (offset, length) of each piece of a frame
+
+
+def locate_frames(header: dict, size: int, read: Reader) -> list[Pieces]:
+    """For each frame the pieces of its pixel data in a file of `size` bytes. ValueError if the image is
+    absurd or the file too short.
+
+    Without (0028,0008) NumberOfFrames, native frames are counted from the length of the pixel data if it
+    holds a whole number of them, compressed ones by code streams.
+    """
+    rows, cols, bits = (header.get(name, 0) for name in ("Rows", "Columns", "BitsAllocated"))
+    samples, stated = header.get("SamplesPerPixel", 1), header.get("NumberOfFrames", 0)
+    _, offset, length = header["pixel_data"]
+    image = f"{max(stated, 1)} frames of {rows} x {cols} pixels of {samples} x {bits} bits"
+    if rows < 1 or cols < 1 or samples not in (1, 3) or bits not in (8, 16, 32) or stated < 0:
+        raise ValueError(f"unreadable image: {image}; expected 1 or 3 samples of 8, 16 or 32 bits")
+    if rows * cols > MAX_FRAME_PIXELS:
+        raise ValueError(f"absurd size: {image}, limit {MAX_FRAME_PIXELS} pixels")
+    frame_bytes = rows * cols * samples * bits // 8
+    if header.get("PhotometricInterpretation") == "YBR_FULL_422" and length != UNDEFINED:
+        frame_bytes = rows * cols * 2
+    if length == UNDEFINED:
+        syntax = header["TransferSyntaxUID"]
+        if syntax in (IMPLICIT, EXPLICIT, BIG_ENDIAN, DEFLATED):
+            raise ValueError(f"compressed pixel data, but (0002,0010) TransferSyntaxUID is {syntax}")
+        frames = group_fragments(stated, offset, size, read)
+    count = len(frames) if length == UNDEFINED else stated or max(length // frame_bytes, 1)
+    if count > MAX_FRAMES or frame_bytes * count > MAX_PIXEL_BYTES:
+        raise ValueError(f"absurd size: {image}, limit {MAX_FRAMES} frames, {MAX_PIXEL_BYTES >> 20} MiB")
+    if length == UNDEFINED:
+        return frames
+    if not stated and length % frame_bytes > 1:
+        count = 1
+    available = max(0, min(length, size - offset))
+    if available < count * frame_bytes:
+        raise ValueError(f"truncated: {available} of {count * frame_bytes} bytes of pixel data ({image})")
+    if length > count * frame_bytes + 1:
+        header["remarks"].append(f"(7FE0,0010) PixelData of {length} bytes is longer than {image}")
+    return [[(offset + i * frame_bytes, frame_bytes)] for i in range(count)]
+
+
+def group_fragments(stated: int, offset: int, size: int, read: Reader) -> list[Pieces]:
+    """Fragments of encapsulated pixel data by frame (PS3.5 A.4): a frame starts where a code stream does.
+    `stated` is 0 where no number of frames is given."""
+    fragments, frames = [], []
+    while offset + 8 <= size and len(fragments) <= 2 * MAX_FRAMES:
+        item = read(offset, 16)
+        start, length = offset + 8, int.from_bytes(item[4:8], "little")
+        if item[:4] == b"\xfe\xff\xdd\xe0":
+            break
+        if item[:4] != b"\xfe\xff\x00\xe0":
+            raise ValueError("damaged: no item where the next fragment of compressed pixel data should be")
+        offset = start + length
+        if offset > size:
+            raise ValueError(f"truncated: {size - start} bytes left for a fragment of {length}")
+        fragments.append((start, length, STREAM_START.match(item, 8)))
+    for start, length, is_stream_start in fragments[1:]:  # the first is the offset table
+        if is_stream_start or not frames:
+            frames.append([])
+        frames[-1].append((start, length))
+    if not frames or stated not in (0, len(frames)):
+        raise ValueError(f"damaged: {len(frames)} code streams of {stated or 'some'} frames")
+    return frames
+
+
+@one_line_errors
+def decode(frame: Frame) -> np.ndarray:
+    """(rows, cols) stored values of a frame: decompressed, colour as luminance, masked to BitsStored."""
+    header, is_native = frame.header, frame.header["pixel_data"][2] != UNDEFINED
+    data = read_pixel_bytes(frame)
+    allocated, signed = header["BitsAllocated"], header.get("PixelRepresentation") == 1
+    bits, high_bit = header.get("BitsStored", allocated), header.get("HighBit", -1)
+    bits = bits if 1 <= bits <= allocated else allocated
+    high_bit = high_bit if bits - 1 <= high_bit < allocated else bits - 1
+    if is_native and header.get("SamplesPerPixel", 1) == 1:
+        dtype = np.dtype(f"{header['order']}{'i' if signed else 'u'}{allocated // 8}")
+        stored = np.frombuffer(data, dtype).reshape(frame.rows, frame.cols)
+        return mask_stored(stored.astype(dtype.newbyteorder("="), copy=False), bits, high_bit, signed)
+    return mask_stored(decode_with_pydicom(frame, data, bits), bits, bits - 1, signed)
+
+
+def read_pixel_bytes(frame: Frame) -> bytes:
+    """The pixel data of one frame."""
+    header = frame.header
+    pieces = header["spans"][frame.index]
+    if header["packed"]:
+        unpacked = read_unpacked(frame.path, os.stat(frame.path).st_mtime_ns)
+        data = b"".join(unpacked[offset : offset + length] for offset, length in pieces)
+    else:
+        with open(frame.path, "rb", buffering=0) as file:
+            data = b"".join(os.pread(file.fileno(), length, offset) for offset, length in pieces)
+    if len(data) != sum(length for _, length in pieces):
+        raise ValueError("the file became shorter while it was read")
+    if header["pixel_data"][0] == "OW" and header["order"] == ">" and header["BitsAllocated"] == 8:
+        words = np.frombuffer(data + bytes(len(data) % 2), "u2")  # big-endian words of two 8-bit pixels
+        data = words.byteswap().tobytes()[: len(data)]
+    return data
+
+
+@functools.lru_cache(maxsize=1)
+def read_unpacked(path: Path, _changed: int) -> memoryview:
+    """A packed file's unpacked bytes, kept until the next one so that its frames do not unpack it again."""
+    with open_unpacked(path) as (file, _):
+        return file.getbuffer()
+
+
+def mask_stored(array: np.ndarray, bits: int, high_bit: int, signed: bool) -> np.ndarray:
+    """The `bits` bits up to `high_bit`, sign-extended if `signed`; others (overlays, garbage) go."""
+    size = array.dtype.itemsize * 8
+    array = array.view(f"{'i' if signed else 'u'}{size // 8}")
+    if bits >= size:
+        return array
+    array = np.left_shift(array, max(size - 1 - high_bit, 0))
+    return np.right_shift(array, size - bits, out=array)
+
+
+def decode_with_pydicom(frame: Frame, data: bytes, bits: int) -> np.ndarray:
+    """(rows, cols) of compressed or colour pixel data through pydicom and its plug-ins."""
+    header, is_native = frame.header, frame.header["pixel_data"][2] != UNDEFINED
+    uid = pydicom.uid.UID(EXPLICIT if is_native else header["TransferSyntaxUID"])
+    samples = header.get("SamplesPerPixel", 1)
+    try:
+        decoder = get_decoder(uid)
+    except NotImplementedError:
+        raise ValueError(f"there is no decoder for transfer syntax {uid.name} ({uid})") from None
+    if not decoder.is_available:
+        raise ValueError(f"transfer syntax {uid.name} ({uid}) needs a decoder: pip install {DECODERS[uid]}")
+    if not is_native and uid != RLE:
+        check_code_stream(data, (frame.rows, frame.cols, samples))
+    default = "RGB" if samples == 3 else "MONOCHROME2"
+    array, _ = decoder.as_array(
+        data if is_native else encapsulate([data]),
+        index=0,
+        rows=frame.rows,
+        columns=frame.cols,
+        number_of_frames=1,
+        samples_per_pixel=samples,
+        bits_allocated=header["BitsAllocated"],
+        bits_stored=bits,
+        pixel_representation=header.get("PixelRepresentation", 0),
+        photometric_interpretation=header.get("PhotometricInterpretation", default),
+        planar_configuration=header.get("PlanarConfiguration", 0),
+        pixel_keyword="PixelData",
+    )
+    if array.ndim == 3:
+        array = (array @ np.array([0.299, 0.587, 0.114]) + 0.5).astype(array.dtype)  # ITU-R BT.601
+    if array.shape != (frame.rows, frame.cols):
+        raise ValueError(f"decoded to {array.shape}, expected {(frame.rows, frame.cols)}")
+    return np.ascontiguousarray(array)
+
+
+# Rows, columns and samples in the frame header of JPEG and JPEG-LS (SOFn), and in SIZ of JPEG 2000.
+JPEG_SIZE = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7]\0[\x0b\x11].(.{5})", re.DOTALL)
+JPEG_2000_SIZE = re.compile(rb"\xff\x4f\xff\x51.{4}(.{16}).{16}(..)", re.DOTALL)
+
+
+def check_code_stream(data: bytes, expected: tuple[int, int, int]) -> None:
+    """Refuses a code stream of another size than stated: 600 bytes can ask a decoder for gigabytes."""
+    size = None
+    if match := JPEG_2000_SIZE.search(data, 0, 4096):
+        width, height, left, top = struct.unpack(">4I", match[1])
+        size = (height - top, width - left, *struct.unpack(">H", match[2]))
+    elif match := JPEG_SIZE.search(data, 0, 2**16):
+        size = struct.unpack(">HHB", match[1])
+    if size != expected:
+        raise ValueError(f"the code stream holds {size} rows, columns, samples; the header says {expected}")
