@@ -134,9 +134,9 @@ def test_odd_files_cost_the_search_neither_time_nor_memory(tmp_path):
 def test_files_that_may_not_be_opened_stay_in_their_folders_series(tmp_path, monkeypatch):
     paths = [write_slice(tmp_path / "Jane" / f"{z}", z) for z in range(3)]
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(os, "stat", refuse)  # as in a folder that may be listed but not entered
-    monkeypatch.setattr(dicom, "open", lambda *_, **__: refuse(), raising=False)
+    monkeypatch.setattr("dicom_file.open", refuse, raising=False)
     assert find_series(tmp_path) == ({"Jane": paths}, [])
