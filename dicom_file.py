@@ -33,6 +33,7 @@ from pydicom.pixels import get_decoder
 
 IMPLICIT, EXPLICIT = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1"  # transfer syntaxes, PS3.5 A
 BIG_ENDIAN, DEFLATED, RLE = "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.5"
+INFLATED = DEFLATED[:-1] + "7"  # what an unpacked dataset says: pydicom would inflate it again
 DECODERS = {  # compressed transfer syntax -> packages that decode it
     RLE: "pylibjpeg pylibjpeg-rle",
     **{f"1.2.840.10008.1.2.4.{n}": "pylibjpeg pylibjpeg-libjpeg" for n in (50, 51, 57, 70)},  # JPEG
@@ -44,6 +45,8 @@ MAX_FRAME_PIXELS = 2**26  # 8192 x 8192
 MAX_UNPACKED_BYTES = 2**29  # of one deflated or gzipped file
 MAX_FRAMES = 2**15  # of one file, and fragments of a frame
 MAX_HEADER_READS = 2**20  # about 5 s in pydicom; and items of functional groups
+GZIP = b"\x1f\x8b"
+DATASET_STARTS = (b"\x02\0", b"\x08\0", b"\0\x08")  # of a file without preamble
 HEAD_BYTES = 2**20  # find_series reads at most so much of a file, and unpacks at most so much
 PIXEL_DATA = 0x7FE00010
 UNDEFINED = 0xFFFFFFFF  # length of an element that ends with a delimiter
@@ -126,17 +129,15 @@ def fast_header(path: Path) -> dict | None:
     """`read_header` in 0.1 ms for plain little-endian files. None at the slightest doubt (odd VR, length or
     order, functional groups, a value that does not parse), which leaves the file to pydicom."""
     with open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
         for limit in (2**14, 2**18, 2**22):
+            file.seek(0)
             try:
-                header = parse_header(os.pread(file.fileno(), limit, 0))
+                header = parse_header(file.read(limit))
             except ValueError:
                 return None
             except struct.error:  # the header is longer
                 continue
-            header["spans"] = locate_frames(
-                header, size, lambda offset, length: os.pread(file.fileno(), length, offset)
-            )
+            header["spans"] = locate_frames(header, file)
             return header
     return None
 
@@ -268,47 +269,38 @@ class BoundedFile:
 
 def slow_header(path: Path) -> dict:
     """`read_header` of any file, through pydicom."""
-    with open_unpacked(path) as (file, is_deflated):
+    with open_unpacked(path) as file:
         start = file.read(132)
         has_preamble = start[128:] == b"DICM"
         if not start.strip(b"\0"):
             raise ValueError("damaged: empty, or zeros where a file starts")
-        if not has_preamble and start[:2] not in (b"\x02\0", b"\x08\0", b"\0\x08"):
+        if not has_preamble and not start.startswith(DATASET_STARTS):
             raise ValueError("not DICOM: no DICM after 128 bytes, and group 0002 or 0008 does not come first")
         file.seek(0)
+        tags = [*ATTRIBUTES, SHARED_GROUPS, FRAME_GROUPS]
         dataset = pydicom.dcmread(
-            BoundedFile(file),
-            stop_before_pixels=True,
-            force=not has_preamble,
-            specific_tags=[*ATTRIBUTES, SHARED_GROUPS, FRAME_GROUPS],
+            BoundedFile(file), stop_before_pixels=True, force=not has_preamble, specific_tags=tags
         )
         position = file.tell()
-        size = file.seek(0, os.SEEK_END)
-
-        def read(offset: int, length: int) -> bytes:
-            file.seek(offset)
-            return file.read(length)
-
         implicit, little = dataset.original_encoding
         order = "<" if little else ">"
+        implied = IMPLICIT if implicit else EXPLICIT if little else BIG_ENDIAN
         header, remarks = parse_dataset(dataset, order)
         header |= {"order": order, "packed": isinstance(file, io.BytesIO), "remarks": remarks}
-        implied = IMPLICIT if implicit else EXPLICIT if little else BIG_ENDIAN
-        syntax = DEFLATED if is_deflated else str(dataset.file_meta.get("TransferSyntaxUID") or implied)
-        header["TransferSyntaxUID"] = syntax
-        element = read(position, 12).ljust(12, b"\0")
+        syntax = str(dataset.file_meta.get("TransferSyntaxUID") or implied)
+        header["TransferSyntaxUID"] = syntax.replace(INFLATED, DEFLATED)
+        element = file.read(12).ljust(12, b"\0")
         explicit = not implicit and element[4:6] in LONG_VRS
         tag, vr, length, start = parse_element(element, 0, explicit, order)
         if tag != PIXEL_DATA:
             sop_class = header.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID", "")
             modality = header.get("Modality", "no (0008,0060) Modality")
             is_cut = sop_modality(sop_class) and modality in ("CT", "MR")
-            raise ValueError(
-                f"{'truncated' if is_cut else 'not an image'} ({modality}): no (7FE0,0010) PixelData"
-            )
+            what = "truncated" if is_cut else "not an image"
+            raise ValueError(f"{what} ({modality}): no (7FE0,0010) PixelData")
         header["pixel_data"] = (vr.decode() or "OW", position + start, length)
         header["groups"] = parse_groups(dataset, order)
-        header["spans"] = locate_frames(header, size, read)
+        header["spans"] = locate_frames(header, file)
         return header
 
 
@@ -357,31 +349,41 @@ def parse_groups(dataset: pydicom.Dataset, order: str) -> list[dict] | None:
 
 
 @contextlib.contextmanager
-def open_unpacked(path: Path) -> Iterator[tuple[BinaryIO, bool]]:
-    """(`path` open for reading, whether its dataset was deflated). A gzipped or deflated file is unpacked in
-    memory, at most MAX_UNPACKED_BYTES; a deflated dataset then looks like explicit VR little endian."""
+def open_unpacked(path: Path) -> Iterator[BinaryIO]:
+    """`path` open for reading; a gzipped or deflated file is unpacked in memory."""
     with open(path, "rb") as file:
         head = file.read(2**16)
         file.seek(0)
-        if head[:2] == b"\x1f\x8b":
-            head = inflate(file.read(MAX_UNPACKED_BYTES), 31)
-            file = io.BytesIO(head)
-        is_deflated = head[128:132] == b"DICM" and DEFLATED.encode() in head[: 2**16]
-        if is_deflated:
-            data = file.read(MAX_UNPACKED_BYTES)
-            end = 144 + int.from_bytes(data[140:144], "little")  # of the file meta group, PS3.10 7.1
-            meta = data[:end].replace(DEFLATED.encode(), EXPLICIT.encode() + b"\0\0\0")
-            file = io.BytesIO(meta + inflate(data[end:], -15))
-        yield file, is_deflated
+        if is_packed(head):
+            file = io.BytesIO(unpack(file.read(MAX_UNPACKED_BYTES)))
+        yield file
 
 
-def inflate(data: bytes, window_bits: int) -> bytes:
-    """Unpacked `data`; what grows beyond MAX_UNPACKED_BYTES is refused before it takes the memory."""
+def is_packed(head: bytes) -> bool:
+    return head[:2] == GZIP or DEFLATED.encode() in head
+
+
+def unpack(data: bytes, limit: int | None = None) -> bytes:
+    """What a gzipped file holds, or one whose dataset is deflated: this then is explicit VR little endian.
+    With a `limit` only so much of it, and `data` may end early."""
+    if data[:2] == GZIP:
+        data = inflate(data, 31, limit)
+    if data[128:132] == b"DICM" and DEFLATED.encode() in data[: 2**16]:
+        end = 144 + int.from_bytes(data[140:144], "little")  # of the file meta group, PS3.10 7.1
+        data = data[:end].replace(DEFLATED.encode(), INFLATED.encode()) + inflate(data[end:], -15, limit)
+    return data
+
+
+def inflate(data: bytes, window_bits: int, limit: int | None = None) -> bytes:
+    """Unpacked `data`, only its first bytes if there is a `limit`. What grows beyond MAX_UNPACKED_BYTES is
+    refused before it takes the memory."""
     stream = zlib.decompressobj(window_bits)
     try:
-        unpacked = stream.decompress(data, MAX_UNPACKED_BYTES + 1)
+        unpacked = stream.decompress(data, limit or MAX_UNPACKED_BYTES + 1)
     except zlib.error as error:
         raise ValueError(f"damaged: {error}") from error
+    if limit:
+        return unpacked
     if len(unpacked) > MAX_UNPACKED_BYTES:
         raise ValueError(f"unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB: a decompression bomb?")
     if not stream.eof:
@@ -401,24 +403,19 @@ def read_identity(path: Path) -> tuple[str, str] | None:
     """
     try:
         with open(path, "rb", buffering=0) as file:
-            for limit in (2**14, 2**18, HEAD_BYTES):
+            for limit in (2**14, HEAD_BYTES):
                 file.seek(0)
-                head = unpack_head(file.read(limit))
+                head = file.read(limit)
+                with contextlib.suppress(ValueError):
+                    head = unpack(head, HEAD_BYTES)
                 if not head.strip(b"\0"):
                     return None
                 is_dicom = head[128:132] == b"DICM"
-                if not is_dicom and head[:2] not in (b"\x02\0", b"\x08\0", b"\0\x08"):
+                if not is_dicom and not head.startswith(DATASET_STARTS):
                     raise ValueError("not DICOM")
-                try:
-                    header = parse_header(head)
-                except struct.error:  # longer, or cut short
-                    continue
-                except ValueError:  # unusual
-                    header = parse_head(head)
+                header = parse_head(head)
                 if "Rows" in header:
                     break
-            else:
-                header = parse_head(head)
     except OSError:
         return None
     kind = header.get("SOPClassUID", "")
@@ -432,23 +429,13 @@ def read_identity(path: Path) -> tuple[str, str] | None:
     raise ValueError(f"not an image: no (0028,0010) Rows, (0008,0016) SOPClassUID {kind or 'missing'}")
 
 
-def unpack_head(head: bytes) -> bytes:
-    """The first bytes of a file, unpacked where the file is gzipped or its dataset deflated."""
-    with contextlib.suppress(zlib.error):
-        if head[:2] == b"\x1f\x8b":
-            head = zlib.decompressobj(31).decompress(head, HEAD_BYTES)
-        if DEFLATED.encode() in head[:1024]:
-            end = 144 + int.from_bytes(head[140:144], "little")  # of the file meta group, PS3.10 7.1
-            dataset = zlib.decompressobj(-15).decompress(head[end:], HEAD_BYTES)
-            head = head[:end].replace(DEFLATED.encode(), EXPLICIT.encode() + b"\0\0\0") + dataset
-    return head
-
-
-def parse_head(head: bytes) -> dict[str, str]:
-    """What `read_identity` asks for, as far as the first bytes of a file tell, through pydicom."""
+def parse_head(head: bytes) -> dict:
+    """What `read_identity` asks for, as far as the first bytes of a file tell."""
+    with contextlib.suppress(ValueError, struct.error):  # unusual, longer, or cut short
+        return parse_header(head)
+    header = {}
     names = ("SOPClassUID", "SeriesInstanceUID", "PatientID", "Rows")
     tags = [tag_for_keyword(name) for name in names]
-    header = {}
     try:
         dataset = pydicom.filereader.read_partial(
             io.BytesIO(head), lambda tag, vr, length: tag > tags[-1], force=True, specific_tags=tags
@@ -618,13 +605,11 @@ def padding_range(tags: dict) -> tuple[int, int] | None:
 # --- pixels -------------------------------------------------------------------------------------------------
 
 
-Reader = Callable[[int, int], bytes]  # (offset, length) -> that piece of a file
 Pieces = list[tuple[int, int]]  # (offset, length) of each piece of a frame
 
 
-def locate_frames(header: dict, size: int, read: Reader) -> list[Pieces]:
-    """For each frame the pieces of its pixel data in a file of `size` bytes. ValueError if the image is
-    absurd or the file too short.
+def locate_frames(header: dict, file: BinaryIO) -> list[Pieces]:
+    """For each frame the pieces of its pixel data. ValueError if the image is absurd or the file too short.
 
     Without (0028,0008) NumberOfFrames, native frames are counted from the length of the pixel data if it
     holds a whole number of them, compressed ones by code streams.
@@ -632,26 +617,29 @@ def locate_frames(header: dict, size: int, read: Reader) -> list[Pieces]:
     rows, cols, bits = (header.get(name, 0) for name in ("Rows", "Columns", "BitsAllocated"))
     samples, stated = header.get("SamplesPerPixel", 1), header.get("NumberOfFrames", 0)
     _, offset, length = header["pixel_data"]
+    size = file.seek(0, os.SEEK_END)
     image = f"{max(stated, 1)} frames of {rows} x {cols} pixels of {samples} x {bits} bits"
     if rows < 1 or cols < 1 or samples not in (1, 3) or bits not in (8, 16, 32) or stated < 0:
         raise ValueError(f"unreadable image: {image}; expected 1 or 3 samples of 8, 16 or 32 bits")
-    if rows * cols > MAX_FRAME_PIXELS:
-        raise ValueError(f"absurd size: {image}, limit {MAX_FRAME_PIXELS} pixels")
     frame_bytes = rows * cols * samples * bits // 8
     if header.get("PhotometricInterpretation") == "YBR_FULL_422" and length != UNDEFINED:
         frame_bytes = rows * cols * 2
     if length == UNDEFINED:
-        syntax = header["TransferSyntaxUID"]
-        if syntax in (IMPLICIT, EXPLICIT, BIG_ENDIAN, DEFLATED):
-            raise ValueError(f"compressed pixel data, but (0002,0010) TransferSyntaxUID is {syntax}")
-        frames = group_fragments(stated, offset, size, read)
-    count = len(frames) if length == UNDEFINED else stated or max(length // frame_bytes, 1)
-    if count > MAX_FRAMES or frame_bytes * count > MAX_PIXEL_BYTES:
-        raise ValueError(f"absurd size: {image}, limit {MAX_FRAMES} frames, {MAX_PIXEL_BYTES >> 20} MiB")
+        if header["TransferSyntaxUID"] not in DECODERS:
+            raise ValueError(f"compressed, but TransferSyntaxUID is {header['TransferSyntaxUID']}")
+        frames = group_fragments(stated, offset, size, file)
+        count = len(frames)
+    else:
+        count = stated or max(length // frame_bytes, 1)
+        if not stated and length % frame_bytes > 1:
+            count = 1
+    if rows * cols > MAX_FRAME_PIXELS or count > MAX_FRAMES or frame_bytes * count > MAX_PIXEL_BYTES:
+        raise ValueError(
+            f"absurd size: {image}; limits: {MAX_FRAMES} frames, {MAX_FRAME_PIXELS} pixels, "
+            f"{MAX_PIXEL_BYTES >> 20} MiB"
+        )
     if length == UNDEFINED:
         return frames
-    if not stated and length % frame_bytes > 1:
-        count = 1
     available = max(0, min(length, size - offset))
     if available < count * frame_bytes:
         raise ValueError(f"truncated: {available} of {count * frame_bytes} bytes of pixel data ({image})")
@@ -660,12 +648,14 @@ def locate_frames(header: dict, size: int, read: Reader) -> list[Pieces]:
     return [[(offset + i * frame_bytes, frame_bytes)] for i in range(count)]
 
 
-def group_fragments(stated: int, offset: int, size: int, read: Reader) -> list[Pieces]:
+def group_fragments(stated: int, offset: int, size: int, file: BinaryIO) -> list[Pieces]:
     """Fragments of encapsulated pixel data by frame (PS3.5 A.4): a frame starts where a code stream does.
     `stated` is 0 where no number of frames is given."""
-    fragments, frames = [], []
-    while offset + 8 <= size and len(fragments) <= 2 * MAX_FRAMES:
-        item = read(offset, 16)
+    frames: list[Pieces] = []
+    num_fragments = 0
+    while offset + 8 <= size and num_fragments <= 2 * MAX_FRAMES:
+        file.seek(offset)
+        item = file.read(16)
         start, length = offset + 8, int.from_bytes(item[4:8], "little")
         if item[:4] == b"\xfe\xff\xdd\xe0":
             break
@@ -674,11 +664,11 @@ def group_fragments(stated: int, offset: int, size: int, read: Reader) -> list[P
         offset = start + length
         if offset > size:
             raise ValueError(f"truncated: {size - start} bytes left for a fragment of {length}")
-        fragments.append((start, length, STREAM_START.match(item, 8)))
-    for start, length, is_stream_start in fragments[1:]:  # the first is the offset table
-        if is_stream_start or not frames:
-            frames.append([])
-        frames[-1].append((start, length))
+        if num_fragments > 0:  # the first is the offset table
+            if STREAM_START.match(item, 8) or not frames:
+                frames.append([])
+            frames[-1].append((start, length))
+        num_fragments += 1
     if not frames or stated not in (0, len(frames)):
         raise ValueError(f"damaged: {len(frames)} code streams of {stated or 'some'} frames")
     return frames
@@ -721,7 +711,7 @@ def read_pixel_bytes(frame: Frame) -> bytes:
 @functools.lru_cache(maxsize=1)
 def read_unpacked(path: Path, _changed: int) -> memoryview:
     """A packed file's unpacked bytes, kept until the next one so that its frames do not unpack it again."""
-    with open_unpacked(path) as (file, _):
+    with open_unpacked(path) as file:
         return file.getbuffer()
 
 
