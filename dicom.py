@@ -85,21 +85,30 @@ def find_series(root: Path, skip: Path | None = None) -> tuple[dict[str, list[Pa
     different (0010,0020) PatientID are never one series: a name that several series claim gets a number
     (`2024.03.01-1of2`). A damaged image that does not say where it belongs counts as one of the largest
     series of its folder, a folder that cannot be read as a series. Folders called `segmentations` (vessel
-    masks) and the files in the folder `skip` are left out.
+    masks) and the files in the folder `skip` are left out. Links are followed, each real folder once.
     """
-    groups: dict[tuple[str, str], dict[str, list[Path]]] = {}
+    groups: dict[tuple[str, str], dict[str, list[Path]]] = collections.defaultdict(dict)
     rejected: list[tuple[Path, str]] = []
-    for folder, files in walk_folders(root, skip, rejected):
+    unreadable: list[OSError] = []
+    walked = set()
+    for name, subfolders, names in os.walk(root, followlinks=True, onerror=unreadable.append):
+        folder, real = Path(name), os.path.realpath(name)
+        is_new = real not in walked
+        walked.add(real)
+        subfolders[:] = sorted(set(subfolders) - {"segmentations"}) if is_new else []
+        is_searched = is_new and not (skip and real == os.path.realpath(skip))
+        files = [folder / name for name in sorted(names)] if is_searched else []
         for (series, patient), members in group_files(folder, files, rejected).items():
-            groups.setdefault(series, {}).setdefault(patient, []).extend(members)
-    claims: dict[str, list[list[Path]]] = {}
+            groups[series].setdefault(patient, []).extend(members)
+    for error in unreadable:
+        folder = Path(error.filename)
+        groups[name_series(folder)][""] = [folder]
+    claims: dict[str, list[list[Path]]] = collections.defaultdict(list)
     for (uid, _), by_patient in groups.items():
-        without_id = by_patient.pop("", [])
-        if len(by_patient) == 1:
+        if len(by_patient) == 2:  # images without a PatientID join those of the only patient
+            without_id = by_patient.pop("", [])
             next(iter(by_patient.values())).extend(without_id)
-        elif without_id:
-            by_patient[""] = without_id
-        claims.setdefault(uid, []).extend(by_patient.values())
+        claims[uid] += by_patient.values()
     series = {}
     for uid, claimants in claims.items():
         for number, members in enumerate(claimants, start=1):
@@ -108,51 +117,20 @@ def find_series(root: Path, skip: Path | None = None) -> tuple[dict[str, list[Pa
     return series, rejected
 
 
-def walk_folders(
-    root: Path, skip: Path | None, rejected: list[tuple[Path, str]]
-) -> Iterator[tuple[Path, list[Path] | None]]:
-    """Every real folder under `root` once, in order, and its regular files (None if it cannot be read); what
-    else lies in it (a pipe, a broken link) goes to `rejected`. Links are followed."""
-    walked, pending = set(), [root]
-    while pending:
-        folder = pending.pop()
-        real = os.path.realpath(folder)
-        if real in walked:
-            continue
-        walked.add(real)
-        try:
-            with os.scandir(folder) as listing:
-                entries = sorted(listing, key=lambda entry: entry.name)
-        except OSError:
-            yield folder, None
-            continue
-        files, subfolders = [], []
-        for entry in entries:
-            try:
-                is_folder, is_file = entry.is_dir(), entry.is_file()
-            except OSError:  # a link that leads to itself
-                is_folder = is_file = False
-            if is_folder:
-                subfolders.append(Path(entry.path))
-            elif is_file:
-                files.append(Path(entry.path))
-            else:
-                rejected.append((Path(entry.path), "not a regular file"))
-        pending += [path for path in reversed(subfolders) if path.name != "segmentations"]
-        yield folder, [] if skip and real == os.path.realpath(skip) else files
+def name_series(folder: Path) -> tuple[str, str]:
+    """(uid, folder where it is only the folder's name) of images without a SeriesInstanceUID."""
+    name = os.path.basename(os.path.abspath(folder))
+    return safe_uid(name), "" if UID_NAME.fullmatch(name) else str(folder)
 
 
 def group_files(
-    folder: Path, files: list[Path] | None, rejected: list[tuple[Path, str]]
+    folder: Path, files: list[Path], rejected: list[tuple[Path, str]]
 ) -> dict[tuple[tuple[str, str], str], list[Path]]:
-    """((uid, folder where it is only the folder's name), PatientID) -> images of one folder, as `find_series`
-    says; files that are not images go to `rejected`."""
-    name = os.path.basename(os.path.abspath(folder))
-    is_uid = bool(UID_NAME.fullmatch(name))
-    by_name = (safe_uid(name), "" if is_uid else str(folder))
-    if files is None:
-        return {(by_name, ""): [folder]}
-    series: dict[tuple[tuple[str, str], str], list[Path]] = {}
+    """(series as in `name_series`, PatientID) -> images of one folder, as `find_series` says; files that are
+    not images go to `rejected`."""
+    by_name = uid_of_folder, distinction = name_series(folder)
+    is_uid = not distinction
+    series: dict[tuple[tuple[str, str], str], list[Path]] = collections.defaultdict(list)
     damaged, strays = [], []
     for path in files:
         try:
@@ -164,9 +142,9 @@ def group_files(
             damaged.append(path)
             continue
         uid, patient = identity
-        if is_uid and not series and uid in ("", name):
+        if is_uid and not series and uid in ("", uid_of_folder):
             return {(by_name, patient): files}
-        series.setdefault(((safe_uid(uid), "") if uid else by_name, patient), []).append(path)
+        series[(safe_uid(uid), "") if uid else by_name, patient].append(path)
     if is_uid and files and not series:
         return {(by_name, ""): files}
     rejected += strays
@@ -252,52 +230,64 @@ class Series:
 PHASE_TYPES = {"P", "PHASE", "R", "REAL", "I", "IMAGINARY", "PHASE MAP", "B0", "B0 MAP"}
 
 
+@dataclass
+class Stack:
+    """Images on their way to one volume, and what is to be said of them."""
+
+    frames: list[Frame]
+    where: str  # for errors
+    notes: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+
+    def leave_out(self, is_out: list[bool] | np.ndarray, what: str) -> None:
+        """Drop the frames marked, if any, with a note on what they are."""
+        if any(is_out):
+            self.notes.append(f"{sum(is_out)} {what}")
+            self.frames = list(itertools.compress(self.frames, np.logical_not(is_out)))
+
+
 def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
     """One volume from a folder of any depth, or from a list of files.
 
     Files are recognised by content. Images of series `uid` are used if there are any, else all. The volume is
     one of the largest group of CT or MR images that agree in series, size, orientation and pixel spacing
-    (`select_stack`), with one image per position (`build_volume`); scouts and projections (MIP) only where
+    (`select_geometry`), with one image per position (`place_slices`); scouts and projections (MIP) only where
     nothing else is there. ValueError (one line) if there is no volume: mosaics, projections, radiographs,
     reports.
     """
     where = f"{len(source)} files" if isinstance(source, list) else str(source)
     frames, skipped = read_frames(list_files(source), where)
-    notes: list[str] = []
-    doubts: list[str] = []
-    members = [frame for frame in frames if frame.header.get("SeriesInstanceUID", uid) == uid]
-    if uid and members and len(members) < len(frames):
-        notes.append(f"{len(frames) - len(members)} images of other series left out")
-        frames = members
-    frames = orient_frames(drop_copies(frames, notes), notes, doubts)
-    geometry = index_images(frames)
-    frames = drop_slabs(select_stack(frames, where, notes), notes)
-    remarks = count_remarks(frames)
-    notes += remarks
-    doubts += [text for text in remarks if text.startswith("no valid (0028,0030)")]
-    frames, volume = build_volume(frames, where, notes, doubts)
-    geometry |= index_images(frames)
-    header = volume[0].header
-    modality, patient = modality_of(header), header.get("PatientID", "")
-    normal, affine, spacing, positions = measure_stack(volume, notes)
-    decoded: dict[int, np.ndarray] = {}
+    stack = Stack(frames, where)
+    is_other = [frame.header.get("SeriesInstanceUID", uid) != uid for frame in frames]
+    if uid and not all(is_other):
+        stack.leave_out(is_other, "images of other series left out")
+    drop_copies(stack)
+    orient_frames(stack)
+    geometry = index_images(stack.frames)
+    select_geometry(stack)
+    drop_slabs(stack)
+    add_remarks(stack)
+    geometry |= index_images(place_slices(stack))
+    header = stack.frames[0].header
+    normal, affine, spacing, positions = measure_stack(stack)
+    decoded = repair_values(stack)
     return Series(
-        uid=safe_uid(uid or header.get("SeriesInstanceUID") or os.path.abspath(volume[0].path.parent)),
-        modality=modality,
-        patient=patient,
+        uid=safe_uid(uid or header.get("SeriesInstanceUID") or os.path.abspath(stack.frames[0].path.parent)),
+        modality=modality_of(header),
+        patient=header.get("PatientID", ""),
         age=header.get("PatientAge", ""),
         sex=header.get("PatientSex", ""),
-        frames=repair_values(volume, modality, decoded, notes, doubts),
+        frames=stack.frames,
         positions_mm=positions,
         normal=normal,
         affine=affine,
         spacing_mm=spacing,
         plane=PLANES[int(np.abs(normal).argmax())],
         transfer_syntax=header["TransferSyntaxUID"],
-        notes=notes,
+        notes=stack.notes,
         skipped=skipped,
         geometry=geometry,
-        doubts=doubts,
+        doubts=stack.doubts,
         _stored=decoded,
     )
 
@@ -352,22 +342,25 @@ def count_places(frames: list[Frame]) -> int:
     return len({frame.position.tobytes() for frame in frames})
 
 
-def drop_copies(frames: list[Frame], notes: list[str]) -> list[Frame]:
-    images = {}
-    for i, frame in enumerate(frames):
+def drop_copies(stack: Stack) -> None:
+    """Leave out images that repeat the SOPInstanceUID, the position and the number of one before."""
+    seen: set[tuple] = set()
+    is_copy = []
+    for i, frame in enumerate(stack.frames):
         key = frame.sop_uid or i, frame.index, frame.position.tobytes(), frame.header.get("InstanceNumber")
-        images.setdefault(key, frame)
-    if len(images) < len(frames):
-        notes.append(
-            f"{len(frames) - len(images)} copies of images left out: same SOPInstanceUID and position"
-        )
-    return list(images.values())
+        is_copy.append(key in seen)
+        seen.add(key)
+    stack.leave_out(is_copy, "copies of images left out: same SOPInstanceUID and position")
 
 
-def count_remarks(frames: list[Frame]) -> list[str]:
-    """What was assumed for the images, each once with its number."""
-    counts = collections.Counter(text for frame in frames for text in frame.remarks)
-    return [f"{text} ({count} of {len(frames)} images)" for text, count in counts.items()]
+def add_remarks(stack: Stack) -> None:
+    """Note what was assumed for the images, each once with its number."""
+    counts = collections.Counter(text for frame in stack.frames for text in frame.remarks)
+    for text, count in counts.items():
+        remark = f"{text} ({count} of {len(stack.frames)} images)"
+        stack.notes.append(remark)
+        if "PixelSpacing" in text:
+            stack.doubts.append(remark)
 
 
 PLANES = ("sagittal", "coronal", "axial")  # slices lie along x, y, z
@@ -375,26 +368,26 @@ X, Y, Z = np.eye(3)
 USUAL_DIRECTIONS = ((Y, -Z), (X, -Z), (X, Y))  # of rows and columns in these planes
 
 
-def orient_frames(frames: list[Frame], notes: list[str], doubts: list[str]) -> list[Frame]:
+def orient_frames(stack: Stack) -> None:
     """Frames without a valid (0020,0037) ImageOrientationPatient get the usual one of the plane across which
     the positions of all lie, else axial."""
-    num_missing = sum(np.isnan(frame.row_dir[0]) for frame in frames)
-    if num_missing == 0:
-        return frames
+    frames = stack.frames
+    is_missing = [np.isnan(frame.row_dir[0]) for frame in frames]
+    if not any(is_missing):
+        return
     points = frame_points(frames)
     points = points[np.isfinite(points).all(axis=1)]
     extent = np.subtract(*np.percentile(points, (90, 10), axis=0)) if len(points) else np.zeros(3)
-    plane = int(extent.argmax()) if extent.max() > SAME_POSITION_MM else 2
-    text = f"no valid (0020,0037) ImageOrientationPatient in {num_missing} of {len(frames)} images"
+    text = f"no valid (0020,0037) ImageOrientationPatient in {sum(is_missing)} of {len(frames)} images"
+    plane = 2
     if extent.max() > SAME_POSITION_MM:
-        notes.append(f"{text}: {PLANES[plane]} by their positions")
+        plane = int(extent.argmax())
+        stack.notes.append(f"{text}: {PLANES[plane]} by their positions")
     else:
-        doubts.append(f"{text}, nor positions: axial assumed")
+        stack.doubts.append(f"{text}, nor positions: axial assumed")
     row_dir, col_dir = USUAL_DIRECTIONS[plane]
-    return [
-        replace(frame, row_dir=row_dir, col_dir=col_dir) if np.isnan(frame.row_dir[0]) else frame
-        for frame in frames
-    ]
+    for i in np.flatnonzero(is_missing):
+        frames[i] = replace(frames[i], row_dir=row_dir, col_dir=col_dir)
 
 
 def frame_points(frames: list[Frame]) -> np.ndarray:
@@ -418,34 +411,33 @@ def rank_positions(frames: list[Frame]) -> np.ndarray:
     return np.searchsorted(distinct_positions(frames), positions_along_normal(frames), side="right") - 1
 
 
-def select_stack(frames: list[Frame], where: str, notes: list[str]) -> list[Frame]:
+def select_geometry(stack: Stack) -> None:
     """The largest group (by positions) of images that agree in series, kind, size, orientation and pixel
     spacing; others are noted."""
-    stacks = collections.defaultdict(list)
-    for frame in frames:
+    alike = collections.defaultdict(list)
+    for frame in stack.frames:
         series = frame.header.get("SeriesInstanceUID") or frame.header.get("PatientID")
-        stacks[image_kind(frame.header), series, frame.rows, frame.cols].append(frame)
-    groups = [(key, group) for key, members in stacks.items() for group in group_by_geometry(members)]
+        alike[image_kind(frame.header), series, frame.rows, frame.cols].append(frame)
+    groups = [(key, group) for key, frames in alike.items() for group in group_by_geometry(frames)]
 
     def rank(group: tuple[tuple, list[Frame]]) -> tuple:
-        (kind, *_), members = group
-        return kind == "slice", count_places(members), len(members)
+        (kind, *_), frames = group
+        return kind == "slice", count_places(frames), len(frames)
 
-    (kind, best_series, *_), best = max(groups, key=rank)
+    groups.sort(key=rank, reverse=True)
+    (kind, best_series, *_), best = groups[0]
     if kind != "slice":
         if count_places(best) < 3:
-            raise ValueError(f"{where}: {len(frames)} {kind} images, no volume")
-        notes.append(f"the images call themselves {kind}: ImageType {best[0].header['ImageType']}")
-    for (kind, series, rows, cols), group in groups:
-        if group is not best:
-            other = " of another series" if series != best_series else ""
-            row_mm, col_mm = group[0].spacing_mm
-            normal = group[0].normal.round(2) + 0.0
-            notes.append(
-                f"{len(group)} images{other} left out: {kind}, {rows} x {cols} pixels of {row_mm:.3g} x "
-                f"{col_mm:.3g} mm, normal {normal}"
-            )
-    return best
+            raise ValueError(f"{stack.where}: {len(stack.frames)} {kind} images, no volume")
+        stack.notes.append(f"the images call themselves {kind}: ImageType {best[0].header['ImageType']}")
+    for (kind, series, rows, cols), frames in groups[1:]:
+        other = " of another series" if series != best_series else ""
+        row_mm, col_mm = frames[0].spacing_mm
+        stack.notes.append(
+            f"{len(frames)} images{other} left out: {kind}, {rows} x {cols} pixels of {row_mm:.3g} x "
+            f"{col_mm:.3g} mm, normal {frames[0].normal.round(2) + 0.0}"
+        )
+    stack.frames = best
 
 
 def group_by_geometry(frames: list[Frame]) -> list[list[Frame]]:
@@ -462,62 +454,62 @@ def group_by_geometry(frames: list[Frame]) -> list[list[Frame]]:
     return groups
 
 
-def drop_slabs(frames: list[Frame], notes: list[str]) -> list[Frame]:
-    """Images without those of another (0018,0050) SliceThickness among the usual ones: thick slabs and
-    projections of thin slices. A scan whose thickness changes on the way has them side by side instead."""
-    thickness = np.array([frame.header.get("SliceThickness", 0.0) for frame in frames])
+def drop_slabs(stack: Stack) -> None:
+    """Leave out images of another (0018,0050) SliceThickness among the usual ones: thick slabs, projections
+    of thin slices. A scan whose thickness changes on the way has them side by side instead."""
+    thickness = np.array([frame.header.get("SliceThickness", 0.0) for frame in stack.frames])
     sizes, counts = np.unique(thickness[thickness > 0], return_counts=True)
     if len(sizes) < 2:
-        return frames
+        return
     usual = sizes[2 * counts >= counts.max()].min()
-    is_slab = (thickness > 0) & ((thickness > 1.35 * usual) | (thickness < usual / 1.35))
-    positions = positions_along_normal(frames)
+    is_slab = (thickness > 0) & (np.abs(np.log(np.maximum(thickness, 1e-6) / usual)) > math.log(1.35))
+    positions = positions_along_normal(stack.frames)
     low, high = positions[~is_slab].min(), positions[~is_slab].max()
     is_among = is_slab & (positions > low) & (positions < high)
-    if is_among.sum() <= 0.5 * is_slab.sum():
-        return frames
-    notes.append(
-        f"{is_slab.sum()} images left out: thicker or thinner than the {usual:g} mm slices among them"
-    )
-    return list(itertools.compress(frames, ~is_slab))
+    if is_among.sum() > 0.5 * is_slab.sum():
+        what = f"images left out: thicker or thinner than the {usual:g} mm slices among them"
+        stack.leave_out(is_slab, what)
 
 
-def build_volume(
-    frames: list[Frame], where: str, notes: list[str], doubts: list[str]
-) -> tuple[list[Frame], list[Frame]]:
-    """(every image with its position, one image per position sorted along +normal).
+def place_slices(stack: Stack) -> list[Frame]:
+    """Leave one image per position, sorted along +normal. Returns every image with its position.
 
     The sources of positions are tried in turn until one is plausible: of the images of one volume nearly all
     have a position of their own, and where (0020,0032) does not tell, neighbours look alike.
     """
+    num_images = len(stack.frames)
     attempts = []
-    for source, is_certain, placed in position_sources(frames):
-        remarks = [f"slices placed by {source}"] if source else []
-        placed = drop_strays(placed, remarks)
-        volume = select_volume(placed, remarks)
-        num_positions = len(distinct_positions(volume))
-        attempts.append((placed, volume, remarks, num_positions, source))
-        is_full = len(volume) <= max(1.1 * num_positions, num_positions + 1)
-        is_stack = num_positions > 1 or len(frames) == 1
-        if is_full and is_stack and (is_certain or is_ordered(volume, attempts[0][3])):
+    for source, is_certain, frames in position_sources(stack.frames):
+        attempt = Stack(frames, stack.where, [f"slices placed by {source}"] if source else [])
+        drop_strays(attempt)
+        placed = attempt.frames
+        select_volume(attempt)
+        num_positions = len(distinct_positions(attempt.frames))
+        attempts.append((attempt, placed, num_positions, source))
+        is_full = len(attempt.frames) <= max(1.1 * num_positions, num_positions + 1)
+        is_stack = num_positions > 1 or num_images == 1
+        if is_full and is_stack and (is_certain or is_ordered(attempt.frames, attempts[0][2])):
             break
     else:
-        placed, volume, remarks, num_positions, source = attempts[0]
-        counts = np.bincount(rank_positions(volume))
+        attempt, placed, num_positions, source = attempts[0]
+        frames = attempt.frames
+        counts = np.bincount(rank_positions(frames))
         if num_positions > 1 and (counts == np.median(counts)).mean() < 0.9:
             raise ValueError(
-                f"{where}: {len(volume)} images share {num_positions} positions, and neither (0020,1041) "
-                f"SliceLocation, (0020,0013) InstanceNumber nor file names tell them apart"
+                f"{stack.where}: {len(frames)} images share {num_positions} positions, and neither "
+                f"(0020,1041) SliceLocation, (0020,0013) InstanceNumber nor file names tell them apart"
             )
-        numbers = {(instance_number(frame), frame.index) for frame in volume}
-        if len(frames) >= 8 and (num_positions == 1 or source or len(numbers) < len(volume)):
-            doubts.append(f"{len(frames)} images without plausible positions: the slices are a guess")
-        volume = select_labelled(volume, count_visits(volume), "InstanceNumber", remarks)
-    notes += remarks
-    slices = take_one_per_position(volume)
-    if len(slices) < len(volume):
-        notes.append(f"{len(volume) - len(slices)} images left out at positions that others hold")
-    return placed, slices
+        numbers = {(instance_number(frame), frame.index) for frame in frames}
+        if num_images >= 8 and (num_positions == 1 or source or len(numbers) < len(frames)):
+            stack.doubts.append(f"{num_images} images without plausible positions: the slices are a guess")
+        select_labelled(attempt, count_visits(frames), "InstanceNumber")
+    slices = take_one_per_position(attempt.frames)
+    stack.notes += attempt.notes
+    num_others = len(attempt.frames) - len(slices)
+    if num_others:
+        stack.notes.append(f"{num_others} images left out at positions that others hold")
+    stack.frames = slices
+    return placed
 
 
 def position_sources(frames: list[Frame]) -> Iterator[tuple[str, bool, list[Frame]]]:
@@ -559,27 +551,29 @@ def place_on_line(frames: list[Frame], values: np.ndarray, step_mm: float) -> tu
     return [replace(f, position=position) for f, position in zip(frames, positions, strict=True)], line_step
 
 
-def drop_strays(frames: list[Frame], notes: list[str]) -> list[Frame]:
-    """Frames without the few (a tenth at most) that lie beyond a gap far wider than the others, or far from
-    those numbered before and after them: test images, corrupt positions."""
-    points, positions = frame_points(frames), positions_along_normal(frames)
-    gaps = np.diff(distinct_positions(frames))
-    if len(gaps) < 5:
-        return frames
-    is_stray = np.zeros(len(frames), bool)
-    order = np.argsort([instance_number(frame) for frame in frames], kind="stable")
-    windows = np.lib.stride_tricks.sliding_window_view(points[order], 5, axis=0)
+def drop_strays(stack: Stack) -> None:
+    """Leave out the few frames (a tenth at most) that lie beyond a gap far wider than the others, 200 mm
+    beside them, or far from those numbered before and after them: test images, corrupt positions."""
+    points, positions = frame_points(stack.frames), positions_along_normal(stack.frames)
+    usual = np.diff(distinct_positions(stack.frames))
+    if len(usual) < 5:
+        return
+    gap = np.median(usual)
+    by_number = np.argsort([instance_number(frame) for frame in stack.frames], kind="stable")
+    windows = np.lib.stride_tricks.sliding_window_view(points[by_number], 5, axis=0)
     jumps = np.linalg.norm(windows[..., 2] - np.median(windows, axis=-1), axis=1)
-    steps = np.linalg.norm(np.diff(points[order], axis=0), axis=1)
-    is_stray[order[2:-2]] = jumps > 3 * max(np.median(gaps), np.median(steps))
-    order = np.argsort(positions)
-    clusters = np.cumsum(np.diff(positions[order], prepend=0) > max(10 * np.median(gaps), 30))
-    is_stray[order] |= clusters != np.bincount(clusters).argmax()
-    if not 0 < is_stray.sum() <= max(1, len(frames) // 10):
-        return frames
-    place = points[is_stray][0].round(1).tolist()
-    notes.append(f"{is_stray.sum()} images left out: far from the others, one at {place} mm")
-    return list(itertools.compress(frames, ~is_stray))
+    steps = np.linalg.norm(np.diff(points[by_number], axis=0), axis=1)
+    is_stray = np.zeros(len(points), bool)
+    is_stray[by_number[2:-2]] = jumps > 3 * max(gap, np.median(steps))
+    by_place = np.argsort(positions)
+    clusters = np.cumsum(np.diff(positions[by_place], prepend=0) > max(4 * gap, 30))
+    is_stray[by_place] |= clusters != np.bincount(clusters).argmax()
+    offsets = points - np.median(points, axis=0)
+    normal = stack.frames[0].normal
+    is_stray |= np.linalg.norm(offsets - np.outer(offsets @ normal, normal), axis=1) > 200
+    if 0 < is_stray.sum() <= max(1, len(points) // 10):
+        place = points[is_stray][0].round(1).tolist()
+        stack.leave_out(is_stray, f"images left out: far from the others, one at {place} mm")
 
 
 @functools.lru_cache(maxsize=64)
@@ -666,38 +660,40 @@ def alternate(frames: list[Frame]) -> list[int]:
     return (rank_positions(frames) % 2 * is_alternate).tolist()
 
 
-def select_volume(frames: list[Frame], notes: list[str]) -> list[Frame]:
-    """The images of one volume: while an attribute, or the order of InstanceNumbers, times or files, tells
-    several complete volumes apart, one of them."""
+def select_volume(stack: Stack) -> None:
+    """Leave the images of one volume: while an attribute, or the order of InstanceNumbers, times or files,
+    tells several complete volumes apart, one of them."""
     for name in VOLUME_KEYS:
-        frames = select_labelled(frames, [key_value(frame, name) for frame in frames], name, notes)
+        select_labelled(stack, [key_value(frame, name) for frame in stack.frames], name)
     for name in ("InstanceNumber", "AcquisitionTime", "order of files"):
-        labels = count_sweeps(frames, [key_value(frame, name) for frame in frames])
-        frames = select_labelled(frames, labels, name, notes)
-    return select_labelled(frames, alternate(frames), "alternating gaps", notes)
+        values = [key_value(frame, name) for frame in stack.frames]
+        select_labelled(stack, count_sweeps(stack.frames, values), name)
+    select_labelled(stack, alternate(stack.frames), "alternating gaps")
 
 
-def select_labelled(frames: list[Frame], labels: list, name: str, notes: list[str]) -> list[Frame]:
-    """The frames with one label, if that makes a volume (`is_volume`): of several CT volumes the brightest,
-    whose vessels are filled; else the fullest, the first of equals."""
+def select_labelled(stack: Stack, labels: list, name: str) -> None:
+    """Leave the frames with one label, if that makes a volume (`is_volume`): of several CT volumes the
+    brightest, whose vessels are filled; else the fullest, the first of equals."""
+    if len(set(labels)) == 1:
+        return
     volumes = collections.defaultdict(list)
-    for frame, label in zip(frames, labels, strict=True):
+    for frame, label in zip(stack.frames, labels, strict=True):
         volumes[label].append(frame)
-    if len(volumes) == 1:
-        return frames
-    places = distinct_positions(frames)
-    complete = [volumes[label] for label in sorted(volumes) if is_volume(volumes[label], places, len(frames))]
+    places = distinct_positions(stack.frames)
+    complete = [
+        volumes[label] for label in sorted(volumes) if is_volume(volumes[label], places, len(stack.frames))
+    ]
     if not complete:
-        return frames
+        return
     sizes = [len(distinct_positions(volume)) for volume in complete]
     best = complete[int(np.argmax(sizes))]
     full = [volume for volume, size in zip(complete, sizes, strict=True) if size >= 0.9 * max(sizes) > 1]
-    if len(full) > 1 and name != "ImageType" and modality_of(frames[0].header) == "CT":
+    if len(full) > 1 and name != "ImageType" and modality_of(best[0].header) == "CT":
         low, high = (np.median([distinct_positions(volume)[end] for volume in full]) for end in (0, -1))
         shared = low + (high - low) * np.linspace(0.2, 0.8, 6)
         best = max(full, key=lambda volume: measure_brightness(volume, shared))
-    notes.append(f"{len(complete)} volumes by {name}: one of them kept ({len(best)} images)")
-    return best
+    stack.notes.append(f"{len(complete)} volumes by {name}: one of them kept ({len(best)} images)")
+    stack.frames = best
 
 
 def is_volume(frames: list[Frame], places: np.ndarray, num_all: int) -> bool:
@@ -748,16 +744,15 @@ def take_one_per_position(frames: list[Frame]) -> list[Frame]:
     return [frames[i] for i in order[np.diff(ranks[order], prepend=-1) > 0]]
 
 
-def measure_stack(frames: list[Frame], notes: list[str]) -> tuple[np.ndarray, np.ndarray, tuple, np.ndarray]:
+def measure_stack(stack: Stack) -> tuple[np.ndarray, np.ndarray, tuple, np.ndarray]:
     """(normal, affine, spacing, positions along the normal) of sorted frames; gaps and tilt are noted."""
-    first = frames[0]
-    normal = first.normal
-    points = frame_points(frames)
+    first, normal = stack.frames[0], stack.frames[0].normal
+    points = frame_points(stack.frames)
     positions = points @ normal
-    if len(frames) == 1:
+    if len(points) == 1:
         gap, source = slice_step(first.header, first.spacing_mm[0])
         start, step = points[0], gap * normal
-        notes.append(f"a single slice: {gap:.4g} mm thick ({source})")
+        stack.notes.append(f"a single slice: {gap:.4g} mm thick ({source})")
     else:
         gaps = np.diff(positions)
         gap, widest = float(np.median(gaps)), int(gaps.argmax())
@@ -765,12 +760,12 @@ def measure_stack(frames: list[Frame], notes: list[str]) -> tuple[np.ndarray, np
         _, drift = np.polynomial.polynomial.polyfit(positions, points, 1)  # by mm along the normal
         tilt = np.linalg.norm(drift - normal)
         if gaps[widest] > 1.5 * gap:
-            notes.append(
+            stack.notes.append(
                 f"{(gaps > 1.5 * gap).sum()} gaps of more than 1.5 x the median {gap:.3f} mm, the widest of "
                 f"{gaps[widest]:.3f} mm after slice {widest}: slices missing or uneven"
             )
         if tilt > 1e-3:
-            notes.append(f"tilted: the stack leaves the slice normal by {tilt:.4f} mm per mm")
+            stack.notes.append(f"tilted: the stack leaves the slice normal by {tilt:.4f} mm per mm")
     row_mm, col_mm = first.spacing_mm
     affine = np.eye(4)
     affine[:3] = np.stack([step, row_mm * first.col_dir, col_mm * first.row_dir, start], axis=1)
@@ -782,57 +777,66 @@ TISSUE_HU = (-20, 120)
 HIGHEST_HU = 3200  # but for metal
 MOST_FILL = 0.4  # share of an image; a round field of view leaves 0.21 over
 
-Samples = dict[int, np.ndarray]  # index of a frame -> some of its stored values, (h, w)
+
+class Samples(NamedTuple):
+    """Some pixels of a few slices, (n,) each."""
+
+    stored: np.ndarray
+    slopes: np.ndarray
+    intercepts: np.ndarray
+    corners: np.ndarray  # (m,) stored values in the corners of the slices, where no head reaches
 
 
-def repair_values(
-    frames: list[Frame],
-    modality: str,
-    decoded: dict[int, np.ndarray],
-    notes: list[str],
-    doubts: list[str],
-) -> list[Frame]:
-    """Values that the pixels contradict, put right for the whole series by a look at five slices; these come
-    back in `decoded`, unless their bits or sign turn out to be others."""
-    if modality == "CT":
-        frames = _add_intercept(frames, notes)
-    samples: Samples = {}
-    for k in (1, 2, 3, 4, 5):
-        i = len(frames) * k // 6
-        with contextlib.suppress(ValueError):  # told when the slice is used
-            decoded[i] = decode(frames[i])
-            stride = 1 + math.isqrt(decoded[i].size // 16_000)
-            samples[i] = decoded[i][::stride, ::stride]
-    if not samples:
-        return frames
-    header = frames[0].header
+def repair_values(stack: Stack) -> dict[int, np.ndarray]:
+    """Values that the pixels contradict, put right for the whole series by a look at five slices. Returns
+    what is decoded then (index of the frame -> stored values), unless its bits or its sign are others."""
+    header = stack.frames[0].header
+    is_ct = modality_of(header) == "CT"
     is_inverse = header.get("PhotometricInterpretation") == "MONOCHROME1"
+    if is_ct:
+        _add_intercept(stack)
+    decoded = {}
+    for k in (1, 2, 3, 4, 5):
+        i = len(stack.frames) * k // 6
+        with contextlib.suppress(ValueError):  # told when the slice is used
+            decoded[i] = decode(stack.frames[i])
+    if not decoded:
+        return decoded
     if is_inverse:
-        frames = _invert_if_bright(frames, samples, notes)
-    if modality == "CT":
-        frames = _choose_reading(frames, samples, notes, doubts)
+        _invert_if_bright(stack, _sample(stack, decoded))
+    if is_ct:
+        _choose_reading(stack, _sample(stack, decoded))
     elif not is_inverse:
-        frames = _choose_sign(frames, samples, notes)
-    if frames[0].header is not header:
-        decoded.clear()
-    samples = {i: _reread(stored, frames[i].header) for i, stored in samples.items()}
-    frames = _drop_padding(frames, samples, notes)
-    if not frames[0].padding:
-        frames = _pad_fill(frames, samples, modality, notes)
-    return frames
+        _choose_sign(stack, _sample(stack, decoded))
+    samples = _sample(stack, decoded)
+    _drop_padding(stack, samples)
+    if not stack.frames[0].padding:
+        _pad_fill(stack, samples, is_ct)
+    return decoded if stack.frames[0].header is header else {}
 
 
-def _add_intercept(frames: list[Frame], notes: list[str]) -> list[Frame]:
+def _sample(stack: Stack, decoded: dict[int, np.ndarray]) -> Samples:
+    rows = []
+    for i, image in decoded.items():
+        frame = stack.frames[i]
+        stride = 1 + math.isqrt(image.size // 16_000)
+        stored = _reread(image[::stride, ::stride], frame.header)
+        slopes, intercepts = np.full(stored.size, frame.slope), np.full(stored.size, frame.intercept)
+        rows.append((stored.ravel(), slopes, intercepts, stored[[0, 0, -1, -1], [0, -1, 0, -1]]))
+    return Samples(*map(np.concatenate, zip(*rows, strict=True)))
+
+
+def _add_intercept(stack: Stack) -> None:
     """CT images without an intercept get that of the others; if none has one, unsigned images get -1024."""
-    lacking = [frame for frame in frames if "RescaleIntercept" not in frame.header]
-    stated = [frame.intercept for frame in frames if "RescaleIntercept" in frame.header]
-    usual = 0.0 if _is_signed(frames[0].header) else -1024.0
-    if stated:
-        usual = stated[0]
-    if not lacking or usual == 0:
-        return frames
-    notes.append(f"no (0028,1052) RescaleIntercept in {len(lacking)} CT images: {usual:g} assumed")
-    return [f if "RescaleIntercept" in f.header else replace(f, intercept=usual) for f in frames]
+    is_lacking = ["RescaleIntercept" not in frame.header for frame in stack.frames]
+    stated = [frame.intercept for frame in stack.frames if "RescaleIntercept" in frame.header]
+    usual = stated[0] if stated else 0.0 if _is_signed(stack.frames[0].header) else -1024.0
+    if any(is_lacking) and usual != 0:
+        stack.notes.append(
+            f"no (0028,1052) RescaleIntercept in {sum(is_lacking)} CT images: {usual:g} assumed"
+        )
+        for i in np.flatnonzero(is_lacking):
+            stack.frames[i] = replace(stack.frames[i], intercept=usual)
 
 
 def _is_signed(header: dict) -> bool:
@@ -844,31 +848,16 @@ def _flip_sign(header: dict) -> dict:
     return {"PixelRepresentation": 0 if _is_signed(header) else 1}
 
 
-def _corners(samples: Samples) -> np.ndarray:
-    """Stored values in the four corners of all samples, where no head reaches."""
-    corners = [stored[[0, 0, -1, -1], [0, -1, 0, -1]] for stored in samples.values()]
-    return np.concatenate(corners)
-
-
-def _invert_if_bright(
-    frames: list[Frame],
-    samples: Samples,
-    notes: list[str],
-) -> list[Frame]:
+def _invert_if_bright(stack: Stack, samples: Samples) -> None:
     """MONOCHROME1 images with a bright background are complemented within BitsStored."""
-    pixels = np.concatenate([stored.ravel() for stored in samples.values()])
-    darkest, brightest = np.percentile(pixels, (1, 99))
-    if np.median(_corners(samples)) < (darkest + brightest) / 2:
-        return frames
-    notes.append("(0028,0004) PhotometricInterpretation MONOCHROME1 with a bright background: inverted")
-    header = frames[0].header
-    bits = header.get("BitsStored", 16)
-    ends = -1 if _is_signed(header) else 2**bits - 1  # lowest plus highest stored value
-    inverted = []
-    for frame in frames:
+    if np.median(samples.corners) < np.percentile(samples.stored, (1, 99)).mean():
+        return
+    stack.notes.append("(0028,0004) MONOCHROME1 with a bright background: inverted")
+    header = stack.frames[0].header
+    ends = -1 if _is_signed(header) else 2 ** header.get("BitsStored", 16) - 1  # lowest plus highest value
+    for i, frame in enumerate(stack.frames):
         intercept = frame.intercept + frame.slope * ends
-        inverted.append(replace(frame, slope=-frame.slope, intercept=intercept))
-    return inverted
+        stack.frames[i] = replace(frame, slope=-frame.slope, intercept=intercept)
 
 
 def _reread(stored: np.ndarray, header: dict) -> np.ndarray:
@@ -880,12 +869,7 @@ def _reread(stored: np.ndarray, header: dict) -> np.ndarray:
     return mask_stored(stored, bits, bits - 1, _is_signed(header))
 
 
-def _choose_reading(
-    frames: list[Frame],
-    samples: Samples,
-    notes: list[str],
-    doubts: list[str],
-) -> list[Frame]:
+def _choose_reading(stack: Stack, samples: Samples) -> None:
     """CT frames read so that air and soft tissue lie where HU says.
 
     Files are known to need another sign than (0028,0103) PixelRepresentation says, 12 signed bits where 16
@@ -893,37 +877,39 @@ def _choose_reading(
     stands unless it is clearly worse than one that shows both air and soft tissue, because a field of view
     inside the head has no air and a phantom no tissue.
     """
-    header = frames[0].header
-    signs: list[dict] = [{}, _flip_sign(header)]
-    if not _is_signed(header) and max(stored.max() for stored in samples.values()) < 4096:
+    first = stack.frames[0]
+    signs: list[dict] = [{}, _flip_sign(first.header)]
+    if not _is_signed(first.header) and samples.stored.max() < 4096:
         signs.append({"PixelRepresentation": 1, "BitsStored": 12, "HighBit": 11})
-    stated = header.get("RescaleIntercept", frames[0].intercept)
-    intercepts = [stated]
-    best = _judge_reading(frames, samples, {}, 0.0)
-    if not best.is_clear:
-        intercepts += [stated / 2, 0.0, -1024.0, -2048.0, 1024.0]
-    chosen_tags, chosen_shift = {}, 0.0
+    stated = first.header.get("RescaleIntercept", first.intercept)
+    best = _judge_reading(first, samples, {}, 0.0)
+    intercepts = [stated] if best.is_clear else [stated, stated / 2, 0.0, -1024.0, -2048.0, 1024.0]
+    chosen: dict = {}
+    shift = 0.0
     for tags, intercept in itertools.product(signs, intercepts):
         if best.score > 0.097:
             break
-        shift = intercept - stated
-        judged = _judge_reading(frames, samples, tags, shift)
+        judged = _judge_reading(first, samples, tags, intercept - stated)
         if judged.is_clear and judged.score > best.score + 0.003:
-            best, chosen_tags, chosen_shift = judged, tags, shift
+            best, chosen, shift = judged, tags, intercept - stated
     if max(best.air, best.tissue) < 0.02:
-        doubts.append("CT values: neither air near -1000 HU nor soft tissue near 0 to 100 HU in any reading")
-    if not chosen_tags and chosen_shift == 0:
-        return frames
-    changes = [f"{name} {value}" for name, value in chosen_tags.items()]
-    changes.append(f"RescaleIntercept {stated + chosen_shift:g}")
-    notes.append(f"stored values are HU only with {', '.join(changes)}: used, air and tissue say so")
-    repaired = []
-    for frame in frames:
-        padding = None if chosen_tags else frame.padding
-        tags = frame.header | chosen_tags
-        intercept = frame.intercept + chosen_shift
-        repaired.append(replace(frame, header=tags, intercept=intercept, padding=padding))
-    return repaired
+        stack.doubts.append("CT values: neither air near -1000 HU nor soft tissue near 0 to 100 HU")
+    if not chosen and shift == 0:
+        return
+    changes = [f"{name} {value}" for name, value in chosen.items()]
+    changes.append(f"RescaleIntercept {stated + shift:g}")
+    stack.notes.append(f"stored values are HU only with {', '.join(changes)}: used, air and tissue say so")
+    _change_tags(stack, chosen, shift)
+
+
+def _change_tags(stack: Stack, tags: dict, shift: float = 0.0) -> None:
+    for i, frame in enumerate(stack.frames):
+        stack.frames[i] = replace(
+            frame,
+            header=frame.header | tags,
+            intercept=frame.intercept + shift,
+            padding=None if tags else frame.padding,
+        )
 
 
 class Reading(NamedTuple):
@@ -943,110 +929,80 @@ class Reading(NamedTuple):
         return min(self.air, 0.05) + min(self.tissue, 0.05) - self.beyond
 
 
-def _judge_reading(
-    frames: list[Frame],
-    samples: Samples,
-    tags: dict,
-    shift: float,
-) -> Reading:
+def _judge_reading(first: Frame, samples: Samples, tags: dict, shift: float) -> Reading:
     """Where the samples' values lie with other tags and an intercept shifted by `shift`. The corners' most
     common value is air or tissue only if it covers more than a fill does."""
-    values, counts = np.unique(_corners(samples), return_counts=True)
-    fill = values[counts.argmax()]
-    is_common = np.mean([np.mean(stored == fill) for stored in samples.values()]) > MOST_FILL
-    num_pixels, sums = 0, np.zeros(3)
-    for i, stored in samples.items():
-        frame = frames[i]
-        hu = _reread(stored, frame.header | tags) * frame.slope + frame.intercept + shift
-        is_fill = stored == fill
-        is_beyond = (hu > HIGHEST_HU) | ((hu < AIR_HU[0]) & ~is_fill)
-        is_air = (hu > AIR_HU[0]) & (hu < AIR_HU[1]) & (is_common | ~is_fill)
-        is_tissue = (hu > TISSUE_HU[0]) & (hu < TISSUE_HU[1]) & (is_common | ~is_fill)
-        is_image = np.full(stored.shape, True)
-        if frame.padding:
-            is_image = ~is_padding(stored, frame.padding)
-        num_pixels += is_image.sum()
-        sums += [np.sum(mask & is_image) for mask in (is_air, is_tissue, is_beyond)]
-    return Reading(*sums / max(num_pixels, 1))
+    stored = samples.stored
+    hu = _reread(stored, first.header | tags) * samples.slopes + samples.intercepts + shift
+    values, counts = np.unique(samples.corners, return_counts=True)
+    is_fill = stored == values[counts.argmax()]
+    is_image = ~is_padding(stored, first.padding) if first.padding else np.full(stored.shape, True)
+    is_inside = is_image if is_fill.mean() > MOST_FILL else is_image & ~is_fill
+    is_beyond = is_image & ((hu > HIGHEST_HU) | ((hu < AIR_HU[0]) & ~is_fill))
+    is_air = is_inside & (hu > AIR_HU[0]) & (hu < AIR_HU[1])
+    is_tissue = is_inside & (hu > TISSUE_HU[0]) & (hu < TISSUE_HU[1])
+    return Reading(*(mask.sum() / max(is_image.sum(), 1) for mask in (is_air, is_tissue, is_beyond)))
 
 
-def _choose_sign(
-    frames: list[Frame],
-    samples: Samples,
-    notes: list[str],
-) -> list[Frame]:
+def _choose_sign(stack: Stack, samples: Samples) -> None:
     """MR frames in the other sign than (0028,0103) PixelRepresentation says, if values lie much closer then:
     small negative values without their sign are the largest of all."""
-    header = frames[0].header
+    header = stack.frames[0].header
     tags = _flip_sign(header)
-    pixels = np.concatenate([stored.ravel() for stored in samples.values()])
-    stated_low, stated_high = np.percentile(pixels, (1, 99))
-    low, high = np.percentile(_reread(pixels, header | tags), (1, 99))
-    is_closer = high - low < 0.5 * (stated_high - stated_low)
-    if not is_closer or high < -0.25 * low:
-        return frames
-    notes.append(f"(0028,0103) PixelRepresentation {tags['PixelRepresentation']} used: values lie closer")
-    return [replace(frame, header=frame.header | tags, padding=None) for frame in frames]
+    stated_low, stated_high = np.percentile(samples.stored, (1, 99))
+    low, high = np.percentile(_reread(samples.stored, header | tags), (1, 99))
+    if high - low < 0.5 * (stated_high - stated_low) and high >= -0.25 * low:
+        sign = tags["PixelRepresentation"]
+        stack.notes.append(f"(0028,0103) PixelRepresentation {sign} used: values lie closer")
+        _change_tags(stack, tags)
 
 
-def _drop_padding(
-    frames: list[Frame],
-    samples: Samples,
-    notes: list[str],
-) -> list[Frame]:
+def _drop_padding(stack: Stack, samples: Samples) -> None:
     """(0028,0120) PixelPaddingValue is not used where it would be tissue: among the other values and in no
     corner, or all there is."""
-    padding = frames[0].padding
+    padding = stack.frames[0].padding
     if not padding:
-        return frames
-    pixels = np.concatenate([stored.ravel() for stored in samples.values()])
-    others = pixels[~is_padding(pixels, padding)]
+        return
+    others = samples.stored[~is_padding(samples.stored, padding)]
     if others.size:
         is_among = padding[0] < others.max() and padding[1] > np.percentile(others, 5)
-        if not is_among or is_padding(_corners(samples), padding).mean() > 0.25:
-            return frames
-    notes.append(f"(0028,0120) PixelPaddingValue {padding[1]} would be tissue: not used")
-    return [replace(frame, padding=None) for frame in frames]
+        if not is_among or is_padding(samples.corners, padding).mean() > 0.25:
+            return
+    stack.notes.append(f"(0028,0120) PixelPaddingValue {padding[1]} would be tissue: not used")
+    stack.frames = [replace(frame, padding=None) for frame in stack.frames]
 
 
-def _pad_fill(
-    frames: list[Frame],
-    samples: Samples,
-    modality: str,
-    notes: list[str],
-) -> list[Frame]:
+def _pad_fill(stack: Stack, samples: Samples, is_ct: bool) -> None:
     """The lowest or highest value is padding if it fills corners and lies far from all others.
 
     In MR such a fill (-2048, for example) would take the percentiles and the head's threshold. Where it
     covers more than a round field of view leaves over it may be the air itself, and has to lie farther away,
     unless it alone is negative. In CT only a fill brighter than bone matters.
     """
-    slope, intercept, padding = frames[0].slope, frames[0].intercept, frames[0].padding
-    pixels = np.concatenate([stored.ravel() for stored in samples.values()])
-    if padding:
-        pixels = pixels[~is_padding(pixels, padding)]
-    for fill in (int(pixels.min()), int(pixels.max())):
+    slope, intercept = stack.frames[0].slope, stack.frames[0].intercept
+    pixels = samples.stored
+    for end in (np.min, np.max):
+        fill = int(end(pixels))
         is_fill = pixels == fill
         others = pixels[~is_fill]
-        is_outside = (_corners(samples) == fill).mean() > 0.25 or is_fill.mean() > MOST_FILL
+        is_outside = (samples.corners == fill).mean() > 0.25 or is_fill.mean() > MOST_FILL
         if not is_outside or others.size == 0:
             continue
         low, high = np.percentile(others, (5, 99))
         gap = max(low - fill, fill - high)
         value = fill * slope + intercept
-        if modality == "CT":
+        if is_ct:
             is_far = fill > high and value > 1500
         else:
             least_gap = 0.5 if is_fill.mean() < MOST_FILL else 2.0
             is_negative = value < 0 <= low * slope + intercept
             is_far = gap > least_gap * (high - low) > 0 or is_negative
         if is_far and is_fill.mean() > 0.01:
-            notes.append(f"the stored value {fill} fills corners, far from all others: taken for padding")
-            below = (-(2**31), int(fill + gap / 2))
-            above = (int(fill - gap / 2), 2**31)
-            padded = [replace(frame, padding=below if fill < low else above) for frame in frames]
-            return _pad_fill(padded, samples, modality, notes) if fill < low else padded
-    return frames
+            stack.notes.append(f"the stored value {fill} fills corners, far from all others: it is padding")
+            below, above = (-(2**31), int(fill + gap / 2)), (int(fill - gap / 2), 2**31)
+            padding = below if fill < low else above
+            stack.frames = [replace(frame, padding=padding) for frame in stack.frames]
+            pixels = others
 
 
 # --- volume -------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ is LPS millimetres (x to the patient's left, y to the back, z to the head). `dic
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import io
 import os
@@ -402,6 +403,8 @@ def read_identity(path: Path) -> tuple[str, str] | None:
     A file costs bounded time and memory, whatever it holds: at most HEAD_BYTES are read and unpacked.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("not a regular file")
         with open(path, "rb", buffering=0) as file:
             for limit in (2**14, HEAD_BYTES):
                 file.seek(0)
@@ -416,7 +419,9 @@ def read_identity(path: Path) -> tuple[str, str] | None:
                 header = parse_head(head)
                 if "Rows" in header:
                     break
-    except OSError:
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            raise ValueError("a link to nothing") from error
         return None
     kind = header.get("SOPClassUID", "")
     name = pydicom.uid.UID_dictionary.get(kind, ("",))[0]
