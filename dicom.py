@@ -664,7 +664,9 @@ def select_volume(stack: Stack) -> None:
     """Leave the images of one volume: while an attribute, or the order of InstanceNumbers, times or files,
     tells several complete volumes apart, one of them."""
     for name in VOLUME_KEYS:
-        select_labelled(stack, [key_value(frame, name) for frame in stack.frames], name)
+        seen = {(f.header.get(name), f.header.get("ComplexImageComponent")) for f in stack.frames}
+        if len(seen) > 1:
+            select_labelled(stack, [key_value(frame, name) for frame in stack.frames], name)
     for name in ("InstanceNumber", "AcquisitionTime", "order of files"):
         values = [key_value(frame, name) for frame in stack.frames]
         select_labelled(stack, count_sweeps(stack.frames, values), name)

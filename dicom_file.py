@@ -232,6 +232,7 @@ def skip_sequence(head: bytes, position: int, explicit: bool, depth: int = 0) ->
                 position += inner
 
 
+@functools.lru_cache(maxsize=64)  # most values are those of the slice before
 def parse_value(tag: int, vr: str | None, raw: bytes, order: str) -> tuple | float | str | None:
     """Text unpadded; numbers as a tuple, or the first where there should be one; None if empty.
     ValueError if malformed. `vr` is the one written, if any."""
