@@ -776,7 +776,7 @@ def measure_stack(stack: Stack) -> tuple[np.ndarray, np.ndarray, tuple, np.ndarr
 
 AIR_HU = (-1100, -900)
 TISSUE_HU = (-20, 120)
-HIGHEST_HU = 3200  # but for metal
+BONE_HU, HIGHEST_HU = 300, 3200  # but for metal
 MOST_FILL = 0.4  # share of an image; a round field of view leaves 0.21 over
 
 
@@ -896,6 +896,9 @@ def _choose_reading(stack: Stack, samples: Samples) -> None:
             best, chosen, shift = judged, tags, intercept - stated
     if max(best.air, best.tissue) < 0.02:
         stack.doubts.append("CT values: neither air near -1000 HU nor soft tissue near 0 to 100 HU")
+    is_cut = np.mean(samples.stored == samples.stored.max()) > 0.01
+    if is_cut and best.bone < 0.002:
+        stack.doubts.append(f"CT values end below {BONE_HU} HU, as in an image made for a screen")
     if not chosen and shift == 0:
         return
     changes = [f"{name} {value}" for name, value in chosen.items()]
@@ -919,6 +922,7 @@ class Reading(NamedTuple):
 
     air: float
     tissue: float
+    bone: float
     beyond: float  # above all HU, or below but for a fill
 
     @property
@@ -943,7 +947,8 @@ def _judge_reading(first: Frame, samples: Samples, tags: dict, shift: float) -> 
     is_beyond = is_image & ((hu > HIGHEST_HU) | ((hu < AIR_HU[0]) & ~is_fill))
     is_air = is_inside & (hu > AIR_HU[0]) & (hu < AIR_HU[1])
     is_tissue = is_inside & (hu > TISSUE_HU[0]) & (hu < TISSUE_HU[1])
-    return Reading(*(mask.sum() / max(is_image.sum(), 1) for mask in (is_air, is_tissue, is_beyond)))
+    masks = (is_air, is_tissue, is_image & (hu > BONE_HU), is_beyond)
+    return Reading(*(mask.sum() / max(is_image.sum(), 1) for mask in masks))
 
 
 def _choose_sign(stack: Stack, samples: Samples) -> None:

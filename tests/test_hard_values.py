@@ -151,6 +151,13 @@ def test_values_that_are_no_hu_in_any_known_reading_are_doubted(tmp_path):
     assert "neither air near -1000 HU nor soft tissue" in volume.doubts[0]
 
 
+def test_a_ct_that_was_windowed_to_8_bits_is_doubted(tmp_path):
+    window = np.clip((HU + 160) / 400, 0, 1)  # -160 to 240 HU
+    for name, tags in (("a", {}), ("b", {"RescaleIntercept": -160, "RescaleSlope": 400 / 255})):
+        volume = volume_of(tmp_path / name, np.rint(255 * window).astype(np.uint8), **tags)
+        assert "as in an image made for a screen" in volume.doubts[0]
+
+
 @pytest.mark.parametrize(
     "name, hu",
     [
