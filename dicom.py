@@ -65,18 +65,23 @@ def safe_uid(uid: str) -> str:
     SHA-256."""
     if re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", uid):
         return uid
-    return "2.25." + str(int(hashlib.sha256(uid.encode(errors="surrogatepass")).hexdigest(), 16))[:38]
+    digest = hashlib.sha256(uid.encode(errors="surrogatepass")).digest()
+    return "2.25." + str(int.from_bytes(digest, "big"))[:38]
 
 
 def natural_key(path: Path) -> list:
     """Sort key of a path in which `I10` follows `I9`."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", str(path)))]
+    return [(int(digits or 0), text) for digits, text in re.findall("([0-9]*)([^0-9]*)", str(path))]
 
 
 UID_NAME = re.compile(r"[0-2](\.(0|[1-9][0-9]*))+")  # PS3.5 9.1, so that the date 2024.03.01 is not one
 
 
-def find_series(root: Path, skip: Path | None = None) -> tuple[dict[str, list[Path]], list[tuple[Path, str]]]:
+Rejected = list[tuple[Path, str]]  # files that are not images, or not slices, with the reason
+Groups = dict[tuple[str, str], dict[str, list[Path]]]  # series as in `name_series` -> PatientID -> files
+
+
+def find_series(root: Path, skip: Path | None = None) -> tuple[dict[str, list[Path]], Rejected]:
     """Series under `root`, a folder of any depth: (uid -> files, [(file that is not an image, reason)]).
 
     A folder named by a UID is one series if its first image has the same (0020,000E) SeriesInstanceUID or
@@ -87,8 +92,8 @@ def find_series(root: Path, skip: Path | None = None) -> tuple[dict[str, list[Pa
     series of its folder, a folder that cannot be read as a series. Folders called `segmentations` (vessel
     masks) and the files in the folder `skip` are left out. Links are followed, each real folder once.
     """
-    groups: dict[tuple[str, str], dict[str, list[Path]]] = collections.defaultdict(dict)
-    rejected: list[tuple[Path, str]] = []
+    groups: Groups = {}
+    rejected: Rejected = []
     unreadable: list[OSError] = []
     walked = set()
     for name, subfolders, names in os.walk(root, followlinks=True, onerror=unreadable.append):
@@ -98,11 +103,12 @@ def find_series(root: Path, skip: Path | None = None) -> tuple[dict[str, list[Pa
         subfolders[:] = sorted(set(subfolders) - {"segmentations"}) if is_new else []
         is_searched = is_new and not (skip and real == os.path.realpath(skip))
         files = [folder / name for name in sorted(names)] if is_searched else []
-        for (series, patient), members in group_files(folder, files, rejected).items():
-            groups[series].setdefault(patient, []).extend(members)
+        for series, by_patient in group_files(folder, files, rejected).items():
+            for patient, members in by_patient.items():
+                groups.setdefault(series, {}).setdefault(patient, []).extend(members)
     for error in unreadable:
         folder = Path(error.filename)
-        groups[name_series(folder)][""] = [folder]
+        groups[name_series(folder)] = {"": [folder]}
     claims: dict[str, list[list[Path]]] = collections.defaultdict(list)
     for (uid, _), by_patient in groups.items():
         if len(by_patient) == 2:  # images without a PatientID join those of the only patient
@@ -123,14 +129,11 @@ def name_series(folder: Path) -> tuple[str, str]:
     return safe_uid(name), "" if UID_NAME.fullmatch(name) else str(folder)
 
 
-def group_files(
-    folder: Path, files: list[Path], rejected: list[tuple[Path, str]]
-) -> dict[tuple[tuple[str, str], str], list[Path]]:
-    """(series as in `name_series`, PatientID) -> images of one folder, as `find_series` says; files that are
-    not images go to `rejected`."""
+def group_files(folder: Path, files: list[Path], rejected: Rejected) -> Groups:
+    """The images of one folder, as `find_series` says; files that are not images go to `rejected`."""
     by_name = uid_of_folder, distinction = name_series(folder)
     is_uid = not distinction
-    series: dict[tuple[tuple[str, str], str], list[Path]] = collections.defaultdict(list)
+    groups: Groups = collections.defaultdict(lambda: collections.defaultdict(list))
     damaged, strays = [], []
     for path in files:
         try:
@@ -142,20 +145,22 @@ def group_files(
             damaged.append(path)
             continue
         uid, patient = identity
-        if is_uid and not series and uid in ("", uid_of_folder):
-            return {(by_name, patient): files}
-        series[(safe_uid(uid), "") if uid else by_name, patient].append(path)
-    if is_uid and files and not series:
-        return {(by_name, ""): files}
+        if is_uid and not groups and uid in ("", uid_of_folder):
+            return {by_name: {patient: files}}
+        series = (safe_uid(uid), "") if uid else by_name
+        groups[series][patient].append(path)
+    if is_uid and files and not groups:
+        return {by_name: {"": files}}
     rejected += strays
+    if groups:
+        largest = max((members for by_patient in groups.values() for members in by_patient.values()), key=len)
+        largest += damaged
     # empty files alone are not a series; one that may not be looked at could be an image
-    if any(not os.path.isfile(path) or os.path.getsize(path) for path in damaged):
-        series = series or {(by_name, ""): []}
-    if series:
-        max(series.values(), key=len).extend(damaged)
+    elif any(not os.path.isfile(path) or os.path.getsize(path) for path in damaged):
+        groups[by_name][""] = damaged
     else:
         rejected += [(path, "empty file") for path in damaged]
-    return series
+    return groups
 
 
 @dataclass
@@ -175,7 +180,7 @@ class Series:
     plane: str  # axial, coronal or sagittal: the nearest
     transfer_syntax: str
     notes: list[str]  # everything that was left out, assumed or repaired
-    skipped: list[tuple[Path, str]]  # files that are not slices, with the reason
+    skipped: Rejected  # files that are not slices, with the reason
     geometry: dict[tuple[str, int], Frame]  # (SOPInstanceUID, frame index) -> every image, left-out ones too
     doubts: list[str]  # why the volume may be wrong
     _stored: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
@@ -208,12 +213,10 @@ class Series:
 
     def values(self, i: int) -> np.ndarray:
         """(rows, cols) float32 rescaled values of slice `i` (CT: HU). Padding: -1024 in CT, 0 in MR."""
-        stored, (slope, intercept), padding = self.stored(i), self.rescale(i), self.padding(i)
-        values = stored.astype(np.float32)
-        values *= slope
-        values += intercept
-        if padding:
-            values[(stored >= padding[0]) & (stored <= padding[1])] = -1024 if self.modality == "CT" else 0
+        frame, stored = self.frames[i], self.stored(i)
+        values = stored * np.float32(frame.slope) + np.float32(frame.intercept)
+        if frame.padding:
+            values[is_padding(stored, frame.padding)] = -1024 if self.modality == "CT" else 0
         return values
 
     def point(self, sop_uid: str, x: float, y: float, f: int | None = None) -> np.ndarray:
@@ -300,7 +303,7 @@ def list_files(source: Path | list[Path]) -> list[Path]:
     return sorted(paths, key=natural_key)
 
 
-def read_frames(paths: list[Path], where: str) -> tuple[list[Frame], list[tuple[Path, str]]]:
+def read_frames(paths: list[Path], where: str) -> tuple[list[Frame], Rejected]:
     """(images, [(file that is not a slice, reason)]).
 
     ValueError if there is no image, if more than a tenth of the images are damaged, or if the disk fails.
@@ -377,7 +380,9 @@ def orient_frames(stack: Stack) -> None:
         return
     points = frame_points(frames)
     points = points[np.isfinite(points).all(axis=1)]
-    extent = np.subtract(*np.percentile(points, (90, 10), axis=0)) if len(points) else np.zeros(3)
+    extent = np.zeros(3)
+    if len(points):
+        extent = np.ptp(np.percentile(points, (10, 90), axis=0), axis=0)
     text = f"no valid (0020,0037) ImageOrientationPatient in {sum(is_missing)} of {len(frames)} images"
     plane = 2
     if extent.max() > SAME_POSITION_MM:
@@ -443,12 +448,15 @@ def select_geometry(stack: Stack) -> None:
 def group_by_geometry(frames: list[Frame]) -> list[list[Frame]]:
     """Groups of equal pixel spacing (0.2 %) and orientation (0.02 from the median, because it may jitter in
     many images; 0.001 in a few)."""
+    tolerance = 0.02 if len(frames) >= 8 else 0.001
     geometry = np.array([[*10 * np.log(f.spacing_mm), *f.row_dir, *f.col_dir] for f in frames])
-    groups, rest, tolerance = [], np.arange(len(frames)), 0.02 if len(frames) >= 8 else 0.001
+    groups, rest = [], np.arange(len(frames))
     while len(rest):
-        is_near = np.abs(geometry[rest] - np.median(geometry[rest], axis=0)).max(axis=1) < tolerance
-        if not is_near.any():  # several orientations, none of them in the majority
-            is_near = np.abs(geometry[rest] - geometry[rest[0]]).max(axis=1) < tolerance
+        # where several orientations are none in the majority, the first takes the median's place
+        for centre in (np.median(geometry[rest], axis=0), geometry[rest[0]]):
+            is_near = np.abs(geometry[rest] - centre).max(axis=1) < tolerance
+            if is_near.any():
+                break
         groups.append([frames[i] for i in rest[is_near]])
         rest = rest[~is_near]
     return groups
@@ -462,7 +470,7 @@ def drop_slabs(stack: Stack) -> None:
     if len(sizes) < 2:
         return
     usual = sizes[2 * counts >= counts.max()].min()
-    is_slab = (thickness > 0) & (np.abs(np.log(np.maximum(thickness, 1e-6) / usual)) > math.log(1.35))
+    is_slab = (thickness > 0) & ((thickness > 1.35 * usual) | (thickness < usual / 1.35))
     positions = positions_along_normal(stack.frames)
     low, high = positions[~is_slab].min(), positions[~is_slab].max()
     is_among = is_slab & (positions > low) & (positions < high)
@@ -601,9 +609,9 @@ def is_ordered(frames: list[Frame], num_shared: int) -> bool:
     starts = range(lag - 1, len(frames) - max(lag, far_lag), lag)[-24:]
     images = np.array([[thumbnail(frames[i + k]) for k in (0, 1, lag, far_lag)] for i in starts])
     first, second, later, last = images.swapaxes(0, 1)
-    near, far = np.abs(first - second).sum(), np.abs(first - last).sum()
-    contrast = np.abs(first - first.mean(axis=(1, 2), keepdims=True)).sum()
-    return bool(near < 0.85 * np.abs(first - later).sum() and near < 0.5 * far and far > 0.05 * contrast)
+    means = first.mean(axis=(1, 2), keepdims=True)
+    near, later, far, contrast = (np.abs(first - other).sum() for other in (second, later, last, means))
+    return bool(near < 0.85 * later and near < 0.5 * far and far > 0.05 * contrast)
 
 
 def instance_number(frame: Frame) -> int:
@@ -682,14 +690,16 @@ def select_labelled(stack: Stack, labels: list, name: str) -> None:
     for frame, label in zip(stack.frames, labels, strict=True):
         volumes[label].append(frame)
     places = distinct_positions(stack.frames)
-    complete = [
-        volumes[label] for label in sorted(volumes) if is_volume(volumes[label], places, len(stack.frames))
-    ]
+    ordered = [volumes[label] for label in sorted(volumes)]
+    complete = [volume for volume in ordered if is_volume(volume, places, len(stack.frames))]
     if not complete:
         return
-    sizes = [len(distinct_positions(volume)) for volume in complete]
-    best = complete[int(np.argmax(sizes))]
-    full = [volume for volume, size in zip(complete, sizes, strict=True) if size >= 0.9 * max(sizes) > 1]
+
+    def count_positions(volume: list[Frame]) -> int:
+        return len(distinct_positions(volume))
+
+    best = max(complete, key=count_positions)
+    full = [volume for volume in complete if count_positions(volume) >= 0.9 * count_positions(best) > 1]
     if len(full) > 1 and name != "ImageType" and modality_of(best[0].header) == "CT":
         low, high = (np.median([distinct_positions(volume)[end] for volume in full]) for end in (0, -1))
         shared = low + (high - low) * np.linspace(0.2, 0.8, 6)
@@ -823,8 +833,9 @@ def _sample(stack: Stack, decoded: dict[int, np.ndarray]) -> Samples:
         frame = stack.frames[i]
         stride = 1 + math.isqrt(image.size // 16_000)
         stored = _reread(image[::stride, ::stride], frame.header)
-        slopes, intercepts = np.full(stored.size, frame.slope), np.full(stored.size, frame.intercept)
-        rows.append((stored.ravel(), slopes, intercepts, stored[[0, 0, -1, -1], [0, -1, 0, -1]]))
+        corners = stored[[0, 0, -1, -1], [0, -1, 0, -1]]
+        rescale = (np.full(stored.size, value) for value in (frame.slope, frame.intercept))
+        rows.append((stored.ravel(), *rescale, corners))
     return Samples(*map(np.concatenate, zip(*rows, strict=True)))
 
 
