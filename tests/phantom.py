@@ -17,8 +17,8 @@ import zlib
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
-from itertools import chain, pairwise
+from functools import cache
+from itertools import chain, pairwise, repeat
 from pathlib import Path
 
 import cv2
@@ -30,10 +30,6 @@ from pydicom.pixels import set_pixel_data
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import LABELS, LOCATIONS, MODALITIES, make_parser, usable_cores
-
-PREVALENCE = 0.45  # of patients; the challenge's training set has 0.43
-SHARE_TWO_SERIES = 0.15  # patients who were scanned twice, each time with the same head
-SHARE_TWO_ANEURYSMS = 0.2  # of the positive patients
 
 TABLE = ["SeriesInstanceUID", "PatientAge", "PatientSex", "Modality", *LABELS]  # columns of train.csv
 POINTS = ["SeriesInstanceUID", "SOPInstanceUID", "coordinates", "location"]  # and of train_localizers.csv
@@ -63,9 +59,9 @@ PAIRED = {  # name: radius at the start and at the end, points
                        (13.5, -16, -99), ICA_PCOM, ICA_TOP]),
     "m1": (1.5, 1.35, [ICA_TOP, (24, -14, -90), MCA_FORK]),
     "m2 superior": (1.1, 0.7, [MCA_FORK, (38, -9, -85), (41, 0, -76), (40, 12, -68), (54, 20, -56),
-                               (60, 14, -44)]),
+                          (60, 14, -44)]),
     "m2 inferior": (1.1, 0.7, [MCA_FORK, (38, -6, -91), (41, 4, -87), (43, 18, -82), (54, 30, -76),
-                               (58, 44, -66)]),
+                          (58, 44, -66)]),
     "m2 temporal": (0.8, 0.5, [(24, -14, -90), (30, -20, -96), (40, -20, -100), (50, -12, -102)]),
     "a1": (1.2, 1.1, [ICA_TOP, (9, -18, -90), ACA_ACOM]),
     "a2": (1.1, 1.0, [ACA_ACOM, (3.5, -30, -83), (4.5, -38, -73), ACA_FORK]),
@@ -97,22 +93,25 @@ MIDLINE_VEINS = {
                                   (0, 78, -92)]),
     "straight sinus": (1.8, 2.5, [(0, 32, -66), (0, 54, -78), (0, 78, -92)]),
 }
-SITES = {  # vessel, first and last place in units of its points, direction of the dome
-    "Infraclinoid Internal Carotid Artery": [
-        ("ica", 6, 8.3, (0.8, -0.4, 0.2)), ("ica", 4, 5.5, (0.5, 0.3, 0.8))],
-    "Supraclinoid Internal Carotid Artery": [
-        ("ica", 9.4, 10.4, (-0.7, -0.2, 0.7)), ("ica", 11.8, 12, (0, 0.2, 1))],
-    "Middle Cerebral Artery": [("m1", 2, 2, (1, -0.2, -0.1)), ("m1", 1.9, 2, (0.8, -0.6, -0.4)),
-                               ("m2 superior", 1, 2.2, (0.8, -0.6, 0.2))],
-    "Anterior Communicating Artery": [
-        ("acom", 0.3, 1.7, (0, -0.9, 0.5)), ("acom", 0.3, 1.7, (0, -0.4, -0.9))],
-    "Anterior Cerebral Artery": [("a2", 2.9, 3, (0.2, -0.8, 0.6)), ("a1", 0.7, 1.3, (0.1, -0.2, 0.9))],
-    "Posterior Communicating Artery": [("ica", 11, 11, (0.4, 0.9, -0.4))],
-    "Basilar Tip": [("basilar", 4, 4, (0, -0.1, 1))],
-    "Other Posterior Circulation": [
-        ("vertebral", 4.9, 5.1, (0.7, 0.1, 0.6)), ("pca", 1.8, 3.2, (0.4, -0.1, 0.9)),
-        ("basilar", 0.9, 2.2, (0.6, -0.8, 0)), ("sca", 0.4, 0.8, (0.6, -0.5, 0.5))],
-}
+SITES = [  # location, vessel, first and last place in units of its points, direction of the dome
+    ("Infraclinoid Internal Carotid Artery", "ica", 6, 8.3, (0.8, -0.4, 0.2)),
+    ("Infraclinoid Internal Carotid Artery", "ica", 4, 5.5, (0.5, 0.3, 0.8)),
+    ("Supraclinoid Internal Carotid Artery", "ica", 9.4, 10.4, (-0.7, -0.2, 0.7)),
+    ("Supraclinoid Internal Carotid Artery", "ica", 11.8, 12, (0, 0.2, 1)),
+    ("Middle Cerebral Artery", "m1", 2, 2, (1, -0.2, -0.1)),
+    ("Middle Cerebral Artery", "m1", 1.9, 2, (0.8, -0.6, -0.4)),
+    ("Middle Cerebral Artery", "m2 superior", 1, 2.2, (0.8, -0.6, 0.2)),
+    ("Anterior Communicating Artery", "acom", 0.3, 1.7, (0, -0.9, 0.5)),
+    ("Anterior Communicating Artery", "acom", 0.3, 1.7, (0, -0.4, -0.9)),
+    ("Anterior Cerebral Artery", "a2", 2.9, 3, (0.2, -0.8, 0.6)),
+    ("Anterior Cerebral Artery", "a1", 0.7, 1.3, (0.1, -0.2, 0.9)),
+    ("Posterior Communicating Artery", "ica", 11, 11, (0.4, 0.9, -0.4)),
+    ("Basilar Tip", "basilar", 4, 4, (0, -0.1, 1)),
+    ("Other Posterior Circulation", "vertebral", 4.9, 5.1, (0.7, 0.1, 0.6)),
+    ("Other Posterior Circulation", "pca", 1.8, 3.2, (0.4, -0.1, 0.9)),
+    ("Other Posterior Circulation", "basilar", 0.9, 2.2, (0.6, -0.8, 0)),
+    ("Other Posterior Circulation", "sca", 0.4, 0.8, (0.6, -0.5, 0.5)),
+]
 INFUNDIBULA = ["pcom", "choroidal", "ophthalmic", "sca", "pica", "m2 temporal", "aica"]  # may begin as cones
 PARTS = [  # in order: tissue, centre, half-axes, degrees turned about z; x > 0 stands for both sides
     ("csf", (0, -9, -97), (20, 22, 9), 0), ("csf", (34, -9, -88), (13, 9, 5), 0),  # basal and Sylvian cistern
@@ -147,17 +146,14 @@ def make_uid(*parts: object) -> str:
     return uids.generate_uid(entropy_srcs=["/".join(map(str, ("phantom", *parts)))])
 
 
-# --- who is in the set: patients, series, aneurysms ---------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Job:
     """One series of the set, as far as it is known before its voxels are drawn."""
 
     seed: int
     number: int
-    uid: str
     patient: int
+    uid: str
     modality: str
     plane: str
     form: str  # how the pixels are stored, one of FORMS
@@ -187,18 +183,18 @@ def plan(
     phase = generator(seed, 0, "prevalence").random()
     jobs = []
     for patient in range(series):
-        is_positive = (phase + 0.6180339887 * patient) % 1 < PREVALENCE  # golden ratio: even over any range
-        has_two = generator(seed, patient, "aneurysms").random() < SHARE_TWO_ANEURYSMS
-        places = tuple(next(locations) for _ in range(is_positive * (1 + has_two)))
-        visits = 1 + (generator(seed, patient, "visits").random() < SHARE_TWO_SERIES)
+        # 45 % of the patients are positive, spread evenly over any range by the golden ratio
+        is_positive = (phase + 0.6180339887 * patient) % 1 < 0.45
+        has_two = generator(seed, patient, "aneurysms").random() < 0.2
+        drawn = tuple(next(locations) for _ in range(is_positive * (1 + has_two)))
+        visits = 1 + (generator(seed, patient, "visits").random() < 0.15)  # some are scanned twice
         for n in range(len(jobs), min(len(jobs) + visits, series)):
-            acquisition = (modalities[n], planes[n], forms[n], matrix)
-            uid = make_uid(seed, "series", n)
-            jobs.append(Job(seed, n, uid, patient, *acquisition, places, draw_aneurysms))
+            acquisition = (make_uid(seed, "series", n), modalities[n], planes[n], forms[n], matrix)
+            jobs.append(Job(seed, n, patient, *acquisition, drawn, draw_aneurysms))
     return jobs
 
 
-# --- the patient: a head and its vessels in the head's frame ------------------------------------------------
+# --- the patient and the scan -------------------------------------------------------------------------------
 
 
 def make_head(job: Job) -> tuple[np.ndarray, dict, list, list]:
@@ -206,7 +202,7 @@ def make_head(job: Job) -> tuple[np.ndarray, dict, list, list]:
 
     Returns the skull's scale (3,), the vessels {tissue: {(name, side): tube}}, the parts (tissue, ellipsoid)
     and the domes, ellipsoids too. A tube (n, 5) holds x, y, z and radius in mm, and the place in units of
-    template points; an ellipsoid its centre (3,), its axes' directions in rows (3, 3), and half their mm (3,).
+    template points; an ellipsoid its centre (3,), its axes' directions in rows (3, 3) and half their mm (3,).
     """
     rng = generator(job.seed, job.patient, "anatomy")
     scale = np.clip(rng.normal(1, 0.035, 3), 0.93, 1.07)
@@ -276,8 +272,8 @@ def draw_domes(job: Job, arteries: dict[tuple[str, int], np.ndarray]) -> list[tu
     rng.random()  # plan() draws their number from it
     for location in job.locations:
         side = 1 if location.startswith("Left ") else -1 if location.startswith("Right ") else 0
-        sites = SITES[location.removeprefix("Left ").removeprefix("Right ")]
-        vessel, first, last, direction = sites[rng.integers(len(sites))]
+        sites = [site for site in SITES if location.endswith(site[0])]
+        _, vessel, first, last, direction = sites[rng.integers(len(sites))]
         if (vessel, side) not in arteries:
             side = int(rng.choice([-1, 1]))
         direction = np.array(direction) / np.linalg.norm(direction) + rng.normal(0, 0.25, 3)
@@ -290,9 +286,6 @@ def draw_domes(job: Job, arteries: dict[tuple[str, int], np.ndarray]) -> list[tu
         directions = np.linalg.svd(direction[None])[2]  # its first row is the direction
         domes.append((centre, directions, np.array([half * aspect, half, half])))
     return domes
-
-
-# --- the scan: where the voxels lie -------------------------------------------------------------------------
 
 
 @dataclass
@@ -392,10 +385,9 @@ class Canvas:
         places = zip(coordinates(self.affine, box), points[0].astype(np.float32), strict=True)
         return box, [place - centre for place, centre in places]
 
-    def paint_ellipsoid(
-        self, value: float, centre: np.ndarray, directions: np.ndarray, axes: np.ndarray
-    ) -> None:
+    def paint_ellipsoid(self, value: float, ellipsoid: tuple[np.ndarray, ...]) -> None:
         """Paint an ellipsoid over what is there."""
+        centre, directions, axes = ellipsoid
         box, (x, y, z) = self.box(centre[None], axes.max() + self.width_mm)
         u = (directions / axes[:, None]).astype(np.float32)
         radius = np.sqrt(sum((u[r, 0] * x + u[r, 1] * y + u[r, 2] * z) ** 2 for r in range(3)))
@@ -473,12 +465,12 @@ def render(job: Job) -> np.ndarray:
         canvas = Canvas(np.zeros(scan.shape, np.float32), to_head, width_mm / 3)
         paint_skull(canvas, scale, scan.grey, clouds)
         for tissue, part in parts:
-            canvas.paint_ellipsoid(scan.grey[tissue], *part)
+            canvas.paint_ellipsoid(scan.grey[tissue], part)
         for tissue in ("vein", "artery"):
             canvas.paint_tubes(scan.grey[tissue], vessels[tissue].values())
         if job.draw_aneurysms:
             for share, dome in zip(flow, domes, strict=True):
-                canvas.paint_ellipsoid(scan.grey["artery"] * share, *dome)
+                canvas.paint_ellipsoid(scan.grey["artery"] * share, dome)
         total += canvas.values / count
     noise = generator(job.seed, job.number, "noise")
     for k, image in enumerate(total):
@@ -507,8 +499,6 @@ def make_header(job: Job, scan: Scan) -> Dataset:
     rng, is_ct = generator(job.seed, job.patient, "person"), job.modality == "CTA"
     spacing_mm = np.linalg.norm(scan.affine[:3, :3], axis=0)
     along = scan.affine[:3, :3] / spacing_mm
-    # type 2 of the patient, study and image modules: present, may be empty (PS3.3 A.3.3, A.4.3)
-    empty = ("PatientName", "PatientBirthDate", "StudyDate", "StudyTime", "StudyID", "AccessionNumber")
     d = make_dataset(
         SOPClassUID=uids.CTImageStorage if is_ct else uids.MRImageStorage,
         Modality="CT" if is_ct else "MR",
@@ -525,8 +515,9 @@ def make_header(job: Job, scan: Scan) -> Dataset:
         SliceThickness=round(scan.thickness_mm, 4),
         PixelSpacing=[round(v, 6) for v in spacing_mm[1:]],
         ImageOrientationPatient=[round(v, 8) for v in (*along[:, 2], *along[:, 1])],
-        **dict.fromkeys(empty, ""),
     )
+    # type 2 of the patient, study and image modules: present, may be empty (PS3.3 A.3.3, A.4.3)
+    d.PatientName = d.PatientBirthDate = d.StudyDate = d.StudyTime = d.StudyID = d.AccessionNumber = ""
     if is_ct:
         d.KVP = 100
     else:
@@ -538,18 +529,15 @@ def make_header(job: Job, scan: Scan) -> Dataset:
 
 def to_stored(values: np.ndarray, job: Job, d: Dataset) -> np.ndarray:
     """Stored integers (z, y, x) of grey values, in one of four ways; adds the tags that undo it to `d`."""
-    ways = ("shifted", "as is", "signed and shifted", "scaled")
-    way = ways[generator(job.seed, job.number, "storage").integers(4)]
+    way = generator(job.seed, job.number, "storage").choice(["shifted", "as is", "signed", "scaled"])
     if job.form == "monochrome1":
         way = "shifted"
     is_ct, slope, intercept = job.modality == "CTA", 1, 0
-    if way == "scaled" and not is_ct:
-        slope = 0.43
     if way != "as is":  # else without any rescale tag
-        intercept = -1024 if is_ct else 0
+        slope, intercept = (1, -1024) if is_ct else (0.43 if way == "scaled" else 1, 0)
         d.RescaleIntercept, d.RescaleSlope, d.RescaleType = intercept, slope, "HU" if is_ct else "US"
     stored = np.rint((values - intercept) / slope)
-    if way in ("as is", "signed and shifted"):
+    if way in ("as is", "signed"):
         return np.clip(stored, -32768, 32767).astype(np.int16)
     stored = np.clip(stored, 0, 4095).astype(np.uint16)
     return 4095 - stored if job.form == "monochrome1" else stored
@@ -609,9 +597,6 @@ def to_functional_groups(d: Dataset, positions: list[list[float]]) -> None:
     d.PerFrameFunctionalGroupsSequence = frames
 
 
-# --- the set ------------------------------------------------------------------------------------------------
-
-
 def list_truth(job: Job) -> list[tuple[str, np.ndarray, float]]:
     """(location, centre in LPS mm (3,), half of the width in mm) of every aneurysm of a series."""
     pose, (*_, domes) = make_scan(job).pose, make_head(job)
@@ -624,11 +609,9 @@ def write_series(job: Job, root: Path) -> tuple[list, list[list]]:
     scan = make_scan(job)
     d = make_header(job, scan)
     folder = root / "series" / job.uid
-    if folder.exists():  # the same series, drawn before with other options
-        shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # the same series, drawn before with other options
     folder.mkdir(parents=True)
     names = write_frames(d, to_stored(render(job), job, d), scan, job, folder)
-    sex = {"F": "Female", "M": "Male"}[d.PatientSex]
     labels = [int(name in job.locations) for name in LOCATIONS]
     points = []
     for location, centre, _ in list_truth(job):
@@ -636,21 +619,18 @@ def write_series(job: Job, root: Path) -> tuple[list, list[list]]:
         name, frame = names[min(max(round(z), 0), len(names) - 1)]
         point = {"x": round(x, 3), "y": round(y, 3)} | ({"f": frame} if "NumberOfFrames" in d else {})
         points.append([job.uid, name, str(point), location])
-    return [job.uid, int(d.PatientAge[:3]), sex, job.modality, *labels, max(labels)], points
+    person = (int(d.PatientAge[:3]), "Female" if d.PatientSex == "F" else "Male")
+    return [job.uid, *person, job.modality, *labels, max(labels)], points
 
 
 def make_set(dst: Path, series: int, seed: int, workers: int = 1, **options) -> None:
     """Write the set that is planned with these options; the bytes do not depend on `workers`."""
     jobs = plan(series, seed, **options)
-    foreign = {path.name for path in (dst / "series").glob("*")} - {job.uid for job in jobs}
-    if foreign:
-        raise ValueError(
-            f"{dst}/series: {len(foreign)} series of another set; expected none. Remove {dst} first."
-        )
-    write = partial(write_series, root=dst)
+    if {path.name for path in (dst / "series").glob("*")} - {job.uid for job in jobs}:
+        sys.exit(f"phantom.py: {dst}: holds series of another set; expected none. Remove it first.")
     with ProcessPoolExecutor(workers) as pool:
-        results = list(pool.map(write, jobs) if workers > 1 else map(write, jobs))
-    rows, points = zip(*results, strict=True)
+        run = pool.map if workers > 1 else map
+        rows, points = zip(*run(write_series, jobs, repeat(dst)), strict=True)
     pd.DataFrame(rows, columns=TABLE).to_csv(dst / "train.csv", index=False)
     pd.DataFrame(chain(*points), columns=POINTS).to_csv(dst / "train_localizers.csv", index=False)
 
@@ -667,10 +647,7 @@ def main() -> None:
     add("--plane", choices=["axial", "coronal", "sagittal"], help="this one only (all of them)")
     add("--plain", action="store_true", help="single-frame, uncompressed little endian only")
     add("--no-aneurysms-drawn", action="store_false", dest="draw_aneurysms", help="same labels, no aneurysm")
-    try:
-        make_set(workers=usable_cores(), **vars(parser.parse_args()))
-    except ValueError as error:
-        sys.exit(f"phantom.py: {error}")
+    make_set(workers=usable_cores(), **vars(parser.parse_args()))
 
 
 if __name__ == "__main__":
