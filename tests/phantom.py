@@ -51,17 +51,15 @@ FORMS = {  # transfer syntax, and how often of 20 series
 # of the arterial tree stands here, the right one is its mirror image; branches share a point with a parent.
 # fmt: off
 ICA_TOP, ICA_PCOM, ACA_ACOM, PCA_PCOM = (15.5, -12, -92), (14.5, -13, -96), (2.5, -23, -89), (10, 6, -94)
-MCA_FORK, ACA_FORK, VA_PICA = (33, -12, -91), (4.5, -37, -62), (9, 19, -139)
+M1_END, ACA_FORK, VA_PICA = (33, -12, -91), (4.5, -37, -62), (9, 19, -139)
 VB_JUNCTION, TIP = (0, 12, -127), (0, 4, -96)
 PAIRED = {  # name: radius at the start and at the end, points
     "ica": (2.5, 1.9, [(25, 20, -290), (26, 18, -230), (26, 12, -165), (27, 8, -138), (22, 2, -128),
                        (14, -4, -123), (11, -7, -116), (12, -18, -112), (12, -24, -107), (12.5, -21, -102),
                        (13.5, -16, -99), ICA_PCOM, ICA_TOP]),
-    "m1": (1.5, 1.35, [ICA_TOP, (24, -14, -90), MCA_FORK]),
-    "m2 superior": (1.1, 0.7, [MCA_FORK, (38, -9, -85), (41, 0, -76), (40, 12, -68), (54, 20, -56),
-                          (60, 14, -44)]),
-    "m2 inferior": (1.1, 0.7, [MCA_FORK, (38, -6, -91), (41, 4, -87), (43, 18, -82), (54, 30, -76),
-                          (58, 44, -66)]),
+    "m1": (1.5, 1.35, [ICA_TOP, (24, -14, -90), M1_END]),
+    "m2 sup": (1.1, 0.7, [M1_END, (38, -9, -85), (41, 0, -76), (40, 12, -68), (54, 20, -56), (60, 14, -44)]),
+    "m2 inf": (1.1, 0.7, [M1_END, (38, -6, -91), (41, 4, -87), (43, 18, -82), (54, 30, -76), (58, 44, -66)]),
     "m2 temporal": (0.8, 0.5, [(24, -14, -90), (30, -20, -96), (40, -20, -100), (50, -12, -102)]),
     "a1": (1.2, 1.1, [ICA_TOP, (9, -18, -90), ACA_ACOM]),
     "a2": (1.1, 1.0, [ACA_ACOM, (3.5, -30, -83), (4.5, -38, -73), ACA_FORK]),
@@ -93,25 +91,18 @@ MIDLINE_VEINS = {
                                   (0, 78, -92)]),
     "straight sinus": (1.8, 2.5, [(0, 32, -66), (0, 54, -78), (0, 78, -92)]),
 }
-SITES = [  # location, vessel, first and last place in units of its points, direction of the dome
-    ("Infraclinoid Internal Carotid Artery", "ica", 6, 8.3, (0.8, -0.4, 0.2)),
-    ("Infraclinoid Internal Carotid Artery", "ica", 4, 5.5, (0.5, 0.3, 0.8)),
-    ("Supraclinoid Internal Carotid Artery", "ica", 9.4, 10.4, (-0.7, -0.2, 0.7)),
-    ("Supraclinoid Internal Carotid Artery", "ica", 11.8, 12, (0, 0.2, 1)),
-    ("Middle Cerebral Artery", "m1", 2, 2, (1, -0.2, -0.1)),
-    ("Middle Cerebral Artery", "m1", 1.9, 2, (0.8, -0.6, -0.4)),
-    ("Middle Cerebral Artery", "m2 superior", 1, 2.2, (0.8, -0.6, 0.2)),
-    ("Anterior Communicating Artery", "acom", 0.3, 1.7, (0, -0.9, 0.5)),
-    ("Anterior Communicating Artery", "acom", 0.3, 1.7, (0, -0.4, -0.9)),
-    ("Anterior Cerebral Artery", "a2", 2.9, 3, (0.2, -0.8, 0.6)),
-    ("Anterior Cerebral Artery", "a1", 0.7, 1.3, (0.1, -0.2, 0.9)),
-    ("Posterior Communicating Artery", "ica", 11, 11, (0.4, 0.9, -0.4)),
-    ("Basilar Tip", "basilar", 4, 4, (0, -0.1, 1)),
-    ("Other Posterior Circulation", "vertebral", 4.9, 5.1, (0.7, 0.1, 0.6)),
-    ("Other Posterior Circulation", "pca", 1.8, 3.2, (0.4, -0.1, 0.9)),
-    ("Other Posterior Circulation", "basilar", 0.9, 2.2, (0.6, -0.8, 0)),
-    ("Other Posterior Circulation", "sca", 0.4, 0.8, (0.6, -0.5, 0.5)),
-]
+SITES = {  # a word of the location: vessel, first and last place in units of its points, the dome's direction
+    "Infraclinoid": [("ica", 6, 8.3, (0.8, -0.4, 0.2)), ("ica", 4, 5.5, (0.5, 0.3, 0.8))],
+    "Supraclinoid": [("ica", 9.4, 10.4, (-0.7, -0.2, 0.7)), ("ica", 11.8, 12, (0, 0.2, 1))],
+    "Middle Cerebral": [("m1", 2, 2, (1, -0.2, -0.1)), ("m1", 1.9, 2, (0.8, -0.6, -0.4)),
+                        ("m2 sup", 1, 2.2, (0.8, -0.6, 0.2))],
+    "Anterior Communicating": [("acom", 0.3, 1.7, (0, -0.9, 0.5)), ("acom", 0.3, 1.7, (0, -0.4, -0.9))],
+    "Anterior Cerebral": [("a2", 2.9, 3, (0.2, -0.8, 0.6)), ("a1", 0.7, 1.3, (0.1, -0.2, 0.9))],
+    "Posterior Communicating": [("ica", 11, 11, (0.4, 0.9, -0.4))],
+    "Basilar Tip": [("basilar", 4, 4, (0, -0.1, 1))],
+    "Other": [("vertebral", 4.9, 5.1, (0.7, 0.1, 0.6)), ("pca", 1.8, 3.2, (0.4, -0.1, 0.9)),
+              ("basilar", 0.9, 2.2, (0.6, -0.8, 0)), ("sca", 0.4, 0.8, (0.6, -0.5, 0.5))],
+}
 INFUNDIBULA = ["pcom", "choroidal", "ophthalmic", "sca", "pica", "m2 temporal", "aica"]  # may begin as cones
 PARTS = [  # in order: tissue, centre, half-axes, degrees turned about z; x > 0 stands for both sides
     ("csf", (0, -9, -97), (20, 22, 9), 0), ("csf", (34, -9, -88), (13, 9, 5), 0),  # basal and Sylvian cistern
@@ -272,8 +263,8 @@ def draw_domes(job: Job, arteries: dict[tuple[str, int], np.ndarray]) -> list[tu
     rng.random()  # plan() draws their number from it
     for location in job.locations:
         side = 1 if location.startswith("Left ") else -1 if location.startswith("Right ") else 0
-        sites = [site for site in SITES if location.endswith(site[0])]
-        _, vessel, first, last, direction = sites[rng.integers(len(sites))]
+        sites = next(sites for word, sites in SITES.items() if word in location)
+        vessel, first, last, direction = sites[rng.integers(len(sites))]
         if (vessel, side) not in arteries:
             side = int(rng.choice([-1, 1]))
         direction = np.array(direction) / np.linalg.norm(direction) + rng.normal(0, 0.25, 3)
@@ -494,14 +485,15 @@ def make_dataset(**values: object) -> Dataset:
     return d
 
 
-def make_header(job: Job, scan: Scan) -> Dataset:
-    """What all slices of a series share, but for how grey values are stored."""
+def make_header(job: Job, scan: Scan, rescale: dict) -> Dataset:
+    """What all slices of a series share. Enhanced CT and MR have it in functional groups (PS3.3 C.7.6.16)."""
     rng, is_ct = generator(job.seed, job.patient, "person"), job.modality == "CTA"
+    kind, is_enhanced = "CT" if is_ct else "MR", job.form.startswith("enhanced")
     spacing_mm = np.linalg.norm(scan.affine[:3, :3], axis=0)
     along = scan.affine[:3, :3] / spacing_mm
     d = make_dataset(
-        SOPClassUID=uids.CTImageStorage if is_ct else uids.MRImageStorage,
-        Modality="CT" if is_ct else "MR",
+        SOPClassUID=getattr(uids, f"{'Enhanced' * is_enhanced}{kind}ImageStorage"),
+        Modality=kind,
         Manufacturer="Phantom",
         SeriesDescription=f"{job.modality} {job.plane}",
         PatientID=f"PHANTOM-{job.seed}-{job.patient:05d}",
@@ -512,35 +504,45 @@ def make_header(job: Job, scan: Scan) -> Dataset:
         SeriesInstanceUID=job.uid,
         FrameOfReferenceUID=make_uid(job.seed, "frame of reference", job.number),
         SeriesNumber=job.number + 1,
-        SliceThickness=round(scan.thickness_mm, 4),
-        PixelSpacing=[round(v, 6) for v in spacing_mm[1:]],
-        ImageOrientationPatient=[round(v, 8) for v in (*along[:, 2], *along[:, 1])],
     )
     # type 2 of the patient, study and image modules: present, may be empty (PS3.3 A.3.3, A.4.3)
     d.PatientName = d.PatientBirthDate = d.StudyDate = d.StudyTime = d.StudyID = d.AccessionNumber = ""
+    pixels = {
+        "PixelSpacing": np.round(spacing_mm[1:], 6).tolist(),
+        "SliceThickness": round(scan.thickness_mm, 4),
+    }
     if is_ct:
         d.KVP = 100
     else:
-        d.SpacingBetweenSlices = round(spacing_mm[0], 4)
+        pixels["SpacingBetweenSlices"] = round(spacing_mm[0], 4)
         d.ScanningSequence, d.SequenceVariant, d.ScanOptions = "GR", "NONE", ""
         d.MRAcquisitionType, d.EchoTime, d.RepetitionTime, d.EchoTrainLength = "3D", 4, 25, 1
+    orientation = {"ImageOrientationPatient": [round(v, 8) for v in (*along[:, 2], *along[:, 1])]}
+    if not is_enhanced:
+        d.update(pixels | orientation | rescale)
+        return d
+    shared = make_dataset(PixelMeasuresSequence=[make_dataset(**pixels)])
+    shared.PlaneOrientationSequence = [make_dataset(**orientation)]
+    if rescale:
+        shared.PixelValueTransformationSequence = [make_dataset(**rescale)]
+    d.SharedFunctionalGroupsSequence = [shared]
     return d
 
 
-def to_stored(values: np.ndarray, job: Job, d: Dataset) -> np.ndarray:
-    """Stored integers (z, y, x) of grey values, in one of four ways; adds the tags that undo it to `d`."""
+def to_stored(values: np.ndarray, job: Job) -> tuple[np.ndarray, dict]:
+    """Stored integers (z, y, x) of grey values, in one of four ways, and the tags that undo it."""
     way = generator(job.seed, job.number, "storage").choice(["shifted", "as is", "signed", "scaled"])
     if job.form == "monochrome1":
         way = "shifted"
-    is_ct, slope, intercept = job.modality == "CTA", 1, 0
-    if way != "as is":  # else without any rescale tag
+    is_ct, slope, intercept, rescale = job.modality == "CTA", 1, 0, {}
+    if way != "as is":
         slope, intercept = (1, -1024) if is_ct else (0.43 if way == "scaled" else 1, 0)
-        d.RescaleIntercept, d.RescaleSlope, d.RescaleType = intercept, slope, "HU" if is_ct else "US"
+        rescale = dict(RescaleIntercept=intercept, RescaleSlope=slope, RescaleType="HU" if is_ct else "US")
     stored = np.rint((values - intercept) / slope)
     if way in ("as is", "signed"):
-        return np.clip(stored, -32768, 32767).astype(np.int16)
+        return np.clip(stored, -32768, 32767).astype(np.int16), rescale
     stored = np.clip(stored, 0, 4095).astype(np.uint16)
-    return 4095 - stored if job.form == "monochrome1" else stored
+    return 4095 - stored if job.form == "monochrome1" else stored, rescale
 
 
 def save(d: Dataset, stored: np.ndarray, form: str, path: Path) -> None:
@@ -565,36 +567,21 @@ def write_frames(d: Dataset, stored: np.ndarray, scan: Scan, job: Job, folder: P
     positions = [[round(v, 6) for v in (scan.affine @ [k, 0, 0, 1])[:3]] for k in range(len(stored))]
     if job.form.startswith("enhanced"):
         d.SOPInstanceUID, d.InstanceNumber = make_uid(job.seed, "instance", job.number), 1
-        to_functional_groups(d, [positions[k] for k in order])
+        d.PerFrameFunctionalGroupsSequence = [
+            make_dataset(
+                PlanePositionSequence=[make_dataset(ImagePositionPatient=positions[k])],
+                FrameContentSequence=[make_dataset(StackID="1", InStackPositionNumber=number)],
+            )
+            for number, k in enumerate(order, start=1)
+        ]
         save(d, stored[order], job.form, folder / f"{d.SOPInstanceUID}.dcm")
         return [(d.SOPInstanceUID, frame) for frame in order]  # a reversal is its own inverse
     # sorting the names does not sort the slices
     names = [make_uid(job.seed, "instance", job.number, k) for k in range(len(stored))]
-    for number, k in enumerate(order):
-        d.SOPInstanceUID, d.InstanceNumber, d.ImagePositionPatient = names[k], number + 1, positions[k]
+    for number, k in enumerate(order, start=1):
+        d.SOPInstanceUID, d.InstanceNumber, d.ImagePositionPatient = names[k], number, positions[k]
         save(d, stored[k], job.form, folder / f"{names[k]}.dcm")
     return [(name, 0) for name in names]
-
-
-def to_functional_groups(d: Dataset, positions: list[list[float]]) -> None:
-    """Move geometry and rescale into functional groups, as enhanced CT and MR have them (PS3.3 C.7.6.16)."""
-    d.SOPClassUID = uids.EnhancedCTImageStorage if d.Modality == "CT" else uids.EnhancedMRImageStorage
-    shared = Dataset()
-    for group, names in (
-        ("PixelMeasuresSequence", ("PixelSpacing", "SliceThickness", "SpacingBetweenSlices")),
-        ("PlaneOrientationSequence", ("ImageOrientationPatient",)),
-        ("PixelValueTransformationSequence", ("RescaleIntercept", "RescaleSlope", "RescaleType")),
-    ):
-        values = {name: d.pop(name).value for name in names if name in d}
-        if values:
-            setattr(shared, group, [make_dataset(**values)])
-    d.SharedFunctionalGroupsSequence = [shared]
-    frames = []
-    for number, position in enumerate(positions):
-        place = make_dataset(ImagePositionPatient=position)
-        content = make_dataset(StackID="1", InStackPositionNumber=number + 1)
-        frames.append(make_dataset(PlanePositionSequence=[place], FrameContentSequence=[content]))
-    d.PerFrameFunctionalGroupsSequence = frames
 
 
 def list_truth(job: Job) -> list[tuple[str, np.ndarray, float]]:
@@ -607,11 +594,12 @@ def list_truth(job: Job) -> list[tuple[str, np.ndarray, float]]:
 def write_series(job: Job, root: Path) -> tuple[list, list[list]]:
     """Draw and write one series below `root`; returns its rows of train.csv and train_localizers.csv."""
     scan = make_scan(job)
-    d = make_header(job, scan)
+    stored, rescale = to_stored(render(job), job)
+    d = make_header(job, scan, rescale)
     folder = root / "series" / job.uid
     shutil.rmtree(folder, ignore_errors=True)  # the same series, drawn before with other options
     folder.mkdir(parents=True)
-    names = write_frames(d, to_stored(render(job), job, d), scan, job, folder)
+    names = write_frames(d, stored, scan, job, folder)
     labels = [int(name in job.locations) for name in LOCATIONS]
     points = []
     for location, centre, _ in list_truth(job):
