@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain, pairwise, repeat
+from itertools import chain, pairwise, product, repeat
 from pathlib import Path
 
 import cv2
@@ -48,54 +48,41 @@ FORMS = {  # transfer syntax, and how often of 20 series
 
 # --- anatomy ------------------------------------------------------------------------------------------------
 # Millimetres from the vertex in the head's frame: x to the patient's left, y to the back, z up. The left half
-# of the arterial tree stands here, the right one is its mirror image; branches share a point with a parent.
+# and the midline stand here, the right half is a mirror image; branches share a point with a parent. A row has
+# the radius at the start and at the end, then points. A midline vessel ends where its mirror image begins.
 # fmt: off
-ICA_TOP, ICA_PCOM, ACA_ACOM, PCA_PCOM = (15.5, -12, -92), (14.5, -13, -96), (2.5, -23, -89), (10, 6, -94)
-M1_END, ACA_FORK, VA_PICA = (33, -12, -91), (4.5, -37, -62), (9, 19, -139)
-VB_JUNCTION, TIP = (0, 12, -127), (0, 4, -96)
-PAIRED = {  # name: radius at the start and at the end, points
-    "ica": (2.5, 1.9, [(25, 20, -290), (26, 18, -230), (26, 12, -165), (27, 8, -138), (22, 2, -128),
-                       (14, -4, -123), (11, -7, -116), (12, -18, -112), (12, -24, -107), (12.5, -21, -102),
-                       (13.5, -16, -99), ICA_PCOM, ICA_TOP]),
-    "m1": (1.5, 1.35, [ICA_TOP, (24, -14, -90), M1_END]),
-    "m2 sup": (1.1, 0.7, [M1_END, (38, -9, -85), (41, 0, -76), (40, 12, -68), (54, 20, -56), (60, 14, -44)]),
-    "m2 inf": (1.1, 0.7, [M1_END, (38, -6, -91), (41, 4, -87), (43, 18, -82), (54, 30, -76), (58, 44, -66)]),
-    "m2 temporal": (0.8, 0.5, [(24, -14, -90), (30, -20, -96), (40, -20, -100), (50, -12, -102)]),
-    "a1": (1.2, 1.1, [ICA_TOP, (9, -18, -90), ACA_ACOM]),
-    "a2": (1.1, 1.0, [ACA_ACOM, (3.5, -30, -83), (4.5, -38, -73), ACA_FORK]),
-    "pericallosal": (0.9, 0.6, [ACA_FORK, (4, -28, -51), (3.5, -8, -44), (3.5, 14, -44)]),
-    "callosomarginal": (0.8, 0.5, [ACA_FORK, (5, -44, -52), (5, -36, -36), (5, -18, -28)]),
-    "pcom": (0.8, 0.8, [ICA_PCOM, (13.5, -6, -97), (12, 1, -96), PCA_PCOM]),
-    "ophthalmic": (0.7, 0.5, [(12.5, -21, -102), (14, -28, -103), (19, -42, -104)]),
-    "choroidal": (0.6, 0.4, [ICA_TOP, (18, -4, -92), (21, 6, -89)]),
-    "pca": (1.2, 0.7, [TIP, (5, 4.5, -95), PCA_PCOM, (17, 12, -92), (21, 24, -88), (17, 42, -84),
-                       (12, 58, -80)]),
-    "sca": (0.7, 0.5, [(0, 5, -100), (8, 9, -99), (18, 20, -95), (22, 34, -94)]),
-    "aica": (0.6, 0.4, [(0, 7.5, -117), (11, 10, -119), (22, 14, -121)]),
-    "vertebral": (1.4, 1.4, [(15, 22, -290), (15, 22, -215), (16, 23, -178), (18, 30, -158), (14, 25, -148),
-                             VA_PICA, VB_JUNCTION]),
-    "pica": (0.8, 0.5, [VA_PICA, (15, 24, -140), (16, 31, -134), (10, 38, -131), (5, 42, -136)]),
-}
-MIDLINE = {
-    "acom": (0.8, 0.8, [ACA_ACOM, (0, -23.6, -89), (-2.5, -23, -89)]),
-    "basilar": (1.6, 1.6, [VB_JUNCTION, (0, 7.5, -117), (0, 5.5, -108), (0, 5, -100), TIP]),
-}
-PAIRED_VEINS = {
-    "transverse": (3.5, 3.5, [(0, 78, -92), (25, 70, -98), (48, 46, -104), (50, 26, -122), (32, 20, -144),
-                              (29, 24, -200), (29, 26, -290)]),
-    "internal cerebral": (0.9, 1.1, [(2, -8, -66), (2, 10, -62), (0, 32, -66)]),
-    "middle cerebral": (1.2, 1.0, [(14, -24, -112), (34, -26, -100), (52, -16, -84), (58, -4, -66)]),
-}
-MIDLINE_VEINS = {
-    "sagittal sinus": (2.0, 4.0, [(0, -76, -50), (0, -56, -26), (0, -12, -11), (0, 40, -22), (0, 74, -60),
-                                  (0, 78, -92)]),
-    "straight sinus": (1.8, 2.5, [(0, 32, -66), (0, 54, -78), (0, 78, -92)]),
-}
+VESSELS = """\
+artery acom 0.8 0.8  2.5 -23 -89  0 -23.6 -89  -2.5 -23 -89
+artery basilar 1.6 1.6  0 12 -127  0 7.5 -117  0 5.5 -108  0 5 -100  0 4 -96
+artery ica 2.5 1.9  25 20 -290  26 18 -230  26 12 -165  27 8 -138  22 2 -128  14 -4 -123  11 -7 -116 \
+  12 -18 -112  12 -24 -107  12.5 -21 -102  13.5 -16 -99  14.5 -13 -96  15.5 -12 -92
+artery m1 1.5 1.35  15.5 -12 -92  24 -14 -90  33 -12 -91
+artery m2-superior 1.1 0.7  33 -12 -91  38 -9 -85  41 0 -76  40 12 -68  54 20 -56  60 14 -44
+artery m2-inferior 1.1 0.7  33 -12 -91  38 -6 -91  41 4 -87  43 18 -82  54 30 -76  58 44 -66
+artery m2-temporal 0.8 0.5  24 -14 -90  30 -20 -96  40 -20 -100  50 -12 -102
+artery a1 1.2 1.1  15.5 -12 -92  9 -18 -90  2.5 -23 -89
+artery a2 1.1 1.0  2.5 -23 -89  3.5 -30 -83  4.5 -38 -73  4.5 -37 -62
+artery pericallosal 0.9 0.6  4.5 -37 -62  4 -28 -51  3.5 -8 -44  3.5 14 -44
+artery callosomarginal 0.8 0.5  4.5 -37 -62  5 -44 -52  5 -36 -36  5 -18 -28
+artery pcom 0.8 0.8  14.5 -13 -96  13.5 -6 -97  12 1 -96  10 6 -94
+artery ophthalmic 0.7 0.5  12.5 -21 -102  14 -28 -103  19 -42 -104
+artery choroidal 0.6 0.4  15.5 -12 -92  18 -4 -92  21 6 -89
+artery pca 1.2 0.7  0 4 -96  5 4.5 -95  10 6 -94  17 12 -92  21 24 -88  17 42 -84  12 58 -80
+artery sca 0.7 0.5  0 5 -100  8 9 -99  18 20 -95  22 34 -94
+artery aica 0.6 0.4  0 7.5 -117  11 10 -119  22 14 -121
+artery vertebral 1.4 1.4  15 22 -290  15 22 -215  16 23 -178  18 30 -158  14 25 -148  9 19 -139  0 12 -127
+artery pica 0.8 0.5  9 19 -139  15 24 -140  16 31 -134  10 38 -131  5 42 -136
+vein sagittal-sinus 2.0 4.0  0 -76 -50  0 -56 -26  0 -12 -11  0 40 -22  0 74 -60  0 78 -92
+vein straight-sinus 1.8 2.5  0 32 -66  0 54 -78  0 78 -92
+vein transverse 3.5 3.5  0 78 -92  25 70 -98  48 46 -104  50 26 -122  32 20 -144  29 24 -200  29 26 -290
+vein internal-cerebral 0.9 1.1  2 -8 -66  2 10 -62  0 32 -66
+vein middle-cerebral 1.2 1.0  14 -24 -112  34 -26 -100  52 -16 -84  58 -4 -66
+"""
 SITES = {  # a word of the location: vessel, first and last place in units of its points, the dome's direction
     "Infraclinoid": [("ica", 6, 8.3, (0.8, -0.4, 0.2)), ("ica", 4, 5.5, (0.5, 0.3, 0.8))],
     "Supraclinoid": [("ica", 9.4, 10.4, (-0.7, -0.2, 0.7)), ("ica", 11.8, 12, (0, 0.2, 1))],
     "Middle Cerebral": [("m1", 2, 2, (1, -0.2, -0.1)), ("m1", 1.9, 2, (0.8, -0.6, -0.4)),
-                        ("m2 sup", 1, 2.2, (0.8, -0.6, 0.2))],
+                        ("m2-superior", 1, 2.2, (0.8, -0.6, 0.2))],
     "Anterior Communicating": [("acom", 0.3, 1.7, (0, -0.9, 0.5)), ("acom", 0.3, 1.7, (0, -0.4, -0.9))],
     "Anterior Cerebral": [("a2", 2.9, 3, (0.2, -0.8, 0.6)), ("a1", 0.7, 1.3, (0.1, -0.2, 0.9))],
     "Posterior Communicating": [("ica", 11, 11, (0.4, 0.9, -0.4))],
@@ -103,7 +90,7 @@ SITES = {  # a word of the location: vessel, first and last place in units of it
     "Other": [("vertebral", 4.9, 5.1, (0.7, 0.1, 0.6)), ("pca", 1.8, 3.2, (0.4, -0.1, 0.9)),
               ("basilar", 0.9, 2.2, (0.6, -0.8, 0)), ("sca", 0.4, 0.8, (0.6, -0.5, 0.5))],
 }
-INFUNDIBULA = ["pcom", "choroidal", "ophthalmic", "sca", "pica", "m2 temporal", "aica"]  # may begin as cones
+INFUNDIBULA = ["pcom", "choroidal", "ophthalmic", "sca", "pica", "m2-temporal", "aica"]  # may begin as cones
 PARTS = [  # in order: tissue, centre, half-axes, degrees turned about z; x > 0 stands for both sides
     ("csf", (0, -9, -97), (20, 22, 9), 0), ("csf", (34, -9, -88), (13, 9, 5), 0),  # basal and Sylvian cistern
     ("csf", (0, 14, -108), (11, 8, 22), 0), ("brain", (0, 17, -108), (10, 10, 24), 0),  # brain stem
@@ -124,7 +111,6 @@ GREY = {  # HU for CT; arbitrary for MR, 1000 near the brightest; noise is a sta
     "MRI T1post": dict(air=0, soft=300, bone=70, brain=380, csf=140, fat=620, artery=800, vein=780, noise=20),
 }
 # fmt: on
-VESSELS = {"artery": (MIDLINE, PAIRED), "vein": (MIDLINE_VEINS, PAIRED_VEINS)}
 
 
 def generator(seed: int, number: int, purpose: str) -> np.random.Generator:
@@ -185,9 +171,6 @@ def plan(
     return jobs
 
 
-# --- the patient and the scan -------------------------------------------------------------------------------
-
-
 def make_head(job: Job) -> tuple[np.ndarray, dict, list, list]:
     """Jittered anatomy of one patient; the aneurysms take no part in any of its draws.
 
@@ -207,13 +190,15 @@ def make_head(job: Job) -> tuple[np.ndarray, dict, list, list]:
         waves = np.sin(rate @ np.array(point) + phase) @ height_mm
         return np.array(point) * scale + waves + rng.normal(0, 0.7, 3)
 
-    vessels = {}
-    for tissue, (midline, paired) in VESSELS.items():
-        tubes = vessels[tissue] = {}
-        for side in (0, 1, -1):
-            for name, (first, last, points) in (paired if side else midline).items():
-                bent = [bend(((side or 1) * x, y, z)) for x, y, z in points]
-                tubes[name, side] = grow(np.array(bent), (first, last), rng)
+    vessels = {"artery": {}, "vein": {}}
+    rows = [row.split() for row in VESSELS.splitlines()]
+    for (tissue, tubes), side in product(vessels.items(), (0, 1, -1)):
+        for kind, name, first, last, *numbers in rows:
+            points = np.reshape(numbers, (-1, 3)).astype(float)
+            is_midline = points[0, 0] == -points[-1, 0]
+            if kind == tissue and is_midline == (side == 0):
+                bent = [bend(tuple(point)) for point in points * [side or 1, 1, 1]]
+                tubes[name, side] = grow(np.array(bent), (float(first), float(last)), rng)
                 tubes[name, side][:, 3] *= size
     narrow_and_widen(vessels["artery"], rng)
     parts = []
@@ -250,10 +235,9 @@ def narrow_and_widen(arteries: dict[tuple[str, int], np.ndarray], rng: np.random
         for name in ("a1", "pcom", "vertebral"):
             arteries[name, side][:, 3] *= rng.choice([1, 0.6], p=[0.8, 0.2])
         for name in INFUNDIBULA:
-            width, length, is_present = rng.uniform(1.0, 1.45), rng.uniform(2.0, 4.0), rng.random() < 0.25
-            tube = arteries[name, side]
-            along = np.r_[0, np.cumsum(np.linalg.norm(np.diff(tube[:, :3], axis=0), axis=1))]
-            if is_present:
+            width, length, tube = rng.uniform(1.0, 1.45), rng.uniform(2.0, 4.0), arteries[name, side]
+            if rng.random() < 0.25:
+                along = np.r_[0, np.cumsum(np.linalg.norm(np.diff(tube[:, :3], axis=0), axis=1))]
                 tube[:, 3] = np.maximum(tube[:, 3], width * (1 - along / (2 * length)))
 
 
@@ -326,10 +310,9 @@ def make_scan(job: Job) -> Scan:
         bottom_mm = neck_mm if is_ct and has_neck else bottom_mm
         if job.modality == "MRA" and is_slab:  # time of flight of the arteries alone
             top_mm = -45
-    elif job.plane == "coronal":
-        row, col, centre, bottom_mm, top_mm = (1, 0, 0), (0, 0, -1), (0, 0, -95), -104, 104
     else:
-        row, col, centre, bottom_mm, top_mm = (0, 1, 0), (0, 0, -1), (0, 0, -95), -84, 84
+        row, top_mm = ((1, 0, 0), 104) if job.plane == "coronal" else ((0, 1, 0), 84)
+        col, centre, bottom_mm = (0, 0, -1), (0, 0, -95), -top_mm
     turn = rotation(np.clip(rng.normal(0, 5, 3), -9, 9) * (not (is_ct and is_axial)))
     tilt = rotation([rng.choice([0, 10, -12], p=[0.9, 0.05, 0.05]) * (is_ct and is_axial), 0, 0])
     row, col = turn @ row, turn @ col
