@@ -47,9 +47,9 @@ FORMS = {  # transfer syntax, and how often of 20 series
 }
 
 # --- anatomy ------------------------------------------------------------------------------------------------
-# Millimetres from the vertex in the head's frame: x to the patient's left, y to the back, z up. The left half
-# and the midline stand here, the right half is a mirror image; branches share a point with a parent. A row has
-# the radius at the start and at the end, then points. A midline vessel ends where its mirror image begins.
+# Millimetres from the vertex in the head's frame: x to the patient's left, y to the back, z up. Only the left
+# half and the midline stand here: the right half mirrors the left. Branches share a point with a parent. A row
+# has the radius at both ends, then points x, y, z. A midline vessel ends where its mirror image begins.
 # fmt: off
 VESSELS = """\
 artery acom 0.8 0.8  2.5 -23 -89  0 -23.6 -89  -2.5 -23 -89
