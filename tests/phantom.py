@@ -48,8 +48,8 @@ FORMS = {  # transfer syntax, and how often of 20 series
 
 # --- anatomy ------------------------------------------------------------------------------------------------
 # Millimetres from the vertex in the head's frame: x to the patient's left, y to the back, z up. Only the left
-# half and the midline stand here: the right half mirrors the left. Branches share a point with a parent. A row
-# has the radius at both ends, then points x, y, z. A midline vessel ends where its mirror image begins.
+# half and the midline stand here: the right half mirrors the left. Branches share a point with a parent. A
+# row has the radius at both ends, then points x, y, z. A midline vessel ends where its mirror image begins.
 # fmt: off
 VESSELS = """\
 artery acom 0.8 0.8  2.5 -23 -89  0 -23.6 -89  -2.5 -23 -89
@@ -409,15 +409,15 @@ def paint_skull(canvas: Canvas, scale: np.ndarray, grey: dict[str, float], cloud
         skull = (1 - np.sqrt((x / 75) ** 2 + (y / 95) ** 2 + dz**2)) * 82
         neck = np.minimum((1 - np.sqrt((x / 56) ** 2 + ((y - 20) / 60) ** 2)) * 58, -110 - z)
         base = -147 + 24 / (1 + np.exp((y - 10) / 4)) + 22 / (1 + np.exp((y + 28) / 3)) + 3 * np.sin(x / 9)
-        is_above = np.clip((z - base) / w, 0, 1)
+        upper = np.clip((z - base) / w, 0, 1)
         above = shells(skull, (0, "soft"), (2.5, "fat"), (6, "bone"), (11.5, "csf"), (13.5, "brain"))
         floor = shells(skull, (0, "soft"), (2.5, "fat"), (7, "bone"))
         below = shells(np.maximum(skull, neck), (0, "soft"), (2.5, "fat"), (7, "soft"))
         values = below + np.clip((z - base + 7) / w, 0, 1) * (floor - below)
-        values += is_above * (above - values)
+        values += upper * (above - values)
         coarse, fine = (cut_cloud(c, k / max(1, count - 1), (rows, cols)) for c in clouds)
         sulci = np.clip(1.5 * fine - 1.2, 0, 1) * np.clip((34 - skull) / 8, 0, 1)
-        values += sulci * np.clip((skull - 12.5) / w, 0, 1) * is_above * (grey["csf"] - values)
+        values += sulci * np.clip((skull - 12.5) / w, 0, 1) * upper * (grey["csf"] - values)
         canvas.values[k] = values + 0.12 * (coarse + 0.6 * fine) * np.maximum(values, 0)
 
 
