@@ -33,6 +33,9 @@ SYNTAXES = [uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.Explicit
 SYNTAXES += [uid.DeflatedExplicitVRLittleEndian, *COMPRESSED]
 ROWS, COLS = 36, 40
 SIZE = ROWS * COLS
+IPP = "ImagePositionPatient"
+MONOCHROME1 = {"PhotometricInterpretation": "MONOCHROME1", "BitsStored": 12, "HighBit": 11, "Modality": "MR"}
+PADDING = {"PixelPaddingValue": -2000, "dtype": "i2"}
 
 
 def image(value: int = 0, **tags: object) -> Dataset:
@@ -95,6 +98,11 @@ def names(series: Series) -> list[str]:
 
 def folders(series: Series) -> set[str]:
     return {frame.path.parent.name for frame in series.frames}
+
+
+def offsets(series: Series) -> list[float]:
+    """Millimetres along the normal from the first slice."""
+    return (series.positions_mm - series.positions_mm[0]).round(2).tolist()
 
 
 def noted(series: Series, *words: str) -> bool:
@@ -183,7 +191,7 @@ def test_scouts_other_orientations_and_sizes_are_left_out(tmp_path):
     ],
 )
 def test_what_is_no_volume_is_refused_with_the_reason(tmp_path, tags, reason):
-    stack(tmp_path, [0], **{"ImagePositionPatient": None} | tags)
+    stack(tmp_path, [0], **{IPP: None} | tags)
     with pytest.raises(ValueError, match=reason) as error:
         read_series(tmp_path)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
@@ -207,7 +215,7 @@ def test_slices_are_sorted_along_the_normal_and_the_affine_maps_voxels_to_lps(tm
     expected = origin + 2 * 2.0 * normal + 3 * 0.5 * col_dir + 5 * 0.25 * row_dir
     np.testing.assert_allclose((series.affine @ voxel)[:3], expected, atol=1e-6)
     np.testing.assert_allclose(series.point(series.frames[2].sop_uid, 5, 3), expected, atol=1e-6)
-    np.testing.assert_allclose(series.positions_mm - series.positions_mm[0], [0, 2, 4, 6], atol=1e-6)
+    assert offsets(series) == [0, 2, 4, 6]
     assert series.spacing_mm == pytest.approx((2.0, 0.5, 0.25)) and not series.notes
     assert series.plane == ("axial" if plane == "oblique" else plane)
     with pytest.raises(ValueError, match=r"no image 1\.2\.404"):
@@ -215,13 +223,26 @@ def test_slices_are_sorted_along_the_normal_and_the_affine_maps_voxels_to_lps(tm
 
 
 @pytest.mark.parametrize(
-    "positions, spacing_mm, words",
-    [([0, 2, 4, 8, 10], 2, ["1 gaps", "4.000 mm after slice 2"]), ([7], 3, ["single slice"])],
+    "positions, tags, places, note",
+    [
+        ([0, 2, 4, 9], {}, {"I1": 0, "I2": 2, "I3": 4, "I4": 9}, "5.000 mm after slice 2"),
+        ([7], {}, {"I1": 0}, "single slice: 3 mm"),
+        ([5] * 3, {"InstanceNumber": (7, 3, 5)}, {"I2": 0}, "1 images"),
+        ([0, 2, 4], {IPP: ([0, 0, 0], None, [0, 0, 4])}, {"I1": 0, "I2": 2, "I3": 4}, "1 of 3"),
+        ([0] * 3, {"SliceLocation": (3, 1, 2)}, {"I2": 0, "I3": 1, "I1": 2}, "SliceLocation"),
+        ([0] * 3, {IPP: None, "SliceLocation": (9, 5, 7)}, {"I2": 0, "I3": 2, "I1": 4}, "SliceLocation"),
+        ([0] * 3, {IPP: None, "InstanceNumber": (3, 1, 2)}, {"I2": 0, "I3": 3, "I1": 6}, "InstanceNumber"),
+        (
+            [0] * 11,
+            {IPP: None, "InstanceNumber": None},
+            {f"I{i + 1}": 3 * i for i in range(11)},
+            "file names",
+        ),
+    ],
 )
-def test_a_hole_and_a_single_slice_stay_where_they_are_and_are_noted(tmp_path, positions, spacing_mm, words):
-    series = read_stack(tmp_path, positions, SliceThickness=3)
-    assert series.positions_mm.tolist() == positions and series.spacing_mm == (spacing_mm, 0.5, 0.25)
-    assert noted(series, *words)
+def test_slices_lie_where_the_best_of_their_tags_says(tmp_path, positions, tags, places, note):
+    series = read_stack(tmp_path, positions, SliceThickness=3, **tags)
+    assert dict(zip(names(series), offsets(series), strict=True)) == places and noted(series, note)
 
 
 def test_gantry_tilt_shears_the_affine(tmp_path):
@@ -248,11 +269,8 @@ def test_of_several_volumes_a_complete_one_is_read(tmp_path, key, values, expect
     stack(tmp_path / "a", [0, 2, 4], InstanceNumber=(1, 3, 5), **{key: values[0]})
     stack(tmp_path / "b", [0, 2, 4], InstanceNumber=(2, 4, 6), **{key: values[1]})
     series = read_series(tmp_path)
-    assert (
-        z_of(series) == [0, 2, 4]
-        and folders(series) == {expected}
-        and noted(series, "volumes by", "3 images")
-    )
+    assert folders(series) == {expected} and z_of(series) == [0, 2, 4]
+    assert noted(series, "volumes by", "3 images")
     assert len(series.geometry) == 6  # points on the other volume's images still have a place
 
 
@@ -263,13 +281,11 @@ def test_an_echo_with_a_missing_slice_is_not_mixed_with_the_other(tmp_path):
     assert folders(series) == {"a"} and len(series.frames) == 11
 
 
-def test_copies_of_an_image_are_left_out_and_one_position_gives_one_slice(tmp_path):
+def test_copies_of_an_image_are_left_out_and_a_uid_of_several_slices_places_no_point(tmp_path):
     paths = stack(tmp_path / "a", [0, 1])
     (tmp_path / "a" / "copy").write_bytes(paths[0].read_bytes())
     series = read_series(tmp_path / "a")
     assert z_of(series) == [0, 1] and noted(series, "1 copies")
-    series = read_stack(tmp_path / "same", [5, 5, 5], InstanceNumber=(7, 3, 5))
-    assert names(series) == ["I2"] and noted(series, "volumes by", "1 images")
     series = read_stack(tmp_path / "uid", [0, 1, 2], SOPInstanceUID=("1.2.5", "1.2.5", "1.2.6"))
     assert z_of(series) == [0, 1, 2] and series.point("1.2.6", 0, 0).tolist() == [-10, -20, 2]
     with pytest.raises(ValueError, match=r"no image 1\.2\.5"):  # which of the two is meant?
@@ -323,29 +339,10 @@ def test_frames_of_a_stripped_multi_frame_file_are_counted_from_its_pixel_data(t
     assert "axial assumed" in series.doubts[0]
 
 
-@pytest.mark.parametrize(
-    "tags, position, places, source",
-    [
-        ({"SliceLocation": (9, 5, 7)}, None, {"I2": 0, "I3": 2, "I1": 4}, "SliceLocation"),
-        ({"SliceLocation": (3, 1, 2)}, [0, 0, 0], {"I2": 0, "I3": 1, "I1": 2}, "SliceLocation"),
-        ({"InstanceNumber": (3, 1, 2)}, None, {"I2": 0, "I3": 3, "I1": 6}, "InstanceNumber"),
-        ({"InstanceNumber": None}, None, {f"I{i + 1}": 3 * i for i in range(11)}, "file names"),
-    ],
-)
-def test_where_positions_do_not_tell_other_tags_place_the_slices(tmp_path, tags, position, places, source):
-    tags |= {"ImagePositionPatient": position, "SliceThickness": 3}
-    series = read_stack(tmp_path, [0] * len(places), **tags)
-    assert names(series) == list(places) and noted(series, source)
-    np.testing.assert_allclose(series.positions_mm - series.positions_mm[0], list(places.values()), atol=1e-9)
-
-
-def test_an_image_without_a_readable_position_goes_where_its_number_says(tmp_path):
-    series = read_stack(tmp_path / "a", [0, 2, 4], ImagePositionPatient=([0, 0, 0], None, [0, 1, 4]))
-    assert series.frames[1].position.tolist() == pytest.approx([0, 0.5, 2])
-    assert noted(series, "no valid (0020,0032) ImagePositionPatient (1 of 3 images)")
-    path = stack(tmp_path / "b", [0, 1, 2])[1]
+def test_an_attribute_that_does_not_parse_counts_as_missing_and_is_noted(tmp_path):
+    path = stack(tmp_path, [0, 1, 2])[1]
     path.write_bytes(path.read_bytes().replace(b"-10.0\\-20.0\\1", b"-10.0\\-2O.0\\1"))
-    series = read_series(tmp_path / "b")
+    series = read_series(tmp_path)
     assert z_of(series) == [0, 1, 2] and noted(series, "(0020,0032) ImagePositionPatient does not parse")
 
 
@@ -366,22 +363,19 @@ def test_rescale_belongs_to_each_slice(tmp_path):
     assert series.values(0)[0, 1] == 1 - 1024 and series.values(1)[0, 1] == 2 * 101 - 1000
 
 
-@pytest.mark.parametrize("background, expected", [(4095, [0, 4000]), (0, [0, 95])])
-def test_monochrome1_is_inverted_only_if_that_makes_the_background_dark(tmp_path, background, expected):
-    tags = {"PhotometricInterpretation": "MONOCHROME1", "BitsStored": 12, "HighBit": 11, "Modality": "MR"}
-    pixels = np.pad(np.full((20, 20), 95), 2, constant_values=background)
-    series = read_stack(tmp_path, [0, 1], pixels=pixels, RescaleIntercept=0, **tags)
-    assert series.values(0)[[0, 9], [0, 9]].tolist() == expected
-    assert noted(series, "inverted") == (background == 4095) == bool(series.notes)
-
-
-@pytest.mark.parametrize("padding, expected", [((-2000, -1990), -1024), ((0, None), -2000)])
-def test_padding_is_compared_in_stored_units(tmp_path, padding, expected):
-    tags = dict(zip(("PixelPaddingValue", "PixelPaddingRangeLimit"), padding, strict=True))
-    pixels = [[-2000, -2000, 0, 24]]
-    series = read_stack(tmp_path, [0], pixels=pixels, dtype="i2", RescaleIntercept=0, **tags)
-    assert series.values(0).tolist() == [[expected, expected, 0, 24]]
-    assert noted(series, "PixelPaddingValue 0 would be tissue") == (padding[0] == 0)
+@pytest.mark.parametrize(
+    "stored, tags, expected, note",
+    [
+        ([4095, 95, 95, 4095], MONOCHROME1, [0, 4000, 4000, 0], "inverted"),
+        ([0, 95, 95, 0], MONOCHROME1, [0, 95, 95, 0], ""),
+        ([-2000, -1995, 0, 24], PADDING | {"PixelPaddingRangeLimit": -1990}, [-1024, -1024, 0, 24], ""),
+        ([-2000, -1995, 0, 24], PADDING | {"PixelPaddingValue": 0}, [-2000, -1995, 0, 24], "would be tissue"),
+    ],
+)
+def test_monochrome1_and_padding_are_read_as_the_pixels_allow(tmp_path, stored, tags, expected, note):
+    series = read_stack(tmp_path, [0, 1], pixels=[stored], RescaleIntercept=0, **tags)
+    assert series.values(0).tolist() == [expected]
+    assert noted(series, note) if note else not series.notes
 
 
 @pytest.mark.parametrize(
@@ -482,13 +476,9 @@ def write_bases(folder: Path) -> list[bytes]:
     nested.ReferencedImageSequence = [Dataset()]
     nested.ReferencedImageSequence[0].ReferencedSOPInstanceUID = "1.2"
     nested["ReferencedImageSequence"].is_undefined_length = True
-    files = []
+    files, two = [], [[-10, -20, 5], [-10, -20, 6]]
     for i, syntax in enumerate([*SYNTAXES, uid.ExplicitVRLittleEndian]):
-        ds = (
-            enhanced([[0, 0, 5], [0, 0, 6]], [1, 2])
-            if i == 7
-            else image(ImagePositionPatient=[-10, -20, 5], EchoTime=3)
-        )
+        ds = enhanced(two, [1, 2]) if i == 7 else image(EchoTime=3, ImagePositionPatient=two[0])
         ds.ReferencedStudySequence = [nested]
         ds["ReferencedStudySequence"].is_undefined_length = i % 2 == 0
         files.append(write(folder / f"base{i}", ds, syntax).read_bytes())
