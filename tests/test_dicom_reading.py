@@ -12,6 +12,7 @@ import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -34,13 +35,21 @@ SYNTAXES += [uid.DeflatedExplicitVRLittleEndian, *COMPRESSED]
 ROWS, COLS = 36, 40
 SIZE = ROWS * COLS
 IPP = "ImagePositionPatient"
+IN_NATURAL_ORDER = {f"I{i + 1}": 3 * i for i in range(11)}  # I10 follows I9
 MONOCHROME1 = {"PhotometricInterpretation": "MONOCHROME1", "BitsStored": 12, "HighBit": 11, "Modality": "MR"}
 PADDING = {"PixelPaddingValue": -2000, "dtype": "i2"}
 
 
-def image(value: int = 0, **tags: object) -> Dataset:
-    """A 36 x 40 CT slice whose pixels count up from `value`; a tag given as None is left out."""
-    pixels = tags.pop("pixels", value + np.arange(SIZE).reshape(ROWS, COLS))
+def items(**tags: object) -> list[Dataset]:
+    """A sequence of one item."""
+    ds = Dataset()
+    ds.update(tags)
+    return [ds]
+
+
+def image(first: int = 0, **tags: object) -> Dataset:
+    """A 36 x 40 CT slice whose pixels count up from `first`; a tag given as None is left out."""
+    pixels = tags.pop("pixels", first + np.arange(SIZE).reshape(ROWS, COLS))
     pixels = np.asarray(pixels, tags.pop("dtype", "u2"))
     bits = 8 * pixels.itemsize
     defaults = dict(
@@ -50,10 +59,7 @@ def image(value: int = 0, **tags: object) -> Dataset:
         PhotometricInterpretation="MONOCHROME2", BitsAllocated=bits, BitsStored=bits, HighBit=bits - 1,
         PixelRepresentation=int(pixels.dtype.kind == "i"), RescaleSlope=1, RescaleIntercept=-1024,
     )  # fmt: skip
-    ds = Dataset()
-    for name, tag_value in (defaults | tags).items():
-        if tag_value is not None:
-            setattr(ds, name, tag_value)
+    (ds,) = items(**{name: value for name, value in (defaults | tags).items() if value is not None})
     ds.PixelData = pixels.tobytes() + b"\0" * (pixels.nbytes % 2)
     ds["PixelData"].VR = "OW"
     return ds
@@ -88,10 +94,6 @@ def read_stack(folder: Path, positions: list[float], **tags: object) -> Series:
     return read_series(folder)
 
 
-def z_of(series: Series) -> list[float]:
-    return [round(float(frame.position[2]), 3) for frame in series.frames]
-
-
 def names(series: Series) -> list[str]:
     return [frame.path.name for frame in series.frames]
 
@@ -119,19 +121,14 @@ def test_files_are_found_by_content_and_others_named(tmp_path):
     d.write_bytes(gzip.compress(d.read_bytes()))
     (tmp_path / "readme.txt").write_text("no DICOM")
     (tmp_path / "short.dcm").write_bytes(a.read_bytes()[:-10])
-    directory = {"SOPClassUID": uid.MediaStorageDirectoryStorage, "Modality": None}
-    for name, tags in (("DICOMDIR", directory), ("report.dcm", {"Modality": "SR"})):
-        ds = image(**tags)
-        del ds.PixelData
-        write(tmp_path / name, ds)
+    directory = image(SOPClassUID=uid.MediaStorageDirectoryStorage, Modality=None)
+    del directory.PixelData
+    write(tmp_path / "DICOMDIR", directory)
     series = read_series(tmp_path)
-    assert z_of(series) == [0, 1, 2, 3]
+    assert offsets(series) == [0, 1, 2, 3]
     assert [series.stored(i)[0, :2].tolist() for i in range(4)] == [[100 * i, 100 * i + 1] for i in range(4)]
     reasons = {path.name: reason for path, reason in series.skipped}
-    expected = {
-        "readme.txt": "not DICOM", "short.dcm": f"truncated: {2 * SIZE - 10}",
-        "DICOMDIR": "not an image", "report.dcm": "no (7FE0,0010) PixelData",
-    }  # fmt: skip
+    expected = {"readme.txt": "not DICOM", "short.dcm": "truncated", "DICOMDIR": "not an image"}
     assert reasons.keys() == expected.keys()
     assert all(text in reasons[name] for name, text in expected.items()), reasons
 
@@ -140,10 +137,10 @@ def test_of_several_series_the_named_one_else_the_largest_is_read(tmp_path):
     stack(tmp_path / "a", [0, 1, 2], SeriesInstanceUID="1.2.1")
     stack(tmp_path / "b", [10, 11], SeriesInstanceUID="1.2.2")
     largest, named = read_series(tmp_path), read_series(tmp_path, "1.2.2")
-    assert z_of(largest) == [0, 1, 2] and noted(largest, "2 images of another series")
-    assert z_of(named) == [10, 11] and named.uid == "1.2.2" and noted(named, "3 images of other series")
+    assert offsets(largest) == [0, 1, 2] and noted(largest, "2 images of another series")
+    assert offsets(named) == [0, 1] and named.uid == "1.2.2" and noted(named, "3 images of other series")
     renamed = read_series(tmp_path, "9.9")  # a folder renamed after it was written
-    assert z_of(renamed) == [0, 1, 2] and renamed.uid == "9.9"
+    assert offsets(renamed) == [0, 1, 2] and renamed.uid == "9.9"
 
 
 def test_linked_folders_are_followed_once_and_circles_end(tmp_path):
@@ -159,11 +156,9 @@ def test_linked_folders_are_followed_once_and_circles_end(tmp_path):
 
 
 def test_a_file_that_the_disk_does_not_give_fails_the_series(tmp_path, monkeypatch):
-    def stale(path: Path) -> None:
-        raise OSError(errno.ESTALE, "Stale file handle")
-
     stack(tmp_path, list(range(20)))
-    monkeypatch.setattr("dicom_file.fast_header", stale)
+    stale = OSError(errno.ESTALE, "Stale file handle")
+    monkeypatch.setattr("dicom_file.fast_header", Mock(side_effect=stale))
     with pytest.raises(ValueError, match="Stale file handle; the disk is at fault"):
         read_series(tmp_path)
 
@@ -176,7 +171,7 @@ def test_scouts_other_orientations_and_sizes_are_left_out(tmp_path):
     stack(tmp_path / "e", [0, 1], PixelSpacing=[0.5, 0.26])
     stack(tmp_path / "f", [3], ImageOrientationPatient=[1, 0.0005, 0, -0.0005, 1, 0])  # within 1e-3
     series = read_series(tmp_path)
-    assert z_of(series) == [0, 1, 2, 3]
+    assert offsets(series) == [0, 1, 2, 3]
     for words in ("4 images left out: scout", "5 x 5", "0.26 mm", "normal [-1.  0.  0.]"):
         assert noted(series, words), words
 
@@ -218,8 +213,6 @@ def test_slices_are_sorted_along_the_normal_and_the_affine_maps_voxels_to_lps(tm
     assert offsets(series) == [0, 2, 4, 6]
     assert series.spacing_mm == pytest.approx((2.0, 0.5, 0.25)) and not series.notes
     assert series.plane == ("axial" if plane == "oblique" else plane)
-    with pytest.raises(ValueError, match=r"no image 1\.2\.404"):
-        series.point("1.2.404", 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -232,12 +225,7 @@ def test_slices_are_sorted_along_the_normal_and_the_affine_maps_voxels_to_lps(tm
         ([0] * 3, {"SliceLocation": (3, 1, 2)}, {"I2": 0, "I3": 1, "I1": 2}, "SliceLocation"),
         ([0] * 3, {IPP: None, "SliceLocation": (9, 5, 7)}, {"I2": 0, "I3": 2, "I1": 4}, "SliceLocation"),
         ([0] * 3, {IPP: None, "InstanceNumber": (3, 1, 2)}, {"I2": 0, "I3": 3, "I1": 6}, "InstanceNumber"),
-        (
-            [0] * 11,
-            {IPP: None, "InstanceNumber": None},
-            {f"I{i + 1}": 3 * i for i in range(11)},
-            "file names",
-        ),
+        ([0] * 11, {IPP: None, "InstanceNumber": None}, IN_NATURAL_ORDER, "file names"),
     ],
 )
 def test_slices_lie_where_the_best_of_their_tags_says(tmp_path, positions, tags, places, note):
@@ -269,7 +257,7 @@ def test_of_several_volumes_a_complete_one_is_read(tmp_path, key, values, expect
     stack(tmp_path / "a", [0, 2, 4], InstanceNumber=(1, 3, 5), **{key: values[0]})
     stack(tmp_path / "b", [0, 2, 4], InstanceNumber=(2, 4, 6), **{key: values[1]})
     series = read_series(tmp_path)
-    assert folders(series) == {expected} and z_of(series) == [0, 2, 4]
+    assert folders(series) == {expected} and offsets(series) == [0, 2, 4]
     assert noted(series, "volumes by", "3 images")
     assert len(series.geometry) == 6  # points on the other volume's images still have a place
 
@@ -285,9 +273,9 @@ def test_copies_of_an_image_are_left_out_and_a_uid_of_several_slices_places_no_p
     paths = stack(tmp_path / "a", [0, 1])
     (tmp_path / "a" / "copy").write_bytes(paths[0].read_bytes())
     series = read_series(tmp_path / "a")
-    assert z_of(series) == [0, 1] and noted(series, "1 copies")
+    assert offsets(series) == [0, 1] and noted(series, "1 copies")
     series = read_stack(tmp_path / "uid", [0, 1, 2], SOPInstanceUID=("1.2.5", "1.2.5", "1.2.6"))
-    assert z_of(series) == [0, 1, 2] and series.point("1.2.6", 0, 0).tolist() == [-10, -20, 2]
+    assert offsets(series) == [0, 1, 2] and series.point("1.2.6", 0, 0).tolist() == [-10, -20, 2]
     with pytest.raises(ValueError, match=r"no image 1\.2\.5"):  # which of the two is meant?
         series.point("1.2.5", 0, 0)
 
@@ -296,19 +284,14 @@ def enhanced(positions: list, slopes: list[float], orientation: object = PLANES[
     """An enhanced file: position [x, y, z] and rescale by frame, orientation and spacing shared."""
     pixels = np.arange(len(positions) * SIZE).reshape(len(positions), ROWS, COLS)
     ds = image(NumberOfFrames=len(positions), **{"pixels": pixels, "SliceThickness": 2} | tags)
-    shared, frames = Dataset(), []
-    shared.PixelMeasuresSequence = [Dataset()]
-    shared.PixelMeasuresSequence[0].update({"PixelSpacing": [0.5, 0.25], "SliceThickness": ds.SliceThickness})
-    shared.PlaneOrientationSequence = [Dataset()]
-    shared.PlaneOrientationSequence[0].ImageOrientationPatient = orientation
+    measures = items(PixelSpacing=[0.5, 0.25], SliceThickness=ds.SliceThickness)
+    plane, frames = items(ImageOrientationPatient=orientation), []
     for position, slope in zip(positions, slopes, strict=True):
-        frame = Dataset()
-        frame.PlanePositionSequence = [Dataset()]
-        frame.PlanePositionSequence[0].ImagePositionPatient = position
-        frame.PixelValueTransformationSequence = [Dataset()]
-        frame.PixelValueTransformationSequence[0].update({"RescaleSlope": slope, "RescaleIntercept": 0})
-        frames.append(frame)
-    ds.SharedFunctionalGroupsSequence, ds.PerFrameFunctionalGroupsSequence = [shared], frames
+        place = items(ImagePositionPatient=position)
+        rescale = items(RescaleSlope=slope, RescaleIntercept=0)
+        frames += items(PlanePositionSequence=place, PixelValueTransformationSequence=rescale)
+    shared = items(PixelMeasuresSequence=measures, PlaneOrientationSequence=plane)
+    ds.SharedFunctionalGroupsSequence, ds.PerFrameFunctionalGroupsSequence = shared, frames
     del ds.ImagePositionPatient, ds.ImageOrientationPatient, ds.PixelSpacing
     del ds.RescaleSlope, ds.RescaleIntercept
     return ds
@@ -317,7 +300,7 @@ def enhanced(positions: list, slopes: list[float], orientation: object = PLANES[
 def test_enhanced_frames_have_their_own_geometry_and_rescale(tmp_path):
     write(tmp_path / "e.dcm", enhanced([[0, 0, 4], [0, 0, 0], [0, 0, 2]], [1, 2, 3]))
     series = read_series(tmp_path)
-    assert [frame.index for frame in series.frames] == [1, 2, 0] and z_of(series) == [0, 2, 4]
+    assert [frame.index for frame in series.frames] == [1, 2, 0] and offsets(series) == [0, 2, 4]
     assert [series.values(i)[0, 1] for i in range(3)] == [2 * (SIZE + 1), 3 * (2 * SIZE + 1), 1]
     sop_uid = series.frames[0].sop_uid
     with pytest.raises(ValueError, match="several frames, and no frame is named"):
@@ -335,7 +318,7 @@ def test_frames_of_a_stripped_multi_frame_file_are_counted_from_its_pixel_data(t
     ds.save_as(path)
     series = read_series(tmp_path)
     assert [series.stored(i)[0, 0] for i in range(3)] == [0, SIZE, 2 * SIZE]
-    assert np.diff(z_of(series)).tolist() == [1.5, 1.5] and noted(series, "1.5 mm", "SpacingBetweenSlices")
+    assert offsets(series) == [0, 1.5, 3] and noted(series, "1.5 mm", "SpacingBetweenSlices")
     assert "axial assumed" in series.doubts[0]
 
 
@@ -343,7 +326,7 @@ def test_an_attribute_that_does_not_parse_counts_as_missing_and_is_noted(tmp_pat
     path = stack(tmp_path, [0, 1, 2])[1]
     path.write_bytes(path.read_bytes().replace(b"-10.0\\-20.0\\1", b"-10.0\\-2O.0\\1"))
     series = read_series(tmp_path)
-    assert z_of(series) == [0, 1, 2] and noted(series, "(0020,0032) ImagePositionPatient does not parse")
+    assert offsets(series) == [0, 1, 2] and noted(series, "(0020,0032) ImagePositionPatient does not parse")
 
 
 def test_missing_orientation_spacing_and_intercept_are_assumed_and_noted(tmp_path):
@@ -358,23 +341,19 @@ def test_missing_orientation_spacing_and_intercept_are_assumed_and_noted(tmp_pat
 # --- values
 
 
-def test_rescale_belongs_to_each_slice(tmp_path):
-    series = read_stack(tmp_path, [0, 1], RescaleSlope=(1, 2), RescaleIntercept=(-1024, -1000))
-    assert series.values(0)[0, 1] == 1 - 1024 and series.values(1)[0, 1] == 2 * 101 - 1000
-
-
 @pytest.mark.parametrize(
     "stored, tags, expected, note",
     [
         ([4095, 95, 95, 4095], MONOCHROME1, [0, 4000, 4000, 0], "inverted"),
         ([0, 95, 95, 0], MONOCHROME1, [0, 95, 95, 0], ""),
+        ([0, 24, 95, 0], {"RescaleSlope": (1, 2), "Modality": "MR"}, [0, 48, 190, 0], ""),
         ([-2000, -1995, 0, 24], PADDING | {"PixelPaddingRangeLimit": -1990}, [-1024, -1024, 0, 24], ""),
         ([-2000, -1995, 0, 24], PADDING | {"PixelPaddingValue": 0}, [-2000, -1995, 0, 24], "would be tissue"),
     ],
 )
-def test_monochrome1_and_padding_are_read_as_the_pixels_allow(tmp_path, stored, tags, expected, note):
+def test_values_are_rescaled_by_slice_inverted_and_padded(tmp_path, stored, tags, expected, note):
     series = read_stack(tmp_path, [0, 1], pixels=[stored], RescaleIntercept=0, **tags)
-    assert series.values(0).tolist() == [expected]
+    assert series.values(1).tolist() == [expected]
     assert noted(series, note) if note else not series.notes
 
 
@@ -384,7 +363,6 @@ def test_monochrome1_and_padding_are_read_as_the_pixels_allow(tmp_path, stored, 
         (0xF801, "u2", 12, 11, 0x801),
         (0xF801, "i2", 12, 11, -0x7FF),
         (0x1234, "u2", 12, 15, 0x123),
-        (0xFFFF, "i2", 16, 15, -1),
         (0x81, "i1", 8, 7, -127),
         (0x80000001, "u4", 31, 30, 1),
         (0xFFFF, "u2", 99, 3, 0xFFFF),  # senseless: as allocated
@@ -392,15 +370,14 @@ def test_monochrome1_and_padding_are_read_as_the_pixels_allow(tmp_path, stored, 
 )
 def test_stored_values_are_masked_and_sign_extended(tmp_path, raw, dtype, bits, high, expected):
     pixels = np.full((2, 2), raw, dtype.replace("i", "u")).view(dtype)
-    stack(tmp_path, [0], pixels=pixels, dtype=dtype, BitsStored=bits, HighBit=high)
-    assert read_series(tmp_path).stored(0).tolist() == [[expected] * 2] * 2
+    series = read_stack(tmp_path, [0], pixels=pixels, dtype=dtype, BitsStored=bits, HighBit=high)
+    assert series.stored(0).tolist() == [[expected] * 2] * 2
 
 
 @pytest.mark.parametrize("syntax", SYNTAXES)
-@pytest.mark.parametrize("dtype, bits", [("u2", 12), ("i2", 16), ("u1", 8)])
-def test_every_lossless_transfer_syntax_gives_the_same_stored_values(tmp_path, syntax, dtype, bits):
-    pixels = np.random.default_rng(0).integers(0, 2 ** (bits - 1), (ROWS, COLS)).astype(dtype)
-    pixels = pixels - pixels.max() // 2 if dtype == "i2" else pixels
+@pytest.mark.parametrize("dtype, lowest, bits", [("u2", 0, 12), ("i2", -(2**15), 16), ("u1", 0, 8)])
+def test_every_lossless_transfer_syntax_gives_the_same_stored_values(tmp_path, syntax, dtype, lowest, bits):
+    pixels = np.random.default_rng(0).integers(lowest, 2 ** (bits - 1), (ROWS, COLS)).astype(dtype)
     write(tmp_path / "x", image(pixels=pixels, dtype=dtype, BitsStored=bits, HighBit=bits - 1), syntax)
     series = read_series(tmp_path)
     assert series.stored(0).tolist() == pixels.tolist() and series.transfer_syntax == syntax
@@ -426,18 +403,16 @@ def test_jpeg_baseline_and_colour_become_grey(tmp_path):
     "raised, reported, words",
     [
         (None, ValueError, r"JPEG-LS Lossless.*1\.2\.840\.10008\.1\.2\.4\.80.*pyjpegls"),
-        (BaseException, ValueError, "index out of bounds"),  # pylibjpeg-rle's PanicException is one
-        (KeyboardInterrupt, KeyboardInterrupt, "index out of bounds"),
+        # as pylibjpeg-rle's PanicException
+        (BaseException("out of bounds"), ValueError, "out of bounds"),
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
     ],
 )
 def test_a_failing_decoder_is_a_reason_but_interrupts_pass(tmp_path, monkeypatch, raised, reported, words):
-    def fail(*_: object) -> None:
-        raise raised("index out of bounds")
-
     write(tmp_path / "x", image(), uid.JPEGLSLossless)
     series = read_series(tmp_path)
     series.forget()  # what the look at its values has decoded
-    plugins = {"failing": fail} if raised else {}
+    plugins = {"failing": Mock(side_effect=raised)} if raised else {}
     monkeypatch.setattr(get_decoder(uid.JPEGLSLossless), "_available", plugins)
     with pytest.raises(reported, match=words):
         series.stored(0)
@@ -472,9 +447,7 @@ def mutated(rng: np.random.Generator, data: bytes) -> bytes:
 
 def write_bases(folder: Path) -> list[bytes]:
     """Small valid files of every form, to be mutated."""
-    nested = Dataset()
-    nested.ReferencedImageSequence = [Dataset()]
-    nested.ReferencedImageSequence[0].ReferencedSOPInstanceUID = "1.2"
+    (nested,) = items(ReferencedImageSequence=items(ReferencedSOPInstanceUID="1.2"))
     nested["ReferencedImageSequence"].is_undefined_length = True
     files, two = [], [[-10, -20, 5], [-10, -20, 6]]
     for i, syntax in enumerate([*SYNTAXES, uid.ExplicitVRLittleEndian]):
@@ -497,24 +470,15 @@ def equal_headers(path: Path) -> bool:
     return headers[0] is not None
 
 
-def test_the_fast_header_equals_pydicoms_on_mutated_files(tmp_path):
-    rng, files, num_fast = np.random.default_rng(1), write_bases(tmp_path), 0
-    path = tmp_path / "mutated"
-    for i in range(600):
-        path.write_bytes(mutated(rng, files[(0, 1, 4)[i % 3]]))
-        num_fast += equal_headers(path)
-    assert num_fast > 200  # the comparison compares something
-
-
-def fuzz(job: tuple[Path, int]) -> Counter:
+def fuzz(folder: Path, seed: int) -> Counter:
     """Reads 100 mutated files, each beside two good ones that have to survive. Runs in a worker."""
-    folder, seed = job
     rng, files = np.random.default_rng([2, seed]), sorted(folder.glob("base*"))
     path, ends = folder / f"mutated{seed}", Counter()
     for i in range(100):
         path.write_bytes(mutated(rng, files[i % len(files)].read_bytes()))
         series = read_series([folder / "good" / "I1", folder / "good" / "I2", path], "1.2.3")
         ends["skipped"] += bool(series.skipped)
+        ends["fast"] += equal_headers(path)
         for j, frame in enumerate(series.frames):
             try:
                 values = series.values(j)
@@ -525,25 +489,22 @@ def fuzz(job: tuple[Path, int]) -> Counter:
     return ends
 
 
-def test_two_thousand_mutated_files_are_read_or_refused(tmp_path):
+def test_two_thousand_mutated_files_are_read_or_refused_and_the_fast_header_equals_pydicoms(tmp_path):
     write_bases(tmp_path)
     stack(tmp_path / "good", [0, 1])
     limit = (resource.RLIMIT_AS, (2**32, 2**32))
     with ProcessPoolExecutor(2, initializer=resource.setrlimit, initargs=limit) as pool:
-        results = pool.map(fuzz, [(tmp_path, seed) for seed in range(20)], timeout=300)
-        ends = sum(results, Counter())
-    assert ends["read"] > 300 and ends["skipped"] > 300, ends
+        ends = sum(pool.map(fuzz, [tmp_path] * 20, range(20), timeout=300), Counter())
+    assert min(ends["read"], ends["skipped"], ends["fast"]) > 300, ends
 
 
 # --- real series
 
 
-needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is not there")
 EXPECTED = {path.stem: json.loads(path.read_text()) for path in sorted(REAL.glob("expected/*.json"))}
 NO_VOLUME = {"mra_rotating_mip_tiny", "ct_philips_scout", "ct_philips_exam_summary"}
 
 
-@needs_real
 @pytest.mark.parametrize("name", EXPECTED)
 def test_real_series_have_the_expected_geometry_and_values(name):
     expected = EXPECTED[name]
@@ -570,22 +531,17 @@ def test_real_series_have_the_expected_geometry_and_values(name):
     if group.get("shear_deg") is not None:
         assert noted(series, "tilted") == (np.radians(group["shear_deg"]) > 1e-3)
     for sample in group.get("samples", []):
-        if [sample["file"], sample["frame"]] in order:
-            check_sample(series, order.index([sample["file"], sample["frame"]]), sample)
+        if [sample["file"], sample["frame"]] not in order:
+            continue
+        i, row, col = order.index([sample["file"], sample["frame"]]), sample["row"], sample["col"]
+        low, high = series.padding(i) or (1, 0)
+        is_colour = series.frames[i].header["SamplesPerPixel"] == 3  # theirs is the mean of the colours
+        if not is_colour and not low <= series.stored(i)[row, col] <= high:
+            assert series.values(i)[row, col] == pytest.approx(sample["value"], rel=1e-5, abs=1e-3)
+            lps = series.point(series.frames[i].sop_uid, col, row, sample["frame"])
+            np.testing.assert_allclose(lps, sample["lps"], atol=5e-3)
 
 
-def check_sample(series: Series, i: int, sample: dict) -> None:
-    """One pixel's value and place, unless it is padding, or a colour, whose mean is the expected value."""
-    frame, row, col = series.frames[i], sample["row"], sample["col"]
-    low, high = series.padding(i) or (1, 0)
-    if low <= series.stored(i)[row, col] <= high or frame.header["SamplesPerPixel"] == 3:
-        return
-    assert series.values(i)[row, col] == pytest.approx(sample["value"], rel=1e-5, abs=1e-3)
-    lps = series.point(frame.sop_uid, col, row, sample["frame"])
-    np.testing.assert_allclose(lps, sample["lps"], atol=5e-3)
-
-
-@needs_real
 @pytest.mark.parametrize("name", EXPECTED)
 def test_real_files_decode_to_the_expected_stored_values(name):
     for file in EXPECTED[name]["files"]:
@@ -598,7 +554,7 @@ def test_real_files_decode_to_the_expected_stored_values(name):
             assert hashlib.sha1(values.tobytes()).hexdigest()[:12] == file["stored_sha1"], path
 
 
-@needs_real
+@pytest.mark.skipif(not EXPECTED, reason=f"{REAL} is not there")
 def test_the_fast_header_equals_pydicoms_on_real_files():
     paths = [path for name in EXPECTED for path in sorted((REAL / name).rglob("*")) if path.is_file()]
     assert sum(equal_headers(path) for path in paths) > 300
