@@ -280,17 +280,19 @@ def test_copies_of_an_image_are_left_out_and_a_uid_of_several_slices_places_no_p
         series.point("1.2.5", 0, 0)
 
 
-def enhanced(positions: list, slopes: list[float], orientation: object = PLANES["axial"], **tags) -> Dataset:
-    """An enhanced file: position [x, y, z] and rescale by frame, orientation and spacing shared."""
+def enhanced(positions: list, slopes: list[float], orientations: list | None = None, **tags) -> Dataset:
+    """An enhanced file: position [x, y, z], rescale and orientation by frame, spacing shared."""
     pixels = np.arange(len(positions) * SIZE).reshape(len(positions), ROWS, COLS)
     ds = image(NumberOfFrames=len(positions), **{"pixels": pixels, "SliceThickness": 2} | tags)
     measures = items(PixelSpacing=[0.5, 0.25], SliceThickness=ds.SliceThickness)
-    plane, frames = items(ImageOrientationPatient=orientation), []
-    for position, slope in zip(positions, slopes, strict=True):
-        place = items(ImagePositionPatient=position)
-        rescale = items(RescaleSlope=slope, RescaleIntercept=0)
-        frames += items(PlanePositionSequence=place, PixelValueTransformationSequence=rescale)
-    shared = items(PixelMeasuresSequence=measures, PlaneOrientationSequence=plane)
+    orientations, frames = orientations or [PLANES["axial"]] * len(positions), []
+    for position, slope, orientation in zip(positions, slopes, orientations, strict=True):
+        frames += items(
+            PlanePositionSequence=items(ImagePositionPatient=position),
+            PlaneOrientationSequence=items(ImageOrientationPatient=orientation),
+            PixelValueTransformationSequence=items(RescaleSlope=slope, RescaleIntercept=0),
+        )
+    shared = items(PixelMeasuresSequence=measures)
     ds.SharedFunctionalGroupsSequence, ds.PerFrameFunctionalGroupsSequence = shared, frames
     del ds.ImagePositionPatient, ds.ImageOrientationPatient, ds.PixelSpacing
     del ds.RescaleSlope, ds.RescaleIntercept
@@ -505,9 +507,8 @@ EXPECTED = {path.stem: json.loads(path.read_text()) for path in sorted(REAL.glob
 NO_VOLUME = {"mra_rotating_mip_tiny", "ct_philips_scout", "ct_philips_exam_summary"}
 
 
-@pytest.mark.parametrize("name", EXPECTED)
-def test_real_series_have_the_expected_geometry_and_values(name):
-    expected = EXPECTED[name]
+@pytest.mark.parametrize("name, expected", EXPECTED.items(), ids=EXPECTED)
+def test_real_series_have_the_expected_geometry_and_values(name, expected):
     if expected["main_group"] is None or name in NO_VOLUME:
         with pytest.raises(ValueError, match=r"tiled in one image|projection|scout"):
             read_series(REAL / name)
@@ -522,8 +523,7 @@ def test_real_series_have_the_expected_geometry_and_values(name):
     order = [[str(f.path.relative_to(REAL / name)), f.index] for f in series.frames]
     if group["frames_per_position"] == [1, 1]:
         assert order == [entry[:2] for entry in group["order_along_normal"]]
-    positions_mm = [entry[2] for entry in group["order_along_normal"]]
-    np.testing.assert_allclose(series.positions_mm, positions_mm, atol=2e-3)
+    np.testing.assert_allclose(series.positions_mm, [e[2] for e in group["order_along_normal"]], atol=2e-3)
     if group.get("affine_exact"):
         theirs = np.array(group["affine_lps_col_row_slice"])[:, [2, 1, 0, 3]]
         corner = [len(series.frames) - 1, shape[0] - 1, shape[1] - 1, 1]

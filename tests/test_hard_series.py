@@ -5,8 +5,6 @@ from __future__ import annotations
 import gzip
 import os
 import re
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,24 +14,20 @@ from pydicom import uid
 from pydicom.encaps import encapsulate, generate_frames
 from test_dicom_reading import IPP, PLANES, enhanced, folders, image, names, noted, offsets, stack, write
 
-from dicom import Series, read_series
+from dicom import read_series
 from dicom_file import read_header
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 NORMALS = {"axial": [0, 0, 1], "coronal": [0, 1, 0], "sagittal": [-1, 0, 0]}  # row x column direction
-STRIPPED = {"SeriesInstanceUID": None}
-MR = {"Modality": "MR", "SOPClassUID": uid.MRImageStorage, "RescaleIntercept": 0}
+# IP: in phase, not an intensity projection
+MR = {"Modality": "MR", "SOPClassUID": uid.MRImageStorage, "RescaleIntercept": 0, "ImageType": ["M", "IP"]}
 
 
 def head(n: int = 24, vessel: float = 40, size: int = 32) -> np.ndarray:
     """(n, size, size) HU + 1024: a cone of brain in a skull, wide at slice 0, with a vessel in it."""
     y, x = np.mgrid[:size, :size] - size / 2
-    hu = np.full((n, size, size), -1000.0)
-    for i in range(n):
-        radius = 13 - 10 * i / n
-        hu[i][np.hypot(x, y) < radius] = 700
-        hu[i][np.hypot(x, y) < radius - 2] = 40
-        hu[i][np.hypot(x, y) < 1.5] = vessel
+    distance, radius = np.hypot(x, y), 13 - 10 * np.arange(n)[:, None, None] / n
+    hu = np.select([distance < 1.5, distance < radius - 2, distance < radius], [vessel, 40, 700], -1000)
     return (hu + 1024).astype("u2")
 
 
@@ -61,39 +55,28 @@ def scan(folder: Path, pixels: np.ndarray, plane="axial", start=0.0, step=4.0, f
         # 2 mm apart these are one volume of even and odd slices
         ([0.0, 1.7], {"InstanceNumber": tuple(range(1, 48, 2))}, {"InstanceNumber": tuple(range(2, 49, 2))}),
     ],
-    ids=["AcquisitionNumber", "InstanceNumber", "AcquisitionTime", "alternating numbers"],
 )
 def test_of_two_ct_phases_the_one_with_filled_vessels_is_read(tmp_path, shifts, plane, plain, arterial):
     for shift in shifts:
         folder = tmp_path / str(shift)
         scan(folder / "a", head(vessel=40), plane, **plain)
         scan(folder / "b", head(vessel=400), plane, start=shift, **arterial)
-        for path in list(folder.glob("?/*")):  # names tell nothing
-            path.rename(folder / f"{zlib.crc32(bytes(path))}{path.parent.name}")
+        for i, path in enumerate(sorted(folder.glob("?/*"))):
+            path.rename(folder / f"{29 * i % 48}{path.parent.name}")  # so that names tell nothing
         series = read_series(folder)
         assert {name[-1] for name in names(series)} == {"b"}
         assert offsets(series) == [4.0 * i for i in range(24)]
         assert series.doubts == [] and noted(series, "volumes by")
 
 
-@pytest.mark.parametrize("tags", [{}, MR])
-def test_a_short_or_later_phase_is_not_mixed_with_the_complete_one(tmp_path, tags):
-    scan(tmp_path / "a", head(), **tags)
-    scan(tmp_path / "b", head(24 if tags else 12), start=1.7, first=101, **tags)
-    series = read_series(tmp_path)
-    assert folders(series) == {"a"} and len(series.frames) == 24
-
-
 PASSES = {
     "InstanceNumber": tuple(i // 2 + 1 if i % 2 == 0 else 13 + i // 2 for i in range(24)),
     "AcquisitionNumber": tuple(1 + i % 2 for i in range(24)),
 }
-IN_PHASE = {"ImageType": ["DERIVED", "PRIMARY", "IP", "IP"]}  # no projections
 
 
 @pytest.mark.parametrize(
-    "num, step, tags",
-    [(24, 4.0, PASSES), (24, 4.0, MR | PASSES), (24, 4.0, IN_PHASE), (75, 0.8, MR), (28, 5.0, MR)],
+    "num, step, tags", [(24, 4, PASSES), (24, 4, MR | PASSES), (75, 0.8, MR), (28, 5, MR)]
 )
 def test_sound_and_partial_scans_have_neither_notes_nor_doubts(tmp_path, num, step, tags):
     scan(tmp_path, head(num), step=step, **tags)
@@ -101,14 +84,29 @@ def test_sound_and_partial_scans_have_neither_notes_nor_doubts(tmp_path, num, st
     assert len(series.frames) == num and series.notes == [] and series.doubts == []
 
 
-@pytest.mark.parametrize("tags", [{}, MR])
-@pytest.mark.parametrize("num, step", [(6, 16.0), (24, 4.0)])
-def test_thick_slabs_among_thin_slices_are_left_out(tmp_path, tags, num, step):
-    tags = tags | STRIPPED
-    scan(tmp_path / "thin", head(), **tags)
-    scan(tmp_path / "slab", head(num), start=2.0, step=step, SliceThickness=20.0, first=201, **tags)
+TURNS = {"AcquisitionNumber": tuple(1 + i // 4 for i in range(24))}  # one per turn of the tube
+SLABS = {"SliceThickness": 20.0, "start": 2.0, "first": 201}
+
+
+@pytest.mark.parametrize("shared", [{"SeriesInstanceUID": None}, MR])
+@pytest.mark.parametrize(
+    "tags, num, others, note",
+    [
+        ({}, 6, SLABS | {"step": 16.0}, "thicker"),
+        ({}, 24, SLABS, "thicker"),
+        ({}, 24, {"start": -1.7, "first": 101}, "volumes by"),  # a later phase
+        ({"first": 101}, 12, {"start": 17.7}, "volumes by"),  # an earlier, shorter one
+        (TURNS | {"first": 2}, 1, {"start": 48.0}, "images"),  # bolus tracking
+        (TURNS | {"InstanceNumber": tuple(range(25, 1, -1))}, 1, {"start": 48.0}, "images"),
+        ({}, 1, {"first": 12, IPP: [-50.0, -50.0, 290.0]}, "1 images left out: far"),
+        ({}, 1, {"first": 12, IPP: [-50.0, 9000.0, 40.0]}, "1 images left out: far"),
+    ],
+)
+def test_slices_are_read_without_the_others_among_them(tmp_path, shared, tags, num, others, note):
+    scan(tmp_path / "slices", head(), **shared | tags)
+    scan(tmp_path / "others", head(num), **shared | others)
     series = read_series(tmp_path)
-    assert folders(series) == {"thin"} and len(series.frames) == 24 and noted(series, "thicker")
+    assert folders(series) == {"slices"} and len(series.frames) == 24 and noted(series, note)
 
 
 @pytest.mark.parametrize("step, start, first", [(5.0, 30.0, 13), (2.5, 120.0, 31)])
@@ -118,114 +116,84 @@ def test_a_change_of_thickness_or_a_hole_costs_no_slices(tmp_path, step, start, 
     assert len(read_series(tmp_path).frames) == 24
 
 
-PROJECTIONS = ("MIP ", "CT_SOM5 MIP", "MAX_IP", "MIP_TRA", "PROJECTION IMAGE", "MINIP")
-
-
-@pytest.mark.parametrize("words, kind", [*((w, "projection") for w in PROJECTIONS), ("LOCALIZER ", "scout")])
-def test_projections_and_scouts_are_known_by_words_of_the_image_type(tmp_path, words, kind):
+@pytest.mark.parametrize(
+    "words", ["MIP ", "CT_SOM5 MIP", "MAX_IP", "MIP_TRA", "PROJECTION IMAGE", "MINIP", "LOCALIZER "]
+)
+def test_projections_and_scouts_are_known_by_words_of_the_image_type(tmp_path, words):
     scan(tmp_path / "slices", head(10))
     scan(tmp_path / "others", head(), start=1.0, ImageType=["DERIVED ", "SECONDARY", words])
     assert folders(read_series(tmp_path)) == {"slices"}
-    with pytest.raises(ValueError, match=f"1 {kind} images, no volume"):
+    with pytest.raises(ValueError, match=r"1 (projection|scout) images, no volume"):
         read_series(tmp_path / "others" / "I1")
-
-
-@pytest.mark.parametrize("numbers", [tuple(range(2, 26)), tuple(range(25, 1, -1))])
-def test_a_bolus_tracking_image_replaces_no_slice(tmp_path, numbers):
-    packs = tuple(1 + i // 4 for i in range(24))  # one acquisition per turn of the tube
-    scan(tmp_path / "scan", head(), InstanceNumber=numbers, AcquisitionNumber=packs)
-    scan(tmp_path / "bolus", head(1), start=48.0)
-    series = read_series(tmp_path)
-    assert folders(series) == {"scan"} and len(series.frames) == 24
-    assert noted(series, "1 images left out") or noted(series, "24 images")
 
 
 # --- positions
 
 
-def check_order(series: Series, num: int, step: float, plane: str) -> None:
-    """All images in the order of their numbers (or frames), `step` mm apart, without a doubt."""
+def spoil(fault: str, plane: str, num: int, step: float) -> tuple[list, list]:
+    """Positions and orientations of `num` images, `step` mm apart, with a fault."""
+    points = step * np.outer(range(num), NORMALS[plane])
+    noise = np.random.default_rng(0).uniform(-0.012, 0.012, (num, 6))
+    noise[0] = 0.012  # the first is the worst
+    orientations = (PLANES[plane] + noise * ("jitter" in fault)).round(5).tolist()
+    if fault == "one position":
+        points[:] = [-108.8, -108.8, -383.447]
+    if "rounded" in fault:
+        points = np.trunc(points)
+    if "no orientation" in fault:
+        orientations = [None] * num
+    if fault == "orientation of some":
+        orientations[::3] = [None] * len(orientations[::3])
+    return points.tolist(), orientations
+
+
+FAULTS = ["one position", "rounded", "no orientation", "rounded, no orientation", "jitter", "rounded, jitter"]
+
+
+@pytest.mark.parametrize("is_enhanced", [False, True])
+@pytest.mark.parametrize("plane", PLANES)
+@pytest.mark.parametrize("num, step", [(24, 4.0), (60, -0.5), (40, 0.7)])
+@pytest.mark.parametrize("fault", [*FAULTS, "orientation of some"])
+def test_images_keep_their_places_in_spite_of_a_fault(tmp_path, is_enhanced, plane, num, step, fault):
+    points, orientations = spoil(fault, plane, num, step)
+    if is_enhanced:
+        ds = enhanced(points, [1] * num, orientations, pixels=head(num), SliceThickness=abs(step))
+        write(tmp_path / "e.dcm", ds)
+    else:
+        tags = {"AcquisitionNumber": tuple(range(num)), "ImageOrientationPatient": tuple(orientations)}
+        scan(tmp_path, head(num), step=step, **{IPP: tuple(points)}, **tags)
+    series = read_series(tmp_path)
     numbers = [frame.header["InstanceNumber"] + frame.index for frame in series.frames]
     assert len(numbers) == num and numbers in (sorted(numbers), sorted(numbers, reverse=True))
-    np.testing.assert_allclose(np.diff(series.positions_mm), abs(step), atol=0.02 * abs(step))
+    np.testing.assert_allclose(np.diff(series.positions_mm), abs(step), rtol=0.02)
     assert series.plane == plane and series.doubts == []
+    assert noted(series, f"InstanceNumber times {abs(step):g} mm") or fault != "one position"
+    assert noted(series, "ImageOrientationPatient in", plane) or "orientation" not in fault
 
 
-def spoil(fault: str, plane: str, num: int, step: float) -> dict:
-    """Tags of `num` images, `step` mm apart, with a fault."""
-    rounded = tuple(np.trunc(step * np.outer(range(num), NORMALS[plane])).tolist())
-    jitter = np.random.default_rng(0).uniform(-0.012, 0.012, (num, 6))
-    jitter[0] = 0.012  # the first is the worst
-    directions = tuple((PLANES[plane] + jitter).round(5).tolist())
-    gaps = tuple(None if i % 3 == 0 else PLANES[plane] for i in range(num))
-    return {
-        "one position": {IPP: [-108.8, -108.8, -383.447], "AcquisitionNumber": tuple(range(num))},
-        "rounded positions": {IPP: rounded},
-        "no orientation": {"ImageOrientationPatient": None},
-        "neither": {"ImageOrientationPatient": None, IPP: rounded},
-        "jittering orientation": {"ImageOrientationPatient": directions},
-        "orientation of some": {"ImageOrientationPatient": gaps},
-    }[fault]
-
-
-FAULTS = ["one position", "rounded positions", "no orientation", "neither"]
-
-
-@pytest.mark.parametrize("plane", PLANES)
-@pytest.mark.parametrize("num, step", [(24, 4.0), (60, 0.5), (60, -0.5), (60, 0.7)])
-@pytest.mark.parametrize("fault", [*FAULTS, "jittering orientation", "orientation of some"])
-def test_slices_keep_their_places_in_spite_of_a_fault(tmp_path, plane, num, step, fault):
-    scan(tmp_path, head(num), plane, step=step, **spoil(fault, plane, num, step))
+def test_without_numbers_slices_with_one_position_lie_by_file_name(tmp_path):
+    scan(tmp_path, head(), ImagePositionPatient=[0, 0, 0], InstanceNumber=None)
     series = read_series(tmp_path)
-    check_order(series, num, step, plane)
-    if fault == "one position":
-        assert noted(series, f"InstanceNumber times {abs(step):g} mm (SliceThickness)")
-    if fault == "orientation of some":
-        assert noted(series, f"ImageOrientationPatient in {num // 3} of {num} images: {plane}")
-
-
-@pytest.mark.parametrize("plane", PLANES)
-@pytest.mark.parametrize("num, step", [(24, 4.0), (60, 0.5)])
-@pytest.mark.parametrize("fault", FAULTS)
-def test_frames_of_an_enhanced_file_keep_their_places_in_spite_of_a_fault(tmp_path, plane, num, step, fault):
-    tags = spoil(fault, plane, num, step)
-    points = tags.get(IPP, tuple((step * np.outer(range(num), NORMALS[plane])).tolist()))
-    points = points if isinstance(points, tuple) else [points] * num
-    iop = tags.get("ImageOrientationPatient", PLANES[plane])
-    ds = enhanced(points, [1] * num, iop, pixels=head(num), SliceThickness=step)
-    write(tmp_path / "e.dcm", ds)
-    check_order(read_series(tmp_path), num, step, plane)
-
-
-def test_without_numbers_slices_with_one_position_lie_by_file_name_if_that_is_plausible(tmp_path):
-    same = {IPP: [0, 0, 0], "InstanceNumber": None}
-    scan(tmp_path / "named", head(), **same)
-    series = read_series(tmp_path / "named")
     assert names(series) == [f"I{i + 1}" for i in range(24)]
     assert noted(series, "file names") and series.doubts == []
-    scan(tmp_path / "shuffled", head()[np.random.default_rng(0).permutation(24)], **same)
-    assert read_series(tmp_path / "shuffled").doubts
 
 
-def test_a_time_series_at_one_position_is_doubted(tmp_path):
-    pixels = np.repeat(head(1), 24, axis=0)
-    pixels[:, 16, 16] = np.linspace(1064, 1400, 24)  # the bolus arrives
-    scan(tmp_path, pixels, ImagePositionPatient=[0, 0, 0])
-    series = read_series(tmp_path)
-    assert len(series.frames) == 1 and "24 images without plausible positions" in series.doubts[0]
+SHUFFLED = head()[np.random.default_rng(0).permutation(24)]
+BOLUS = np.repeat(head(1), 24, axis=0)
+BOLUS[:, 16, 16] = np.linspace(1064, 1400, 24)  # it arrives
 
 
-def test_without_orientation_and_positions_the_plane_is_doubted(tmp_path):
-    scan(tmp_path, head(), ImageOrientationPatient=None, ImagePositionPatient=None)
-    assert "axial assumed" in read_series(tmp_path).doubts[0]
-
-
-@pytest.mark.parametrize("place", [[-50.0, -50.0, 290.0], [-50.0, -50.0, 9000.0], [-50.0, 9000.0, 40.0]])
-def test_a_slice_far_from_the_others_is_left_out(tmp_path, place):
-    scan(tmp_path / "a", head())
-    scan(tmp_path / "stray", head(1), first=12, ImagePositionPatient=place)
-    series = read_series(tmp_path)
-    assert folders(series) == {"a"} and noted(series, "1 images left out: far")
+@pytest.mark.parametrize(
+    "pixels, tags, doubt",
+    [
+        (SHUFFLED, {IPP: [0, 0, 0], "InstanceNumber": None}, "24 images without plausible positions"),
+        (BOLUS, {IPP: [0, 0, 0]}, "24 images without plausible positions"),
+        (head(), {IPP: None, "ImageOrientationPatient": None}, "axial assumed"),
+    ],
+)
+def test_a_guess_is_doubted(tmp_path, pixels, tags, doubt):
+    scan(tmp_path, pixels, **tags)
+    assert doubt in read_series(tmp_path).doubts[0]
 
 
 def test_a_slice_among_others_that_its_number_contradicts_is_left_out(tmp_path):
@@ -236,8 +204,7 @@ def test_a_slice_among_others_that_its_number_contradicts_is_left_out(tmp_path):
 
 
 def test_images_that_nothing_tells_apart_are_refused(tmp_path):
-    z = (0.3, 0.3, 0.3, 0.3, 0.3, 7.1, 9.7, 9.7, 9.7, 20.2, 20.2, 20.2)
-    points = tuple([0, 0, mm] for mm in z)
+    points = tuple([0, 0, mm] for mm in [0.3] * 5 + [7.1] + [9.7] * 3 + [20.2] * 3)
     scan(tmp_path, np.zeros((12, 8, 8)), ImagePositionPatient=points, InstanceNumber=1)
     with pytest.raises(ValueError, match="12 images share 4 positions"):
         read_series(tmp_path)
@@ -271,10 +238,9 @@ def test_pixel_data_longer_than_the_image_is_noted(tmp_path):
         path.write_bytes(path.read_bytes().replace(b"(\0\x11\0US\2\0 \0", b"(\0\x11\0US\2\0\x0c\0"))
     series = read_series(tmp_path)
     assert len(series.frames) == 24
-    assert noted(series, "PixelData of 2048 bytes is longer than 1 frames of 32 x 12", "24 of 24 images")
+    assert noted(series, "PixelData of 2048 bytes is longer", "32 x 12", "24 of 24 images")
 
 
-@pytest.mark.parametrize("num_damaged", [2, 3])  # of 20: a tenth may be lost, no more
 @pytest.mark.parametrize(
     "syntax, damage",
     [
@@ -285,17 +251,14 @@ def test_pixel_data_longer_than_the_image_is_noted(tmp_path):
         (uid.ExplicitVRLittleEndian, lambda data: gzip.compress(data)[:-100]),
         (uid.DeflatedExplicitVRLittleEndian, lambda data: data[:-20]),
     ],
-    ids=["cut", "in the header", "empty", "zeros", "gzip", "deflated"],
 )
-def test_a_series_with_more_than_a_tenth_of_damaged_files_is_no_volume(tmp_path, num_damaged, syntax, damage):
-    for path in scan(tmp_path, head(20))[:num_damaged]:
+def test_a_tenth_of_the_files_may_be_damaged_but_no_more(tmp_path, syntax, damage):
+    for num, path in enumerate(scan(tmp_path, head(20))[:3]):
+        assert len(read_series(tmp_path).frames) == 20 - num
         write(path, pydicom.dcmread(path), syntax)
         path.write_bytes(damage(path.read_bytes()))
-    if num_damaged == 2:
-        assert len(read_series(tmp_path).frames) == 18
-    else:
-        with pytest.raises(ValueError, match="3 of 20 images are damaged"):
-            read_series(tmp_path)
+    with pytest.raises(ValueError, match="3 of 20 images are damaged"):
+        read_series(tmp_path)
 
 
 def write_absurd_files(folder: Path) -> None:
@@ -306,14 +269,14 @@ def write_absurd_files(folder: Path) -> None:
     write(folder / "bomb", image(pixels=np.zeros((3000, 3000))), uid.DeflatedExplicitVRLittleEndian)
     for name, size in (("sparse", 60_000_000), ("frames", 3_000_000_000)):
         data = write(folder / name, image(pixels=[[0]])).read_bytes()
-        (folder / name).write_bytes(data[:-6] + struct.pack("<I", size))  # of the pixel data
+        (folder / name).write_bytes(data[:-6] + size.to_bytes(4, "little"))  # of the pixel data
         os.truncate(folder / name, len(data) - 2 + size)
     plain = write(folder / "elements", image()).read_bytes()
     start = plain.index(b"\x08\0\x16\0")
     (folder / "elements").write_bytes(gzip.compress(plain[:start] + b"\x08\0\x08\0CS\0\0" * 1_000_000))
     header, mark, pixels = plain.partition(b"\xe0\x7f\x10\x00")
     items = b"\xfe\xff\x00\xe0\0\0\0\0" * 20_000
-    groups = b"\x00\x52\x30\x92SQ\0\0" + struct.pack("<I", len(items)) + items
+    groups = b"\x00\x52\x30\x92SQ\0\0" + len(items).to_bytes(4, "little") + items
     (folder / "items").write_bytes(header + groups + mark + pixels)
 
 
