@@ -272,6 +272,8 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
     add_remarks(stack)
     geometry |= index_images(place_slices(stack))
     header = stack.frames[0].header
+    if modality_of(header) == "CT":
+        add_intercepts(stack)
     normal, affine, spacing, positions = measure_stack(stack)
     decoded = repair_values(stack)
     return Series(
@@ -435,6 +437,9 @@ def select_geometry(stack: Stack) -> None:
         if count_places(best) < 3:
             raise ValueError(f"{stack.where}: {len(stack.frames)} {kind} images, no volume")
         stack.notes.append(f"the images call themselves {kind}: ImageType {best[0].header['ImageType']}")
+    num_alike = len(alike[groups[0][0]])
+    if num_alike >= 8 and len(best) < 0.6 * num_alike:
+        stack.doubts.append(f"{len(best)} of {num_alike} images agree in orientation and pixel spacing")
     for (kind, series, rows, cols), frames in groups[1:]:
         other = " of another series" if series != best_series else ""
         row_mm, col_mm = frames[0].spacing_mm
@@ -498,6 +503,8 @@ def place_slices(stack: Stack) -> list[Frame]:
         is_stack = num_positions > 1 or num_images == 1
         if is_full and is_stack and (is_certain or is_ordered(attempt.frames, attempts[0][2])):
             break
+        if not source and is_comb(attempt.frames):
+            break
     else:
         attempt, placed, num_positions, source = attempts[0]
         frames = attempt.frames
@@ -516,6 +523,8 @@ def place_slices(stack: Stack) -> list[Frame]:
     num_others = len(attempt.frames) - len(slices)
     if num_others:
         stack.notes.append(f"{num_others} images left out at positions that others hold")
+    if num_images >= 8 and len(slices) < num_images / 8:
+        stack.doubts.append(f"{len(slices)} slices of {num_images} images")
     stack.frames = slices
     return placed
 
@@ -545,39 +554,70 @@ def position_sources(frames: list[Frame]) -> Iterator[tuple[str, bool, list[Fram
 
 def place_on_line(frames: list[Frame], values: np.ndarray, step_mm: float) -> tuple[list[Frame], float]:
     """(frames on the line that known positions follow by `values`, the line's step), to half a millimetre,
-    because positions may be rounded; else (frames in steps of `step_mm` along +normal, 0)."""
+    because positions may be rounded. Where these do not follow a line: (frames in steps of `step_mm` along
+    the normal, in the direction in which known positions grow, 0)."""
     points = frame_points(frames)
-    known = np.isfinite(points[:, 0])
+    is_known = np.isfinite(points[:, 0])
+    known, known_values = points[is_known], values[is_known]
     step, line_step = step_mm * frames[0].normal, 0.0
-    start = (points[known] - np.outer(values[known], step))[:1].sum(axis=0)
-    if len(np.unique(values[known])) > 1 and np.ptp(points[known], axis=0).max() > SAME_POSITION_MM:
-        line = np.polynomial.polynomial.polyfit(values[known], points[known], 1)
-        residuals = line[0] + np.outer(values[known], line[1]) - points[known]
-        if np.abs(residuals).max() < 0.51:
+    start = None
+    if len(np.unique(known_values)) > 1 and np.ptp(known, axis=0).max() > SAME_POSITION_MM:
+        line = np.polynomial.polynomial.polyfit(known_values, known, 1)
+        if np.abs(line[0] + np.outer(known_values, line[1]) - known).max() < 0.51:
             (start, step), line_step = line, float(np.linalg.norm(line[1]))
+        else:  # more pairs fall than rise
+            along = known @ frames[0].normal
+            rises = np.subtract.outer(along, along) * np.subtract.outer(known_values, known_values)
+            step = -step if np.sign(rises).sum() < 0 else step
+    if start is None:
+        start = np.median(known - np.outer(known_values, step), axis=0) if len(known) else np.zeros(3)
     positions = start + np.outer(values, step)
     return [replace(f, position=position) for f, position in zip(frames, positions, strict=True)], line_step
+
+
+def is_comb(frames: list[Frame]) -> bool:
+    """Whether frames lie at even positions, most of them alone, and the others repeat slices: these look like
+    the slice that they share a position with, and InstanceNumbers do not run along the stack."""
+    ranks, gaps = rank_positions(frames), np.diff(distinct_positions(frames))
+    counts = np.bincount(ranks)
+    if (counts == 1).mean() < 0.4 or len(gaps) < 7 or np.percentile(gaps, 90) > 1.5 * np.median(gaps):
+        return False
+    order = np.argsort([instance_number(frame) + frame.index for frame in frames], kind="stable")
+    steps = np.diff(ranks[order])
+    if (steps >= 0).all() or (steps <= 0).all():
+        return False
+    near = far = 0.0
+    for rank in np.flatnonzero(counts > 1)[:24]:
+        sharing = order[ranks[order] == rank]
+        other = int(np.flatnonzero(ranks == (rank + len(counts) // 4) % len(counts))[0])
+        first, last, distant = (thumbnail(frames[i]) for i in (sharing[0], sharing[-1], other))
+        near += np.abs(first - last).sum()
+        far += np.abs(first - distant).sum()
+    return bool(near < 0.5 * far)
 
 
 def drop_strays(stack: Stack) -> None:
     """Leave out the few frames (a tenth at most) that lie beyond a gap far wider than the others, 200 mm
     beside them, or far from those numbered before and after them: test images, corrupt positions."""
     points, positions = frame_points(stack.frames), positions_along_normal(stack.frames)
-    usual = np.diff(distinct_positions(stack.frames))
-    if len(usual) < 5:
+    gaps = np.diff(distinct_positions(stack.frames))
+    if len(gaps) < 5:
         return
-    gap = np.median(usual)
+    gap, normal = np.median(gaps), stack.frames[0].normal
     by_number = np.argsort([instance_number(frame) for frame in stack.frames], kind="stable")
-    windows = np.lib.stride_tricks.sliding_window_view(points[by_number], 5, axis=0)
-    jumps = np.linalg.norm(windows[..., 2] - np.median(windows, axis=-1), axis=1)
+    medians = np.median(np.lib.stride_tricks.sliding_window_view(points[by_number], 5, axis=0), axis=-1)
+    medians = np.concatenate([medians[[0, 0]], medians, medians[[-1, -1]]])
+    jumps = np.linalg.norm(points[by_number] - medians, axis=1)
     steps = np.linalg.norm(np.diff(points[by_number], axis=0), axis=1)
     is_stray = np.zeros(len(points), bool)
-    is_stray[by_number[2:-2]] = jumps > 3 * max(gap, np.median(steps))
+    jumps[[0, 1, -2, -1]] /= 2  # the first and the last lie beside the median of theirs
+    is_stray[by_number] = jumps > 3 * max(gap, np.median(steps))
     by_place = np.argsort(positions)
-    clusters = np.cumsum(np.diff(positions[by_place], prepend=0) > max(4 * gap, 30))
-    is_stray[by_place] |= clusters != np.bincount(clusters).argmax()
+    for limit_mm, most in ((30, len(points)), (20, 1)):  # a few slices may lie beyond a hole
+        clusters = np.cumsum(np.diff(positions[by_place], prepend=0) > max(4 * gap, limit_mm))
+        sizes = np.bincount(clusters)
+        is_stray[by_place] |= (clusters != sizes.argmax()) & (sizes[clusters] <= most)
     offsets = points - np.median(points, axis=0)
-    normal = stack.frames[0].normal
     is_stray |= np.linalg.norm(offsets - np.outer(offsets @ normal, normal), axis=1) > 200
     if 0 < is_stray.sum() <= max(1, len(points) // 10):
         place = points[is_stray][0].round(1).tolist()
@@ -800,13 +840,30 @@ class Samples(NamedTuple):
 
 
 def repair_values(stack: Stack) -> dict[int, np.ndarray]:
-    """Values that the pixels contradict, put right for the whole series by a look at five slices. Returns
-    what is decoded then (index of the frame -> stored values), unless its bits or its sign are others."""
+    """Values that the pixels contradict, put right by a look at five slices, or at five of each group that
+    has its own intercept or sign. Returns what is decoded then (index of the frame -> stored values)."""
+    groups = collections.defaultdict(list)
+    for i, frame in enumerate(stack.frames):
+        groups[frame.intercept, _is_signed(frame.header)].append(i)
+    if len({frame.slope for frame in stack.frames}) > 1:
+        groups = {(): list(range(len(stack.frames)))}
+    all_decoded = {}
+    largest = max(groups.values(), key=len)
+    for indices in groups.values():
+        doubts = stack.doubts if indices is largest else []  # a few slices may be air, or blank
+        part = Stack([stack.frames[i] for i in indices], stack.where, stack.notes, doubts)
+        decoded = _repair_group(part)
+        all_decoded |= {indices[k]: stored for k, stored in decoded.items()}
+        for i, frame in zip(indices, part.frames, strict=True):
+            stack.frames[i] = frame
+    return all_decoded
+
+
+def _repair_group(stack: Stack) -> dict[int, np.ndarray]:
+    """`repair_values` of a group; what is decoded is given up where the bits or the sign turn out others."""
     header = stack.frames[0].header
     is_ct = modality_of(header) == "CT"
     is_inverse = header.get("PhotometricInterpretation") == "MONOCHROME1"
-    if is_ct:
-        _add_intercept(stack)
     decoded = {}
     for k in (1, 2, 3, 4, 5):
         i = len(stack.frames) * k // 6
@@ -839,7 +896,7 @@ def _sample(stack: Stack, decoded: dict[int, np.ndarray]) -> Samples:
     return Samples(*map(np.concatenate, zip(*rows, strict=True)))
 
 
-def _add_intercept(stack: Stack) -> None:
+def add_intercepts(stack: Stack) -> None:
     """CT images without an intercept get that of the others; if none has one, unsigned images get -1024."""
     is_lacking = ["RescaleIntercept" not in frame.header for frame in stack.frames]
     stated = [frame.intercept for frame in stack.frames if "RescaleIntercept" in frame.header]
@@ -907,7 +964,8 @@ def _choose_reading(stack: Stack, samples: Samples) -> None:
             best, chosen, shift = judged, tags, intercept - stated
     if max(best.air, best.tissue) < 0.02:
         stack.doubts.append("CT values: neither air near -1000 HU nor soft tissue near 0 to 100 HU")
-    is_cut = np.mean(samples.stored == samples.stored.max()) > 0.01
+    ends = (samples.stored.min(), samples.stored.max())
+    is_cut = max(np.mean(samples.stored == end) for end in ends) > 0.01
     if is_cut and best.bone < 0.002:
         stack.doubts.append(f"CT values end below {BONE_HU} HU, as in an image made for a screen")
     if not chosen and shift == 0:

@@ -531,6 +531,7 @@ def make_frames(path: Path, header: dict) -> list[Frame]:
     """
     check_is_slice(header)
     frames, groups = [], header["groups"] or [{}]
+    has_positions = any("ImagePositionPatient" in group for group in groups)
     for index in range(len(header["spans"])):
         group = groups[index] if index < len(groups) else groups[0] if len(groups) == 1 else {}
         tags, remarks = header | group, header["remarks"] + group.get("remarks", [])
@@ -540,7 +541,7 @@ def make_frames(path: Path, header: dict) -> list[Frame]:
         if position.shape != (3,) or np.abs(position).max() > 1e5:
             remarks.append("no valid (0020,0032) ImagePositionPatient")
             position = np.full(3, np.nan)
-        if len(header["spans"]) > 1 and "ImagePositionPatient" not in group:
+        if len(header["spans"]) > 1 and not has_positions:
             step, source = slice_step(tags, spacing[0])
             remarks.append(f"frames without position placed {step:.4g} mm apart along +normal ({source})")
             position = np.nan_to_num(position) + index * step * np.cross(*directions)
