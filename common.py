@@ -353,6 +353,13 @@ def make_parser(doc: str, has_config: bool = False) -> argparse.ArgumentParser:
     return parser
 
 
+def positive_int(text: str) -> int:
+    """The argparse type of a count: a whole number above 0."""
+    if not text.strip().isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
+    return int(text)
+
+
 def usable_cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

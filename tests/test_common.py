@@ -111,6 +111,16 @@ def test_the_help_of_a_script_with_settings_lists_every_one():
     assert "img_size: int = 384  # rows and columns" in text
 
 
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "", "five", "²"])
+def test_a_count_on_the_command_line_is_a_whole_number_above_0(text, capsys):
+    parser = common.make_parser("What it does.")
+    parser.add_argument("--limit", type=common.positive_int)
+    assert parser.parse_args(["--limit", "12"]).limit == 12
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--limit", text])
+    assert f"argument --limit: expected a whole number above 0, found {text!r}" in capsys.readouterr().err
+
+
 # --- tables -------------------------------------------------------------------------------------------------
 
 
