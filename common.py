@@ -333,19 +333,18 @@ def describe_difference(found: dict, expected: dict) -> str:
 # --- the command line ---------------------------------------------------------------------------------------
 
 
-def make_parser(doc: str, has_config: bool = False) -> argparse.ArgumentParser:
-    """A parser whose help is the script's docstring; with --config and --set where the script takes settings,
-    which the help then lists with their defaults."""
-    epilog = None
-    if has_config:
-        lines = [*inspect.getsource(VolumeSettings).splitlines(), *inspect.getsource(Config).splitlines()]
-        settings = [line for line in lines if re.match(r"    (\w+: .* = |# )", line)]
-        epilog = "settings, with their defaults:\n" + "\n".join(settings)
-    style = argparse.RawDescriptionHelpFormatter
+def make_parser(
+    doc: str, has_config: bool = False, listed: Sequence[type] = (VolumeSettings, Config)
+) -> argparse.ArgumentParser:
+    """A parser whose help is the script's docstring; with --config and --set where the script takes settings.
+    The help then lists the settings of the `listed` dataclasses with their defaults."""
     parser = argparse.ArgumentParser(
-        description=doc, epilog=epilog, formatter_class=style, allow_abbrev=False
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     if has_config:
+        source = "".join(map(inspect.getsource, listed))
+        settings = re.findall(r"^    (?:\w+: .* = (?!field)|# ).*$", source, flags=re.MULTILINE)
+        parser.epilog = "\n".join(["settings, with their defaults:", *settings])
         parser.add_argument("--config", metavar="YAML", help="settings; without it their defaults")
         parser.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting"

@@ -16,6 +16,7 @@ from sklearn.metrics import roc_auc_score
 
 import common
 from common import LABELS, SWAP, UID, Config
+from dicom import VolumeSettings
 
 ROOT = Path(__file__).parents[1]
 
@@ -103,12 +104,14 @@ def test_numbers_and_words_that_yaml_misreads_mean_what_they_say():
     assert (cfg.lr, cfg.precision, cfg.epochs) == (1e-4, "no", 3)
 
 
-def test_the_help_of_a_script_with_settings_lists_every_one():
-    text = common.make_parser("What it does.", has_config=True).format_help()
-    assert text.count("What it does.") == 1
+def test_the_help_of_a_script_lists_the_settings_that_matter_to_it():
+    everything = common.make_parser("What it does.", has_config=True).format_help()
+    volume_only = common.make_parser("", has_config=True, listed=[VolumeSettings]).format_help()
+    assert everything.count("What it does.") == 1
+    assert "\n    img_size: int = 384  # rows and columns" in everything
     for name in common.config_to_dict(Config()):
-        assert f"    {name}: " in text, name
-    assert "img_size: int = 384  # rows and columns" in text
+        assert f"\n    {name}: " in everything, name
+        assert (f"\n    {name}: " in volume_only) == (name in common.VOLUME_FIELDS), name
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "", "five", "²"])
