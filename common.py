@@ -113,9 +113,7 @@ def parse_age(text: str) -> float:
 @dataclass(frozen=True)
 class Config:
     """Every setting of every script, with its default. YAML overrides it, `--set key=value` overrides YAML.
-
-    The settings of the volume (`dicom.VolumeSettings`) stand among the others in YAML, `img_size: 96`.
-    """
+    The settings of the volume (`dicom.VolumeSettings`) stand among the others in YAML, `img_size: 96`."""
 
     # what to train, on what
     task: Literal["classify", "locate"] = "classify"  # slabs + crops -> 14 logits | heat maps -> 14 logits
@@ -238,9 +236,10 @@ def read_layer(path: Path) -> dict:
         text = path.read_text()
         values = dict(yaml.safe_load(text) or {})
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        hint = "expected lines of `key: value`, as in the files of configs/"
-        raise ValueError(f"{path}: not a readable config ({reason}); {hint}") from None
+        reason = textwrap.shorten(str(error), 300)
+        raise ValueError(
+            f"{path}: expected a config of lines `key: value` as in configs/; {reason}"
+        ) from None
     keys = re.findall(r"^(\w+) *:", text, flags=re.MULTILINE)
     repeated = {key for key in keys if keys.count(key) > 1}
     if repeated:
@@ -794,14 +793,11 @@ def deployed_crops(
 
 
 class SeriesDataset(torch.utils.data.Dataset):
-    """Items of a cache: image uint8 (base_slices + K, H, W), labels float32 (14,), index, points (8, 4),
-    spacing_mm (3,), affine (4, 4), augment.
-
-    mode "train": annotated crops, decoys and proposals in the shares that the config sets; "deploy": what a
-    new patient has, proposals or decoys, and the annotated points are not even read. Everything random is a
-    pure function of (seed, epoch, index). points: rows of (label, z, y, x) voxels, -1 where none. proposals:
-    (n, 3) LPS mm by series, best first.
-    """
+    """Items of a cache: image uint8 (base_slices + K, H, W), labels float32 (14,), index, affine (4, 4),
+    spacing_mm (3,), augment, points (8, 4): rows of (label, z, y, x) voxels, -1 where none. mode "train":
+    annotated crops, decoys and proposals in the shares that the config sets; "deploy": what a new patient
+    has, proposals ((n, 3) LPS mm by series, best first) or decoys, and the annotated points are not even
+    read. Everything random is a pure function of (seed, epoch, index)."""
 
     def __init__(
         self,
@@ -837,25 +833,17 @@ class SeriesDataset(torch.utils.data.Dataset):
             else:
                 crops = deployed_crops(image, spacing_mm, uid, self.decoys, proposals, cfg)
             image = np.concatenate([image, crops])
-        item = {
-            "image": image,
-            "labels": self.labels[index],
-            "points": points,
-            "spacing_mm": spacing_mm.astype(np.float32),
-            "affine": affine,
-            "augment": draw_augmentation(cfg, rng),
-        }
+        item = {"image": image, "labels": self.labels[index], "points": points, "affine": affine}
+        item |= {"spacing_mm": spacing_mm.astype(np.float32), "augment": draw_augmentation(cfg, rng)}
         return {name: torch.tensor(array) for name, array in item.items()} | {"index": index}
 
     def draw_crops(
         self, volume: ndarray, points: ndarray, proposals: ndarray | None, spacing_mm: ndarray, rng: Generator
     ) -> ndarray:
-        """(K, H, W) uint8 crop channels of a training item.
-
-        The order of the random draws is part of the contract: a run repeats to the bit only while each item
-        draws the same numbers in the same order. First the three coins, always all three; then the order of
-        the annotated points, where these are shown; then the decoys that fill the rest; the jitter last.
-        """
+        """(K, H, W) uint8 crop channels of a training item. The order of the random draws is part of the
+        contract: a run repeats to the bit only while each item draws the same numbers in the same order.
+        First the three coins, always all three; then the order of the annotated points, where these are
+        shown; then the decoys that fill the rest; the jitter last."""
         cfg = self.cfg
         shares = (cfg.p_global_localizer_off, cfg.p_localizer_dropout, cfg.p_proposal)
         is_off, is_dropped, is_proposed = rng.random(3) < shares
@@ -909,8 +897,7 @@ class Locator(nn.Module):
     place (z, y, x) as a further input and one 3 x 3 x 3 convolution across slabs. One map finds (p), a
     softmax over 13 names each cell (q): few examples teach the finding, since all arteries share it. (B, Z,
     H, W) in [0, 1] -> Output with maps (B, 13, Z, H / stride, W / stride): logits of p q. A label's logit is
-    the peak of its map, presence the peak of the finding map.
-    """
+    the peak of its map, presence the peak of the finding map."""
 
     def __init__(self, cfg: Config):
         super().__init__()

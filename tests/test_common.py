@@ -71,8 +71,8 @@ def test_every_config_of_the_project_loads(path):
         ("fold: 5", "expected 0 to 4"),
         ("seed: 1\nseed: 2", "seed stands there twice"),
         ("base: c.yaml", "leads back to this file"),
-        ("- fold", "not a readable config"),
-        ("base: gone.yaml", "gone.yaml: not a readable config"),
+        ("- fold", "expected a config of lines"),
+        ("base: gone.yaml", "gone.yaml: expected a config of lines"),
     ],
 )
 def test_a_wrong_config_is_refused_with_the_reason(tmp_path, text, complaint):
