@@ -682,12 +682,6 @@ def percentile_interval(values: ndarray) -> list[float]:
     return pd.Series(values).quantile([0.025, 0.975]).tolist()
 
 
-def summarise_draws(values: ndarray) -> dict:
-    """The 95 % interval of drawn values, and how many of them are defined."""
-    low, high = percentile_interval(values)
-    return {"low": low, "high": high, "draws_used": int(np.isfinite(values).sum())}
-
-
 def score(table: pd.DataFrame, probs: ndarray, draws: int = 2000) -> dict:
     """Everything said of predictions: wAUC with its interval over patients, per label, and wAUC per modality
     and plane. A label of fewer than MIN_POSITIVES positive series has no interval. table: rows aligned with
@@ -696,17 +690,23 @@ def score(table: pd.DataFrame, probs: ndarray, draws: int = 2000) -> dict:
     labels = table[list(LABELS)].to_numpy(float)
     overall = weighted_auc(labels, probs)
     aucs = bootstrap_aucs(labels, probs, table["patient"], draws)
+    waucs = combine_aucs(aucs, labels)
+    low, high = percentile_interval(waucs)
     result = {
         "wauc": overall["wauc"],
-        **summarise_draws(combine_aucs(aucs, labels)),
+        "low": low,
+        "high": high,
         "num_series": len(table),
         "num_patients": table["patient"].nunique(),
+        "draws_used": int(np.isfinite(waucs).sum()),
         "undefined": overall["undefined"],
         "per_label": {},
     }
     for name, auc, positives, drawn in zip(LABELS, overall["auc"], overall["positives"], aucs.T, strict=True):
         drawn = drawn if positives >= MIN_POSITIVES else np.empty(0)
-        result["per_label"][name] = {"auc": auc, **summarise_draws(drawn), "positives": positives}
+        low, high = percentile_interval(drawn)
+        row = {"auc": auc, "low": low, "high": high, "positives": positives}
+        result["per_label"][name] = row | {"draws_used": int(np.isfinite(drawn).sum())}
     for column in ("Modality", "plane"):
         groups = result[f"per_{column.lower()}"] = {}
         for value, rows in table.groupby(column):
@@ -1002,8 +1002,7 @@ def read_pretrained(cfg: Config) -> dict:
                 raise ValueError(f"{path}: a run of {trained_name}; expected a run of {cfg.model_name}")
             return state
         head = timm.get_pretrained_cfg_value(cfg.model_name, "classifier")
-        num_classes = len(state.get(f"{head}.weight", ()))
-        source = {"state_dict": state, "num_classes": num_classes}
+        source = {"state_dict": state, "num_classes": len(state.get(f"{head}.weight", ()))}
     try:
         if cfg.pretrained == "package":
             source["state_dict"] = read_package_weights()
@@ -1101,8 +1100,7 @@ def load_run(folder: Path, device: str | torch.device = "cpu") -> Run:
         model = build_model(cfg)
         model.load_state_dict(state)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = textwrap.shorten(repr(error), 300)
-        raise ValueError(f"{path}: not a checkpoint that train.py writes: {reason}") from error
+        raise ValueError(f"{path}: not a checkpoint that train.py writes: {error!r:.300}") from error
     return Run(folder, model.eval().to(device), cfg, meta)
 
 
