@@ -15,7 +15,6 @@ import math
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -128,10 +127,15 @@ def average_slabs(folder: Path) -> np.ndarray:
     return np.stack(slabs)
 
 
+def read_peak() -> int:
+    """Peak memory of this process in MiB; ru_maxrss would be the parent's at the fork."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024
+
+
 def measure_volume(folder: Path) -> int:
-    """A worker's job: as preprocess.py does it, without writing. Returns the process' peak memory in MiB."""
+    """A worker's job: as preprocess.py does it, without writing. Returns its peak memory."""
     make_voxels(folder)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return read_peak()
 
 
 def spin(steps: int) -> float:
@@ -274,35 +278,18 @@ def bench_locator(repeats: int) -> None:
     print_table("a locator beside a member, 384 px", seconds, "member")
 
 
-def make_loops(cache: Path, args: argparse.Namespace, waits: list[float]) -> dict[str, Callable[[], None]]:
-    """This project's epoch and a bare one, on models, series and batches alike; with --only, one of them, so
-    that its peak memory does not hold the other's weights."""
+def make_loop(name: str, cache: Path, args: argparse.Namespace, waits: list[float]) -> Callable[[], None]:
+    """An epoch of train.py ("ours") or a bare one, on models, series and batches alike."""
     from accelerate import Accelerator
 
     import train
 
     settings = {"model_name": args.model, "img_size": args.img_size, "precision": "no", "workers": 0}
     cfg = change(Config(), pretrained=False, epochs=1000, cache=str(cache), **settings)
-    table, accelerator, loops = random_table(args.series), Accelerator(), {}
+    table, accelerator = random_table(args.series), Accelerator()
     write_cache(cache, table, cfg)
     dataset = common.SeriesDataset(cfg, table, "train", np.full((1, 3), 0.5))
-    if args.only != "ours":
-        items = [dataset[i] for i in range(cfg.batch_size)]
-        images = torch.stack([item["image"] for item in items]).to(accelerator.device) / 255
-        labels = torch.stack([item["labels"] for item in items]).to(accelerator.device)
-        model = common.build_model(cfg).to(accelerator.device).train()
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-
-        def run_bare() -> None:
-            """Forward, backward, AdamW on a batch that stays on the device."""
-            for _ in range(math.ceil(args.series / cfg.batch_size)):
-                logits = model(images).logits
-                torch.nn.functional.binary_cross_entropy_with_logits(logits, labels).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-
-        loops["bare"] = run_bare
-    if args.only != "bare":
+    if name == "ours":
         state = train.begin(cache / "run", cfg, accelerator, {}, argparse.Namespace(resume=0, overwrite=0))
         state.model, state.optimizer = accelerator.prepare(state.raw, state.optimizer)
 
@@ -312,26 +299,45 @@ def make_loops(cache: Path, args: argparse.Namespace, waits: list[float]) -> dic
             state.progress.epoch += 1
             waits.append(waited / (time.perf_counter() - start))
 
-        loops["ours"] = run_ours
-    return loops
+        return run_ours
+    items = [dataset[i] for i in range(cfg.batch_size)]
+    images = torch.stack([item["image"] for item in items]).to(accelerator.device) / 255
+    labels = torch.stack([item["labels"] for item in items]).to(accelerator.device)
+    model = common.build_model(cfg).to(accelerator.device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def run_bare() -> None:
+        """Forward, backward, AdamW on a batch that stays on the device."""
+        for _ in range(math.ceil(args.series / cfg.batch_size)):
+            logits = model(images).logits
+            torch.nn.functional.binary_cross_entropy_with_logits(logits, labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run_bare
+
+
+def measure_loop(item: tuple) -> int:
+    """A worker's job: two epochs of one loop alone. Returns its peak memory."""
+    with tempfile.TemporaryDirectory() as cache:
+        loop = make_loop(item[0], Path(cache), item[1], [])
+        loop()
+        loop()
+    return read_peak()
 
 
 def bench_train(args: argparse.Namespace) -> None:
-    """The training loop against a bare one; with --only, one of them alone and its peak memory on stdout."""
+    """The training loop against a bare one, and the peak memory of each."""
     waits: list[float] = []
-    with tempfile.TemporaryDirectory() as folder:
-        loops = make_loops(Path(folder) / "cache", args, waits)
-        seconds = time_rounds(loops, 1 if args.only else args.repeats)
-    if args.only:
-        status = Path("/proc/self/status").read_text()  # ru_maxrss would be the parent's at the fork
-        print(int(status.split("VmHWM:")[1].split()[0]) // 2**10)
-        return
+    with tempfile.TemporaryDirectory() as root:
+        loops = {name: make_loop(name, Path(root) / name, args, waits) for name in ("bare", "ours")}
+        seconds = time_rounds(loops, args.repeats)
     title = f"an update of {args.model}, {args.img_size} px, batch 2"
     print_table(title, seconds, "bare", per=math.ceil(args.series / 2))
     for name in loops:
-        command = [sys.executable, *sys.argv, "--only", name]
-        peak = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-        print(f"\nPeak memory of {name}: {peak} MiB")
+        limits = {"workers": 1, "timeout_s": 36000, "memory_gb": 100}
+        ((_, peak_mib, reason),) = run_isolated(measure_loop, [(name, args)], **limits)
+        print(f"\nPeak memory of {name}: {reason or peak_mib} MiB")
     print(f"\nours: an epoch of train.py, of which {spread(waits)} waits for data")
 
 
@@ -347,7 +353,6 @@ def main() -> None:
     parser.add_argument("--series", type=common.positive_int, default=12, help="train, infer: series a round")
     parser.add_argument("--model", default="maxvit_rmlp_pico_rw_256", help="train, infer: timm's name")
     parser.add_argument("--img-size", type=common.positive_int, default=256, help="train, infer: pixels")
-    parser.add_argument("--only", choices=["bare", "ours"], help="train: the peak memory of one alone")
     args = parser.parse_args()
     benches = {"preprocess": bench_preprocess, "train": bench_train, "infer": bench_infer}
     benches[args.command](args)
