@@ -185,7 +185,7 @@ def load_proposals(cfg: Config, table: pd.DataFrame) -> tuple[dict | None, str]:
         names = set()
         for uid in uids:
             names |= locators[uid] or {"none"}
-        if len(names) > 1 or names == {"none"}:
+        if len(names) > 1 or "none" in names:
             raise ValueError(
                 f"proposals {cfg.proposals!r}: fold {fold} has those of {', '.join(sorted(names))}; expected "
                 f"one finished locator: train all its folds (task: locate) with these series and num_folds"
@@ -239,7 +239,8 @@ def augment(batch: dict, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
     points[..., [3, 2]] = ((centred + 1) * extent - 1) / 2
 
     images = torch.cat([moved, crops], dim=1)
-    images.mul_(gain[..., None] / 255).add_(offset[..., None]).clamp_(0, 1)
+    images.mul_(gain[..., None] / 255).add_(offset[..., None])
+    images.clamp_(0, 1)
     return images, labels, points
 
 
@@ -322,10 +323,8 @@ class TrainState:
 def train_epoch(
     cfg: Config, accelerator: Accelerator, state: TrainState, dataset: SeriesDataset
 ) -> tuple[float, float]:
-    """The updates of one epoch -> (this rank's losses added up, seconds that it waited for data).
-
-    Raises ValueError at a loss that is NaN or infinite.
-    """
+    """The updates of one epoch -> (this rank's losses added up, seconds that it waited for data). Raises
+    ValueError at a loss that is NaN or infinite."""
     progress = state.progress
     rank = accelerator.process_index
     plan = plan_epoch(len(dataset), cfg, progress.epoch, rank, accelerator.num_processes)
@@ -382,7 +381,10 @@ def plan_epoch(num: int, cfg: Config, epoch: int, rank: int, world: int) -> list
         num_steps = math.ceil(len(group) / size)
         parts = np.array_split(group, num_steps * world)[rank::world]
         weight = world / len(group)  # DDP averages over ranks, so scale: each sample weighs 1 / len(group)
-        plan.append([(part.tolist(), weight) if len(part) else ([0], 0.0) for part in parts])
+        update = []
+        for part in parts:
+            update.append((part.tolist(), weight) if len(part) else ([0], 0.0))
+        plan.append(update)
     return plan
 
 
@@ -492,7 +494,7 @@ def write_best(run: common.Run, val_table: pd.DataFrame, logits: np.ndarray, pro
         write_table(run.folder / "proposals.csv", table)
         metrics |= score_proposals(val_table, proposals, run.cfg.bootstrap)
     run.meta["operating_points"] = points
-    common.save_checkpoint(run.folder / "best_ema.safetensors", run.model, run.cfg, run.meta)
+    common.save_checkpoint(run.folder / common.CHECKPOINT, run.model, run.cfg, run.meta)
     return metrics
 
 
@@ -547,14 +549,11 @@ def measure_sensitivity(
     if len(scores) >= common.MIN_POSITIVES:
         weights = np.concatenate(list(common.patient_weights(patients, draws)))
         drawn = weights @ is_above.to_numpy() / weights.sum(1)
-    low, high = common.percentile_interval(drawn)
     return {
         "threshold": threshold,
         "sensitivity": float(is_above.mean()),
-        "low": low,
-        "high": high,
         "positives": len(scores),
-        "draws_used": len(drawn),
+        **common.summarise_draws(drawn),
     }
 
 
@@ -612,7 +611,8 @@ def load_last(folder: Path) -> dict | None:
     for path in sorted((folder / "last").glob("*.pt"), reverse=True):
         data = memoryview(path.read_bytes())
         states = data[:-32]
-        if hashlib.sha256(states).digest() == data[-32:]:
+        is_intact = hashlib.sha256(states).digest() == data[-32:]
+        if is_intact:
             return torch.load(io.BytesIO(states), map_location="cpu", weights_only=True)
         common.log(f"{path}: differs from its sum; falling back to the one before")
     return None
@@ -686,8 +686,8 @@ def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> No
 def begin(
     folder: Path, cfg: Config, accelerator: Accelerator, identity: dict, args: argparse.Namespace
 ) -> TrainState:
-    """Model, EMA and optimizer, new or from the last checkpoint. Raises ValueError where the folder holds a
-    run that this one would spoil."""
+    """Model, EMA and optimizer, new or from the last checkpoint. ValueError where the folder holds a run that
+    this one would spoil."""
     from timm.optim import create_optimizer_v2
     from timm.utils import ModelEmaV3
 
