@@ -1,5 +1,4 @@
-"""train.py: the batch, the schedule, honest validation, and runs that end the same whatever happens on the
-way."""
+"""train.py: the batch, the schedule, honest validation, and runs that end the same whatever happens."""
 
 import contextlib
 import errno
@@ -36,7 +35,7 @@ NAME = "test_efficientnet_seed0_fold0"
 BATCHES = change(QUICK, model_name="test_vit", ema_decay=0.9, clip_grad=0.0)  # no BatchNorm
 NORM = change(QUICK, batch_size=3, tag="norm")
 NEUTRAL = [0.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0] + [1.0] * 8  # augmentation that changes nothing
-NO_DECOYS = np.zeros((0, 3))
+NO_DECOYS, CPU = np.zeros((0, 3)), torch.device("cpu")
 os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -92,6 +91,15 @@ def read_metrics(folder: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text())
 
 
+def fail_with(error: Exception):
+    """A function of any arguments that raises the error."""
+
+    def fail(*_):
+        raise error
+
+    return fail
+
+
 def assert_same_run(folder: Path, expected: Path) -> None:
     """The same weights, predictions, metrics and epochs, all to the last bit."""
     ours, theirs = train.load_last(folder), train.load_last(expected)
@@ -105,9 +113,6 @@ def assert_same_run(folder: Path, expected: Path) -> None:
         pd.read_csv(path / "log.csv").drop(columns=["seconds", "data_wait"]) for path in (folder, expected)
     ]
     assert logs[0].equals(logs[1])
-
-
-# --- the series to train on ---------------------------------------------------------------------------------
 
 
 def test_folds_keep_patients_together_and_depend_neither_on_row_order_nor_on_their_names():
@@ -145,19 +150,15 @@ def test_every_fault_of_the_cache_is_reported_at_once(tmp_path):
     paths[9].write_bytes(b"cut short")
     with pytest.raises(ValueError) as error:
         train.load_table(change(QUICK, cache=str(tmp_path)))
-    for complaint in (
+    complaints = [
         f"2 x unreadable volume: {paths[5]}: no such volume",
         f"{paths[9]}: not a readable volume",
         "1 x volume made with roi_mm 150.0 (expected 160.0); use preprocess.py --config",
         "1 x pair of series that share a (0008,0018) SOPInstanceUID: 1.2.7 and 1.2.8",
-    ):
-        assert complaint in str(error.value), complaint
-    labels = pd.read_csv(tmp_path / "train.csv").drop(columns="Modality")
-    labels.to_csv(tmp_path / "train.csv", index=False)
+    ]
+    assert [text for text in complaints if text not in str(error.value)] == []
+    pd.read_csv(tmp_path / "train.csv").drop(columns="Modality").to_csv(tmp_path / "train.csv", index=False)
     with pytest.raises(ValueError, match=r"train\.csv: columns missing: 'Modality'"):
-        train.load_table(change(QUICK, cache=str(tmp_path)))
-    (tmp_path / "train.csv").unlink()
-    with pytest.raises(ValueError, match=r"lacks index.csv or train.csv; .* run python preprocess.py"):
         train.load_table(change(QUICK, cache=str(tmp_path)))
 
 
@@ -179,9 +180,6 @@ def test_series_without_volume_or_with_doubts_are_counted_and_left_out(tmp_path,
     assert len(train.load_table(cfg, limit=8)) == 8
 
 
-# --- the batch ----------------------------------------------------------------------------------------------
-
-
 def random_batch(num: int = 3, **changes: float) -> dict[str, torch.Tensor]:
     """Samples with two points; changes: values of the augmentation by their index (`v0` is the flip)."""
     generator = torch.Generator().manual_seed(0)
@@ -198,25 +196,27 @@ def random_batch(num: int = 3, **changes: float) -> dict[str, torch.Tensor]:
 
 
 def test_flip_is_an_involution_on_image_labels_and_points():
-    """Of two samples the first; the other, whose augmentation changes nothing, stays itself."""
-    batch = random_batch(2)
+    batch = random_batch(2)  # the other one's augmentation changes nothing
     batch["augment"][0, 0] = 1
     images, labels, points = train.augment(batch, TINY)
     assert torch.allclose(images[0], batch["image"][0].flip(-1) / 255, atol=1e-5)
+    assert torch.allclose(images[1], batch["image"][1] / 255, atol=1e-4)
+    assert torch.equal(labels[1], batch["labels"][1]) and torch.allclose(
+        points[1], batch["points"][1], atol=1e-4
+    )
     assert labels[0].nonzero().flatten().tolist() == [3, 6, 13]
     assert points[0, :2].flatten().tolist() == pytest.approx([3, 3, 10, 19, 6, 1, 4, 0], abs=1e-4)
     assert (points[:, 2:, 0] == -1).all()
     twice = {"image": (images * 255).round().to(torch.uint8), "labels": labels, "points": points}
-    pairs = [(batch["image"] / 255, images), (batch["labels"], labels), (batch["points"], points)]
-    for (before, once), after in zip(pairs, train.augment(batch | twice, TINY), strict=True):
-        assert torch.allclose(once[1], before[1], atol=1e-4)
+    again = train.augment(batch | twice, TINY)
+    for before, after in zip((batch["image"] / 255, batch["labels"], batch["points"]), again, strict=True):
         assert torch.allclose(after[:, :2], before[:, :2], atol=1e-4)
 
 
-MOVES = [{}, {0: 1.0}, {1: 30.0}, {2: 1.2}, {3: 15.0, 4: -10.0}, {7: 1.0}]
+MOVES = [{}, {0: 1}, {1: 30}, {2: 1.2}, {3: 15, 4: -10}, {7: 1}, {0: 1, 1: -20, 2: 0.9, 3: 9, 7: -1}]
 
 
-@pytest.mark.parametrize("changes", [*MOVES, {0: 1, 1: -20, 2: 0.9, 3: 9, 7: -1}])
+@pytest.mark.parametrize("changes", MOVES)
 def test_points_go_where_augmentation_takes_their_place(changes):
     batch = random_batch(1, **{f"v{index}": value for index, value in changes.items()})
     batch["image"] = torch.zeros(1, 8, 32, 32, dtype=torch.uint8)
@@ -257,9 +257,6 @@ def test_map_targets_are_one_at_the_points_cell_and_fall_off_in_millimetres():
     assert targets[0, 5, 2, 1, 3].item() == pytest.approx(math.exp(-0.5 * 4))
 
 
-# --- the loop -----------------------------------------------------------------------------------------------
-
-
 def test_rate_warms_up_then_falls_as_a_half_cosine():
     cfg = change(TINY, lr=1.0, min_lr=0.1, epochs=11, warmup_epochs=1)
     rates = [train.learning_rate(update, 10, cfg) for update in range(110)]
@@ -293,16 +290,16 @@ def test_fp16_skips_steps_that_overflow_and_rate_and_ema_wait(cache, tmp_path, t
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     state = train.begin(tmp_path, cfg, accelerator, {}, options)
     state.model, state.optimizer = accelerator.prepare(state.raw, state.optimizer)
-    types, label_loss = set(), train.label_loss
+    types = set()
     layer = next(m for m in state.raw.modules() if isinstance(m, torch.nn.Conv2d))
     layer.register_forward_hook(lambda module, inputs, output: types.add(output.dtype))
+    smooth = torch.nn.functional.binary_cross_entropy_with_logits
 
-    def watch(*args):
-        loss = label_loss(*args)
-        types.add((loss.dtype, torch.is_autocast_enabled("cpu")))
-        return loss
+    def watch(logits: torch.Tensor, *args, **options) -> torch.Tensor:
+        types.add((logits.dtype, torch.is_autocast_enabled("cpu")))
+        return smooth(logits, *args, **options)
 
-    monkeypatch.setattr(train, "label_loss", watch)
+    monkeypatch.setattr(train.F, "binary_cross_entropy_with_logits", watch)
     dataset = SeriesDataset(cfg, train.load_table(cfg)[:8], "train", NO_DECOYS)
     after = [*state.raw.parameters(), *state.ema.module.parameters()]
     before = [p.clone() for p in after]
@@ -324,7 +321,6 @@ def test_fp16_skips_steps_that_overflow_and_rate_and_ema_wait(cache, tmp_path, t
 def test_a_loader_that_dies_or_a_volume_cut_short_is_named(tmp_path):
     write_cache(tmp_path, random_table(6), QUICK)
     cfg = change(QUICK, cache=str(tmp_path))
-    dataset = SeriesDataset(cfg, random_table(6), "train", NO_DECOYS)
 
     class Killed(SeriesDataset):
         def __getitem__(self, index: int) -> dict:
@@ -332,21 +328,15 @@ def test_a_loader_that_dies_or_a_volume_cut_short_is_named(tmp_path):
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().__getitem__(index)
 
-    killed = Killed(cfg, random_table(6), "train", NO_DECOYS)
-    device = torch.device("cpu")
-    with pytest.raises(ValueError, match=r"^series 1.2.2, 1.2.3: DataLoader worker .* exited unexpectedly"):
-        list(train.load_batches(killed, [[0, 1], [2, 3], [4]], change(cfg, workers=2), device, []))
     path = common.volume_path(tmp_path, "1.2.3")
-    path.write_bytes(path.read_bytes()[:-100])
-    for workers in (0, 1):
-        with pytest.raises(
-            ValueError, match=rf"^series 1.2.2, 1.2.3: .*{path}: not a readable volume"
-        ) as error:
-            list(train.load_batches(dataset, [[0, 1], [2, 3]], change(cfg, workers=workers), device, []))
+    cases = [(Killed, 2, "DataLoader worker .* exited unexpectedly")]
+    cases += [(SeriesDataset, workers, f".*{path}: not a readable volume") for workers in (0, 1)]
+    for kind, workers, complaint in cases:
+        dataset = kind(cfg, random_table(6), "train", NO_DECOYS)
+        with pytest.raises(ValueError, match=f"^series 1.2.2, 1.2.3: {complaint}") as error:
+            list(train.load_batches(dataset, [[0, 1], [2, 3], [4]], change(cfg, workers=workers), CPU, []))
         assert "\n" not in str(error.value)
-
-
-# --- validation and metrics ---------------------------------------------------------------------------------
+        path.write_bytes(path.read_bytes()[:-100])
 
 
 def test_sensitivity_at_a_specificity_has_its_threshold_and_from_5_positives_an_interval():
@@ -406,6 +396,8 @@ def test_a_run_leaves_what_users_expect(undisturbed, cache):
     threshold = meta["operating_points"][0]["threshold"]
     assert (probs[truth[:, AP] == 0, AP] <= threshold).mean() >= 0.9
     assert not set(train_table["patient"]) & set(oof["patient"])
+    low, high = np.quantile(probs[:, AP], [0.05, 0.95])
+    assert metrics["is_nearly_constant"] == (high - low < 0.02)
     assert meta["prior"] == pytest.approx(train_table[list(LABELS)].mean().tolist(), abs=1e-6)
 
 
@@ -425,9 +417,6 @@ def test_validation_logits_do_not_depend_on_annotated_points(undisturbed, cache,
     assert np.array_equal(*logits) and logits[0].std() > 0 and is_inference == [False, False]
     reported = pd.read_csv(undisturbed / "oof.csv")[list(LABELS)].to_numpy()
     assert common.sigmoid(logits[0]) == pytest.approx(reported, abs=1e-5)
-
-
-# --- runs ---------------------------------------------------------------------------------------------------
 
 
 def test_a_killed_run_resumes_to_the_same_bits_and_its_orphans_hold_no_lock(
@@ -467,7 +456,7 @@ def test_a_damaged_checkpoint_is_passed_over(undisturbed, cache, tmp_path):
     folder = shutil.copytree(undisturbed, tmp_path / "outputs" / NAME)
     newest = folder / "last" / "0004.pt"
     data = newest.read_bytes()
-    for place in (0, len(data) // 2, len(data) - 40, len(data) - 1):
+    for place in (0, len(data) // 2, -40, -1):
         damaged = bytearray(data)
         damaged[place] ^= 1
         newest.write_bytes(damaged)
@@ -493,10 +482,8 @@ def test_a_used_folder_is_refused_and_nothing_in_it_changes(undisturbed, cache, 
     run(tmp_path, cfg, "--resume")  # of a finished run: the same again
     assert_same_run(folder, undisturbed)
 
-    def lack_locks(*_):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(train.fcntl, "lockf", lack_locks)
+    error = OSError(errno.ENOSYS, "Function not implemented")
+    monkeypatch.setattr(train.fcntl, "lockf", fail_with(error))
     shutil.rmtree(folder)
     err = run(tmp_path, change(cfg, epochs=1))
     assert "not locked (Function not implemented)" in err and "; 0 min left" in err
@@ -529,15 +516,13 @@ def pair(cache, tmp_path_factory) -> Path:
 for sys.argv in {commands!r}:
     assert train.main() == 0, sys.argv
     train.PartialState().wait_for_everyone()
-def fail(*_):
-    raise ValueError("a file that rank 1 lacks")
 if os.environ["RANK"] == "1":
-    train.load_table = fail
+    train.load_table = lambda *_: open("a file that rank 1 lacks")
 sys.argv.append("--resume")
 train.main()""")
     _, errors = start(folder, "all.py", processes=2).communicate(timeout=400)
     assert "batch 2 x 2 processes x accumulation 1 = 4 series per update, lr 0.001" in errors
-    assert errors.count("train.py: ") == errors.count("train.py: a file that rank 1 lacks") == 1, errors
+    assert errors.count("train.py: ") == errors.count("'a file that rank 1 lacks'\n") == 1, errors
     metrics = [read_metrics(path.parent) for path in folder.glob("outputs/*/metrics.json")]
     assert len(metrics) == len(runs) >= 12 and all(m["num_processes"] == 2 for m in metrics)
     return folder / "outputs"
@@ -606,9 +591,6 @@ def test_a_locator_writes_proposals_and_a_classifier_of_other_volumes_uses_them(
     assert "fold 0 has those of none; expected one finished" in run(tmp_path, other, code=1)
 
 
-# --- failures -----------------------------------------------------------------------------------------------
-
-
 def test_a_loss_or_a_prediction_that_is_not_finite_stops_the_run(cache, tmp_path, monkeypatch):
     wild = change(QUICK, cache=str(cache), lr=1e3, clip_grad=0.0, epochs=50, warmup_epochs=0.0)
     err = run(tmp_path, change(wild, label_smoothing=0.0, weight_decay=1e8), code=1)
@@ -626,10 +608,7 @@ def test_a_loss_or_a_prediction_that_is_not_finite_stops_the_run(cache, tmp_path
 
 
 def test_out_of_memory_says_which_settings_to_lower(monkeypatch, tmp_path):
-    def fail(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    monkeypatch.setattr(train, "train", fail)
+    monkeypatch.setattr(train, "make_accelerator", fail_with(torch.OutOfMemoryError("CUDA out of memory.")))
     (line,) = run(tmp_path, QUICK, code=1).strip().splitlines()
     assert all(name in line for name in ("batch_size", "accumulation", "grad_checkpointing", "img_size"))
 
@@ -644,19 +623,28 @@ def test_a_full_disk_is_one_line_that_names_the_file(cache, tmp_path):
     assert err.strip().splitlines()[-1].endswith("best_ema.safetensors'") and "File too large" in err
 
 
-@pytest.mark.parametrize(
-    ("options", "complaint"),
-    [
-        (["--set", "lrr=1"], "the nearest is 'lr'"),
-        (["--set", "cache=nowhere"], "expected a cache with labels"),
-        (["--set", "pretrained=gone.safetensors"], "gone.safetensors: no such file"),
-        (["--set", "num_folds=100"], "21 patients for 100 folds; lower num_folds"),
-    ],
-)
-def test_a_users_mistake_is_one_line_and_leaves_no_folder(cache, tmp_path, options, complaint):
-    err = run(tmp_path, change(QUICK, cache=str(cache)), *options, code=1)
-    assert complaint in err and len(err.strip().splitlines()) == 1
+MISTAKES = {
+    "lrr=1": "the nearest is 'lr'",
+    "cache=nowhere": "nowhere: lacks index.csv or train.csv; expected a cache with labels",
+    "pretrained=gone.safetensors": "gone.safetensors: no such file",
+    "num_folds=100": "21 patients for 100 folds; lower num_folds",
+}
+
+
+@pytest.mark.parametrize("setting", MISTAKES)
+def test_a_users_mistake_is_one_line_and_leaves_no_folder(cache, tmp_path, setting):
+    err = run(tmp_path, change(QUICK, cache=str(cache)), "--set", setting, code=1)
+    assert MISTAKES[setting] in err and len(err.strip().splitlines()) == 1
     assert not (tmp_path / "outputs").exists()
+
+
+def test_a_locator_without_annotated_points_is_refused_with_the_step_that_makes_them(tmp_path):
+    write_cache(tmp_path / "cache", random_table(32), QUICK, with_points=False)
+    cfg = change(QUICK, cache=str(tmp_path / "cache"), epochs=1)
+    (line,) = run(tmp_path, change(cfg, task="locate"), code=1).splitlines()
+    assert "no annotated point in 23 training series" in line
+    assert "put train_localizers.csv beside the DICOM files and run preprocess.py again" in line
+    assert "23 series with 0 annotated points train, 9 validate" in run(tmp_path, cfg)
 
 
 def test_print_config_prints_the_resolved_settings(tmp_path, capsys):
