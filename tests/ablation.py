@@ -27,7 +27,7 @@ ROWS = {
     "e_locator": "(e) the locator alone",
     "f_combined": "(f) mean of (d) and (e)",
 }
-PAIRS = ("b a", "c b", "d a", "d e", "f e")  # a difference is the first less the second
+PAIRS = ("b less a", "c less b", "d less a", "d less e", "f less e")
 
 
 def call(*command: str, **environment: str) -> None:
@@ -58,9 +58,8 @@ def train_all(seeds: int, num_jobs: int) -> None:
 
 def read_results(row: str, seeds: int) -> tuple[pd.DataFrame, np.ndarray]:
     """The table of fold 0 and its out-of-fold probabilities (seeds, N, 14) by finished runs."""
-    folders = [f for seed in range(seeds) for f in (ROOT / "ablation" / row).glob(f"*_seed{seed}_fold0")]
-    folders = [folder for folder in folders if (folder / "metrics.json").exists()]
-    tables = [pd.read_csv(folder / "oof.csv", dtype={UID: str, "patient": str}) for folder in folders]
+    runs = [f for seed in range(seeds) for f in ROOT.glob(f"ablation/{row}/*_seed{seed}_fold0/metrics.json")]
+    tables = [pd.read_csv(path.with_name("oof.csv"), dtype={UID: str, "patient": str}) for path in runs]
     if not tables:
         return pd.DataFrame(), np.zeros((0, 0, 14))
     probs = [table.set_index(UID).loc[tables[0][UID], list(LABELS)].to_numpy() for table in tables]
@@ -86,7 +85,7 @@ def main() -> int:
     if not tables:
         return 1
     assert all(table[UID].equals(tables[0][UID]) for table in tables)
-    probs = {row: probs for row, (_, probs) in results.items()}
+    probs = {row: result[1] for row, result in results.items()}
     pairs = list(zip(probs["d_proposals"], probs["e_locator"], strict=False))
     probs["f_combined"] = np.array(pairs).mean(1) if pairs else np.array([])
     truth, patients = tables[0][[f"label {label}" for label in LABELS]].to_numpy(float), tables[0]["patient"]
@@ -101,11 +100,10 @@ def main() -> int:
         print(f"| {ROWS[row]} | {seeds} | {value:.3f} ({low:.3f} to {high:.3f}) | {presence:.3f} |")
     print("\n| difference in wAUC, mean predictions | 95 % |\n|---|---|")
     for pair in PAIRS:
-        first, second = (drawn.get(row) for letter in pair.split() for row in ROWS if row[0] == letter)
+        first, second = (drawn.get(row) for name in pair.split(" less ") for row in ROWS if row[0] == name)
         if first and second:
             low, high = common.percentile_interval(first[1] - second[1])
-            name = pair.replace(" ", " less ")
-            print(f"| {name}: {first[0] - second[0]:+.3f} | {low:+.3f} to {high:+.3f} |")
+            print(f"| {pair}: {first[0] - second[0]:+.3f} | {low:+.3f} to {high:+.3f} |")
     return 0
 
 
