@@ -9,10 +9,8 @@ run  accelerate launch train.py --config configs/fold0.yaml
      accelerate launch train.py --config configs/fold0.yaml --set seed=1 --set lr=5.0e-5 --resume
      ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 train.py --config configs/demo.yaml
 
-`accelerate launch` takes every GPU of the machine; --num_processes 1 takes one, and --quiet leaves out the
-launcher's own traceback after a failure. lr belongs to the global batch, batch_size x processes x
-accumulation, which the first line names: with more processes lower batch_size, or raise lr.
-
+`accelerate launch` takes every GPU, --num_processes 1 one, and --quiet leaves out the launcher's traceback.
+lr belongs to the global batch, batch_size x processes x accumulation: with more processes lower batch_size.
 Validation sees what a new patient has: no annotated crop ever, only decoys or a locator's proposals.
 A run that was stopped or killed goes on after its last finished epoch and ends with the same bits.
 exit 0 trained, 1 refused or failed (one line says why), 2 wrong usage, 130 or 143 stopped by a signal.
@@ -25,30 +23,28 @@ import contextlib
 import fcntl
 import glob
 import hashlib
-import importlib.metadata
-import importlib.util
 import io
-import itertools
 import json
 import math
 import multiprocessing
 import os
-import shutil
 import signal
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of the imports, which take seconds
 
 import cv2
 import numpy as np
 import pandas as pd
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, gather_object
+from accelerate import Accelerator, PartialState
+from accelerate.utils import GradientAccumulationPlugin, broadcast, gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -56,36 +52,25 @@ import common
 from common import AP, LABELS, SWAP, UID, Config, Output, SeriesDataset
 from dicom import to_lps
 
-ORACLE_NOTE = "oracle_wauc uses annotated crops that no new patient has: a diagnostic, not a score"
 SPECIFICITIES = (0.90, 0.95)  # of `Aneurysm Present`
 FALSE_PER_SCAN = (0.25, 0.5, 1.0, 2.0)  # proposals away from every annotated point
 REACH_MM = 10.0  # a proposal this close to an annotated point finds it
 PLACE = ["x_mm", "y_mm", "z_mm"]  # LPS
 PROPOSAL_COLUMNS = [UID, *PLACE, "score", "label"]
-KEEP_CHECKPOINTS = 2  # of last/: the newest and one to fall back to
+MIN_SPREAD = 0.02  # of 90 % of the predicted probabilities; below it they do not tell series apart
 
 
 # --- the series to train on ---------------------------------------------------------------------------------
 
 
-def load_table(cfg: Config, limit: int = 10**9) -> pd.DataFrame:
+def load_table(cfg: Config, limit: int | None = None) -> pd.DataFrame:
     """A row per cached and labelled series, or for the first `limit` of them: UID, patient, Modality, plane,
-    the 14 labels, fold.
-
-    Raises ValueError that lists every fault of the labels, or else every fault of the cache, so that one run
-    shows them all.
-    """
-    table = merge_labels(cfg)
-    table = table.sort_values(UID, ignore_index=True)[:limit].copy()
-    faults = check_volumes(cfg, table)
+    the 14 labels, fold, points, points_mm. ValueError lists all faults of labels, or else of volumes."""
+    table = merge_labels(cfg).sort_values(UID, ignore_index=True)[:limit]
+    table = table.join(read_points(cfg, table[UID]))
     num_patients = table["patient"].nunique()
     if num_patients < cfg.num_folds:
-        faults[f"table with fewer patients than num_folds, {cfg.num_folds}"] = [str(num_patients)]
-    if faults:
-        texts = []
-        for fault, places in faults.items():
-            texts.append(f"{len(places)} x {fault}: {', '.join(places[:3])}")
-        raise ValueError(f"{cfg.cache}: cannot train: {'; '.join(texts)}")
+        raise ValueError(f"{cfg.cache}: {num_patients} patients for {cfg.num_folds} folds; lower num_folds")
     table["fold"] = make_folds(table, cfg.num_folds, cfg.fold_seed)
     return table
 
@@ -94,168 +79,149 @@ def merge_labels(cfg: Config) -> pd.DataFrame:
     """The rows of train.csv whose volumes are in the cache, with their patient and plane of index.csv; says
     how many series it leaves out."""
     cache = Path(cfg.cache)
-    files = [cache / "index.csv", cache / "train.csv"]
-    if not all(path.is_file() for path in files):
+    if not (cache / "index.csv").is_file() or not (cache / "train.csv").is_file():
         raise ValueError(
             f"{cache}: lacks index.csv or train.csv; expected a cache with labels: put train.csv beside the "
             f"series and run python preprocess.py --src dicoms --dst {cache}"
         )
     labels = common.read_label_table(cache / "train.csv")
-    if "Modality" not in labels:
-        raise ValueError(f"{cache / 'train.csv'}: column missing: Modality; folds are balanced over it")
-    index = pd.read_csv(cache / "index.csv", dtype=str, keep_default_na=False)
-    table = labels.merge(index[[UID, "status", "patient", "plane"]], on=UID, how="left")
+    common.read_csv(
+        cache / "train.csv", ["Modality"]
+    )  # raises where it is missing: folds are balanced over it
+    columns = [UID, "status", "patient", "plane"]
+    index = common.read_csv(cache / "index.csv", [], usecols=columns, dtype=str, keep_default_na=False)
+    table = labels.merge(index, on=UID, how="left")
+    table["patient"] = table["patient"].where(table["patient"] != "", table[UID])
     status = table["status"].fillna("not in the cache")
     is_usable = status.isin(["ok", "doubtful"] if cfg.use_doubtful else ["ok"])
-    left_out = status[~is_usable].value_counts().to_dict()
-    is_labelled = index[UID].isin(labels[UID])
-    left_out["without labels"] = (~is_labelled).sum()
+    left_out = status[~is_usable].value_counts()
+    left_out["without labels"] = (~index[UID].isin(labels[UID])).sum()
     counts = [f"{count} {reason}" for reason, count in left_out.items() if count]
     if counts:
         common.log(f"{cache}: {is_usable.sum()} series; left out: {', '.join(counts)}")
-    table = table[is_usable].copy()
-    table["patient"] = table["patient"].where(table["patient"] != "", table[UID])
-    return table
+    return table[is_usable]
 
 
-def check_volumes(cfg: Config, table: pd.DataFrame) -> dict[str, list[str]]:
-    """What is wrong with the volumes, and with which: unreadable, of other settings, with shared images."""
+def read_points(cfg: Config, uids: pd.Series) -> pd.DataFrame:
+    """Annotated points (P, 3) of every series: `points` in voxels, `points_mm` in LPS. Raises ValueError that
+    lists the volumes which cannot be read, have other settings, or share images."""
+    rows = []
     faults = defaultdict(list)
     series_of_image = {}
     expected = common.volume_settings(cfg)
-    for uid in table[UID]:
+    for uid in uids:
         try:
-            tensors, meta = common.load_volume(common.volume_path(cfg.cache, uid), ["sop_hashes"])
+            tensors, meta = common.load_volume(common.volume_path(cfg.cache, uid), ["points", "sop_hashes"])
         except (OSError, ValueError) as error:
             faults["unreadable volume"].append(str(error))
             continue
         difference = common.describe_difference(meta["settings"], expected)
         if difference:
-            faults[f"volume made with {difference}; use preprocess.py --config, or other settings"].append(
-                uid
-            )
+            fault = f"volume made with {difference}; use preprocess.py --config, or other settings"
+            faults[fault].append(uid)
         others = {series_of_image.setdefault(image, uid) for image in tensors["sop_hashes"].tolist()}
         for other in others - {uid}:
             faults["pair of series that share a (0008,0018) SOPInstanceUID"].append(f"{other} and {uid}")
-    return faults
+        points = tensors["points"]
+        rows.append({"points": points, "points_mm": to_lps(points, np.array(meta["affine"]))})
+    if faults:
+        texts = [f"{len(names)} x {fault}: {', '.join(names[:3])}" for fault, names in faults.items()]
+        raise ValueError(f"{cfg.cache}: cannot train: {'; '.join(texts)}")
+    return pd.DataFrame(rows)
 
 
 def make_folds(table: pd.DataFrame, num_folds: int, seed: int) -> pd.Series:
     """Fold of every row; a patient's series share one. Neither the order of the rows matters nor the names of
-    the patients, which each cache hides by another key.
-
-    table has UID, `patient`, `Modality` and the 14 labels. Patients come rarest positive location first; each
+    the patients, which each cache hides by another key. Patients come rarest positive location first; each
     goes to the fold that it leaves most even: the least growth of sum((count / total)^2) over the columns, so
-    that a rare location weighs more than presence or a modality.
-    """
-    labels = table[list(LABELS)].astype(float)
-    modalities = pd.get_dummies(table["Modality"]).astype(float)
-    is_absent = (1 - table[LABELS[AP]]).rename("absent")
-    columns = pd.concat([labels, modalities, is_absent], axis=1)
+    that a rare location weighs more than presence or a modality."""
+    columns = table[list(LABELS)].join(pd.get_dummies(table["Modality"]))
+    columns["absent"] = 1 - table[LABELS[AP]]
     patients = table.groupby("patient")[UID].transform("min")  # the first of a patient's series names it
     per_patient = columns.groupby(patients).sum()
-    counts = per_patient.to_numpy()  # (patients, columns)
+    counts = per_patient.to_numpy(float)  # (patients, columns)
     total = np.maximum(counts.sum(0), 1)
     rarity = np.where(counts > 0, total, np.inf).min(1)
     shuffled = np.random.default_rng([seed, 1]).permutation(len(counts))
     filled = np.zeros((num_folds, counts.shape[1]))
-    folds = {}
+    folds = pd.Series(0, index=per_patient.index)
     for i in shuffled[np.argsort(rarity[shuffled], kind="stable")]:
         grown = (filled + counts[i]) ** 2 - filled**2
         growth = (grown / total**2).sum(1)
-        fold = int(np.argmin(growth))  # the lowest fold of several equal ones
+        fold = growth.argmin()  # the lowest fold of several equal ones
         filled[fold] += counts[i]
-        folds[per_patient.index[i]] = fold
+        folds.iloc[i] = fold
     return patients.map(folds)
 
 
 def collect_decoys(cfg: Config, train_table: pd.DataFrame) -> np.ndarray:
-    """(M, 3) annotated places of the training series as fractions (z, y, x) of the volume; empty without
-    crops."""
-    if not cfg.num_crops:
-        return np.zeros((0, 3))
+    """(M, 3) annotated places of the training series as fractions (z, y, x) of the volume. Raises ValueError
+    where a locator has none to learn from."""
     shape = (cfg.volume.base_slices, cfg.volume.img_size, cfg.volume.img_size)
-    parts = []
-    for uid in train_table[UID]:
-        tensors, _ = common.load_volume(common.volume_path(cfg.cache, uid), ["points"])
-        parts.append(tensors["points"])
-    points = np.concatenate(parts)
+    points = np.concatenate(train_table["points"].tolist())
     points = points[common.is_inside(points, shape)]
-    if not len(points):
-        common.log("no annotated points in the training folds: all crop channels stay empty")
+    if not len(points) and cfg.task == "locate":
+        raise ValueError(
+            f"{cfg.cache}: no annotated point in {len(train_table)} training series; task locate learns from "
+            f"them: put train_localizers.csv beside the DICOM files and run preprocess.py again"
+        )
     return ((points + 0.5) / shape).round(4)
 
 
-def load_proposals(cfg: Config, table: pd.DataFrame) -> tuple[dict[str, np.ndarray] | None, str]:
-    """(n, 3) places in LPS mm by series, best first, each from the locator that did not train on it, and the
-    name of the locator of this run's fold; None without `proposals`.
-
-    Raises ValueError unless there is one finished locator for each of this run's folds.
-    """
+def load_proposals(cfg: Config, table: pd.DataFrame) -> tuple[dict | None, str]:
+    """(n, 3) places in LPS mm by series, best first, from the locator that did not train on it, and the name
+    of the locator of this run's fold; None without `proposals`. ValueError unless each fold has one."""
     if not cfg.proposals:
         return None, ""
-    names = {}
     proposals = {}
-    for path in sorted(glob.glob(f"{cfg.proposals}/proposals.csv")):
+    locators = defaultdict(set)  # of a series
+    for path in glob.glob(f"{cfg.proposals}/metrics.json"):  # of finished runs
         folder = Path(path).parent
-        locator_cfg = common.load_config(folder / "config.yaml")
-        fold = locator_cfg.fold
-        rows = pd.read_csv(path, dtype={UID: str})
-        is_finished = (folder / "metrics.json").exists()
-        has_folds = (locator_cfg.num_folds, locator_cfg.fold_seed) == (cfg.num_folds, cfg.fold_seed)
-        has_series = set(rows[UID]) == set(table[UID][table["fold"] == fold])
-        if not (is_finished and has_folds and has_series):
-            raise ValueError(
-                f"{folder}: finished {is_finished}, num_folds {locator_cfg.num_folds}, fold_seed "
-                f"{locator_cfg.fold_seed}, {rows[UID].nunique()} series in fold {fold}; expected a finished "
-                f"locator of num_folds {cfg.num_folds}, fold_seed {cfg.fold_seed} and this run's series"
-            )
-        if fold in names:
-            raise ValueError(f"proposals: {folder} and {names[fold]} validate the same fold; expected one")
-        names[fold] = folder.name
+        rows = common.read_csv(folder / "proposals.csv", PROPOSAL_COLUMNS, dtype={UID: str})
         for uid, places in rows.groupby(UID):
             proposals[uid] = places[PLACE].to_numpy()
-    if len(names) < cfg.num_folds:
-        raise ValueError(
-            f"proposals {cfg.proposals!r}: locators of {len(names)} of {cfg.num_folds} folds; train every "
-            f"fold of the locator first (task: locate)"
-        )
-    return proposals, names[cfg.fold]
+            locators[uid].add(folder.name)
+    for fold, uids in table.groupby("fold")[UID]:
+        names = set()
+        for uid in uids:
+            names |= locators[uid] or {"none"}
+        if len(names) > 1 or "none" in names:
+            raise ValueError(
+                f"proposals {cfg.proposals!r}: fold {fold} has those of {', '.join(sorted(names))}; expected "
+                f"one finished locator: train all its folds (task: locate) with these series and num_folds"
+            )
+        if fold == cfg.fold:
+            locator = names.pop()
+    return proposals, locator
 
 
 # --- the batch ----------------------------------------------------------------------------------------------
 
 
-def augment(batch: dict[str, Tensor], cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
+def augment(batch: dict, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
     """Apply each sample's drawn augmentation on the device: -> images (B, C, H, W) in [0, 1], labels, points.
 
     Flip (all channels, labels swapped), slab shift and drop-out, rotation, scale and shift in plane (slabs
-    only: crops have a centre to themselves), gain and offset (all). What only moves bytes happens before they
-    become floats. points (B, 8, 4) follow; label -1 means that a row holds no point.
-    """
+    only: crops have a centre to themselves), gain and offset (all). points (B, 8, 4) follow; label -1 means
+    that a row holds no point."""
     images = batch["image"]
-    labels = batch["labels"]
     points = batch["points"].clone()
     slabs = cfg.volume.base_slices
-    extent = images.shape[-1]
-    values = batch["augment"][:, : common.NUM_AUGMENT, None, None]
-    flip, degrees, scale, dx, dy, gain, offset, step = values.unbind(1)  # each (B, 1, 1)
-    is_shown = batch["augment"][:, common.NUM_AUGMENT :]
+    values = batch["augment"][..., None, None]
+    flip, degrees, scale, dx, dy, gain, offset, step = values[:, : common.NUM_AUGMENT].unbind(1)  # (B, 1, 1)
+    is_shown = values[:, common.NUM_AUGMENT :]  # (B, Z, 1, 1)
 
     # Labels and crops of mirrored samples; the grid below mirrors slabs and points on the way.
-    is_flipped = flip[:, 0] > 0.5  # (B, 1)
-    labels = torch.where(is_flipped, labels[:, SWAP], labels)
+    is_flipped = flip > 0.5
+    labels = torch.where(is_flipped[:, 0], batch["labels"][:, SWAP], batch["labels"])
     swap = points.new_tensor([*SWAP, -1])  # the last one for rows without a point
-    names = points[..., 0]
-    points[..., 0] = torch.where(is_flipped, swap[names.long()], names)
+    points[..., 0] = torch.where(is_flipped[:, 0], swap[points[..., 0].long()], points[..., 0])
     crops = images[:, slabs:]
-    crops = torch.where(is_flipped[..., None, None], common.mirror(crops), crops)
+    crops = torch.where(is_flipped[..., None], common.mirror(crops), crops)
 
-    source = torch.arange(slabs, device=images.device) - step[:, 0].long()  # (B, Z)
-    is_shown = is_shown * ((source >= 0) & (source < slabs))
-    rows = torch.arange(len(images), device=images.device)[:, None]
-    moved = images[rows, source.clamp(0, slabs - 1)]
-    moved = moved * is_shown[..., None, None].to(images.dtype)
+    source = torch.arange(slabs, device=images.device)[:, None, None] - step[:, None].long()  # (B, Z, 1, 1)
+    nearest = source.clamp(0, slabs - 1)
+    moved = images.take_along_dim(nearest, 1) * is_shown * (source == nearest)
     points[..., 1:2] += step
 
     # out(p) = in(mirror(R p / scale + shift)) in [-1, 1] coordinates; a point moves by the inverse.
@@ -263,17 +229,18 @@ def augment(batch: dict[str, Tensor], cfg: Config) -> tuple[Tensor, Tensor, Tens
     cos, sin = angle.cos(), angle.sin()
     rotation = torch.cat([cos, -sin, sin, cos], dim=1).view(-1, 2, 2)
     shift = torch.cat([dx, dy], dim=1) * 2 / cfg.volume.roi_mm  # (B, xy, 1)
-    mirrored = torch.cat([1 - 2 * flip, torch.ones_like(flip)], dim=1)
+    mirrored = 1 - 2 * torch.cat([flip, 0 * flip], dim=1)
     theta = torch.cat([rotation / scale, shift], dim=2) * mirrored
     grid = F.affine_grid(theta, moved.shape, align_corners=False)
-    moved = F.grid_sample(moved.float(), grid, align_corners=False)  # 0 outside
+    moved = F.grid_sample(moved, grid, align_corners=False)  # 0 outside
+    extent = images.shape[-1]
     centred = (2 * points[..., [3, 2]] + 1) / extent - 1  # (B, 8, xy)
     centred = (centred * mirrored.mT - shift.mT) @ rotation * scale
     points[..., [3, 2]] = ((centred + 1) * extent - 1) / 2
 
-    images = torch.cat([moved, crops.float()], dim=1)
-    pixels = images.flatten(2)  # a view
-    pixels.mul_(gain / 255).add_(offset).clamp_(0, 1)
+    images = torch.cat([moved, crops], dim=1)
+    images.mul_(gain[..., None] / 255).add_(offset[..., None])
+    images.clamp_(0, 1)
     return images, labels, points
 
 
@@ -284,36 +251,29 @@ def label_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none").mean(1)
 
 
-def map_targets(
-    points: Tensor, shape: torch.Size, stride: int, spacing_mm: Tensor, sigma_mm: float
-) -> Tensor:
+def map_targets(points: Tensor, shape: torch.Size, spacing_mm: Tensor, cfg: Config) -> Tensor:
     """Targets of maps of that shape (B, 13, Z, h, w): Gaussians around points (B, 8, 4: label, z, y, x in
-    voxels), 1 in the cell nearest to each. spacing_mm (B, 3) is the volume's; cells are stride voxels wide.
-    """
-    targets = points.new_zeros(shape)
-    step = points.new_tensor([1, stride, stride])
-    axes = [torch.arange(size, device=points.device) for size in shape[2:]]
-    cells = torch.cartesian_prod(*axes).view(*shape[2:], 3)  # (Z, h, w, zyx)
+    voxels), 1 in the cell nearest to each. spacing_mm (B, 3) is of voxels; cells are locator_stride wide."""
+    step = points.new_tensor([1, cfg.locator_stride, cfg.locator_stride])
+    cells = torch.ones(shape[2:], device=points.device).nonzero()  # (N, zyx)
     centres = cells * step + (step - 1) / 2  # voxels
+    targets = points.new_zeros(*shape[:2], len(cells))
     for b, p in (points[..., 0] >= 0).nonzero().tolist():
         away_mm = (centres - points[b, p, 1:]) * spacing_mm[b]
         squared = (away_mm**2).sum(-1)
-        bump = torch.exp(-squared / (2 * sigma_mm**2))
+        bump = torch.exp(-squared / (2 * cfg.heatmap_sigma_mm**2))
         is_in_volume = squared.min() <= ((spacing_mm[b] * step) ** 2).sum()
         if is_in_volume:
-            bump.view(-1)[squared.argmin()] = 1
+            bump[squared.argmin()] = 1
         label_map = targets[b, int(points[b, p, 0])]
         torch.maximum(label_map, bump, out=label_map)
-    return targets
+    return targets.view(shape)
 
 
 def map_loss(maps: Tensor, targets: Tensor) -> Tensor:
-    """(B,) loss of heat maps (B, 13, Z, h, w; logits of p q), summed over cells.
-
-    Finding: focal, where cells near a point weigh (1 - target)^4 less as negatives (CornerNet,
-    arXiv:1808.01244, eq. 1), which copes with one positive in 10,000 cells. Naming: cross entropy of q in the
-    points' cells.
-    """
+    """(B,) loss of heat maps (B, 13, Z, h, w; logits of p q), summed over cells. Finding: focal, where cells
+    near a point weigh (1 - target)^4 less as negatives (CornerNet, arXiv:1808.01244, eq. 1), which copes with
+    one positive in 10,000 cells. Naming: cross entropy of q in the points' cells."""
     log_probs = F.logsigmoid(maps.float())
     log_find = torch.logsumexp(log_probs, 1).clamp(max=-1e-6)  # p: the sum over arteries
     find = log_find.exp()
@@ -329,8 +289,7 @@ def sample_losses(output: Output, labels: Tensor, points: Tensor, spacing_mm: Te
     """(B,) float32 loss of every sample: its labels, and its maps where the model makes them."""
     losses = label_loss(output.logits, labels, cfg.label_smoothing)
     if output.maps is not None:
-        shape = output.maps.shape
-        targets = map_targets(points, shape, cfg.locator_stride, spacing_mm, cfg.heatmap_sigma_mm)
+        targets = map_targets(points, output.maps.shape, spacing_mm, cfg)
         losses = losses + cfg.heatmap_weight * map_loss(output.maps, targets)
     return losses
 
@@ -345,9 +304,8 @@ class Progress:
     identity: dict  # of the run; see describe_run
     epoch: int = 0  # finished ones
     updates: int = 0  # that changed the weights: a scaler may skip some
-    seconds: float = 0.0
     history: list[dict] = field(default_factory=list)  # rows of log.csv
-    best: dict = field(default_factory=lambda: {"epoch": 0, "wauc": -math.inf, "val_loss": math.inf})
+    metrics: dict = field(default_factory=dict)  # of the best epoch
 
 
 @dataclass
@@ -359,20 +317,17 @@ class TrainState:
     ema: nn.Module  # timm's ModelEmaV3
     optimizer: torch.optim.Optimizer
     progress: Progress
+    parts: dict  # what has a state_dict to be saved, by name
 
 
 def train_epoch(
     cfg: Config, accelerator: Accelerator, state: TrainState, dataset: SeriesDataset
 ) -> tuple[float, float]:
-    """The updates of one epoch -> (this rank's losses added up, seconds that it waited for data).
-
-    Raises FloatingPointError at a loss that is NaN or infinite.
-    """
+    """The updates of one epoch -> (this rank's losses added up, seconds that it waited for data). Raises
+    ValueError at a loss that is NaN or infinite."""
     progress = state.progress
     rank = accelerator.process_index
     plan = plan_epoch(len(dataset), cfg, progress.epoch, rank, accelerator.num_processes)
-    total = cfg.epochs * len(plan)
-    warmup = max(1, round(cfg.warmup_epochs * len(plan)))
     loss_sum = 0.0
     waits = []
     dataset.epoch = progress.epoch
@@ -386,7 +341,7 @@ def train_epoch(
         seeds = np.random.SeedSequence([cfg.seed, progress.epoch, number, rank])
         torch.manual_seed(int(seeds.generate_state(1)[0]))
         for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(progress.updates, total, warmup, cfg)
+            group["lr"] = learning_rate(progress.updates, len(plan), cfg)
         losses = []
         for _, weight in update:
             batch = next(batches)
@@ -408,26 +363,22 @@ def train_epoch(
         loss_sum += add_losses(torch.cat(losses), update, dataset, number)
         bar.update()
     bar.close()
-    share_batchnorm(state, accelerator.num_processes)
+    # DDP agrees on weights alone, so rank 0 gives the others its BatchNorm statistics.
+    for buffer in (*state.raw.buffers(), *state.ema.module.buffers()):
+        broadcast(buffer)
     return loss_sum, sum(waits)
 
 
-def plan_epoch(
-    num: int, cfg: Config, epoch: int, rank: int, world: int
-) -> list[list[tuple[list[int], float]]]:
+def plan_epoch(num: int, cfg: Config, epoch: int, rank: int, world: int) -> list[list[tuple]]:
     """The batches that a rank sees, by update: sample indices, and the weight of their losses in the
-    gradient. Over all ranks every sample comes once.
-
-    The order depends on (seed, epoch) alone, so two processes of half the batch see in every update what one
-    process sees. The last update shares what is left as evenly as it can. A rank that gets nothing works
-    along on sample 0 with weight 0, since the others wait for its gradients.
-    """
+    gradient. Over all ranks every sample comes once. The order depends on (seed, epoch) alone, so two
+    processes of half the batch see in every update what one process sees. A rank that gets nothing of the
+    last one works along on sample 0 with weight 0, since the others wait for its gradients."""
     order = np.random.default_rng([cfg.seed, epoch]).permutation(num)
-    size = cfg.batch_size * world * cfg.accumulation
+    size = cfg.batch_size * world
     plan = []
-    for start in range(0, num, size):
-        group = order[start : start + size]
-        num_steps = math.ceil(len(group) / (cfg.batch_size * world))
+    for group in np.split(order, range(size * cfg.accumulation, num, size * cfg.accumulation)):
+        num_steps = math.ceil(len(group) / size)
         parts = np.array_split(group, num_steps * world)[rank::world]
         weight = world / len(group)  # DDP averages over ranks, so scale: each sample weighs 1 / len(group)
         update = []
@@ -437,12 +388,13 @@ def plan_epoch(
     return plan
 
 
-def learning_rate(update: int, total: int, warmup: int, cfg: Config) -> float:
+def learning_rate(update: int, per_epoch: int, cfg: Config) -> float:
     """Rate of update number `update` (from 0): linear warm-up to cfg.lr, then a half cosine to cfg.min_lr at
-    the end."""
+    the end of the last epoch."""
+    warmup = max(1, round(cfg.warmup_epochs * per_epoch))
     if update < warmup:
         return cfg.lr * (update + 1) / warmup
-    share = min(1.0, (update - warmup) / max(1, total - warmup))
+    share = (update - warmup) / (cfg.epochs * per_epoch - warmup)
     height = (1 + math.cos(math.pi * share)) / 2
     return cfg.min_lr + (cfg.lr - cfg.min_lr) * height
 
@@ -452,30 +404,19 @@ def add_losses(losses: Tensor, update: list[tuple], dataset: SeriesDataset, numb
     total = losses.sum().item()
     if not math.isfinite(total):
         uids = [dataset.uids[i] for indices, _ in update for i in indices]
-        raise FloatingPointError(
+        raise ValueError(
             f"loss is {losses.tolist()} in epoch {dataset.epoch + 1}, update {number + 1}, series "
             f"{', '.join(uids)}; lower lr or clip_grad, or check these series"
         )
     return total
 
 
-def share_batchnorm(state: TrainState, world: int) -> None:
-    """Give all ranks the BatchNorm statistics of rank 0: DDP agrees on weights alone."""
-    if world > 1:
-        from timm.utils.distributed import distribute_bn
-
-        distribute_bn(state.ema.module, world, reduce=False)
-        distribute_bn(state.raw, world, reduce=False)
-
-
 def load_batches(
-    dataset: SeriesDataset, batches: list[list[int]], cfg: Config, device: torch.device, waits: list[float]
-) -> Iterator[dict[str, Tensor]]:
+    dataset: SeriesDataset, batches: list, cfg: Config, device: torch.device, waits: list
+) -> Iterator[dict]:
     """The batches of these indices, in their order, on the device; waits takes the seconds waited for each.
-
-    The loader is made anew each epoch, so its processes see the epoch's number. Raises ValueError that names
-    the series which could not be loaded.
-    """
+    Raises ValueError that names the series which could not be loaded. The loader is made anew each epoch, so
+    its processes see the epoch's number."""
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_sampler=batches,
@@ -484,8 +425,7 @@ def load_batches(
         worker_init_fn=start_worker,
     )
     items = iter(loader)
-    # PyTorch's handler would report a dead process wherever training stands; next() notices it as well, and
-    # knows the series.
+    # PyTorch's handler would report a dead process wherever training stands; next() knows its series.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for indices in batches:
         clock = time.perf_counter()
@@ -507,174 +447,136 @@ def start_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
 
 
-# --- validation ---------------------------------------------------------------------------------------------
+# --- validation and metrics ---------------------------------------------------------------------------------
 
 
 def predict(
     model: nn.Module, dataset: SeriesDataset, cfg: Config, accelerator: Accelerator
-) -> tuple[np.ndarray, list[list]]:
-    """Logits (N, 14) of every item, on every rank, and of a model with maps the rows of proposals.csv."""
+) -> tuple[np.ndarray, Sequence]:
+    """Logits (N, 14) of every item, and its proposals (n, 5: x, y, z in LPS mm, score, label; none from a
+    model without maps), on every rank."""
     model.eval()
-    order = list(range(accelerator.process_index, len(dataset), accelerator.num_processes))
+    order = range(accelerator.process_index, len(dataset), accelerator.num_processes)
     batches = [order[i : i + cfg.batch_size] for i in range(0, len(order), cfg.batch_size)]
     answers = []
     for batch in load_batches(dataset, batches, cfg, accelerator.device, []):
         with torch.inference_mode(), accelerator.autocast():
             output = model(batch["image"].float() / 255)
         logits = output.logits.float().cpu().numpy()
-        spacing_mm = batch["spacing_mm"].cpu().numpy()
-        affine = batch["affine"].cpu().numpy()
         for i, index in enumerate(batch["index"].tolist()):
-            places = []
+            peaks = np.zeros((0, 5))
             if output.maps is not None:
-                probs = output.maps[i].float().sigmoid().cpu().numpy()
-                peaks = common.propose(probs, spacing_mm[i], cfg)
-                peaks[:, :3] = to_lps(peaks[:, :3], affine[i])
-                places = [[dataset.uids[index], *peak] for peak in peaks.tolist()]
-            answers.append((index, logits[i], places))
-    answers = sorted(gather_object(answers), key=lambda answer: answer[0])
-    indices, logits, places = zip(*answers, strict=True)
+                maps = output.maps[i].float().sigmoid().cpu().numpy()
+                peaks = common.propose(maps, batch["spacing_mm"][i].cpu().numpy(), cfg)
+                peaks[:, :3] = to_lps(peaks[:, :3], batch["affine"][i].cpu().numpy())
+            answers.append((index, logits[i], peaks))
+    indices, logits, proposals = zip(*sorted(gather_object(answers)), strict=True)
     assert indices == tuple(range(len(dataset))), "validation sees each series exactly once"
-    return np.stack(logits), list(itertools.chain(*places))
+    return np.stack(logits), proposals
 
 
-def write_best(run: common.Run, val_table: pd.DataFrame, logits: np.ndarray, places: list[list]) -> None:
-    """best_ema.safetensors, oof.csv and for a locator proposals.csv, each atomic."""
+def write_best(run: common.Run, val_table: pd.DataFrame, logits: np.ndarray, proposals: Sequence) -> dict:
+    """best_ema.safetensors, oof.csv and for a locator proposals.csv, each atomic; returns what metrics.json
+    says beside common.score."""
     labels = list(LABELS)
     oof = val_table[[UID, "patient", "Modality", "plane"]].rename(columns={"Modality": "modality"})
     oof[labels] = common.sigmoid(logits)
-    oof[[f"label {label}" for label in labels]] = val_table[labels]
-    write_table(run.folder / "oof.csv", oof)
-    if places:
-        table = pd.DataFrame(places, columns=PROPOSAL_COLUMNS).astype({"label": int})
+    write_table(run.folder / "oof.csv", oof.join(val_table[labels].add_prefix("label ")))
+    presence = oof[LABELS[AP]]
+    low, high = presence.quantile([0.05, 0.95])
+    points = operating_points(val_table, presence, run.cfg.bootstrap)
+    metrics = {"operating_points": points, "is_nearly_constant": bool(high - low < MIN_SPREAD)}
+    if run.cfg.task == "locate":
+        rows = []
+        for uid, peaks in zip(val_table[UID], proposals, strict=True):
+            rows += [[uid, *peak] for peak in peaks.tolist()]
+        table = pd.DataFrame(rows, columns=PROPOSAL_COLUMNS).astype({"label": int})
         write_table(run.folder / "proposals.csv", table)
-    points = operating_points(val_table, oof[LABELS[AP]].to_numpy(), run.cfg.bootstrap)
-    meta = run.meta | {"operating_points": points}
-    common.save_checkpoint(run.folder / "best_ema.safetensors", run.model, run.cfg, meta)
+        metrics |= score_proposals(val_table, proposals, run.cfg.bootstrap)
+    run.meta["operating_points"] = points
+    common.save_checkpoint(run.folder / common.CHECKPOINT, run.model, run.cfg, run.meta)
+    return metrics
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
     common.write_atomic(path, table.to_csv(index=False, float_format="%.12g").encode())
 
 
-# --- metrics ------------------------------------------------------------------------------------------------
-
-
-def finish(
-    folder: Path, cfg: Config, accelerator: Accelerator, val_table: pd.DataFrame, progress: Progress
-) -> None:
-    """metrics.json of the best epoch, read back from its files."""
-    accelerator.wait_for_everyone()
-    run = common.load_run(folder, accelerator.device)
-    probs = pd.read_csv(folder / "oof.csv")[list(LABELS)].to_numpy()
-    metrics = common.score(val_table, probs, cfg.bootstrap)
-    if run.meta["decoys"]:
-        metrics |= measure_leak(run, cfg, accelerator, val_table, probs)
-    if not accelerator.is_main_process:
-        return
-    if (folder / "proposals.csv").exists():
-        metrics |= score_proposals(folder, cfg, val_table)
-    is_gpu = accelerator.device.type == "cuda"
-    modules = ("torch", "timm", "accelerate", "numpy")
-    metrics |= {
-        "operating_points": run.meta["operating_points"],
-        "best_epoch": progress.best["epoch"],
-        "epochs": progress.epoch,
-        "history": progress.history,
-        "seconds": round(progress.seconds, 1),
-        "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 3) if is_gpu else None,
-        "device": torch.cuda.get_device_name() if is_gpu else "cpu",
-        "precision": effective_precision(accelerator),
-        "num_processes": accelerator.num_processes,
-        "versions": {name: importlib.metadata.version(name) for name in modules},
-    }
-    metrics = json.loads(json.dumps(metrics), parse_constant=lambda _: None)  # JSON has no NaN
-    common.write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
-    best = progress.best
-    common.log(
-        f"{folder}: best epoch {best['epoch']}, wAUC {best['wauc']:.4f} (95 % interval "
-        f"{best['low']:.4f} to {best['high']:.4f}, {metrics['num_patients']} patients); without an AUC, as "
-        f"of one class: {', '.join(metrics['undefined']) or 'none'}"
-    )
-
-
-def measure_leak(
-    run: common.Run, cfg: Config, accelerator: Accelerator, val_table: pd.DataFrame, probs: np.ndarray
-) -> dict:
-    """What the same weights score with annotated crops, and how much more that is: a diagnostic alone."""
-    dataset = SeriesDataset(cfg, val_table, "oracle", np.array(run.meta["decoys"]))
-    logits, _ = predict(run.model, dataset, cfg, accelerator)
-    oracle = common.score(val_table, logits, cfg.bootstrap)
-    patients = val_table["patient"]
-    return {
-        "oracle_wauc": [oracle["wauc"], oracle["low"], oracle["high"]],
-        "leak": common.compare_waucs(dataset.labels, logits, probs, patients, cfg.bootstrap),
-        "oracle_note": ORACLE_NOTE,
-    }
-
-
-def operating_points(val_table: pd.DataFrame, scores: np.ndarray, draws: int) -> list[dict]:
-    """Sensitivity of `Aneurysm Present`, scores (N,), at each of SPECIFICITIES; see measure_sensitivity."""
-    is_present = (val_table[LABELS[AP]] == 1).to_numpy()
-    rows = np.flatnonzero(is_present)
-    positives = np.stack([scores[rows], rows], axis=1)
+def operating_points(val_table: pd.DataFrame, scores: pd.Series, draws: int) -> list[dict]:
+    """Sensitivity of `Aneurysm Present` at each of SPECIFICITIES; see measure_sensitivity."""
+    is_present = val_table[LABELS[AP]] == 1
+    patients = val_table["patient"][is_present]
     negatives = scores[~is_present]
     points = []
     for specificity in SPECIFICITIES:
         allowed = (1 - specificity) * len(negatives)
-        point = measure_sensitivity(positives, negatives, allowed, val_table, draws)
+        point = measure_sensitivity(scores[is_present], patients, negatives, allowed, draws)
         points.append({"specificity": specificity, **point})
     return points
 
 
-def score_proposals(folder: Path, cfg: Config, val_table: pd.DataFrame) -> dict:
-    """How well a locator's proposals find annotated points, within REACH_MM: all of them (recall_10mm: value,
-    low, high), and those above a threshold that lets FALSE_PER_SCAN others pass (froc)."""
-    rows = pd.read_csv(folder / "proposals.csv", dtype={UID: str})
-    hits = []  # of each point the best score of a place near it, or 0, and the point's row of val_table
-    misses = []  # scores of places away from all points
-    for i, uid in enumerate(val_table[UID]):
-        tensors, meta = common.load_volume(common.volume_path(cfg.cache, uid), ["points"])
-        points_mm = to_lps(tensors["points"], np.array(meta["affine"]))
-        proposals = rows[rows[UID] == uid]
-        scores = proposals["score"].to_numpy()
-        away_mm = np.linalg.norm(points_mm[:, None] - proposals[PLACE].to_numpy(), axis=2)
+def score_proposals(val_table: pd.DataFrame, proposals: Sequence, draws: int) -> dict:
+    """How many annotated points a locator's proposals, (n, 5) per series, find: all of them (recall_10mm:
+    value, low, high), and those above a threshold that lets FALSE_PER_SCAN others pass (froc)."""
+    hits = []  # of each point the best score of a proposal near it, or 0
+    patients = []  # of each point
+    misses = []  # scores of proposals away from all points
+    for (_, row), peaks in zip(val_table.iterrows(), proposals, strict=True):
+        away_mm = np.linalg.norm(row["points_mm"][:, None] - peaks[:, :3], axis=2)
         is_near = away_mm <= REACH_MM  # (points, proposals)
-        best = (is_near * scores).max(axis=1, initial=0)
-        hits += [(score, i) for score in best]
-        misses += scores[~is_near.any(axis=0)].tolist()
+        scores = peaks[:, 3]
+        hits.extend((is_near * scores).max(axis=1, initial=0))
+        patients.extend([row["patient"]] * len(is_near))
+        misses.extend(scores[~is_near.any(axis=0)])
     froc = []
-    for rate in (*FALSE_PER_SCAN, math.inf):
-        point = measure_sensitivity(hits, misses, rate * len(val_table), val_table, cfg.bootstrap)
+    for rate in FALSE_PER_SCAN:
+        point = measure_sensitivity(hits, patients, misses, rate * len(val_table), draws)
         froc.append({"false_per_scan": rate, **point})
-    every = froc.pop()
-    return {
-        "num_proposals": common.NUM_PROPOSALS,
-        "recall_10mm": [every["sensitivity"], every["low"], every["high"]],
-        "froc": froc,
-    }
+    every = measure_sensitivity(hits, patients, [], 0, draws)
+    return {"recall_10mm": [every["sensitivity"], every["low"], every["high"]], "froc": froc}
 
 
 def measure_sensitivity(
-    positives: list, negatives: Sequence, allowed: float, val_table: pd.DataFrame, draws: int
+    scores: Sequence, patients: Sequence, negatives: Sequence, allowed: float, draws: int
 ) -> dict:
-    """Share of positives above the lowest threshold that at most `allowed` negatives exceed, with its 95 %
-    interval over patients.
-
-    negatives are scores above 0, positives pairs of a score and its row of val_table.
-    """
+    """Share of positive scores above the lowest threshold that at most `allowed` negative ones exceed, with
+    its 95 % interval over the positives' patients; fewer than MIN_POSITIVES have none."""
     ranked = [*sorted(negatives, reverse=True), 0.0]
     highest = ranked[int(min(allowed + 1e-9, len(negatives)))]  # of the negatives that must not pass
     threshold = math.ceil(1e6 * highest) / 1e6  # rounded up, so that the last bits do not matter
-    scores, rows = np.reshape(positives, (-1, 2)).T
-    draws = common.patient_weights(val_table["patient"], draws)
-    every_row = np.ones((1, len(val_table)))
-    weights = np.concatenate([every_row, *draws])
-    weights = weights[:, rows.astype(int)]
-    with np.errstate(invalid="ignore"):
-        shares = (weights @ (scores > threshold)) / weights.sum(1)
-    low, high = common.percentile_interval(shares[1:])
-    return {"threshold": threshold, "sensitivity": shares[0], "low": low, "high": high}
+    is_above = pd.Series(scores, dtype=float) > threshold
+    drawn = np.empty(0)
+    if len(scores) >= common.MIN_POSITIVES:
+        weights = np.concatenate(list(common.patient_weights(patients, draws)))
+        drawn = weights @ is_above.to_numpy() / weights.sum(1)
+    return {
+        "threshold": threshold,
+        "sensitivity": float(is_above.mean()),
+        "positives": len(scores),
+        **common.summarise_draws(drawn),
+    }
+
+
+def finish(folder: Path, accelerator: Accelerator, progress: Progress) -> None:
+    """metrics.json: the scores of the best epoch and how the run went."""
+    best = best_row(progress.history)
+    metrics = progress.metrics | {
+        "best_epoch": best["epoch"],
+        "precision": accelerator.mixed_precision,
+        "num_processes": accelerator.num_processes,
+    }
+    metrics = json.loads(json.dumps(metrics), parse_constant=lambda _: None)  # JSON has no NaN
+    common.write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
+    common.log(
+        f"{folder}: best epoch {best['epoch']}, wAUC {best['wauc']:.4f} (95 % interval {best['low']:.4f} to "
+        f"{best['high']:.4f}: {metrics['draws_used']} draws of {metrics['num_patients']} patients); without "
+        f"an AUC, as of one class: {', '.join(metrics['undefined']) or 'none'}"
+    )
+    if metrics["is_nearly_constant"]:
+        common.log(
+            f"{folder}: PREDICTIONS ARE NEARLY THE SAME FOR ALL SERIES, 90 % of them within {MIN_SPREAD}: "
+            f"they tell nothing, whatever they score; train longer, or change lr or pretrained"
+        )
 
 
 # --- checkpoints for --resume -------------------------------------------------------------------------------
@@ -683,29 +585,24 @@ def measure_sensitivity(
 def describe_run(cfg: Config, table: pd.DataFrame, world: int) -> dict:
     """What a resumed run must share with the run that it goes on with."""
     settings = common.config_to_dict(cfg)
-    for name in ("cache", "outputs", "workers", "tracker", "ensemble_weight"):
+    for name in ("cache", "outputs", "workers", "ensemble_weight"):
         del settings[name]
-    data = common.text_sum(table[[UID, "fold", *LABELS]].to_csv())
-    return settings | {"processes": world, "series and labels": data}
+    settings["processes"] = world
+    settings["series and labels"] = common.text_sum(table[[UID, "fold", *LABELS]].to_csv())
+    return settings
 
 
-def list_parts(state: TrainState, accelerator: Accelerator) -> dict:
-    """What has a state_dict to be saved."""
-    parts = {"model": state.raw, "ema": state.ema.module, "optimizer": state.optimizer}
-    return parts | ({"scaler": accelerator.scaler} if accelerator.scaler else {})
-
-
-def save_last(folder: Path, state: TrainState, accelerator: Accelerator) -> None:
+def save_last(folder: Path, state: TrainState) -> None:
     """Write last/<epoch>.pt, which ends with the SHA-256 of what stands before it, then prune older ones."""
-    states = {name: part.state_dict() for name, part in list_parts(state, accelerator).items()}
-    states["progress"] = asdict(state.progress)
+    states = {name: part.state_dict() for name, part in state.parts.items()}
     buffer = io.BytesIO()
-    torch.save(states, buffer)
+    torch.save(states | {"progress": asdict(state.progress)}, buffer)
     buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
-    (folder / "last").mkdir(exist_ok=True)
-    common.write_atomic(folder / "last" / f"{state.progress.epoch:04d}.pt", buffer.getbuffer())
-    common.remove_leftovers(folder / "last")
-    for old in sorted((folder / "last").glob("*.pt"))[:-KEEP_CHECKPOINTS]:
+    last = folder / "last"
+    last.mkdir(exist_ok=True)
+    common.write_atomic(last / f"{state.progress.epoch:04d}.pt", buffer.getbuffer())
+    common.remove_leftovers(last)
+    for old in sorted(last.glob("*.pt"))[:-2]:  # the newest, and one to fall back to, stay
         old.unlink()
 
 
@@ -728,34 +625,40 @@ def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> No
     """Everything from an empty run folder to metrics.json; see the top of the file."""
     folder = Path(cfg.outputs) / cfg.run_name
     is_main = accelerator.is_main_process
+    world = accelerator.num_processes
     with fail_together(accelerator):
         table = load_table(cfg, args.limit)
-        train_table = table[table["fold"] != cfg.fold]
-        val_table = table[table["fold"] == cfg.fold]
+        is_val = table["fold"] == cfg.fold
+        train_table, val_table = table[~is_val], table[is_val]
         decoys = collect_decoys(cfg, train_table)
         proposals, locator = load_proposals(cfg, table)
-        identity = describe_run(cfg, table, accelerator.num_processes)
+        identity = describe_run(cfg, table, world)
         state = begin(folder, cfg, accelerator, identity, args)
+        if is_main:
+            claim_folder(folder, cfg)
     train_set = SeriesDataset(cfg, train_table, "train", decoys, proposals)
     val_set = SeriesDataset(cfg, val_table, "deploy", decoys, proposals)
+    val_labels = torch.tensor(val_set.labels)
     meta = {
         "prior": train_table[list(LABELS)].mean().round(6).tolist(),
         "decoys": decoys.tolist(),
         "val_uids": val_set.uids,
         "locator": locator,
     }
-    val_labels = torch.tensor(val_set.labels)
+    run = common.Run(folder, state.ema.module, cfg, meta)
     progress = state.progress
     state.model, state.optimizer = accelerator.prepare(state.raw, state.optimizer)
-    with fail_together(accelerator):
-        lock = claim_folder(folder, cfg, args.overwrite) if is_main else None
-    settings = {key: str(value) for key, value in common.config_to_dict(cfg).items()}
-    accelerator.init_trackers("aneurysm", settings)
-    announce(folder, cfg, accelerator, state, len(train_set), len(val_set))
-    while progress.epoch < min(cfg.epochs, progress.best["epoch"] + (cfg.patience or cfg.epochs)):
+    common.log(
+        f"{folder}: {len(train_set)} series with {len(decoys)} annotated points train, {len(val_set)} "
+        f"validate; batch {cfg.batch_size} x {world} processes x accumulation {cfg.accumulation} = "
+        f"{cfg.batch_size * world * cfg.accumulation} series per update, lr {cfg.lr:g}; "
+        f"{accelerator.device.type}, precision {accelerator.mixed_precision}"
+    )
+    patience = cfg.patience or cfg.epochs
+    while progress.epoch < min(cfg.epochs, best_row(progress.history)["epoch"] + patience):
         clock = time.perf_counter()
         loss_sum, waited = train_epoch(cfg, accelerator, state, train_set)
-        logits, places = predict(state.ema.module, val_set, cfg, accelerator)
+        logits, proposed = predict(run.model, val_set, cfg, accelerator)
         seconds = time.perf_counter() - clock
         metrics = common.score(val_table, logits, cfg.bootstrap)
         row = {
@@ -770,89 +673,59 @@ def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> No
             "data_wait": waited / seconds,
         }
         add_epoch(progress, row, cfg)
-        accelerator.log(row, step=progress.epoch)
+        if is_main and best_row(progress.history) is row:
+            run.meta |= {"epoch": progress.epoch, "wauc": row["wauc"]}
+            progress.metrics = metrics | write_best(run, val_table, logits, proposed)
         if is_main:
-            if progress.best is row:
-                best_meta = meta | {"epoch": progress.epoch, "wauc": row["wauc"]}
-                best_run = common.Run(folder, state.ema.module, cfg, best_meta)
-                write_best(best_run, val_table, logits, places)
             write_table(folder / "log.csv", pd.DataFrame(progress.history))
-            save_last(folder, state, accelerator)
-    finish(folder, cfg, accelerator, val_table, progress)
-    if lock:
-        lock.close()
+            save_last(folder, state)
+    if is_main:
+        finish(folder, accelerator, progress)
 
 
 def begin(
     folder: Path, cfg: Config, accelerator: Accelerator, identity: dict, args: argparse.Namespace
 ) -> TrainState:
-    """Model, EMA and optimizer, new or from the last checkpoint. Raises ValueError where the folder holds a
-    run that this one would spoil."""
+    """Model, EMA and optimizer, new or from the last checkpoint. ValueError where the folder holds a run that
+    this one would spoil."""
     from timm.optim import create_optimizer_v2
     from timm.utils import ModelEmaV3
 
     is_used = (folder / "metrics.json").exists() or (folder / "last").exists()
-    if is_used and not (args.resume or args.overwrite):
+    if is_used and not args.resume:
         raise ValueError(
-            f"{folder}: holds a run; --resume goes on with it, --overwrite starts again, another tag, "
-            f"seed or fold gets another folder"
+            f"{folder}: holds a run; --resume goes on with it, another tag, seed or fold gets another "
+            f"folder; delete this one to start again"
         )
     last = load_last(folder) if args.resume else None
     progress = Progress(**last["progress"]) if last else Progress(identity)
     difference = common.describe_difference(progress.identity, identity)
     if difference:
         raise ValueError(
-            f"{folder}: cannot resume, the run was begun with {difference}; resume with the same, or start "
-            f"again with --overwrite"
+            f"{folder}: cannot resume, the run was begun with {difference}; resume with the same, or "
+            f"delete the folder to start again"
         )
     torch.manual_seed(cfg.seed)
     model = common.build_model(cfg, pretrained=last is None).to(accelerator.device)
     # a fused step that the fp16 scaler skips is not reported as skipped
     fused = accelerator.scaler is None
-    optimizer = create_optimizer_v2(
-        model,
-        opt="adamw",
-        lr=cfg.lr,
-        weight_decay=cfg.weight_decay,
-        fused=fused,
-    )
-    ema = ModelEmaV3(model, decay=cfg.ema_decay, use_warmup=True, foreach=True)
-    state = TrainState(model, model, ema, optimizer, progress)
+    optimizer = create_optimizer_v2(model, "adamw", weight_decay=cfg.weight_decay, fused=fused)
+    ema = ModelEmaV3(model, decay=cfg.ema_decay, use_warmup=True)
+    parts = {"model": model, "ema": ema.module, "optimizer": optimizer}
+    if accelerator.scaler:
+        parts["scaler"] = accelerator.scaler
     if last:
-        for name, part in list_parts(state, accelerator).items():
+        for name, part in parts.items():
             part.load_state_dict(last[name])
         common.log(f"resumed after epoch {progress.epoch}")
-    return state
-
-
-def announce(
-    folder: Path, cfg: Config, accelerator: Accelerator, state: TrainState, num_train: int, num_val: int
-) -> None:
-    """One line on what is about to run."""
-    precision = effective_precision(accelerator)
-    world = accelerator.num_processes
-    num_weights = sum(p.numel() for p in state.raw.parameters())
-    common.log(
-        f"{folder}: {num_train} series train, {num_val} validate; {num_weights / 1e6:.1f} M weights; "
-        f"batch {cfg.batch_size} x {world} processes x accumulation {cfg.accumulation} = "
-        f"{cfg.batch_size * world * cfg.accumulation} series per update, lr {cfg.lr:g}; "
-        f"{accelerator.device.type}, precision {precision}"
-        + (f" ({cfg.precision} was asked for, which needs a GPU)" if precision != cfg.precision else "")
-    )
+    return TrainState(model, model, ema, optimizer, progress, parts)
 
 
 def add_epoch(progress: Progress, row: dict, cfg: Config) -> None:
     """Count an epoch that has ended, and say how it went."""
     progress.epoch += 1
-    progress.seconds += row["seconds"]
     progress.history.append(row)
-    # where wAUC is undefined, in a fold with one class, the loss decides; the first of equals stays
-    is_best = row["wauc"] > progress.best["wauc"]
-    if math.isnan(row["wauc"]):
-        is_best = row["val_loss"] < progress.best["val_loss"]
-    if is_best:
-        progress.best = row
-    left_s = (cfg.epochs - progress.epoch) * progress.seconds / progress.epoch
+    left_s = (cfg.epochs - progress.epoch) * np.mean([row["seconds"] for row in progress.history])
     common.log(
         f"epoch {progress.epoch}/{cfg.epochs}: train loss {row['train_loss']:.4f}, validation "
         f"{row['val_loss']:.4f}, wAUC {row['wauc']:.4f} ({row['low']:.3f} to {row['high']:.3f}), "
@@ -860,11 +733,11 @@ def add_epoch(progress: Progress, row: dict, cfg: Config) -> None:
     )
 
 
-def effective_precision(accelerator: Accelerator) -> str:
-    """What really runs: fp16 asked for on a CPU is fp32 without a word from Accelerate."""
-    if accelerator.scaler is not None:
-        return "fp16"
-    return "bf16" if accelerator.native_amp and accelerator.mixed_precision == "bf16" else "no"
+def best_row(history: list[dict]) -> dict:
+    """The epoch with the best wAUC or, where that is undefined as in a fold of one class, the least loss; the
+    first of equals."""
+    quality = [-row["val_loss"] if math.isnan(row["wauc"]) else row["wauc"] for row in history]
+    return history[quality.index(max(quality))] if history else {"epoch": 0}
 
 
 @contextlib.contextmanager
@@ -875,59 +748,32 @@ def fail_together(accelerator: Accelerator) -> Iterator[None]:
         yield
     except (ValueError, OSError) as raised:
         error = str(raised)
-    errors = [text for text in gather_object([error]) if text]
-    if errors:
-        common.log(f"train.py: {errors[0]}")
+    error = max(gather_object([error]))  # "" where no rank has one
+    if error:
+        common.log(f"train.py: {error}")
         common.exit_rank(1)
 
 
-def claim_folder(folder: Path, cfg: Config, overwrite: bool) -> io.TextIOBase:
-    """Make the run's folder, empty with overwrite, and write the settings. Returns its open lock, which a
-    second run waits for in vain: it gets a ValueError."""
+def claim_folder(folder: Path, cfg: Config) -> None:
+    """Make the run's folder and write the settings. It stays locked until this process ends; a second run
+    gets a ValueError."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "w")  # noqa: SIM115
+    lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
     try:
         # unlike flock's it is not inherited, so loaders that outlive a killed run do not hold it
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise ValueError(
-            f"{folder}: another run is writing here; wait for it, or change tag, seed or fold"
-        ) from None
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another run is writing here; change tag, seed or fold") from None
     except OSError as error:
         common.log(f"{folder}: not locked ({error.strerror}); let no second run write here")
     common.remove_leftovers(folder)
-    for path in folder.iterdir() if overwrite else []:
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != ".lock":
-            path.unlink()
     text = yaml.safe_dump(common.config_to_dict(cfg), sort_keys=False)
     common.write_atomic(folder / "config.yaml", text.encode())
-    return lock
-
-
-def fit_workers(cfg: Config) -> Config:
-    """The config with as many loader processes as /dev/shm has room for: batches travel through it, however
-    they are shared, and Docker gives it 64 MB."""
-    if not os.path.isdir("/dev/shm"):
-        return cfg
-    disk = os.statvfs("/dev/shm")
-    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    batch_bytes = cfg.batch_size * cfg.in_chans * cfg.volume.img_size**2
-    num_batches = disk.f_bavail * disk.f_frsize // num_processes // batch_bytes
-    # a loader works two batches ahead; another one is in use, and one on its way
-    workers = min(cfg.workers, max(0, (num_batches - 2) // 2))
-    if workers < cfg.workers:
-        common.log(
-            f"/dev/shm has room for {num_batches} batches: workers {workers}, not {cfg.workers}; docker run "
-            f"--shm-size=1g makes more"
-        )
-    return replace(cfg, workers=workers)
 
 
 def stop(number: int, _frame: object) -> None:
     """End at once at a signal (an exception could be lost in a destructor); finished epochs are saved."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if os.environ.get("RANK", "0") == "0":
         name = signal.Signals(number).name
         text = f"\ntrain.py: stopped by {name}; --resume goes on after the last finished epoch\n"
         os.write(2, text.encode())
@@ -936,50 +782,46 @@ def stop(number: int, _frame: object) -> None:
     os._exit(128 + number)
 
 
+def make_accelerator(cfg: Config) -> Accelerator:
+    """Accelerate's object, in a precision that the device has."""
+    precision = cfg.precision
+    if precision == "fp16" and PartialState().device.type == "cpu":
+        common.log("precision fp16 needs a GPU: this run has no mixed precision")
+        precision = "no"
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # else the environment's
+    )
+    if accelerator.num_processes == 1 and "ACCELERATE_DYNAMO_BACKEND" in os.environ:
+        torch.set_num_threads(common.usable_cores())  # accelerate launch has set OMP_NUM_THREADS=1
+    return accelerator
+
+
 def main() -> int:
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  started with 2>&-
     parser = common.make_parser(__doc__, has_config=True)
     parser.add_argument("--print-config", action="store_true", help="print the settings as YAML and end")
-    parser.add_argument("--limit", type=int, default=10**9, metavar="N", help="a quick look: N series alone")
-    either = parser.add_mutually_exclusive_group()
-    either.add_argument("--resume", action="store_true", help="go on with the run in the folder, if any")
-    either.add_argument("--overwrite", action="store_true", help="delete what the run folder holds")
+    parser.add_argument("--limit", type=common.positive_int, metavar="N", help="a quick look: N series alone")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder, if any")
     args = parser.parse_args()
-    if args.limit <= 0:
-        parser.error(f"--limit {args.limit}: expected more than 0")
-    try:
-        cfg = fit_workers(common.load_config(args.config, args.set))
-        if args.print_config:
-            print(yaml.safe_dump(common.config_to_dict(cfg), sort_keys=False), end="", flush=True)
-            return 0
-        if cfg.tracker and importlib.util.find_spec(cfg.tracker) is None:
-            raise ValueError(f"tracker: {cfg.tracker} is not installed; install it, or set tracker to ''")
-    except (ValueError, OSError) as error:
-        common.log(f"train.py: {error}")
-        return 1
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     try:
-        accelerator = Accelerator(
-            mixed_precision=cfg.precision,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # else the environment's
-            log_with=cfg.tracker or None,
-            project_dir=Path(cfg.outputs) / cfg.run_name if cfg.tracker else None,
-        )
-        is_alone = accelerator.num_processes == 1 and accelerator.device.type == "cpu"
-        if is_alone and "ACCELERATE_DYNAMO_BACKEND" in os.environ:
-            torch.set_num_threads(common.usable_cores())  # accelerate launch has set OMP_NUM_THREADS=1
+        cfg = common.load_config(args.config, args.set)
+        if args.print_config:
+            print(yaml.safe_dump(common.config_to_dict(cfg), sort_keys=False), end="")
+            return 0
+        accelerator = make_accelerator(cfg)
         train(cfg, accelerator, args)
-        accelerator.end_training()
-    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         if "out of memory" in reason or "can't allocate memory" in reason:
             reason += (
-                ". Lower batch_size (and raise accumulation), set grad_checkpointing: true, or lower img_size"
+                ". Lower batch_size (and raise accumulation) or img_size, or set grad_checkpointing: true"
             )
         elif isinstance(error, RuntimeError) and "Connection" not in reason:  # to a process that has failed
             raise
-        common.log(f"train.py: {reason}", everywhere=True)
+        # before the ranks are joined all fail alike, and the main one tells
+        common.log(f"train.py: {reason}", everywhere=torch.distributed.is_initialized())
         return 1
     return 0
 

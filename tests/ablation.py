@@ -5,7 +5,6 @@ out  stdout: Markdown tables; ablation/<row>/...: the runs. Finished runs are ke
 run  python tests/ablation.py --seeds 3 --jobs 2
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -28,7 +27,7 @@ ROWS = {
     "e_locator": "(e) the locator alone",
     "f_combined": "(f) mean of (d) and (e)",
 }
-PAIRS = ("b a", "c b", "d a", "d e", "f e")  # a difference is the first less the second
+PAIRS = ("b less a", "c less b", "d less a", "d less e", "f less e")
 
 
 def call(*command: str, **environment: str) -> None:
@@ -57,72 +56,54 @@ def train_all(seeds: int, num_jobs: int) -> None:
             list(pool.map(train, *zip(*jobs, strict=True)))
 
 
-def read_results(row: str, seeds: int) -> tuple[list[dict], pd.DataFrame, np.ndarray]:
-    """metrics.json and out-of-fold probabilities (seeds, N, 14) of finished runs of fold 0, their table."""
-    folders = [f for seed in range(seeds) for f in (ROOT / "ablation" / row).glob(f"*_seed{seed}_fold0")]
-    folders = [folder for folder in folders if (folder / "metrics.json").exists()]
-    if not folders:
-        return [], pd.DataFrame(), np.zeros((0, 0, 14))
-    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
-    tables = [pd.read_csv(folder / "oof.csv", dtype={UID: str, "patient": str}) for folder in folders]
-    probs = np.stack([table.set_index(UID).loc[tables[0][UID], list(LABELS)].to_numpy() for table in tables])
-    return metrics, tables[0], probs
+def read_results(row: str, seeds: int) -> tuple[pd.DataFrame, np.ndarray]:
+    """The table of fold 0 and its out-of-fold probabilities (seeds, N, 14) by finished runs."""
+    runs = [f for seed in range(seeds) for f in ROOT.glob(f"ablation/{row}/*_seed{seed}_fold0/metrics.json")]
+    tables = [pd.read_csv(path.with_name("oof.csv"), dtype={UID: str, "patient": str}) for path in runs]
+    if not tables:
+        return pd.DataFrame(), np.zeros((0, 0, 14))
+    probs = [table.set_index(UID).loc[tables[0][UID], list(LABELS)].to_numpy() for table in tables]
+    return tables[0], np.stack(probs)
 
 
-def mean_metric(metrics: list[dict], name: str, form: str) -> str:
-    """Mean over seeds of a value, its low and its high end, where metrics.json has it."""
-    triples = [m[name] for m in metrics if m.get(name) and None not in m[name]]
-    if not triples:
-        return "–"
-    value, low, high = (format(number, form) for number in np.mean(triples, axis=0))
-    return f"{value} ({low} to {high})"
-
-
-def format_row(row: str, truth: np.ndarray, patients: pd.Series, probs: np.ndarray, metrics: list) -> str:
-    """A row of the table: the interval of wAUC is of the mean prediction of all seeds."""
-    waucs = [common.weighted_auc(truth, p)["wauc"] for p in probs]
-    together, aucs = probs.mean(0), common.bootstrap_aucs(truth, probs.mean(0), patients, 2000)
-    low, high = common.percentile_interval(common.bootstrap_waucs(aucs, truth))
-    score = common.weighted_auc(truth, together)
-    cells = [
-        f"{np.mean(waucs):.3f} ({min(waucs):.3f} to {max(waucs):.3f})",
-        f"{score['wauc']:.3f} ({low:.3f} to {high:.3f}) | {score['auc'][AP]:.3f}",
-        f"{mean_metric(metrics, 'oracle_wauc', '.3f')} | {mean_metric(metrics, 'leak', '+.3f')}",
-    ]
-    return f"| {ROWS[row]} | {len(probs)} | {' | '.join(cells)} |"
+def draw_waucs(truth: np.ndarray, probs: np.ndarray, patients: pd.Series) -> tuple[float, np.ndarray]:
+    """wAUC of the mean prediction of all seeds, and of 2,000 draws of patients, the same for all rows."""
+    aucs = common.bootstrap_aucs(truth, probs.mean(0), patients, 2000)
+    return common.weighted_auc(truth, probs.mean(0))["wauc"], common.combine_aucs(aucs, truth)
 
 
 def main() -> int:
     parser = common.make_parser(__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time; each gets its share of cores")
+    parser.add_argument("--seeds", type=common.positive_int, default=3)
+    parser.add_argument("--jobs", type=common.positive_int, default=2, help="runs at a time")
     parser.add_argument("--table", action="store_true", help="train nothing, print what is finished")
     args = parser.parse_args()
     if not args.table:
         train_all(args.seeds, args.jobs)
     results = {row: read_results(row, args.seeds) for row in ROWS if row != "f_combined"}
-    tables = [table for _, table, _ in results.values() if len(table)]
+    tables = [table for table, _ in results.values() if len(table)]
     if not tables:
         return 1
     assert all(table[UID].equals(tables[0][UID]) for table in tables)
-    metrics, probs = {row: results[row][0] for row in results}, {row: results[row][2] for row in results}
+    probs = {row: result[1] for row, result in results.items()}
     pairs = list(zip(probs["d_proposals"], probs["e_locator"], strict=False))
     probs["f_combined"] = np.array(pairs).mean(1) if pairs else np.array([])
     truth, patients = tables[0][[f"label {label}" for label in LABELS]].to_numpy(float), tables[0]["patient"]
     print(f"{len(truth)} validation series of {patients.nunique()} patients.\n")
-    print("| row | seeds | wAUC, mean (range) | of their mean (95 %) | AUC presence | oracle wAUC | leak |")
-    print("|---|---|---|---|---|---|---|")
-    for row in ROWS:
-        if len(probs[row]):
-            print(format_row(row, truth, patients, probs[row], metrics.get(row, [])))
+    print("| row | seeds | wAUC, mean (range) | of their mean (95 %) | AUC presence |\n|---|---|---|---|---|")
+    drawn = {row: draw_waucs(truth, probs[row], patients) for row in ROWS if len(probs[row])}
+    for row, (value, draws) in drawn.items():
+        waucs = [common.weighted_auc(truth, p)["wauc"] for p in probs[row]]
+        low, high = common.percentile_interval(draws)
+        presence = common.weighted_auc(truth, probs[row].mean(0))["auc"][AP]
+        seeds = f"{len(waucs)} | {np.mean(waucs):.3f} ({min(waucs):.3f} to {max(waucs):.3f})"
+        print(f"| {ROWS[row]} | {seeds} | {value:.3f} ({low:.3f} to {high:.3f}) | {presence:.3f} |")
     print("\n| difference in wAUC, mean predictions | 95 % |\n|---|---|")
     for pair in PAIRS:
-        first, second = (probs[row] for letter in pair.split() for row in ROWS if row[0] == letter)
-        if len(first) and len(second):
-            values = common.compare_waucs(truth, first.mean(0), second.mean(0), patients)
-            value, low, high = (f"{number:+.3f}" for number in values)
-            print(f"| {pair.replace(' ', ' less ')}: {value} | {low} to {high} |")
-    print(f"\nLocator, recall within 10 mm: {mean_metric(metrics['e_locator'], 'recall_10mm', '.2f')}.")
+        first, second = (drawn.get(row) for name in pair.split(" less ") for row in ROWS if row[0] == name)
+        if first and second:
+            low, high = common.percentile_interval(first[1] - second[1])
+            print(f"| {pair}: {first[0] - second[0]:+.3f} | {low:+.3f} to {high:+.3f} |")
     return 0
 
 
