@@ -23,6 +23,8 @@ import contextlib
 import fcntl
 import glob
 import hashlib
+import importlib.metadata
+import importlib.util
 import io
 import json
 import math
@@ -32,7 +34,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -560,10 +562,17 @@ def measure_sensitivity(
 def finish(folder: Path, accelerator: Accelerator, progress: Progress) -> None:
     """metrics.json: the scores of the best epoch and how the run went."""
     best = best_row(progress.history)
+    is_gpu = accelerator.device.type == "cuda"
+    modules = ("torch", "timm", "accelerate", "numpy")
     metrics = progress.metrics | {
         "best_epoch": best["epoch"],
+        "epochs": progress.epoch,
+        "seconds": round(sum(row["seconds"] for row in progress.history), 1),
+        "device": torch.cuda.get_device_name() if is_gpu else "cpu",
+        "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 3) if is_gpu else None,
         "precision": accelerator.mixed_precision,
         "num_processes": accelerator.num_processes,
+        "versions": {name: importlib.metadata.version(name) for name in modules},
     }
     metrics = json.loads(json.dumps(metrics), parse_constant=lambda _: None)  # JSON has no NaN
     common.write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
@@ -654,6 +663,8 @@ def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> No
         f"{cfg.batch_size * world * cfg.accumulation} series per update, lr {cfg.lr:g}; "
         f"{accelerator.device.type}, precision {accelerator.mixed_precision}"
     )
+    settings = {key: str(value) for key, value in common.config_to_dict(cfg).items()}
+    accelerator.init_trackers("aneurysm", settings)
     patience = cfg.patience or cfg.epochs
     while progress.epoch < min(cfg.epochs, best_row(progress.history)["epoch"] + patience):
         clock = time.perf_counter()
@@ -673,6 +684,7 @@ def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> No
             "data_wait": waited / seconds,
         }
         add_epoch(progress, row, cfg)
+        accelerator.log(row, step=progress.epoch)
         if is_main and best_row(progress.history) is row:
             run.meta |= {"epoch": progress.epoch, "wauc": row["wauc"]}
             progress.metrics = metrics | write_best(run, val_table, logits, proposed)
@@ -681,6 +693,7 @@ def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> No
             save_last(folder, state)
     if is_main:
         finish(folder, accelerator, progress)
+    accelerator.end_training()
 
 
 def begin(
@@ -771,6 +784,25 @@ def claim_folder(folder: Path, cfg: Config) -> None:
     common.write_atomic(folder / "config.yaml", text.encode())
 
 
+def fit_workers(cfg: Config) -> Config:
+    """The config with as many loader processes as /dev/shm has room for: batches travel through it, however
+    they are shared, and Docker gives it 64 MB."""
+    if not os.path.isdir("/dev/shm"):
+        return cfg
+    disk = os.statvfs("/dev/shm")
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    batch_bytes = cfg.batch_size * cfg.in_chans * cfg.volume.img_size**2
+    num_batches = disk.f_bavail * disk.f_frsize // num_processes // batch_bytes
+    # a loader works two batches ahead; another one is in use, and one on its way
+    workers = min(cfg.workers, max(0, (num_batches - 2) // 2))
+    if workers < cfg.workers:
+        common.log(
+            f"/dev/shm has room for {num_batches} batches: workers {workers}, not {cfg.workers}; docker run "
+            f"--shm-size=1g makes more"
+        )
+    return replace(cfg, workers=workers)
+
+
 def stop(number: int, _frame: object) -> None:
     """End at once at a signal (an exception could be lost in a destructor); finished epochs are saved."""
     if os.environ.get("RANK", "0") == "0":
@@ -790,6 +822,8 @@ def make_accelerator(cfg: Config) -> Accelerator:
         precision = "no"
     accelerator = Accelerator(
         mixed_precision=precision,
+        log_with=cfg.tracker or None,
+        project_dir=Path(cfg.outputs) / cfg.run_name if cfg.tracker else None,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # else the environment's
     )
     if accelerator.num_processes == 1 and "ACCELERATE_DYNAMO_BACKEND" in os.environ:
@@ -806,10 +840,12 @@ def main() -> int:
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     try:
-        cfg = common.load_config(args.config, args.set)
+        cfg = fit_workers(common.load_config(args.config, args.set))
         if args.print_config:
             print(yaml.safe_dump(common.config_to_dict(cfg), sort_keys=False), end="")
             return 0
+        if cfg.tracker and importlib.util.find_spec(cfg.tracker) is None:
+            raise ValueError(f"tracker: {cfg.tracker} is not installed; install it, or set tracker to ''")
         accelerator = make_accelerator(cfg)
         train(cfg, accelerator, args)
     except (ValueError, OSError, RuntimeError) as error:

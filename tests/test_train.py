@@ -322,6 +322,15 @@ def test_a_loader_that_dies_or_a_volume_cut_short_is_named(tmp_path):
         path.write_bytes(path.read_bytes()[:-100])
 
 
+@pytest.mark.parametrize(("megabytes", "workers"), [(64, 2), (5, 0), (4000, 4)])
+def test_no_more_loaders_than_dev_shm_has_room_for(megabytes, workers, monkeypatch, capsys):
+    """A batch of the default recipe has 2 x 35 x 384 x 384 bytes, 9.8 MB: 6 of them fit into 64 MB."""
+    disk = Namespace(f_bavail=megabytes * 2**8, f_frsize=4096)
+    monkeypatch.setattr(os, "statvfs", lambda path: disk)
+    assert train.fit_workers(common.Config()).workers == workers
+    assert ("/dev/shm has room" in capsys.readouterr().err) == (workers < 4)
+
+
 def test_sensitivity_at_a_specificity_has_its_threshold_and_from_5_positives_an_interval():
     table = pd.DataFrame({LABELS[AP]: [0] * 10 + [1] * 5, "patient": range(15)})
     scores = pd.Series([*np.arange(10) / 10, 0.95, 0.9, 0.85, 0.2, 0.1])
