@@ -10,7 +10,6 @@ import pytest
 
 from dicom import (
     VolumeSettings,
-    canonical_axes,
     canonical_grid,
     find_head,
     line_weights,
@@ -38,8 +37,6 @@ class StandIn:
     images: list
     modality: str = "CT"
     doubts: list = field(default_factory=list)
-    rescales: list = field(default_factory=list)
-    pad: tuple[int, int] | None = None
     broken: frozenset = frozenset()
     decoded: set = field(default_factory=set)
 
@@ -48,12 +45,6 @@ class StandIn:
             raise ValueError(f"slice {i} is broken")
         self.decoded.add(i)
         return self.images[i]
-
-    def rescale(self, i: int) -> tuple[float, float]:
-        return self.rescales[i] if self.rescales else (1.0, 0.0)
-
-    def padding(self, i: int) -> tuple[int, int] | None:
-        return self.pad
 
     def forget(self, i: int | None = None) -> None:
         pass
@@ -74,7 +65,7 @@ def scan(
         points = middle + rows[:, None, None] * col_dir + columns[None, :, None] * row_dir
         images.append(np.rint(values(points)).astype(np.int16))
         frame = {"row_dir": row_dir, "col_dir": col_dir, "rows": shape[1], "cols": shape[2]}
-        frames.append(SimpleNamespace(position=points[0, 0], **frame))
+        frames.append(SimpleNamespace(position=points[0, 0], slope=1.0, intercept=0.0, padding=None, **frame))
     return StandIn(frames, normal, spacing_mm, images, modality)
 
 
@@ -140,13 +131,6 @@ def test_resizing_is_exact_from_the_first_edge_on():
     np.testing.assert_allclose(shrunk, [[1.0, 5.0, 10.0]] * 2, rtol=1e-6)
     mixed = resize_exactly(image, np.array([0.5, 2.0]), (2, 6))  # one axis shrinks, the other grows
     np.testing.assert_allclose(mixed, [[0.0, 0.75, 2.25, 3.75, 5.25, 6.75]] * 2, rtol=1e-6)
-
-
-def test_canonical_axes_turn_stored_axes_into_z_y_x():
-    permutation, signs = canonical_axes(np.array([L, I, P]))  # sagittal: slices to the left, rows downwards
-    assert (permutation, signs.tolist()) == ([1, 2, 0], [-1, 1, 1])
-    oblique = np.array([[0.0, 0.6, 0.8], [0.0, 0.8, -0.6], [1.0, 0.0, 0.0]])  # slice, row, column
-    assert canonical_axes(oblique)[0] == [0, 1, 2]
 
 
 # --- geometry -----------------------------------------------------------------------------------------------
@@ -353,24 +337,15 @@ def test_mr_percentiles_belong_to_the_series():
     assert np.median(volume.voxels, axis=(1, 2)).tolist() == [0, 0, 128, 128, 255, 255]
 
 
-def test_each_mr_slice_has_its_own_rescale():
-    series = stack(np.array([100, 100, 300, 300, 500, 500]), "MR")
-    cfg = replace(SETTINGS, base_slices=6, mr_percentiles=(0.0, 100.0))
-    plain = make_volume(series, cfg).voxels
-    slopes = [1.0, 2.0, 0.5, 4.0, 0.25, 5.0]
-    series.rescales = [(slope, 7.0) for slope in slopes]
-    series.images = [
-        ((image.astype(float) - 7) / slope).astype(np.float32)
-        for image, slope in zip(series.images, slopes, strict=True)
-    ]
-    np.testing.assert_allclose(make_volume(series, cfg).voxels.astype(int), plain, atol=1)  # rounding
-
-
-def test_a_negative_slope_turns_the_picture():
-    series = stack(np.array([100, 100, 300, 300, 500, 500]), "MR")
-    cfg = replace(SETTINGS, base_slices=3, mr_percentiles=(0.0, 100.0))
-    series.rescales = [(-1.0, 600.0)] * 6
-    assert np.median(make_volume(series, cfg).voxels, axis=(1, 2)).tolist() == [255, 128, 0]
+def test_each_mr_slice_has_its_own_rescale_whose_slope_may_be_negative():
+    stored = np.array([100, 50, 600, 75, 700, 100])
+    series = stack(stored, "MR")
+    for frame, slope, intercept in zip(
+        series.frames, [1, 2, 0.5, 4, -1, 5], [0, 0, 0, 0, 1200, 0], strict=True
+    ):
+        frame.slope, frame.intercept = slope, intercept  # 100, 100, 300, 300, 500, 500
+    volume = make_volume(series, replace(SETTINGS, base_slices=3, mr_percentiles=(0.0, 100.0)))
+    assert np.median(volume.voxels, axis=(1, 2)).tolist() == [0, 128, 255]
 
 
 @pytest.mark.parametrize("modality", ["CT", "MR"])
@@ -379,7 +354,8 @@ def test_padding_is_dark_whatever_its_value_means(modality):
     for image in series.images:
         image[:, :50] = 3000  # as bright as bone, were it not padding
         image[0, 50:] = 100
-    series.pad = (3000, 3000)
+    for frame in series.frames:
+        frame.padding = (3000, 3000)
     volume = make_volume(series, replace(SETTINGS, base_slices=4))
     middle = round(to_voxel(np.zeros(3), volume.affine)[0, 2])  # padding lies to the patient's right of it
     assert 20 < middle < 60
@@ -401,7 +377,7 @@ def test_every_storage_type_gives_the_same_volume(dtype):
 def test_a_slice_that_cannot_be_decoded_is_left_out_and_noted():
     series = replace(stack(np.array([310] * 40)), broken=frozenset({11, 12}))
     volume = make_volume(series, SETTINGS)
-    assert "2 slices left out, they cannot be decoded: slice 11 is broken" in volume.notes
+    assert "2 slices left out, they cannot be decoded: slice 12 is broken" in volume.notes
     assert (np.median(volume.voxels, axis=(1, 2)) == 132).all()
 
 
