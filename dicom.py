@@ -1123,11 +1123,9 @@ def canonical_grid(series: Series, faults: dict[int, str] | None = None) -> Grid
     """
     first, normal = series.frames[0], series.normal
     along_row = first.row_dir - normal * np.dot(first.row_dir, normal)
-    along_column = np.cross(normal, along_row)
-    stored = np.stack([normal, along_column, along_row])
+    stored = np.stack([normal, np.cross(normal, along_row), along_row])
     stored /= np.linalg.norm(stored, axis=1, keepdims=True)
     cosines = stored[:, ::-1]  # of a growing slice, row and column number with z, y, x
-
     through = int(np.abs(cosines[0]).argmax())
     image_axes = [axis for axis in range(3) if axis != through]
     is_transposed = bool(np.abs(cosines[1, image_axes]).argmax())
@@ -1138,6 +1136,7 @@ def canonical_grid(series: Series, faults: dict[int, str] | None = None) -> Grid
     shape = np.array([0, first.rows, first.cols])[image_numbers]
     steps = np.array(series.spacing_mm)[image_numbers]
     flips = signs[image_axes]
+    pixels_before = np.where(flips < 0, shape - 0.5, 0.5)
 
     faults = faults or {}
     positions = np.array([frame.position for frame in series.frames])
@@ -1145,7 +1144,6 @@ def canonical_grid(series: Series, faults: dict[int, str] | None = None) -> Grid
     order = order_slices(positions[:, through], faults)
     positions = positions[order]
     centres = positions[:, through]
-    pixels_before = np.where(flips < 0, shape - 0.5, 0.5)
     return Grid(
         series=series,
         directions=directions,
@@ -1168,8 +1166,13 @@ def order_slices(positions: np.ndarray, faults: dict[int, str]) -> list[int]:
     the ends may be air."""
     order = np.argsort(positions, kind="stable").tolist()
     filled = [k for k, i in enumerate(order) if faults.get(i) == ""]
-    inner = range(filled[0], filled[-1]) if filled else range(0)
-    return [i for k, i in enumerate(order) if not faults.get(i) or (faults[i] == BLANK and k not in inner)]
+    inner = range(filled[0], filled[-1]) if filled else []
+    usable = []
+    for k, i in enumerate(order):
+        is_end = faults.get(i) == BLANK and k not in inner
+        if is_end or not faults.get(i):
+            usable.append(i)
+    return usable
 
 
 def slice_spans(centres: np.ndarray, thickness_mm: float) -> np.ndarray:
@@ -1218,8 +1221,7 @@ def to_voxel(points_lps: np.ndarray, affine: np.ndarray) -> np.ndarray:
 def to_lps(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """Voxels (P, 3), (z, y, x) -> LPS mm (P, 3)."""
     points = np.asarray(voxels, float).reshape(-1, 3)
-    steps, start = affine[:3, :3], affine[:3, 3]
-    return points @ steps.T + start
+    return points @ affine[:3, :3].T + affine[:3, 3]
 
 
 def make_volume(series: Series, settings: VolumeSettings) -> Volume:
@@ -1269,12 +1271,12 @@ def place_box(grid: Grid, settings: VolumeSettings, notes: list[str]) -> Box:
     head = find_head(grid)
     if head is None:
         notes.append("head not found: the box starts at the top of the scan, centred on it")
-        head = covered, sum(grid.extent_mm(1)) / 2, sum(grid.extent_mm(2)) / 2
-    low = np.array(head) - settings.roi_mm / 2
+        head = covered, np.mean(grid.extent_mm(1)), np.mean(grid.extent_mm(2))
+    side_mm, num_pixels = settings.roi_mm, settings.img_size
+    low = np.array(head) - side_mm / 2
     low[0] = max(head[0] - settings.roi_top_mm, bottom)
-    size_mm = np.array([head[0] - low[0], settings.roi_mm, settings.roi_mm])
-    shape = np.array([settings.base_slices, settings.img_size, settings.img_size])
-
+    size_mm = np.array([head[0] - low[0], side_mm, side_mm])
+    shape = np.array([settings.base_slices, num_pixels, num_pixels])
     axes = grid.image_axes
     middle = grid.edges[len(grid.edges) // 2]
     pixels = np.rint((low[axes] - middle) / grid.steps)
@@ -1320,9 +1322,9 @@ def render_box(
     are ten times fewer images to resize. Clipping to the window comes first, slice by slice, or bone would
     outshine the artery beside it in a thick slab.
     """
-    axes = grid.image_axes
-    factors = grid.steps / box.steps[axes]
-    slabs = np.zeros((len(weights), *box.shape[axes]), np.uint8)
+    shape = box.shape[grid.image_axes]
+    factors = grid.steps / box.steps[grid.image_axes]
+    slabs = np.zeros((len(weights), *shape), np.uint8)
     load = functools.partial(load_window, grid, box, limits)
     load = functools.lru_cache(maxsize=2)(load)  # neighbouring slabs share slices
     for z in np.flatnonzero(weights.any(axis=1)):
@@ -1333,7 +1335,7 @@ def render_box(
             cv2.scaleAdd(window, gain * weight, merged, merged)
             offset += bias * weight
         merged += np.float32(offset)
-        slab = resize_exactly(merged, factors, box.shape[axes])
+        slab = resize_exactly(merged, factors, shape)
         slab = np.clip(slab, 0, 1)
         slab *= 255
         slabs[z] = slab + 0.5
