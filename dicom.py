@@ -1106,17 +1106,20 @@ class Box:
     low: np.ndarray  # (3,) mm of the lower edges
     steps: np.ndarray  # (3,) mm per voxel
     shape: np.ndarray  # (3,) voxels
-    window: np.ndarray  # (2,) pixels along the image axes that cover the box, and one more
+    window: tuple[int, int]  # pixels along the image axes that cover the box, and one more
+    starts: list[tuple[int, int]]  # first pixel of the window in each image: gantry tilt moves it
 
     def edges(self, axis: int) -> np.ndarray:
         """(shape + 1,) mm of the voxels' edges along an axis."""
-        numbers = np.arange(self.shape[axis] + 1)
-        return self.low[axis] + self.steps[axis] * numbers
+        return self.low[axis] + self.steps[axis] * np.arange(self.shape[axis] + 1)
 
     def middles(self, axis: int) -> np.ndarray:
         """(shape,) mm of the voxels' middles along an axis."""
         edges = self.edges(axis)
         return (edges[:-1] + edges[1:]) / 2
+
+
+BLANK = "blank"
 
 
 @dataclass(frozen=True)
@@ -1135,102 +1138,76 @@ class Grid:
     flips: np.ndarray  # (2,) after that: 1, or -1 where an image axis runs backwards
     steps: np.ndarray  # (2,) mm per pixel along the image axes
     shape: np.ndarray  # (2,) pixels along the image axes
-    order: np.ndarray  # (n,) index into series.frames
+    order: list[int]  # (n,) index into series.frames
     centres: np.ndarray  # (n,) mm along `through`
     spans: np.ndarray  # (n, 2) mm that each slice stands for
-    edges: np.ndarray  # (n, 2) mm of the outer edge of each slice's first pixel: gantry tilt moves it
-    lost: dict[int, str]  # index into series.frames -> why it cannot be decoded; grows while decoding
-    is_blank: dict[int, bool]  # index into series.frames -> whether it has a single value; grows likewise
+    edges: np.ndarray  # (n, 2) mm of the outer edge of each slice's first pixel
+    faults: dict[int, str]  # index into series.frames, of those decoded so far -> "", BLANK or an error
+
+    def frame(self, k: int) -> Frame:
+        return self.series.frames[self.order[k]]
 
     def image(self, k: int) -> np.ndarray:
-        """Stored values of slice k along its canonical axes. One that cannot be decoded is written to `lost`
-        and comes out as zeros; ValueError if these are more than a tenth of the series."""
-        i = int(self.order[k])
-        num_slices = len(self.series.frames)
+        """Stored values of slice k along its canonical axes, zeros if it cannot be decoded; what is wrong
+        with it goes to `faults`."""
+        i = self.order[k]
         try:
             stored = self.series.stored(i)
         except ValueError as error:
-            self.lost[i] = str(error)
-            if len(self.lost) > max(1, num_slices // 10) or len(self.lost) == num_slices:
-                raise
+            self.faults[i] = str(error)
             return np.zeros(self.shape, np.int16)
         rows, columns = stored.shape
-        is_corner = stored[0, 0] == stored[rows // 2, columns // 2]  # spares most of the next step
-        self.is_blank[i] = bool(is_corner and np.ptp(stored) == 0)
+        is_blank = stored[0, 0] == stored[rows // 2, columns // 2]  # spares most of the next step
+        is_blank = is_blank and np.ptp(stored) == 0
+        self.faults[i] = BLANK if is_blank else ""
         image = stored.T if self.is_transposed else stored
         return image[:: self.flips[0], :: self.flips[1]]
 
     def extent_mm(self, axis: int) -> tuple[float, float]:
         """Outer edges of what was scanned along a canonical axis (in the image: of the middle slice)."""
         if axis == self.through:
-            return float(self.spans.min()), float(self.spans.max())
+            return self.spans.min(), self.spans.max()
         side = self.image_axes.index(axis)
-        low = float(self.middle_edges[side])
-        return low, low + float(self.shape[side] * self.steps[side])
-
-    @property
-    def middle_edges(self) -> np.ndarray:
-        """(2,) mm of the outer edge of the middle slice's first pixel."""
-        return self.edges[len(self.edges) // 2]
+        low = self.edges[len(self.edges) // 2, side]
+        return low, low + self.shape[side] * self.steps[side]
 
 
-def canonical_axes(directions: np.ndarray) -> tuple[list[int], np.ndarray]:
-    """(permutation, signs) that turn stored axes into z, y, x: the canonical axis a is stored axis
-    permutation[a], backwards where signs[a] is -1. `directions` (3, 3): the LPS unit vector of each stored
-    axis as a row.
-
-    The best of the six permutations by the sum of |cosines|: one axis at a time might choose a taken one.
-    """
-    cosines = directions[:, ::-1]  # with z, y, x
-    canonical = [0, 1, 2]
-
-    def closeness(permutation: list[int]) -> float:
-        return np.abs(cosines[permutation, canonical]).sum()
-
-    permutations = [list(axes) for axes in itertools.permutations(canonical)]
-    best = max(permutations, key=closeness)
-    signs = np.where(cosines[best, canonical] < 0, -1, 1)
-    return best, signs
-
-
-def canonical_grid(
-    series: Series,
-    lost: dict[int, str] | None = None,
-    is_blank: dict[int, bool] | None = None,
-) -> Grid:
-    """The grid of a series without the slices in `lost`, the blank ones among others, and a few far away.
+def canonical_grid(series: Series, faults: dict[int, str] | None = None) -> Grid:
+    """The grid of a series' usable slices, as far as `faults` are known.
 
     Pixels stay where they were acquired: an oblique scan gets canonical axes that lean as it does, so nothing
     is interpolated but along z. Every slice keeps its own position, because a stack may have uneven gaps, or
     be sheared by gantry tilt, and an index says nothing about millimetres then.
     """
-    stored = _stored_directions(series)
-    permutation, signs = canonical_axes(stored)
-    directions = stored[permutation] * signs[:, None]
-
-    through = permutation.index(0)
+    first, normal = series.frames[0], series.normal
+    along_row = first.row_dir - normal * np.dot(first.row_dir, normal)
+    stored = np.stack([normal, np.cross(normal, along_row), along_row])
+    stored /= np.linalg.norm(stored, axis=1, keepdims=True)
+    cosines = stored[:, ::-1]  # of a growing slice, row and column number with z, y, x
+    through = int(np.abs(cosines[0]).argmax())
     image_axes = [axis for axis in range(3) if axis != through]
-    stored_axes = [permutation[axis] for axis in image_axes]
-    shape = np.array([0, series.frames[0].rows, series.frames[0].cols])[stored_axes]
-    steps = np.array(series.spacing_mm, float)[stored_axes]
+    is_transposed = bool(np.abs(cosines[1, image_axes]).argmax())
+    image_numbers = [2, 1] if is_transposed else [1, 2]
+    permutation = [*image_numbers[:through], 0, *image_numbers[through:]]
+    signs = np.where(cosines[permutation, range(3)] < 0, -1, 1)
+    directions = stored[permutation] * signs[:, None]
+    shape = np.array([0, first.rows, first.cols])[image_numbers]
+    steps = np.array(series.spacing_mm)[image_numbers]
     flips = signs[image_axes]
+    pixels_before = np.where(flips < 0, shape - 0.5, 0.5)
 
-    lost = {} if lost is None else lost
-    is_blank = {} if is_blank is None else is_blank
+    faults = faults or {}
     positions = np.array([frame.position for frame in series.frames])
     positions = positions @ directions.T  # (n, 3) mm of the first stored pixel
-    order = np.argsort(positions[:, through], kind="stable")
-    order = [i for i in order.tolist() if i not in lost]
-    order = _main_stack(positions, _drop_blank(order, is_blank), through)
+    order = order_slices(positions[:, through], faults)
     positions = positions[order]
     centres = positions[:, through]
-    pixels_before = np.where(flips < 0, shape - 0.5, 0.5)
     return Grid(
         series=series,
         directions=directions,
         through=through,
         image_axes=image_axes,
-        is_transposed=stored_axes[0] == 2,
+        is_transposed=is_transposed,
         flips=flips,
         steps=steps,
         shape=shape,
@@ -1238,45 +1215,22 @@ def canonical_grid(
         centres=centres,
         spans=slice_spans(centres, series.spacing_mm[0]),
         edges=positions[:, image_axes] - pixels_before * steps,
-        lost=lost,
-        is_blank=is_blank,
+        faults=faults,
     )
 
 
-def _stored_directions(series: Series) -> np.ndarray:
-    """(3, 3) LPS unit vectors of a growing slice, row and column number, at right angles."""
-    row_dir, normal = series.frames[0].row_dir, series.normal
-    along_row = row_dir - normal * np.dot(row_dir, normal)
-    along_column = np.cross(normal, along_row)
-    directions = np.stack([normal, along_column, along_row])
-    return directions / np.linalg.norm(directions, axis=1, keepdims=True)
-
-
-def _drop_blank(order: list[int], is_blank: dict[int, bool]) -> list[int]:
-    """Slices less the blank ones between others: the ends may be air. What is not decoded yet stays."""
-    filled = [k for k, i in enumerate(order) if not is_blank.get(i, True)]
-    if not filled:
-        return order
-    inner = [i for i in order[filled[0] : filled[-1]] if not is_blank.get(i, False)]
-    return order[: filled[0]] + inner + order[filled[-1] :]
-
-
-def _main_stack(
-    positions: np.ndarray,
-    order: list[int],
-    through: int,
-) -> np.ndarray:
-    """The order of positions (n, 3) along `through`, less a few that lie far from all others: 200 mm beside
-    the median, or beyond a gap of 30 mm and four usual gaps. All, if less than nine tenths would stay."""
-    offsets = np.abs(positions - np.median(positions, axis=0))
-    offsets[:, through] = 0
-    near = np.array([i for i in order if offsets[i].max() < 200] or order)
-    gaps = np.diff(positions[near, through])
-    usual = np.median(gaps) if len(gaps) else 0.0
-    is_wide = gaps > max(30.0, 4 * usual)
-    runs = np.split(near, np.flatnonzero(is_wide) + 1)
-    longest = max(runs, key=len)
-    return longest if len(longest) >= 0.9 * len(order) else np.array(order)
+def order_slices(positions: np.ndarray, faults: dict[int, str]) -> list[int]:
+    """The slices by growing position, less those that cannot be decoded and the blank ones between others:
+    the ends may be air."""
+    order = np.argsort(positions, kind="stable").tolist()
+    filled = [k for k, i in enumerate(order) if faults.get(i) == ""]
+    inner = range(filled[0], filled[-1]) if filled else []
+    usable = []
+    for k, i in enumerate(order):
+        is_end = faults.get(i) == BLANK and k not in inner
+        if is_end or not faults.get(i):
+            usable.append(i)
+    return usable
 
 
 def slice_spans(centres: np.ndarray, thickness_mm: float) -> np.ndarray:
@@ -1284,12 +1238,10 @@ def slice_spans(centres: np.ndarray, thickness_mm: float) -> np.ndarray:
     at most 0.75 of the median gap to either side (a missing slice leaves a hole); thickness_mm where there is
     only one."""
     gaps = np.diff(centres)
-    is_step = gaps > 1e-6
-    usual = float(np.median(gaps[is_step])) if is_step.any() else thickness_mm
-    half = np.minimum(gaps, 1.5 * usual) / 2
-    before = np.append(usual / 2, half)
-    after = np.append(half, usual / 2)
-    return np.stack([centres - before, centres + after], axis=1)
+    usual = np.median(gaps) if len(gaps) else thickness_mm
+    gaps = np.minimum(gaps, 1.5 * usual)
+    half = np.pad(gaps / 2, 1, constant_values=usual / 2)
+    return np.stack([centres - half[:-1], centres + half[1:]], axis=1)
 
 
 def slab_weights(spans: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -1299,14 +1251,13 @@ def slab_weights(spans: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.n
     nearest slice counts. The second result (Z,) is the share of each slab that spans cover.
     """
     first, last = spans.T
-    low, high = edges[:-1], edges[1:]
-    overlap_mm = np.minimum(high[:, None], last) - np.maximum(low[:, None], first)
-    weights = np.clip(overlap_mm, 0, None)
-    covered = weights.sum(axis=1) / (high - low)
+    low, high = edges[:-1, None], edges[1:, None]
+    overlap_mm = np.minimum(high, last) - np.maximum(low, first)
+    weights = np.maximum(overlap_mm, 0)
+    covered = weights.sum(axis=1) / np.diff(edges)
     is_hole = covered < 1e-6
-    middles = (low + high) / 2
-    centres = spans.mean(axis=1)
-    weights[is_hole] = line_weights(centres, middles[is_hole])
+    middles = (low + high)[is_hole, 0] / 2
+    weights[is_hole] = line_weights(spans.mean(axis=1), middles)
     weights /= weights.sum(axis=1, keepdims=True)
     return weights, covered
 
@@ -1328,8 +1279,7 @@ def to_voxel(points_lps: np.ndarray, affine: np.ndarray) -> np.ndarray:
 def to_lps(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """Voxels (P, 3), (z, y, x) -> LPS mm (P, 3)."""
     points = np.asarray(voxels, float).reshape(-1, 3)
-    steps, start = affine[:3, :3], affine[:3, 3]
-    return points @ steps.T + start
+    return points @ affine[:3, :3].T + affine[:3, 3]
 
 
 def make_volume(series: Series, settings: VolumeSettings) -> Volume:
@@ -1341,172 +1291,155 @@ def make_volume(series: Series, settings: VolumeSettings) -> Volume:
     overlap, because single slices 5 mm apart would miss most aneurysms; pixels are area means where the image
     shrinks and linear where it grows, at equal mm in both directions, 0 outside of the image. CT: ct_window
     becomes 0..255; else mr_percentiles of the box. Slices outside are not decoded, except up to 30 to find
-    the head.
+    the head. ValueError if more than a tenth of the slices cannot be decoded.
     """
-    next_grid = canonical_grid(series)
-    while True:
-        notes = []
-        grid = next_grid
-        box = _place_box(grid, settings, notes)
+    num_slices, num_rendered = len(series.frames), 0
+    grid = canonical_grid(series)
+    # All over again without the slices that turn out faulty: they came out as zeros, or are blank.
+    while len(grid.order) != num_rendered:
+        num_rendered = len(grid.order)
+        notes: list[str] = []
+        box = place_box(grid, settings, notes)
         limits = settings.ct_window
         if series.modality != "CT":
-            limits = _mr_limits(grid, box, settings, notes)
-        weights, covered = _through_weights(grid, box)
-        voxels = _render_box(grid, box, weights, limits)
+            limits = choose_limits(grid, box, settings)
+        weights, covered = weigh_slices(grid, box)
+        voxels = render_box(grid, box, weights, limits)
         series.forget()
-        # Slices that failed to decode came out as zeros, others are blank: all over again without them.
-        next_grid = canonical_grid(series, grid.lost, grid.is_blank)
-        if len(next_grid.order) == len(grid.order):
-            break
-    _note_left_out(grid, notes)
-    doubts = series.doubts + _doubt_voxels(grid, box, voxels, covered, notes)
+        errors = [fault for fault in grid.faults.values() if fault not in ("", BLANK)]
+        if len(errors) > max(1, num_slices // 10) or len(errors) == num_slices:
+            raise ValueError(errors[0])
+        grid = canonical_grid(series, grid.faults)
+    num_blank = num_slices - len(errors) - len(grid.order)
+    if errors:
+        notes.append(f"{len(errors)} slices left out, they cannot be decoded: {errors[0]}")
+    if num_blank:
+        notes.append(f"{num_blank} slices left out, they are blank")
+    doubts = series.doubts + doubt_voxels(grid, box, voxels, covered, notes)
     affine = np.eye(4)
     affine[:3, :3] = grid.directions.T * box.steps
     affine[:3, 3] = grid.directions.T @ (box.low + box.steps / 2)
     return Volume(voxels, affine, notes, doubts)
 
 
-def _note_left_out(grid: Grid, notes: list[str]) -> None:
-    """Why the grid lacks slices of its series."""
-    lost = grid.lost
-    absent = set(range(len(grid.series.frames))) - set(grid.order.tolist()) - set(lost)
-    num_blank = sum(grid.is_blank.get(i, False) for i in absent)
-    num_far = len(absent) - num_blank
-    if lost:
-        notes.append(f"{len(lost)} slices left out, they cannot be decoded: {lost[min(lost)]}")
-    if num_blank:
-        notes.append(f"{num_blank} slices left out, they are blank")
-    if num_far:
-        notes.append(f"{num_far} slices left out, they lie far from all others")
-
-
-def _doubt_voxels(
-    grid: Grid,
-    box: Box,
-    voxels: np.ndarray,
-    covered: np.ndarray,
-    notes: list[str],
-) -> list[str]:
-    """What makes voxels implausible, of what was scanned in the box: every slab, every third pixel."""
-    indices = []
-    for axis in range(3):
-        stride = 1 if axis == grid.through else 3
-        indices.append(np.flatnonzero(_is_scanned(grid, box, axis))[::stride])
-    scanned = voxels[np.ix_(*indices)]
-    if scanned.size == 0:
-        return []
-    doubts = []
-    covered = covered[indices[grid.through]]
-    slabs = np.moveaxis(scanned, grid.through, 0).reshape(len(covered), -1)
-    is_interpolated = covered < 0.5
-    is_empty = slabs.min(axis=1) == slabs.max(axis=1)
-    if grid.through != 0:  # beside the head there may be only dark air
-        is_empty &= slabs[:, 0] > 127
-    for is_poor, why in (
-        (is_interpolated, "interpolated over missing slices"),
-        (is_empty, "empty"),
-    ):
-        if is_poor.any():
-            notes.append(f"{is_poor.mean():.0%} of the slabs ({is_poor.sum()}) are {why}")
-    share = (is_interpolated | is_empty).mean()
-    if share > 0.25:
-        doubts.append(f"{share:.0%} of the volume is interpolated over missing slices, or empty")
-    shares = np.bincount(scanned.ravel(), minlength=256) / scanned.size
-    white = shares[230:].sum()
-    if white > 0.5:
-        doubts.append(f"{white:.0%} of the volume is nearly white")
-    if shares.max() > 0.95:
-        doubts.append(f"{shares.max():.0%} of the volume has the grey value {shares.argmax()}")
-    # Fewer than 5 slices are not enough of a scan to judge, unless they show nothing at all.
-    return doubts if len(grid.order) >= 5 or shares.max() == 1 else []
-
-
-def _place_box(
-    grid: Grid,
-    settings: VolumeSettings,
-    notes: list[str],
-) -> Box:
+def place_box(grid: Grid, settings: VolumeSettings, notes: list[str]) -> Box:
     """The box under the head. Along the image axes its edge is moved to the nearest pixel edge of the middle
     slice, so that resizing is exact."""
     bottom, covered = grid.extent_mm(0)
     head = find_head(grid)
     if head is None:
         notes.append("head not found: the box starts at the top of the scan, centred on it")
-        head = covered, sum(grid.extent_mm(1)) / 2, sum(grid.extent_mm(2)) / 2
-    top = min(head[0], covered)
-    low = np.array(head) - settings.roi_mm / 2
-    low[0] = max(top - settings.roi_top_mm, bottom)
-    slab_mm = (top - low[0]) / settings.base_slices
-    pixel_mm = settings.roi_mm / settings.img_size
+        head = covered, np.mean(grid.extent_mm(1)), np.mean(grid.extent_mm(2))
+    side_mm, num_pixels = settings.roi_mm, settings.img_size
+    low = np.array(head) - side_mm / 2
+    low[0] = max(head[0] - settings.roi_top_mm, bottom)
+    size_mm = np.array([head[0] - low[0], side_mm, side_mm])
+    shape = np.array([settings.base_slices, num_pixels, num_pixels])
     axes = grid.image_axes
-    distance_mm = low[axes] - grid.middle_edges
-    pixels = np.rint(distance_mm / grid.steps)
-    low[axes] = grid.middle_edges + pixels * grid.steps
-    steps = np.array([slab_mm, pixel_mm, pixel_mm])
-    shape = np.array([settings.base_slices, settings.img_size, settings.img_size])
-    size_mm = (shape * steps)[axes]
-    window = np.ceil(size_mm / grid.steps - 1e-6).astype(int) + 1
+    middle = grid.edges[len(grid.edges) // 2]
+    pixels = np.rint((low[axes] - middle) / grid.steps)
+    low[axes] = middle + pixels * grid.steps
+    window = np.ceil(size_mm[axes] / grid.steps - 1e-6).astype(int) + 1
     if window.max() > 8192:
         raise ValueError(f"(0028,0030) PixelSpacing {grid.steps.min():g} mm: expected at least 0.03 mm")
-    return Box(low, steps, shape, window)
+    starts = np.rint((low[axes] - grid.edges) / grid.steps).astype(int)
+    return Box(low, size_mm / shape, shape, tuple(window.tolist()), starts.tolist())
 
 
-def _overlap(
+def weigh_slices(grid: Grid, box: Box) -> tuple[np.ndarray, np.ndarray]:
+    """`slab_weights` of the voxels along `through`, zeros beside what was scanned. Coronal and sagittal:
+    linear where slices lie sparser than voxels."""
+    weights, covered = slab_weights(grid.spans, box.edges(grid.through))
+    if grid.through != 0 and np.median(np.diff(grid.spans)) > box.steps[grid.through]:
+        weights = line_weights(grid.centres, box.middles(grid.through))
+    scanned = scanned_part(grid, box, grid.through)
+    weights[: scanned.start] = 0
+    weights[scanned.stop :] = 0
+    return weights, covered
+
+
+def scanned_part(grid: Grid, box: Box, axis: int) -> slice:
+    """The voxels along an axis whose middles lie in what was scanned."""
+    low, high = grid.extent_mm(axis)
+    middles = box.middles(axis)
+    first = np.searchsorted(middles, low)
+    end = np.searchsorted(middles, high, side="right")
+    return slice(first, end)
+
+
+def render_box(
     grid: Grid,
-    k: int,
     box: Box,
-) -> tuple[tuple, tuple]:
-    """Where image k and a window at the box's lower edge overlap: slices of the image, slices of the window.
-    The slice's own position counts, to a whole pixel, so gantry tilt is corrected."""
-    distance_mm = box.low[grid.image_axes] - grid.edges[k]
-    start = np.rint(distance_mm / grid.steps).astype(int)
-    end = start + box.window
-    first = np.minimum(np.maximum(start, 0), grid.shape)
-    last = np.maximum(np.minimum(end, grid.shape), first)
-    of_image = tuple(map(slice, first, last))
-    of_window = tuple(map(slice, first - start, last - start))
-    return of_image, of_window
+    weights: np.ndarray,
+    limits: tuple[float, float],
+) -> np.ndarray:
+    """Voxels (Z, H, W) from the weights (voxels along `through`, slices).
+
+    The slices of a slab (across a sagittal scan: of a column of voxels) are merged at their own resolution,
+    and each slab is resized once: both steps are linear, so their order does not change the result, and there
+    are ten times fewer images to resize. Clipping to the window comes first, slice by slice, or bone would
+    outshine the artery beside it in a thick slab.
+    """
+    shape = box.shape[grid.image_axes]
+    factors = grid.steps / box.steps[grid.image_axes]
+    slabs = np.zeros((len(weights), *shape), np.uint8)
+    load = functools.partial(load_window, grid, box, limits)
+    load = functools.lru_cache(maxsize=2)(load)  # neighbouring slabs share slices
+    for z in np.flatnonzero(weights.any(axis=1)):
+        merged, offset = np.zeros(box.window, np.float32), 0.0
+        for k in np.flatnonzero(weights[z]).tolist():
+            window, gain, bias = load(k)
+            weight = float(weights[z, k])
+            cv2.scaleAdd(window, gain * weight, merged, merged)
+            offset += bias * weight
+        merged += np.float32(offset)
+        slab = resize_exactly(merged, factors, shape)
+        slab = np.clip(slab, 0, 1)
+        slab *= 255
+        slabs[z] = slab + 0.5
+    return np.ascontiguousarray(np.moveaxis(slabs, 0, grid.through))
 
 
-def _load_window(
+def load_window(
     grid: Grid,
-    k: int,
     box: Box,
     limits: tuple[float, float],
-    out: np.ndarray,
-) -> tuple[float, float]:
-    """Fill out (h, w) float32 with the stored values of slice k from the box's lower edge on, clipped at the
-    limits; outside of the image and for padding the lower one. Returns (gain, bias): limits -> 0..1 is gain *
-    out + bias."""
-    i = int(grid.order[k])
-    slope, intercept = grid.series.rescale(i)
+    k: int,
+) -> tuple[np.ndarray, float, float]:
+    """(window, gain, bias): the stored values of slice k in the box, (h, w) float32, clipped at the limits;
+    outside of the image and for padding the lower one. limits -> 0..1 is gain * window + bias."""
+    frame = grid.frame(k)
     # As stored; dark lies above bright where the slope is negative.
-    dark, bright = ((value - intercept) / slope for value in limits)
-    of_image, of_window = _overlap(grid, k, box)
-    image = grid.image(k)[of_image]
-    inside = out[of_window]
-    if inside.shape != out.shape:
-        out[:] = dark
-    low = np.float32(min(dark, bright))
-    high = np.float32(max(dark, bright))
-    np.clip(image, low, high, out=inside, casting="same_kind")
-    padding = grid.series.padding(i)
-    if padding is not None:
-        inside[is_padding(image, padding)] = dark
-    grid.series.forget(i)
+    dark, bright = ((value - frame.intercept) / frame.slope for value in limits)
+    low, high = map(np.float32, sorted((dark, bright)))
+    image = crop_image(grid, k, box)
+    rows, columns = image.shape
+    top, left = box.starts[k]
+    window = np.empty(box.window, np.float32)
+    inside = window[max(-top, 0) :, max(-left, 0) :][:rows, :columns]
+    if inside.shape != window.shape:
+        window[:] = dark
+    np.clip(image, low, high, out=inside)
+    if frame.padding:
+        inside[is_padding(image, frame.padding)] = dark
+    grid.series.forget(grid.order[k])
     gain = 1 / (bright - dark)
-    return gain, -dark * gain
+    return window, gain, -dark * gain
+
+
+def crop_image(grid: Grid, k: int, box: Box) -> np.ndarray:
+    """Stored values of slice k in the box, as far as its image reaches. The slice's own position counts, to a
+    whole pixel, so gantry tilt is corrected."""
+    top, left = box.starts[k]
+    rows, columns = box.window
+    rows = slice(max(top, 0), max(top + rows, 0))
+    columns = slice(max(left, 0), max(left + columns, 0))
+    return grid.image(k)[rows, columns]
 
 
 def is_padding(stored: np.ndarray, padding: tuple[int, int]) -> np.ndarray:
     low, high = padding
     return (stored >= low) & (stored <= high)
-
-
-def _to_uint8(values: np.ndarray) -> np.ndarray:
-    """0..1 -> 0..255, rounded; what lies beyond is clipped."""
-    values = np.clip(values, 0, 1)
-    return (values * 255 + 0.5).astype(np.uint8)
 
 
 def resize_exactly(
@@ -1526,119 +1459,84 @@ def resize_exactly(
     return image[:rows, :columns]
 
 
-def _through_weights(grid: Grid, box: Box) -> tuple[np.ndarray, np.ndarray]:
-    """`slab_weights` of the voxels along `through`. Coronal and sagittal: linear where slices lie sparser
-    than voxels, and none beside what was scanned."""
-    weights, covered = slab_weights(grid.spans, box.edges(grid.through))
-    if grid.through != 0:
-        if np.median(np.diff(grid.spans)) > box.steps[grid.through]:
-            weights = line_weights(grid.centres, box.middles(grid.through))
-        weights[~_is_scanned(grid, box, grid.through)] = 0
-    return weights, covered
-
-
-def _is_scanned(grid: Grid, box: Box, axis: int) -> np.ndarray:
-    """Which voxels along an axis have their middle in what was scanned."""
-    low, high = grid.extent_mm(axis)
-    middles = box.middles(axis)
-    return (middles >= low) & (middles <= high)
-
-
-def _render_box(
-    grid: Grid,
-    box: Box,
-    weights: np.ndarray,
-    limits: tuple[float, float],
-) -> np.ndarray:
-    """Voxels (Z, H, W) from the weights (voxels along `through`, slices).
-
-    The slices of a slab (across a sagittal scan: of a column of voxels) are merged at their own resolution,
-    and each slab is resized once: both steps are linear, so their order does not change the result, and there
-    are ten times fewer images to resize. Clipping to the window comes first, slice by slice, or bone would
-    outshine the artery beside it in a thick slab.
-    """
-    num_slabs = len(weights)
-    last = [row.nonzero()[0].max(initial=-1) for row in weights]
-    axes = grid.image_axes
-    shape = box.shape[axes]
-    factors = grid.steps / box.steps[axes]
-    image = np.empty(box.window, np.float32)
-    slabs = np.zeros((num_slabs, *shape), np.uint8)
-    merged: dict[int, np.ndarray] = {}  # slabs that wait for more slices
-    offsets = np.zeros(num_slabs)
-    for k in np.flatnonzero(weights.any(axis=0)):
-        gain, bias = _load_window(grid, k, box, limits, out=image)
-        for z in np.flatnonzero(weights[:, k]):
-            if z not in merged:
-                merged[z] = np.zeros_like(image)
-            weight = float(weights[z, k])
-            cv2.scaleAdd(image, gain * weight, merged[z], merged[z])
-            offsets[z] += bias * weight
-            if k == last[z]:
-                slab = merged.pop(z)
-                slab += np.float32(offsets[z])
-                slab = resize_exactly(slab, factors, shape)
-                slabs[z] = _to_uint8(slab)
-    voxels = np.moveaxis(slabs, 0, grid.through)
-    return np.ascontiguousarray(voxels)
-
-
-def _mr_limits(
+def choose_limits(
     grid: Grid,
     box: Box,
     settings: VolumeSettings,
-    notes: list[str],
 ) -> tuple[float, float]:
     """mr_percentiles of the rescaled pixels in the box (up to 30,000 of each of up to 16 slices).
     Padding counts as black air beside a magnitude image, and not at all where zero is far from all tissue."""
     edges = box.edges(grid.through)
     is_inside = (grid.spans[:, 1] > edges[0]) & (grid.spans[:, 0] < edges[-1])
-    samples = [np.zeros(0, np.float32)]
-    has_content = not all(grid.is_blank.values())
-    for k in _pick_evenly(np.flatnonzero(is_inside), 16):
-        of_image, _ = _overlap(grid, k, box)
-        num_pixels = math.prod(part.stop - part.start for part in of_image)
-        stride = 1 + math.isqrt(num_pixels // 30_000)
-        region = tuple(slice(part.start, part.stop, stride) for part in of_image)
-        values = _rescaled_image(grid, k, region)
-        if not has_content or not grid.is_blank.get(int(grid.order[k]), True):
-            samples.append(values.ravel())
-    values = np.concatenate(samples)
+    filled, blank = [], [np.zeros(0, np.float32)]
+    for k in pick_evenly(np.flatnonzero(is_inside), 16):
+        stored = crop_image(grid, k, box)
+        stride = 1 + math.isqrt(stored.size // 30_000)
+        values = rescale_values(grid.frame(k), stored[::stride, ::stride])
+        samples = blank if grid.faults[grid.order[k]] else filled
+        samples.append(values.ravel())
+    values = np.concatenate(filled or blank)
     tissue = values[~np.isnan(values)]
     if tissue.size == 0:
-        notes.append("no pixel in the box: the volume is empty")
         return 0.0, 1.0
     dark, bright = np.percentile(tissue, settings.mr_percentiles).tolist()
     if 0 <= dark < 2 * (bright - dark):
         values = np.nan_to_num(values)
         dark, bright = np.percentile(values, settings.mr_percentiles).tolist()
-    if bright <= dark:
-        notes.append(f"one intensity ({dark:g}) nearly all over the box")
-        return dark, dark + 1.0
-    return dark, bright
+    return dark, bright if bright > dark else dark + 1
 
 
-def _rescaled_image(grid: Grid, k: int, region: tuple = ()) -> np.ndarray:
-    """A region of slice k along its canonical axes, float32 rescaled values, NaN where it is padding."""
-    i = int(grid.order[k])
-    stored = grid.image(k)[region]
-    slope, intercept = grid.series.rescale(i)
-    values = stored.astype(np.float32, order="C")
-    if slope != 1:
-        values *= slope
-    values += intercept
-    padding = grid.series.padding(i)
-    if padding is not None:
-        values[is_padding(stored, padding)] = np.nan
+def rescale_values(frame: Frame, stored: np.ndarray) -> np.ndarray:
+    """float32 rescaled values of an image or a part of it, NaN where it is padding."""
+    values = np.multiply(stored, frame.slope, dtype=np.float32)
+    values += frame.intercept
+    if frame.padding:
+        values[is_padding(stored, frame.padding)] = np.nan
     return values
 
 
-def _pick_evenly(items: np.ndarray, count: int) -> list[int]:
+def pick_evenly(items: np.ndarray, count: int) -> list[int]:
     """At most `count` of the items, evenly spread, first and last among them."""
-    count = min(count, len(items))
-    picks = np.linspace(0, len(items) - 1, count)
-    picks = np.unique(picks.round().astype(int))
-    return items[picks].tolist()
+    picks = np.linspace(0, len(items) - 1, min(count, len(items)))
+    return items[picks.round().astype(int)].tolist()
+
+
+def doubt_voxels(
+    grid: Grid,
+    box: Box,
+    voxels: np.ndarray,
+    covered: np.ndarray,
+    notes: list[str],
+) -> list[str]:
+    """What makes voxels implausible, of what was scanned in the box: every slab, every third pixel."""
+    scanned = tuple(scanned_part(grid, box, axis) for axis in range(3))
+    slabs = np.moveaxis(voxels[scanned], grid.through, 0)[:, ::3, ::3]
+    if slabs.size == 0:
+        return []
+    slabs = slabs.reshape(len(slabs), -1)
+    is_interpolated = covered[scanned[grid.through]] < 0.5
+    is_empty = slabs.min(axis=1) == slabs.max(axis=1)
+    if grid.through != 0:  # beside the head there may be only dark air
+        is_empty &= slabs[:, 0] > 127
+    for is_poor, why in (
+        (is_interpolated, "interpolated over missing slices"),
+        (is_empty, "empty"),
+    ):
+        if is_poor.any():
+            notes.append(f"{is_poor.mean():.0%} of the slabs ({is_poor.sum()}) are {why}")
+    poor = (is_interpolated | is_empty).mean()
+    white = (slabs >= 230).mean()
+    shares = cv2.calcHist([slabs], [0], None, [256], [0, 256]) / slabs.size
+    most = shares.max()
+    doubts = []
+    if poor > 0.25:
+        doubts.append(f"{poor:.0%} of the volume is interpolated over missing slices, or empty")
+    if white > 0.5:
+        doubts.append(f"{white:.0%} of the volume is nearly white")
+    if most > 0.95:
+        doubts.append(f"{most:.0%} of the volume has the grey value {shares.argmax()}")
+    # Fewer than 5 slices are not enough of a scan to judge, unless they show nothing at all.
+    return doubts if len(grid.order) >= 5 or most == 1 else []
 
 
 # --- head ---------------------------------------------------------------------------------------------------
@@ -1657,137 +1555,120 @@ def find_head(grid: Grid) -> tuple[float, float, float] | None:
     """
     factors = np.maximum(1, np.rint(3.0 / grid.steps)).astype(int)
     pixel_mm = grid.steps * factors
-    samples = {}
-    for k in _pick_evenly(np.arange(len(grid.order)), 24):
-        samples[k] = _shrink_slice(grid, k, factors)
-    spread = np.ptp(np.percentile(list(samples.values()), (1, 99)))
-    images = [image for image in samples.values() if np.ptp(image) > 0.02 * spread]
+    picks = pick_evenly(np.arange(len(grid.order)), 24)
+    samples = {k: shrink_slice(grid, k, factors) for k in picks}
+    least_range = 0.02 * np.ptp(np.percentile(list(samples.values()), (1, 99)))
+    images = [image for image in samples.values() if np.ptp(image) > least_range]
     if not images:
         return None
     is_ct = grid.series.modality == "CT"
-    threshold = -300.0 if is_ct else _tissue_threshold(images)
+    threshold = -300.0 if is_ct else choose_threshold(images)
 
     def mask_slice(k: int) -> np.ndarray:
-        image = samples[k] if k in samples else _shrink_slice(grid, k, factors)
-        if np.ptp(image) <= 0.02 * spread:  # no head, however bright
-            return np.zeros(image.shape, np.uint8)
-        return _mask_head(image, threshold, is_ct)
+        image = samples[k] if k in samples else shrink_slice(grid, k, factors)
+        has_content = np.ptp(image) > least_range  # else it shows no head, however bright
+        return mask_head(image, threshold, is_ct) * has_content
 
-    masks = {k: mask_slice(k) for k in samples}
-    widths = np.diff([grid.extent_mm(1), grid.extent_mm(2)])
-    least_mm2 = min(1000.0, 28.0 * widths.min())
+    masks = {k: mask_slice(k) for k in picks}
+    head = {k: largest_component(mask) for k, mask in masks.items()}
+    widths_mm = [np.ptp(grid.extent_mm(axis)) for axis in (1, 2)]
+    least_mm2 = min(1000, 28 * min(widths_mm))
     if grid.through == 0:
-        masks = _follow_head(grid, masks)
-        least_pixels = least_mm2 / pixel_mm.prod()
-        top = _find_axial_top(grid, masks, mask_slice, least_pixels)
+        follow_head(masks, head)
+        top = find_axial_top(grid, head, mask_slice, least_mm2 / pixel_mm.prod())
     else:
-        masks = {k: largest_component(mask) for k, mask in masks.items()}
-        top = _find_sliced_top(grid, masks, pixel_mm, least_mm2)
+        top = find_sliced_top(grid, head, pixel_mm, least_mm2)
     if top is None:
         return None
-    points = [_mask_points(grid, k, mask, pixel_mm) for k, mask in masks.items()]
-    points = np.concatenate(points)
-    points = points[points[:, 0] < top]
-    heights = points[:, 0]
-    near = points[heights >= min(top - 100, heights.max())]
-    _, y, x = (near.min(axis=0) + near.max(axis=0)) / 2
-    return top, float(y), float(x)
+    return top, *find_centre(grid, head, pixel_mm, top)
 
 
-def _find_axial_top(
+def find_axial_top(
     grid: Grid,
-    masks: Masks,
+    head: Masks,
     mask_slice: Callable[[int], np.ndarray],
     least_pixels: float,
 ) -> float | None:
-    """mm of the top by bisection between the highest sample with a head and the next; `masks` gets the slices
+    """mm of the top by bisection between the highest sample with a head and the next; `head` gets the slices
     with a head that it passes."""
-    large = [k for k, mask in masks.items() if mask.sum() > least_pixels]
+    large = [k for k, mask in head.items() if mask.sum() > least_pixels]
     if not large:
         return None
     inside = max(large)
-    above = min((k for k in masks if k > inside), default=inside)
+    above = min((k for k in head if k > inside), default=inside)
     while above - inside > 1 and grid.centres[above] - grid.centres[inside] > 2.0:
         k = (inside + above) // 2
-        mask = largest_component(mask_slice(k), near=masks[inside])
+        mask = largest_component(mask_slice(k), near=head[inside])
         if mask.sum() > least_pixels:
             inside = k
-            masks[k] = mask
+            head[k] = mask
         else:
             above = k
-    return float(grid.spans[inside, 1])
+    return grid.spans[inside, 1]
 
 
-def _find_sliced_top(
+def find_sliced_top(
     grid: Grid,
-    masks: Masks,
+    head: Masks,
     pixel_mm: np.ndarray,
     least_mm2: float,
 ) -> float | None:
     """mm of the top: the highest row (of z) whose pixels in all samples make up the cross-section."""
-    centres = grid.centres[list(masks)]
+    centres = grid.centres[list(head)]
     # mm through the stack that a sample stands for
-    depths_mm = np.gradient(centres) if len(masks) > 1 else np.diff(grid.spans[0])
-    widths = np.stack(list(masks.values())).sum(axis=2)  # (samples, rows) pixels
+    depths_mm = np.gradient(centres) if len(head) > 1 else np.diff(grid.spans[0])
+    widths = np.stack(list(head.values())).sum(axis=2)  # (samples, rows) pixels
     areas_mm2 = depths_mm @ widths * pixel_mm[1]
     rows = np.flatnonzero(areas_mm2 > least_mm2)
     if len(rows) == 0:
         return None
     bottom, covered = grid.extent_mm(0)
-    return min(bottom + float(pixel_mm[0] * (rows[-1] + 1)), covered)
+    return min(bottom + pixel_mm[0] * (rows[-1] + 1), covered)
 
 
-def _mask_points(
+def find_centre(
     grid: Grid,
-    k: int,
-    mask: np.ndarray,
+    head: Masks,
     pixel_mm: np.ndarray,
-) -> np.ndarray:
-    """(N, 3) canonical mm of the pixels in the mask of slice k."""
-    pixels = np.argwhere(mask)
-    points = np.empty((len(pixels), 3))
-    points[:, grid.through] = grid.centres[k]
-    points[:, grid.image_axes] = grid.edges[k] + (pixels + 0.5) * pixel_mm
-    return points
+    top: float,
+) -> tuple[float, float]:
+    """mm (y, x) of the middle of the head's bounding box over 100 mm below the top."""
+    numbers, *pixels = np.nonzero(np.stack(list(head.values())))
+    slices = np.array(list(head))[numbers]
+    points = np.empty((3, len(slices)))
+    points[grid.through] = grid.centres[slices]
+    for side, axis in enumerate(grid.image_axes):
+        points[axis] = grid.edges[slices, side] + (pixels[side] + 0.5) * pixel_mm[side]
+    points = points[:, points[0] < top]
+    _, y, x = points[:, points[0] >= min(top - 100, points[0].max())]
+    return (y.min() + y.max()) / 2, (x.min() + x.max()) / 2
 
 
-def _shrink_slice(
-    grid: Grid,
-    k: int,
-    factors: np.ndarray,
-) -> np.ndarray:
+def shrink_slice(grid: Grid, k: int, factors: np.ndarray) -> np.ndarray:
     """Rescaled slice k as means over blocks of `factors` pixels, float32; padding as air, or as what
     is darker."""
-    image = _rescaled_image(grid, k)
-    if grid.series.padding(int(grid.order[k])) is not None:
-        is_missing = np.isnan(image)
-        black = -1024 if grid.series.modality == "CT" else 0
-        image[is_missing] = np.min(image[~is_missing], initial=black)
+    frame = grid.frame(k)
+    values = rescale_values(frame, grid.image(k))
+    if frame.padding:
+        air = -1024 if grid.series.modality == "CT" else 0
+        values[np.isnan(values)] = np.fmin.reduce(values, axis=None, initial=air)
     blocks = np.maximum(1, grid.shape // factors)
     rows, columns = blocks * factors
-    return cv2.resize(image[:rows, :columns], blocks[::-1].tolist(), interpolation=cv2.INTER_AREA)
+    return cv2.resize(values[:rows, :columns], blocks[::-1].tolist(), interpolation=cv2.INTER_AREA)
 
 
-def _tissue_threshold(images: list[np.ndarray]) -> float:
+def choose_threshold(images: list[np.ndarray]) -> float:
     """Threshold for MR: half of Otsu's, since dark tissue is head, but at least a tenth of the range (1st to
     99th percentile), since noise is not."""
     values = np.concatenate([image.ravel() for image in images])
     low, high = np.percentile(values, (1, 99)).tolist()
-    if high <= low:
-        return high
-    shares = np.clip((values - low) / (high - low), 0, 1)
-    scaled = (shares * 255).astype(np.uint8)
+    scaled = np.interp(values, (low, high), (0, 255)).astype(np.uint8)
     method = cv2.THRESH_BINARY + cv2.THRESH_OTSU
-    level, _ = cv2.threshold(scaled[None], 0, 255, method)
-    share = max(0.5 * level / 255, 0.1)
-    return low + share * (high - low)
+    level, _ = cv2.threshold(scaled, 0, 255, method)
+    return low + max(0.5 * level / 255, 0.1) * (high - low)
 
 
-def _mask_head(
-    image: np.ndarray,
-    threshold: float,
-    is_ct: bool,
-) -> np.ndarray:
+def mask_head(image: np.ndarray, threshold: float, is_ct: bool) -> np.ndarray:
     """Mask uint8 of what is brighter, without structures thinner than 3 pixels (table, headrest). MR: with
     its dark insides, because the skull is a dark ring there. CT: with all inside the skull, which may be
     hollow or have a defect."""
@@ -1796,44 +1677,34 @@ def _mask_head(
     if is_ct:
         bone = (image > 100).astype(np.uint8)
         bone = cv2.morphologyEx(bone, cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))
-        skull = largest_component(bone)
-        if skull.any():
-            hull = cv2.convexHull(cv2.findNonZero(skull))
-            cv2.fillConvexPoly(mask, hull, 1)
+        skull = cv2.findNonZero(largest_component(bone))
+        if skull is not None:
+            cv2.fillConvexPoly(mask, cv2.convexHull(skull), 1)
     else:
         mask = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, kernel)
         contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-        mask = cv2.drawContours(mask, contours, -1, 1, cv2.FILLED)
+        cv2.drawContours(mask, contours, -1, 1, cv2.FILLED)
     return cv2.morphologyEx(mask, cv2.MORPH_OPEN, kernel)
 
 
 def largest_component(mask: np.ndarray, near: np.ndarray | None = None) -> np.ndarray:
     """The largest connected part of a mask, or the one that shares most pixels with `near`; zeros if there is
     none."""
-    _, labels = cv2.connectedComponents(mask, connectivity=8)
-    pixels = labels.ravel() if near is None else labels[near > 0]
-    sizes = np.bincount(pixels, minlength=2)
+    _, labels = cv2.connectedComponents(mask)
+    pixels = labels if near is None else labels[near > 0]
+    sizes = np.bincount(pixels.ravel(), minlength=1)
     sizes[0] = 0  # background
-    if sizes.max() == 0:
-        return np.zeros_like(mask)
-    return (labels == sizes.argmax()).astype(np.uint8)
+    return mask * (labels == sizes.argmax())
 
 
-def _follow_head(grid: Grid, masks: Masks) -> Masks:
-    """One component per slice: the largest of all, and up and down from it the one over the last; nothing
-    beyond 30 mm without any."""
-    head = {k: np.zeros_like(mask) for k, mask in masks.items()}
-    largest = {k: largest_component(mask) for k, mask in masks.items()}
-    seed = max(largest, key=lambda k: largest[k].sum())
-    head[seed] = largest[seed]
-    upwards = [k for k in masks if k > seed]
-    downwards = [k for k in reversed(masks) if k < seed]
+def follow_head(masks: Masks, head: Masks) -> None:
+    """Reduce the head, the largest component of each mask, to those that lie on each other: up and down from
+    the largest of all, the component over the last."""
+    seed = max(head, key=lambda k: head[k].sum())
+    upwards = [k for k in head if k > seed]
+    downwards = [k for k in reversed(head) if k < seed]
     for side in (upwards, downwards):
-        last = before = seed
+        last = seed
         for k in side:
-            if abs(grid.centres[before] - grid.centres[last]) <= 30:
-                head[k] = largest_component(masks[k], near=head[last])
-            if head[k].any():
-                last = k
-            before = k
-    return head
+            head[k] = largest_component(masks[k], near=head[last])
+            last = k
