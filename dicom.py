@@ -1529,6 +1529,11 @@ def doubt_voxels(
     shares = cv2.calcHist([slabs], [0], None, [256], [0, 256]) / slabs.size
     most = shares.max()
     doubts = []
+    size_mm = np.array([np.ptp(grid.extent_mm(axis)) for axis in range(3)])
+    least_mm = np.full(3, 60.0)
+    least_mm[grid.through] = 25  # a thin slab of many slices
+    if (size_mm < least_mm).any() and len(grid.order) >= 20:
+        doubts.append("{:.0f} x {:.0f} x {:.0f} mm were scanned: too small for a head".format(*size_mm))
     if poor > 0.25:
         doubts.append(f"{poor:.0%} of the volume is interpolated over missing slices, or empty")
     if white > 0.5:
