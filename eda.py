@@ -63,7 +63,8 @@ list_series = functools.cache(find_series)
 def read_cache(cache: Path, limit: int | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A row per series: index.csv, its labels (nan where there are none), and the settings of its volume or
     why it is unreadable; and a row per annotated point. ValueError for a broken table."""
-    table = common.read_csv(cache / "index.csv", [UID, "status"], dtype=TEXT, nrows=limit)
+    columns = [*TEXT, *MEASURES, "status", "modality", "num_points", "points_inside"]
+    table = common.read_csv(cache / "index.csv", columns, dtype=TEXT, nrows=limit)
     labels = pd.DataFrame(columns=[UID, "Modality", *NAMES])
     if (cache / "train.csv").is_file():
         labels = common.read_label_table(cache / "train.csv")
@@ -121,6 +122,8 @@ def read_run(folder: Path) -> dict[str, pd.DataFrame]:
     columns = [UID, "patient", "plane", *names]
     oof = common.read_csv(folder / "oof.csv", columns, dtype=TEXT)
     oof = oof.rename(columns=names)
+    if not np.isfinite(oof[PROBS]).all(axis=None):
+        raise ValueError("oof.csv: predictions are NaN or infinite; expected none")
     proposals = pd.DataFrame(columns=[UID, *PLACE, "score"])
     if (folder / "proposals.csv").is_file():
         proposals = common.read_csv(folder / "proposals.csv", list(proposals), dtype=TEXT)
@@ -143,7 +146,7 @@ def pool_oof(rows: pd.DataFrame) -> pd.DataFrame:
     return pooled.reset_index()
 
 
-# --- section: the data --------------------------------------------------------------------------------------
+# --- sections: the data, the images, where the aneurysms are ------------------------------------------------
 
 
 def data_section(table: pd.DataFrame) -> str:
@@ -152,22 +155,15 @@ def data_section(table: pd.DataFrame) -> str:
     planes = pd.crosstab(table["plane"], table["modality"], margins=True)
     positives = table.groupby("modality")[NAMES].sum().T
     positives["all"] = positives.sum(axis=1)
+    labelled = f"Positive series of {table[PRESENT].count()} with labels in train.csv."
     figures = []
     for column, (title, meaning) in MEASURES.items():
         figures.append(draw_histogram(title, meaning, table, column, "modality"))
     return f"""<section id="data"><h2>The data</h2>
         {show_table(settings, "Settings of the volumes; the box reaches down from the top of the head.")}
         {show_table(planes.reset_index(), "Series by plane and modality.")}
-        {
-        show_table(
-            positives.reset_index(names="label"),
-            f"Positive series of {table[PRESENT].count()} with labels in train.csv.",
-        )
-    }
+        {show_table(positives.reset_index(names="label"), labelled)}
         <div class="grid">{"".join(figures)}</div></section>"""
-
-
-# --- section: the images ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -239,9 +235,6 @@ def show_example(row: dict, scan: Scan, src: Path) -> str:
         {show_plane("After: in the volume", scan, axis, scan.place)}</div>"""
 
 
-# --- section: where the aneurysms are -----------------------------------------------------------------------
-
-
 def points_section(points: pd.DataFrame) -> str:
     """All annotated points in the frame of the box, from three sides; their depth below its top."""
     artery = points["label"].str.replace("^(Left|Right) ", "", regex=True)
@@ -288,7 +281,7 @@ def trouble_section(troubles: dict[str, pd.DataFrame]) -> str:
     return f"""<section id="trouble"><h2>What went wrong</h2>{"".join(parts)}</section>"""
 
 
-# --- section: the results -----------------------------------------------------------------------------------
+# --- sections: the results, the hardest cases ---------------------------------------------------------------
 
 CURVES = {  # columns of log.csv, with their meaning
     "train_loss": "Falls while the network fits the training series.",
@@ -297,13 +290,16 @@ CURVES = {  # columns of log.csv, with their meaning
 }
 
 
-def results_section(runs: dict[str, pd.DataFrame], pooled: pd.DataFrame, result: dict) -> str:
-    tables = {group: pool_oof(rows) for group, rows in runs["oof"].groupby("group")}
-    scores = []
-    for group, table in tables.items():
+def results_section(runs: dict[str, pd.DataFrame], result: dict) -> str:
+    """Groups of runs beside each other, all runs last and on top; result: common.score of all."""
+    scores, parts = [], []
+    roc = new_chart("false alarms: share of negatives", "sensitivity: share of positives")
+    for group, rows in [*runs["oof"].groupby("group"), ("all runs", runs["oof"])]:
+        table = pool_oof(rows)
         score = common.score(table, table[PROBS].to_numpy(), 500)
         scores.append({"runs": group, "wAUC": interval(score, "wauc")})
-    parts = []
+        false_alarms, sensitivity, _ = roc_curve(table[PRESENT], table[PROB_PRESENT])
+        roc.plot(false_alarms, sensitivity, label=group)
     for name in ("label", "modality", "plane"):
         rows = pd.DataFrame(result[f"per_{name}"]).T
         rows = rows.drop(columns="undefined", errors="ignore").reset_index(names=name)
@@ -313,7 +309,8 @@ def results_section(runs: dict[str, pd.DataFrame], pooled: pd.DataFrame, result:
         {show_table(runs["operating_points"], "Operating points with 95 % intervals over draws of patients.")}
         {show_table(runs["froc"], "FROC with 95 % intervals over draws of patients.")}
         <div class="grid">{"".join(training_figures(runs["log"]))}
-        {roc_figure(tables | {"all runs": pooled})}</div>{"".join(parts)}</section>"""
+        {show_chart("ROC of Aneurysm Present", "Chance is the diagonal.", roc)}</div>
+        {"".join(parts)}</section>"""
 
 
 def training_figures(logs: pd.DataFrame) -> list[str]:
@@ -326,18 +323,6 @@ def training_figures(logs: pd.DataFrame) -> list[str]:
             axes.plot(means.index, means, ".-", label=group)
         figures.append(show_chart(column, caption, axes))
     return figures
-
-
-def roc_figure(tables: dict[str, pd.DataFrame]) -> str:
-    """ROC of Aneurysm Present per group of runs; the last one on top."""
-    axes = new_chart("false alarms: share of negatives", "sensitivity: share of positives")
-    for name, rows in tables.items():
-        false_alarms, sensitivity, _ = roc_curve(rows[PRESENT], rows[PROB_PRESENT])
-        axes.plot(false_alarms, sensitivity, label=name)
-    return show_chart("ROC of Aneurysm Present", "Chance is the diagonal.", axes)
-
-
-# --- section: the hardest cases -----------------------------------------------------------------------------
 
 
 def cases_section(proposals: pd.DataFrame, pooled: pd.DataFrame, cache: Path) -> str:
@@ -439,12 +424,12 @@ def show_plane(
     reach = round(reach_mm / spacing_mm[axis])
     planes = np.moveaxis(scan.voxels, axis, 0)
     image = planes[max(middle - reach, 0) : middle + reach + 1].max(0)
-    aspect = spacing_mm[down] / spacing_mm[across]
-    shown = axes.imshow(image, vmin=0, vmax=255, aspect=aspect)
+    plain = axes.imshow(image, vmin=0, vmax=255)
     if heat is not None:
         slab = heat[middle]
-        extent = shown.get_extent()
-        axes.imshow(slab, "inferno", vmin=0, vmax=1, alpha=slab, extent=extent, aspect=aspect)
+        extent = plain.get_extent()
+        axes.imshow(slab, "inferno", vmin=0, vmax=1, alpha=slab, extent=extent)
+    axes.set_aspect(spacing_mm[down] / spacing_mm[across])
     first, last, *points = to_voxel([*scan.box, *scan.points], scan.affine)
     width, height = (last - first)[[across, down]]
     corner = first[[across, down]]
@@ -482,7 +467,6 @@ def show_table(table: pd.DataFrame, caption: str = "") -> str:
 
 
 def absent(text: str) -> str:
-    """A line in place of what is absent."""
     return f'<p class="soft">{escape(text)}</p>'
 
 
@@ -514,7 +498,7 @@ body { margin: 0 auto; max-width: 1240px; padding: 0 16px 48px; background: var(
 nav { position: sticky; top: 0; z-index: 1; padding: 6px 0; background: var(--back); display: flex;
   flex-wrap: wrap; gap: 2px 14px; border-bottom: 1px solid var(--line); } nav a { color: var(--fore); }
 section { scroll-margin-top: 70px; } h2 { margin: 40px 0 8px; } h3 { margin: 24px 0 6px; }
-p, li { max-width: 85ch; } .soft { color: var(--soft); font-size: 13px; }
+p, li { max-width: 85ch; } th { text-align: left; } .soft { color: var(--soft); font-size: 13px; }
 .grid { display: grid; gap: 24px; margin: 16px 0; --width: 340px; } .panes { --width: 260px; }
 .grid { grid-template-columns: repeat(auto-fill, minmax(min(var(--width), 100%), 1fr)); }
 figure { margin: 0; break-inside: avoid; } img { width: 100%; height: auto; display: block; }
@@ -523,7 +507,6 @@ figcaption, table { font-size: 13px; line-height: 1.4; } figcaption { margin-bot
   margin: 8px 0 16px; padding-right: 36px; }
 table { border-collapse: collapse; overflow-wrap: normal; font-variant-numeric: tabular-nums; }
 th, td { border: 1px solid var(--line); padding: 2px 7px; min-width: 4em; vertical-align: top; }
-th { text-align: left; }
 @media print { nav { display: none; } .table { overflow: visible; max-height: none; } }
 """
 
@@ -576,7 +559,7 @@ def make_page(cache: Path, src: Path, outputs: Path, limit: int | None = None) -
         result = common.score(pooled, pooled[PROBS].to_numpy())
         facts.append(describe_score(result, runs["oof"]["run"].nunique()))
         warnings = find_constant_runs(runs["oof"]) + warnings
-        sections += [results_section(runs, pooled, result), cases_section(runs["proposals"], pooled, cache)]
+        sections += [results_section(runs, result), cases_section(runs["proposals"], pooled, cache)]
     else:
         facts.append("No finished training runs.")
     names = re.findall(r'<section id="(\w+)"><h2>(.*?)</h2>', "".join(sections))
