@@ -1,17 +1,15 @@
 """Show the data, what went wrong and the results on one page that a radiologist and an engineer both read.
 
 in   --cache DIR    (cache) what preprocess.py wrote: index.csv, volumes, train.csv where there are labels
-     --src DIR      (dicoms) the DICOM tree, to show whole heads beside their volumes
+     --src DIR      (dicoms) the DICOM tree, to show the head around the volume
      --outputs DIR  (outputs) finished runs of train.py, at any depth
+     --limit N      only the first N series of index.csv, for a quick look; the results are of all series
 out  one HTML page on stdout that needs no other file and no network; progress goes to stderr
 run  python eda.py > report.html
 
-Numbers come from the tables and from the headers of the volumes; pixels are read of the shown examples only.
-What is absent is said where it would stand. Patients are counted, never named.
-exit 0 written, 1 nothing to report on, 2 wrong usage
+Numbers come from tables and headers; pixels are read of the shown examples only. What is absent is said where
+it would stand. Patients are counted, never named. Exit code 0 written, 1 nothing to report on, 2 wrong usage.
 """
-
-from __future__ import annotations
 
 import base64
 import functools
@@ -20,6 +18,7 @@ import json
 import re
 import sys
 import time
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -30,257 +29,186 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
+from matplotlib.patches import Rectangle
 from sklearn.metrics import roc_curve
 
 import common
 from common import AP, LABELS, UID
-from dicom import find_series, make_volume, read_series, to_lps, to_voxel
+from dicom import VolumeSettings, find_series, make_volume, read_series, to_lps, to_voxel
 
-SHORT = (  # of the 14 labels
-    "L ICA infra",
-    "R ICA infra",
-    "L ICA supra",
-    "R ICA supra",
-    "L MCA",
-    "R MCA",
-    "ACom",
-    "L ACA",
-    "R ACA",
-    "L PCom",
-    "R PCom",
-    "Basilar tip",
-    "Other post.",
-    "Present",
-)
-MEASURES = {  # columns of the table, with name and meaning
+MEASURES = {  # columns of index.csv, with name and meaning
     "age": ("Age (years)", "Not an input of the models."),
     "num_slices": ("Slices", "A slab of the volume is the mean of the slices in it."),
-    "slice_mm": (
-        "Distance between slices (mm)",
-        "Where it is large, a small aneurysm touches one slice or two.",
-    ),
-    "thickness_mm": (
-        "Slice thickness (mm)",
-        "The smallest aneurysms are 2 mm wide: thicker slices blur them.",
-    ),
+    "slice_mm": ("Distance between slices (mm)", "Where large, a small aneurysm touches one slice or two."),
+    "thickness_mm": ("Slice thickness (mm)", "Thick slices blur the smallest aneurysms, of 2 mm."),
     "row_mm": ("Pixel size (mm)", "Pixels finer than the volume's lose detail."),
-    "coverage_mm": (
-        "Height of the scan (mm)",
-        "The volume shows what lies in the box, from the top of the head.",
-    ),
-    "slab_mm": ("Slab of the volume (mm)", "The thicker, the more a small aneurysm is averaged away."),
+    "coverage_mm": ("Height of the scan (mm)", "The volume shows the part of it that lies in the box."),
 }
 TEXT = dict.fromkeys((UID, "patient", "plane", "reason", "notes"), str)  # columns, even if all are empty
-NAMES, TRUTH = list(LABELS), [f"label {name}" for name in LABELS]  # columns of oof.csv
-PRESENT, IS_PRESENT = NAMES[AP], TRUTH[AP]
-PLACE = ["x_mm", "y_mm", "z_mm"]  # columns of proposals.csv
-DIAGNOSTICS = ["recall_10mm", "oracle_wauc", "leak"]  # of metrics.json
-WHOLE_HEAD = {"base_slices": 256, "img_size": 256, "roi_mm": 280.0, "roi_top_mm": 600.0}
-REACH_MM, NEAR_MM, ASKEW_MM = 20.0, 8.0, 10.0  # half of a projection; points shown on a slab; a wrong side
+X = "mm from the right side of the box"  # columns of points
+Y = "mm from the front of the box"
+DEPTH = "mm below the top of the box"
+NAMES = list(LABELS)  # columns of the truth
+PROBS = [f"probability of {name}" for name in LABELS]  # columns of out-of-fold predictions
+PRESENT, PROB_PRESENT = NAMES[AP], PROBS[AP]
+PLACE = ["x_mm", "y_mm", "z_mm"]  # columns of proposals.csv, LPS
+WHOLE_HEAD = VolumeSettings(base_slices=256, img_size=256, roi_mm=280.0, roi_top_mm=600.0)
+REACH_MM, NEAR_MM = 20.0, 8.0  # half of a projection; points shown on a slab
 MAX_CASES, MAX_ROWS = 6, 200  # bounds that keep the page small
 list_series = functools.cache(find_series)
 
 # --- what there is ------------------------------------------------------------------------------------------
 
 
-def read_cache(cache: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A row per series: index.csv, its labels (nan where there are none), facts of its volume; and a row per
-    annotated point. Raises ValueError or KeyError for a table that is broken."""
-    table = pd.read_csv(cache / "index.csv", dtype=TEXT)
+def read_cache(cache: Path, limit: int | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A row per series: index.csv, its labels (nan where there are none), and the settings of its volume or
+    why it is unreadable; and a row per annotated point. ValueError for a broken table."""
+    columns = [*TEXT, *MEASURES, "status", "modality", "num_points", "points_inside"]
+    table = common.read_csv(cache / "index.csv", columns, dtype=TEXT, nrows=limit)
     labels = pd.DataFrame(columns=[UID, "Modality", *NAMES])
     if (cache / "train.csv").is_file():
         labels = common.read_label_table(cache / "train.csv")
     table = table.merge(labels, on=UID, how="left")
     table["modality"] = table["Modality"].fillna(table["modality"])  # the label table tells CTA from CT
-    table["age"] = table["age"].map(common.parse_age)
     table = table.fillna({"modality": "unknown", "plane": "unknown", "reason": "", "notes": ""})
-    facts, points = [], []
+    settings, faults = {}, {}
+    points = []
     for uid in table.loc[table["status"] != "failed", UID]:
+        path = common.volume_path(cache, uid)
         try:
-            row, places = read_header(common.volume_path(cache, uid))
+            tensors, meta = common.load_volume(path, ["points", "point_labels"])
         except (OSError, ValueError) as error:
-            row, places = {"unreadable": hide_folders(error)}, []
-        facts.append({UID: uid, **row})
-        points += [(uid, *place) for place in places]
-    facts = pd.DataFrame(facts, columns=[UID, "unreadable", "settings", "slab_mm"])
-    points = pd.DataFrame(points, columns=[UID, "label", "x_mm", "y_mm", "depth_mm", "depth"])
-    return table.merge(facts, on=UID, how="left"), points
+            faults[uid] = hide_folders(error)
+            continue
+        settings[uid] = json.dumps(meta["settings"])
+        height_mm = meta["settings"]["roi_top_mm"]
+        places_mm = (tensors["points"] + 0.5) * meta["spacing_mm"]
+        for label, (z, y, x) in zip(tensors["point_labels"], places_mm, strict=True):
+            depth_mm = height_mm - z
+            points.append((uid, LABELS[label], x, y, depth_mm))
+    points = pd.DataFrame(points, columns=[UID, "label", X, Y, DEPTH])
+    table["settings"] = table[UID].map(settings)
+    table["unreadable"] = table[UID].map(faults)
+    return table, points
 
 
-def read_header(path: Path) -> tuple[dict, list[tuple]]:
-    """Facts of a cached volume, and of each point: label, mm to the left and to the back of the middle of the
-    box, mm below its top, and that depth as a share of the box. No pixels are read."""
-    tensors, meta = common.load_volume(path, ["points", "point_labels"])
-    settings, spacing_mm = meta["settings"], meta["spacing_mm"]
-    shape = np.array([settings["base_slices"]] + [settings["img_size"]] * 2)
-    z, y, x = ((tensors["points"] + 0.5 - shape / 2) * spacing_mm).T
-    height_mm = shape[0] * spacing_mm[0]
-    depth_mm = height_mm / 2 - z
-    places = zip(tensors["point_labels"], x, y, depth_mm, depth_mm / height_mm, strict=True)
-    facts = {"settings": json.dumps(settings), "slab_mm": spacing_mm[0]}
-    return facts, list(places)
-
-
-def read_runs(outputs: Path) -> tuple[list[dict], list[str]]:
-    """The runs below a folder, and a line for each that is unfinished or cannot be read."""
-    runs, faults = [], []
+def read_runs(outputs: Path) -> tuple[dict[str, pd.DataFrame], list[str]]:
+    """The tables of `read_run` over all runs below a folder ({} without one), with the run's name in column
+    `run`; and a line for each run that is unfinished or cannot be read."""
+    tables, faults = defaultdict(list), []
     for path in sorted(outputs.rglob("config.yaml")):
+        run = path.parent.name
         try:
-            runs.append(read_run(path.parent))
-        except (OSError, ValueError, KeyError) as error:
-            faults.append(f"run {path.parent.name} is left out: {hide_folders(error)}")
-    return runs, faults
+            parts = read_run(path.parent)
+        except (OSError, ValueError) as error:
+            faults.append(f"run {run} is left out: {hide_folders(error)}")
+            continue
+        for name, table in parts.items():
+            table.insert(0, "run", run)
+            tables[name].append(table)
+    return {name: pd.concat(parts) for name, parts in tables.items()}, faults
 
 
-def read_run(folder: Path) -> dict:
-    """{folder, group: its name without seed and fold, weight, metrics, log, oof, proposals}."""
+def read_run(folder: Path) -> dict[str, pd.DataFrame]:
+    """Tables of a run: oof (truth, PROBS, weight, group), log (group), proposals, lists of metrics.json. The
+    runs of a group differ in seed and fold alone."""
     cfg = common.load_config(folder / "config.yaml")
-    oof = pd.read_csv(folder / "oof.csv", dtype=TEXT)
-    if not np.isfinite(oof[NAMES + TRUTH].to_numpy(float)).all():
-        raise ValueError("oof.csv: predictions are NaN or infinite")
+    weight = max(cfg.ensemble_weight, 1e-9)  # 0: a locator that only proposes
+    group = re.sub(r"_seed\d+_fold\d+$", "", folder.name)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    names = dict(zip(NAMES, PROBS, strict=True))
+    names |= {f"label {name}": name for name in NAMES}
+    names |= {"modality": "Modality"}  # as common.score wants it
+    columns = [UID, "patient", "plane", *names]
+    oof = common.read_csv(folder / "oof.csv", columns, dtype=TEXT)
+    oof = oof.rename(columns=names)
+    if not np.isfinite(oof[PROBS]).all(axis=None):
+        raise ValueError("oof.csv: predictions are NaN or infinite; expected none")
     proposals = pd.DataFrame(columns=[UID, *PLACE, "score"])
     if (folder / "proposals.csv").is_file():
-        proposals = pd.read_csv(folder / "proposals.csv", dtype=TEXT)[list(proposals)]
+        proposals = common.read_csv(folder / "proposals.csv", list(proposals), dtype=TEXT)
     return {
-        "folder": folder,
-        "group": re.sub(r"_seed\d+_fold\d+$", "", folder.name),
-        "weight": max(cfg.ensemble_weight, 1e-9),  # 0: a locator that only proposes
-        "metrics": json.loads((folder / "metrics.json").read_text()),
-        "log": pd.read_csv(folder / "log.csv"),
-        "oof": oof[[UID, "patient", "modality", "plane", *NAMES, *TRUTH]],
-        "proposals": proposals,
+        "oof": oof.assign(weight=weight, group=group),
+        "log": pd.read_csv(folder / "log.csv").assign(group=group),
+        "proposals": proposals.assign(folder=folder),
+        "operating_points": pd.DataFrame(metrics.get("operating_points")),
+        "froc": pd.DataFrame(metrics.get("froc")),
     }
 
 
-def pool_oof(runs: list[dict]) -> pd.DataFrame:
+def pool_oof(rows: pd.DataFrame) -> pd.DataFrame:
     """A row per series: labels and the mean out-of-fold probabilities over runs, weighted as in infer.py."""
-    rows = pd.concat([run["oof"].assign(weight=run["weight"]) for run in runs])
-    rows["patient"] = rows["patient"].fillna(rows[UID])  # else a patient of its own
-    rows[NAMES] = rows[NAMES].mul(rows["weight"], axis=0)
-    series = rows.groupby(UID)
-    means = series[NAMES].sum().div(series["weight"].sum(), axis=0)
-    return series.first().assign(**means).reset_index()
+    pooled = rows.groupby(UID).first()
+    weighted = rows[PROBS].mul(rows["weight"], axis=0)
+    sums = weighted.groupby(rows[UID]).sum()
+    weights = rows.groupby(UID)["weight"].sum()
+    pooled[PROBS] = sums.div(weights, axis=0)
+    return pooled.reset_index()
 
 
-def score_oof(rows: pd.DataFrame, draws: int) -> dict:
-    """common.score of a pooled table."""
-    truth = rows[["patient", "plane"]].assign(Modality=rows["modality"])
-    truth[NAMES] = rows[TRUTH]
-    return common.score(truth, rows[NAMES].to_numpy(), draws)
-
-
-# --- section: at a glance -----------------------------------------------------------------------------------
-
-
-def describe_series(table: pd.DataFrame) -> str:
-    counts = table["status"].value_counts()
-    return (
-        f"{len(table)} series of {plural(table['patient'].nunique(), 'patient')}: {counts.get('ok', 0)} ok, "
-        f"{counts.get('doubtful', 0)} doubtful, {counts.get('failed', 0)} failed."
-    )
-
-
-def describe_score(result: dict, num_runs: int) -> str:
-    present = result["per_label"][PRESENT]
-    return (
-        f"wAUC {interval(result, 'wauc')}, AUC of {PRESENT} {interval(present, 'auc')}: predictions "
-        f"out of fold, pooled over {plural(num_runs, 'run')}; {result['num_series']} series of "
-        f"{plural(result['num_patients'], 'patient')}. In brackets: 95 % interval, over how many draws "
-        f"of patients; one that leaves a label without a class does not count."
-    )
-
-
-def find_constant_runs(runs: list[dict]) -> list[str]:
-    """A warning per run whose predictions hardly differ from series to series."""
-    warnings = []
-    for run in runs:
-        low, high = run["oof"][PRESENT].quantile([0.05, 0.95])
-        if high - low < 0.02:
-            warnings.append(
-                f"NEARLY THE SAME FOR ALL SERIES: 90 % of what {run['folder'].name} predicts lies between "
-                f"{low:.3f} and {high:.3f}. It does not tell series apart; whatever it scores is chance."
-            )
-    return warnings
-
-
-# --- section: the data --------------------------------------------------------------------------------------
+# --- sections: the data, the images, where the aneurysms are ------------------------------------------------
 
 
 def data_section(table: pd.DataFrame) -> str:
-    settings = pd.DataFrame(map(json.loads, table["settings"].dropna().unique()))
-    planes = pd.crosstab(table["plane"], table["modality"], margins=True).reset_index()
+    settings = table["settings"].dropna().unique()
+    settings = pd.DataFrame(map(json.loads, settings))
+    planes = pd.crosstab(table["plane"], table["modality"], margins=True)
     positives = table.groupby("modality")[NAMES].sum().T
     positives["all"] = positives.sum(axis=1)
-    num_labelled = table[PRESENT].count()
-    labelled = f"Positive series of {num_labelled} with labels in train.csv."
-    figures = [draw_histogram(title, meaning, table, name) for name, (title, meaning) in MEASURES.items()]
+    labelled = f"Positive series of {table[PRESENT].count()} with labels in train.csv."
+    figures = []
+    for column, (title, meaning) in MEASURES.items():
+        figures.append(draw_histogram(title, meaning, table, column, "modality"))
     return f"""<section id="data"><h2>The data</h2>
-        {show_table(settings, "Settings of the volumes; the box reaches down from the top of the head")}
-        {show_table(planes, "Series by plane and modality")}
-        {show_table(positives.reset_index(names="label") if num_labelled else positives[:0], labelled)}
+        {show_table(settings, "Settings of the volumes; the box reaches down from the top of the head.")}
+        {show_table(planes.reset_index(), "Series by plane and modality.")}
+        {show_table(positives.reset_index(names="label"), labelled)}
         <div class="grid">{"".join(figures)}</div></section>"""
-
-
-# --- section: the images ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What is drawn of a series: voxels uint8 (z, y, x), their affine to LPS mm, annotated points with their
-    names, and the corners of the box that the model sees."""
+    """What is drawn of a series. Points and corners are LPS mm."""
 
-    voxels: np.ndarray
-    affine: np.ndarray
-    points_lps: np.ndarray  # (P, 3)
-    names: list[str]
-    box_lps: np.ndarray  # (2, 3)
+    voxels: np.ndarray  # uint8 (z, y, x)
+    affine: np.ndarray  # to LPS mm
+    points: np.ndarray  # (P, 3) annotated
+    box: np.ndarray  # (2, 3) corners of what the model sees
+    place: np.ndarray  # (3,) the first annotated point, else the middle of the box
     settings: dict
-
-    @property
-    def place_lps(self) -> np.ndarray:
-        """(3,) the first annotated point, else the middle of the box."""
-        return [*self.points_lps, self.box_lps.mean(0)][0]
 
 
 def read_scan(uid: str, cache: Path) -> Scan:
     """The cached volume of a series."""
     tensors, meta = common.load_volume(common.volume_path(cache, uid))
-    voxels, affine = tensors["volume"], np.array(meta["affine"])
-    points_lps = to_lps(tensors["points"], affine)
-    names = [SHORT[label] for label in tensors["point_labels"]]
-    box_lps = to_lps([[-0.5] * 3, np.array(voxels.shape) - 0.5], affine)
-    return Scan(
-        voxels,
-        affine,
-        points_lps,
-        names,
-        box_lps,
-        meta["settings"],
-    )
+    voxels = tensors["volume"]
+    affine = np.array(meta["affine"])
+    points = to_lps(tensors["points"], affine)
+    edges = np.array([[0, 0, 0], voxels.shape]) - 0.5
+    box = to_lps(edges, affine)
+    place = points[0] if len(points) else box.mean(0)
+    return Scan(voxels, affine, points, box, place, meta["settings"])
 
 
 def read_whole_head(scan: Scan, uid: str, src: Path) -> Scan:
     """The same series read again from DICOM: a volume over a larger box."""
-    folder = src / "series" / uid
-    files = sorted(folder.iterdir()) if folder.is_dir() else list_series(src)[0][uid]
-    settings = {name: scan.settings[name] for name in common.VOLUME_FIELDS}
-    cfg = common.config_from_dict(settings | WHOLE_HEAD)
-    volume = make_volume(read_series(files, uid), cfg.volume)
+    files = sorted((src / "series" / uid).glob("*"))
+    if not files:
+        series, _ = list_series(src)
+        files = series.get(uid, [])
+    volume = make_volume(read_series(files, uid), WHOLE_HEAD)
     return replace(scan, voxels=volume.voxels, affine=volume.affine)
 
 
-def images_section(
-    table: pd.DataFrame,
-    points: pd.DataFrame,
-    cache: Path,
-    src: Path,
-) -> str:
+def images_section(table: pd.DataFrame, cache: Path, src: Path) -> str:
     """An example per modality and plane, with an annotated point where there is one."""
-    cached = table.assign(is_marked=table[UID].isin(points[UID])).dropna(subset="slab_mm")
-    cached = cached.sort_values(["modality", "plane", "is_marked", "num_slices"])
-    chosen = cached.drop_duplicates(["modality", "plane"], keep="last")
-    examples = [show_example(row, read_scan(row[UID], cache), src) for row in chosen.to_dict("records")]
+    kinds = ["modality", "plane"]
+    cached = table.dropna(subset="settings").sort_values([*kinds, "points_inside", "num_slices"])
+    chosen = cached.drop_duplicates(kinds, keep="last")
+    examples = []
+    for row in chosen.to_dict("records"):
+        common.log(f"example: {row['modality']}, {row['plane']}")
+        examples.append(show_example(row, read_scan(row[UID], cache), src))
     return f"""<section id="images"><h2>The images</h2>
         <p>A series per modality and plane, with an annotated aneurysm where there is one (ring). R and L are
         the patient's sides, A is the front, P the back. Blue: the box that the model sees. Projections are
@@ -291,48 +219,34 @@ def images_section(
 
 def show_example(row: dict, scan: Scan, src: Path) -> str:
     """A series: where the box lies in the head, and a slice before and after."""
-    common.log(f"example: {row['modality']}, {row['plane']}")
-    whole, fault, axis = scan, "", {"coronal": 1, "sagittal": 2}.get(row["plane"], 0)
+    axis = {"coronal": 1, "sagittal": 2}.get(row["plane"], 0)
+    head, fault = scan, ""
     try:
-        whole = read_whole_head(scan, row[UID], src)
-    except (ValueError, OSError, KeyError) as error:
+        head = read_whole_head(scan, row[UID], src)
+    except (ValueError, OSError) as error:
         fault = f"The volume alone is shown: {hide_folders(error)}"
     spacing = f"{plural(int(row['num_slices']), 'slice')}, {row['slice_mm']:.2f} mm apart"
     return f"""<h3>{escape(row["modality"])}, {escape(row["plane"])}</h3>
         {absent(f"{row[UID]}: {spacing}. {row['notes']} {fault}")}
         <div class="grid panes">
-        {show_plane("Coronal projection", whole, 1, REACH_MM)}
-        {show_plane("Sagittal projection", whole, 2, REACH_MM)}
-        {show_plane("Before: as acquired", whole, axis)}
-        {show_plane("After: in the volume", scan, axis)}</div>"""
-
-
-# --- section: where the aneurysms are -----------------------------------------------------------------------
+        {show_plane("Coronal projection", head, 1, scan.place, REACH_MM)}
+        {show_plane("Sagittal projection", head, 2, scan.place, REACH_MM)}
+        {show_plane("Before: as acquired", head, axis, scan.place)}
+        {show_plane("After: in the volume", scan, axis, scan.place)}</div>"""
 
 
 def points_section(points: pd.DataFrame) -> str:
     """All annotated points in the frame of the box, from three sides; their depth below its top."""
-    points = points.assign(
-        artery=[SHORT[label].removeprefix("L ").removeprefix("R ") for label in points["label"]]
-    )
-    names = {
-        "x_mm": "right  ←  mm  →  left",
-        "y_mm": "front  ←  mm  →  back",
-        "depth_mm": "mm below the top",
-    }
-    meaning = f"{(points['depth'] < 1 / 3).mean():.0%} of the points lie in the upper third of their box."
-    figures = [draw_histogram("Depth below the top of the box (mm)", meaning, points, "depth_mm", "artery")]
-    for view, x, y in (
-        ("From below", "x_mm", "y_mm"),
-        ("From the front", "x_mm", "depth_mm"),
-        ("From the left", "y_mm", "depth_mm"),
-    ):
-        axes = new_chart(names[x], names[y], 4.2)
-        for artery, rows in points.groupby("artery"):
-            axes.scatter(rows[x], rows[y], s=9, label=artery)
+    artery = points["label"].str.replace("^(Left|Right) ", "", regex=True)
+    points = points.assign(artery=artery)
+    figures = [draw_histogram("Depth (mm)", "Below the top of the box.", points, DEPTH, "artery")]
+    for view, x, y in (("From below", X, Y), ("From the front", X, DEPTH), ("From the left", Y, DEPTH)):
+        axes = new_chart(x, y, 5.0)
+        for name, rows in points.groupby("artery"):
+            axes.scatter(rows[x], rows[y], s=9, label=name)
         axes.set_aspect("equal")
         axes.invert_yaxis()
-        figures.append(show_chart(view, "0 is the middle of the box that the model sees.", axes))
+        figures.append(show_chart(view, "All annotated points, in the box that the model sees.", axes))
     return f"""<section id="points"><h2>Where the aneurysms are</h2>
         <div class="grid">{"".join(figures) if len(points) else absent("No annotated points in the cache.")}
         </div></section>"""
@@ -341,31 +255,18 @@ def points_section(points: pd.DataFrame) -> str:
 # --- section: what went wrong -------------------------------------------------------------------------------
 
 
-def find_troubles(table: pd.DataFrame, points: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def find_troubles(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Title -> a row per case."""
+    failed = table.query("status == 'failed'")
+    doubtful = table.query("status == 'doubtful'")
     outside = table.query("points_inside < num_points")
     return {
-        "Series that failed": table.query("status == 'failed'")[[UID, "reason"]],
-        "Doubtful volumes": table.query("status == 'doubtful'")[[UID, "reason", "notes"]],
+        "Series that failed": failed[[UID, "reason"]],
+        "Doubtful volumes": doubtful[[UID, "reason", "notes"]],
         "Unreadable volumes": table.dropna(subset="unreadable")[[UID, "unreadable"]],
         "Points outside the box": outside[[UID, "num_points", "points_inside"]],
-        "Labels and points at odds": find_contradictions(table.dropna(subset="slab_mm"), points),
         "Kinds of repairs and assumptions": count_notes(table),
     }
-
-
-def find_contradictions(cached: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
-    """Where labels, points and sides do not fit each other."""
-    points = points.assign(label=np.array(LABELS)[points["label"].astype(int)])
-    pairs = cached.melt(UID, NAMES[:AP], "label", "stated").merge(points, how="left")
-    side = pairs["label"].str[0].map({"L": 1, "R": -1})
-    faults = {
-        "a point, but the label is 0": (pairs["stated"] == 0) & pairs["x_mm"].notna(),
-        "labelled, but no point": (pairs["stated"] == 1) & pairs["x_mm"].isna(),
-        "a point on the other side": pairs["x_mm"] * side < -ASKEW_MM,
-    }
-    pairs["what"] = np.select(list(faults.values()), list(faults), "")
-    return pairs.loc[pairs["what"] != "", [UID, "label", "what"]]
 
 
 def count_notes(table: pd.DataFrame) -> pd.DataFrame:
@@ -380,143 +281,99 @@ def trouble_section(troubles: dict[str, pd.DataFrame]) -> str:
     return f"""<section id="trouble"><h2>What went wrong</h2>{"".join(parts)}</section>"""
 
 
-# --- section: the results -----------------------------------------------------------------------------------
+# --- sections: the results, the hardest cases ---------------------------------------------------------------
+
+CURVES = {  # columns of log.csv, with their meaning
+    "train_loss": "Falls while the network fits the training series.",
+    "val_loss": "Of patients held back. Rising while the other falls: overfitting.",
+    "wauc": "Of patients held back, without annotated crops. Chance is 0.5.",
+}
 
 
-def results_section(runs: list[dict], pooled: pd.DataFrame, result: dict) -> str:
-    tables = {}
-    for group in sorted({run["group"] for run in runs}):
-        tables[group] = pool_oof([run for run in runs if run["group"] == group])
-    figures = [*training_figures(runs, list(tables)), roc_figure(tables | {"all runs": pooled})]
-    parts = []
+def results_section(runs: dict[str, pd.DataFrame], result: dict) -> str:
+    """Groups of runs beside each other, all runs last and on top; result: common.score of all."""
+    scores, parts = [], []
+    roc = new_chart("false alarms: share of negatives", "sensitivity: share of positives")
+    for group, rows in [*runs["oof"].groupby("group"), ("all runs", runs["oof"])]:
+        table = pool_oof(rows)
+        score = common.score(table, table[PROBS].to_numpy(), 500)
+        scores.append({"runs": group, "wAUC": interval(score, "wauc")})
+        false_alarms, sensitivity, _ = roc_curve(table[PRESENT], table[PROB_PRESENT])
+        roc.plot(false_alarms, sensitivity, label=group)
     for name in ("label", "modality", "plane"):
-        rows = pd.DataFrame(result[f"per_{name}"]).T.drop(columns="undefined", errors="ignore")
-        parts.append(show_table(rows.reset_index(names=name), f"The pooled predictions by {name}"))
+        rows = pd.DataFrame(result[f"per_{name}"]).T
+        rows = rows.drop(columns="undefined", errors="ignore").reset_index(names=name)
+        parts.append(show_table(rows, f"The pooled predictions by {name}."))
     return f"""<section id="results"><h2>The results</h2>
-        {runs_table(runs, tables)}{points_table(runs, "operating_points")}{points_table(runs, "froc")}
-        <div class="grid">{"".join(figures)}</div>{"".join(parts)}</section>"""
+        {show_table(pd.DataFrame(scores), "Runs compared, on patients held back.")}
+        {show_table(runs["operating_points"], "Operating points with 95 % intervals over draws of patients.")}
+        {show_table(runs["froc"], "FROC with 95 % intervals over draws of patients.")}
+        <div class="grid">{"".join(training_figures(runs["log"]))}
+        {show_chart("ROC of Aneurysm Present", "Chance is the diagonal.", roc)}</div>
+        {"".join(parts)}</section>"""
 
 
-def runs_table(runs: list[dict], tables: dict[str, pd.DataFrame]) -> str:
-    """A row per group of runs: the score of its pooled predictions, the mean diagnostics of its runs."""
-    metrics = pd.DataFrame([run["metrics"] for run in runs]).reindex(columns=DIAGNOSTICS)
-    metrics = metrics.map(lambda value: np.ravel(value)[0]).astype(float)  # [value, low, high] or a value
-    means = metrics.groupby([run["group"] for run in runs]).mean()
-    means.insert(0, "wAUC", [interval(score_oof(tables[group], 500), "wauc") for group in means.index])
-    caption = (
-        "Runs compared, on patients held back. oracle_wauc: with crops at annotated places, which no new "
-        "patient has; leak: what that adds. Both are diagnostics, not results."
-    )
-    return show_table(means.reset_index(names="runs"), caption)
-
-
-def points_table(runs: list[dict], key: str) -> str:
-    """A list of metrics.json, such as the operating points, of all runs that have it."""
-    rows = [{"run": run["folder"].name, **row} for run in runs for row in run["metrics"].get(key, [])]
-    caption = f"{key.replace('_', ' ')} with 95 % intervals over `bootstrap` (a setting) draws of patients."
-    return show_table(pd.DataFrame(rows), caption)
-
-
-def training_figures(runs: list[dict], groups: list[str]) -> list[str]:
-    """Losses and validation wAUC by epoch; the runs of one group share a colour."""
+def training_figures(logs: pd.DataFrame) -> list[str]:
+    """Losses and validation wAUC by epoch, the mean over the runs of a group."""
     figures = []
-    for column, caption in (
-        ("train_loss", "Falls while the network fits the training series."),
-        ("val_loss", "Of patients held back. Rising while the other falls: overfitting."),
-        ("wauc", "Of patients held back, without annotated crops. Chance is 0.5."),
-    ):
+    for column, caption in CURVES.items():
         axes = new_chart("epoch", column)
-        for run in runs:
-            colour = f"C{groups.index(run['group'])}"
-            axes.plot(run["log"]["epoch"], run["log"][column], ".-", color=colour, label=run["group"])
+        for group, log in logs.groupby("group"):
+            means = log.groupby("epoch")[column].mean()
+            axes.plot(means.index, means, ".-", label=group)
         figures.append(show_chart(column, caption, axes))
     return figures
 
 
-def roc_figure(tables: dict[str, pd.DataFrame]) -> str:
-    """ROC of Aneurysm Present per group of runs; the last one on top."""
-    axes = new_chart("false alarms: share of negatives", "found: share of positives")
-    for name, rows in tables.items():
-        false_alarms, found, _ = roc_curve(rows[IS_PRESENT], rows[PRESENT])
-        axes.plot(false_alarms, found, label=name)
-    return show_chart("ROC of Aneurysm Present", "Chance is the diagonal.", axes)
-
-
-# --- section: the hardest cases -----------------------------------------------------------------------------
-
-
-def cases_section(runs: list[dict], pooled: pd.DataFrame, cache: Path) -> str:
+def cases_section(proposals: pd.DataFrame, pooled: pd.DataFrame, cache: Path) -> str:
     """The predictions that are most wrong, of positives and of negatives."""
-    proposals = pd.concat([run["proposals"].assign(folder=run["folder"]) for run in runs])
-    rows = pooled.assign(error=abs(pooled[IS_PRESENT] - pooled[PRESENT]))
-    rows = rows.sort_values("error", ascending=False)
+    errors = abs(pooled[PRESENT] - pooled[PROB_PRESENT]).sort_values(ascending=False)
+    hardest = pooled.loc[errors.index].groupby(PRESENT).head(MAX_CASES)
     cases = []
-    for row in rows.groupby(IS_PRESENT).head(MAX_CASES).to_dict("records"):
+    for row in hardest.to_dict("records"):
         common.log(f"hard case: {row[UID]}")
-        places = proposals[proposals[UID] == row[UID]].sort_values("score")
+        places = proposals[proposals[UID] == row[UID]]
         try:
             cases.append(show_case(row, places, read_scan(row[UID], cache)))
         except (OSError, ValueError) as error:
             cases.append(absent(f"{row[UID]}: {hide_folders(error)}"))
     return f"""<section id="cases"><h2>The hardest cases</h2>
-        <p>Left the slab of a locator's likeliest place, else of the annotated one; right the same with the
-        locator's probability of an aneurysm, or a coronal projection where there is no locator.</p>
-        <div class="grid wide">{"".join(cases)}</div></section>"""
+        <p>The slab of a locator's likeliest place, else of the annotated one; beside it a coronal projection,
+        and the locator's probability of an aneurysm over the slab: violet 0.3, red 0.5, yellow 0.9.</p>
+        {"".join(cases)}</section>"""
 
 
 def show_case(row: dict, places: pd.DataFrame, scan: Scan) -> str:
-    """A slab, and its heat map or a coronal projection. places: rows of proposals, the best one last."""
-    figure = Figure(figsize=(7, 3.3), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    place_lps = [scan.place_lps, *places[PLACE].to_numpy(float)][-1]
-    z = round(to_voxel(place_lps, scan.affine)[0, 0])
-    draw_plane(left, scan, 0, place_lps)
+    """A slab, a projection and, where a locator has places (rows of proposals), its heat map."""
+    place, heat = scan.place, None
     if len(places):
-        draw_plane(right, scan, 0, place_lps)
-        draw_heat(right, scan, z, places["folder"].iloc[-1])
-    else:
-        draw_plane(right, scan, 1, place_lps, REACH_MM)
-    truth = ", ".join(scan.names) or f"{row[IS_PRESENT]:.0f}"
-    caption = f"Predicted {row[PRESENT]:.2f}, truth: {truth}; slab {z} of 0 to {len(scan.voxels) - 1}."
-    return show_picture(f"{row['modality']} …{row[UID][-8:]}", caption, figure)
+        best = places.sort_values("score").iloc[-1]
+        place = best[PLACE].to_numpy(float)
+        heat = compute_heat(scan, best["folder"])
+    truth = [name for name in NAMES if row[name]]
+    return f"""<h3>{escape(row["Modality"])} …{escape(row[UID][-8:])}</h3>
+        {absent(f"Predicted {row[PROB_PRESENT]:.2f}, truth: {', '.join(truth) or 'no aneurysm'}.")}
+        <div class="grid panes">
+        {show_plane(f"Slab {nearest_plane(scan, 0, place)} of 0 to {len(scan.voxels) - 1}", scan, 0, place)}
+        {show_plane("Heat map", scan, 0, place, heat=heat) if len(places) else ""}
+        {show_plane("Coronal projection", scan, 1, place, REACH_MM)}</div>"""
 
 
-def draw_heat(axes: Axes, scan: Scan, z: int, folder: Path) -> None:
-    """A locator's probability of an aneurysm, the sum of its 13 maps, over slab z, on a scale from 0 to 1.
-    Raises ValueError if the locator cannot be asked."""
+def compute_heat(scan: Scan, folder: Path) -> np.ndarray:
+    """(Z, h, w) a locator's probability of an aneurysm at a place, the sum of its 13 maps. ValueError if the
+    locator takes other volumes."""
     run = common.load_run(folder)
     if scan.settings != common.volume_settings(run.cfg):
         raise ValueError(f"{folder.name}: its volumes have other settings than those of the cache")
     with torch.inference_mode():
-        maps = run.model(torch.from_numpy(scan.voxels)[None].float() / 255).maps
-    heat = maps[0, :, z].sigmoid().sum(0).numpy()
-    _, height, width = scan.voxels.shape
-    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-    image = axes.imshow(heat, "inferno", extent=extent, alpha=heat, vmin=0, vmax=1)
-    axes.figure.colorbar(image, ax=axes).ax.tick_params(colors="white")
+        images = torch.from_numpy(scan.voxels)[None].float() / 255
+        maps = run.model(images).maps[0]
+    return maps.sigmoid().sum(0).numpy()
 
 
 # --- charts, pictures, tables -------------------------------------------------------------------------------
 
-FORE = "#123457"  # becomes the page's own text colour, light or dark
-CHART_STYLE = {
-    "font.size": 8,
-    "text.parse_math": False,
-    "svg.fonttype": "none",
-    "image.cmap": "gray",
-    "legend.frameon": False,
-    **dict.fromkeys(
-        (
-            "text.color",
-            "axes.edgecolor",
-            "axes.labelcolor",
-            "xtick.color",
-            "ytick.color",
-        ),
-        FORE,
-    ),
-}
-LETTERS = {"color": "white", "path_effects": [withStroke(linewidth=2, foreground="black")]}
+CHART_STYLE = {"font.size": 8, "text.parse_math": False, "image.cmap": "gray", "legend.frameon": False}
 
 
 def new_chart(x_name: str, y_name: str, height: float = 2.6) -> Axes:
@@ -526,85 +383,75 @@ def new_chart(x_name: str, y_name: str, height: float = 2.6) -> Axes:
 
 
 def show_chart(title: str, caption: str, axes: Axes) -> str:
-    """The chart as inline SVG; equal labels stand in the legend once."""
-    handles, names = axes.get_legend_handles_labels()
-    keys = dict(zip(names, handles, strict=True))
-    if len(keys) > 1:
-        axes.figure.legend(keys.values(), keys, loc="outside upper left", ncols=2)
-    text = io.StringIO()
-    axes.figure.savefig(text, format="svg", transparent=True)
-    drawing = text.getvalue()
-    drawing = re.sub(r' id="\w+_\d+"', "", drawing[drawing.index("<svg") :])  # each id once on a page
-    return show_figure(title, caption, drawing.replace(FORE, "currentColor"))
+    if len(axes.get_legend_handles_labels()[1]) > 1:
+        axes.figure.legend(loc="outside upper left")
+    return show_picture(title, caption, axes.figure, "white")
 
 
-def draw_histogram(
-    title: str,
-    caption: str,
-    table: pd.DataFrame,
-    column: str,
-    kind: str = "modality",
-) -> str:
+def draw_histogram(title: str, caption: str, table: pd.DataFrame, column: str, kind: str) -> str:
     """How often a column has which value, stacked by another column."""
-    values = table.pivot(columns=kind, values=column).dropna(axis=1, how="all")
-    if values.empty:
+    table = table.dropna(subset=column).reset_index()
+    if table.empty:
         return absent(f"{title}: no series states it.")
+    values = table.pivot(columns=kind, values=column).round(3)  # equal but for rounding: equal
     axes = new_chart(title, "number")
-    low, high = np.nanmin(values), np.nanmax(values)
-    edges = np.linspace(low, max(high, low + 1e-3 * max(abs(low), 1.0)), 25)  # equal but for rounding, too
-    axes.hist(values.to_numpy(), edges, stacked=True, label=list(values))
+    axes.hist(values.to_numpy(), 25, stacked=True, label=list(values))
     axes.yaxis.get_major_locator().set_params(integer=True)
     return show_chart(title, caption, axes)
 
 
-def draw_plane(
-    axes: Axes,
+def nearest_plane(scan: Scan, axis: int, place: np.ndarray) -> int:
+    """Index of the plane across an axis in which a place (3,) LPS lies, or of the plane next to it."""
+    index = round(to_voxel(place, scan.affine)[0, axis])
+    return min(max(index, 0), scan.voxels.shape[axis] - 1)
+
+
+def show_plane(
+    title: str,
     scan: Scan,
     axis: int,
-    place_lps: np.ndarray,
+    place: np.ndarray,
     reach_mm: float = 0.0,
-) -> None:
-    """The plane through a place, or the maximum within reach of it, head up: with directions, a bar of 50 mm,
-    the points near it, and the box."""
+    heat: np.ndarray | None = None,
+) -> str:
+    """The plane through a place, or the maximum within reach of it, head up: with directions, a ring around
+    each point near it, the box, and a heat map (Z, h, w) on a scale from 0 to 1."""
+    figure = Figure(figsize=(3.4, 3.6), layout="constrained")
+    axes = figure.subplots()
     down, across = (a for a in range(3) if a != axis)
+    spacing_mm = np.linalg.norm(scan.affine[:3, :3], axis=0)
+    middle = nearest_plane(scan, axis, place)
+    reach = round(reach_mm / spacing_mm[axis])
     planes = np.moveaxis(scan.voxels, axis, 0)
-    steps = np.linalg.norm(scan.affine[:3, :3], axis=0)
-    centre = to_voxel(place_lps, scan.affine)[0, axis].clip(0, len(planes) - 1)
-    reach = reach_mm / steps[axis]
-    first, last = max(round(centre - reach), 0), round(centre + reach)
-    image = planes[first : last + 1].max(0)
-    axes.imshow(image, vmin=0, vmax=255, aspect=steps[down] / steps[across])
-    axes.set_axis_off()
+    image = planes[max(middle - reach, 0) : middle + reach + 1].max(0)
+    plain = axes.imshow(image, vmin=0, vmax=255)
+    if heat is not None:
+        slab = heat[middle]
+        extent = plain.get_extent()
+        axes.imshow(slab, "inferno", vmin=0, vmax=1, alpha=slab, extent=extent)
+    axes.set_aspect(spacing_mm[down] / spacing_mm[across])
+    first, last, *points = to_voxel([*scan.box, *scan.points], scan.affine)
+    width, height = (last - first)[[across, down]]
+    corner = first[[across, down]]
+    axes.add_patch(Rectangle(corner, width, height, fill=False, color="C0"))
+    for point in points:
+        away_mm = abs(point[axis] - middle) * spacing_mm[axis]
+        if away_mm <= max(reach_mm, NEAR_MM):
+            axes.plot(point[across], point[down], "o", markersize=10, fillstyle="none", color="yellow")
     if axis:
         axes.invert_yaxis()  # z grows upwards
-    for point, name in zip(to_voxel(scan.points_lps, scan.affine), scan.names, strict=True):
-        x, y = point[across], point[down]
-        if abs(point[axis] - centre) * steps[axis] <= max(reach_mm, NEAR_MM):
-            axes.plot(x, y, "o", markersize=10, fillstyle="none", color="yellow")
-            axes.text(x, y, f"   {name}", **LETTERS)
-    box = to_voxel(scan.box_lps, scan.affine)
-    axes.plot(box[[0, 0, 1, 1, 0], across], box[[0, 1, 1, 0, 0], down], color="C0")
-    bar = 50 / steps[across] / image.shape[1]
-    axes.plot([0.05, 0.05 + bar], [0.04, 0.04], color="white", transform=axes.transAxes)
-    for x, y, text in ((0.05, 0.06, "50 mm"), (0.02, 0.5, "RRA"[axis]), (0.94, 0.5, "LLP"[axis])):
-        axes.text(x, y, text, transform=axes.transAxes, **LETTERS)
-
-
-def show_plane(title: str, scan: Scan, axis: int, reach_mm: float = 0.0) -> str:
-    figure = Figure(figsize=(3.4, 3.4))
-    draw_plane(figure.add_axes((0, 0, 1, 1)), scan, axis, scan.place_lps, reach_mm)
+    axes.set_axis_off()
+    axes.set_title("RRA"[axis], loc="left", color="white")
+    axes.set_title("LLP"[axis], loc="right", color="white")
     return show_picture(title, "", figure)
 
 
-def show_picture(title: str, caption: str, figure: Figure) -> str:
+def show_picture(title: str, caption: str, figure: Figure, colour: str = "black") -> str:
     data = io.BytesIO()
-    figure.savefig(data, format="jpeg", dpi=150, facecolor="black")
-    uri = f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
-    return show_figure(title, caption, f'<img alt="{escape(title)}" src="{uri}">')
-
-
-def show_figure(title: str, caption: str, body: str) -> str:
-    return f"<figure><figcaption><b>{escape(title)}.</b> {escape(caption)}</figcaption>{body}</figure>"
+    figure.savefig(data, format="webp", dpi=150, facecolor=colour)
+    uri = f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return f"""<figure><figcaption><b>{escape(title)}.</b> {escape(caption)}</figcaption>
+        <img alt="{escape(title)}" src="{uri}"></figure>"""
 
 
 def show_table(table: pd.DataFrame, caption: str = "") -> str:
@@ -620,7 +467,6 @@ def show_table(table: pd.DataFrame, caption: str = "") -> str:
 
 
 def absent(text: str) -> str:
-    """A line in place of what is absent."""
     return f'<p class="soft">{escape(text)}</p>'
 
 
@@ -634,9 +480,9 @@ def plural(count: int, noun: str) -> str:
 
 
 def interval(result: dict, name: str) -> str:
-    """`0.712 (0.65 to 0.77, 1990 draws)`; a dash where undefined."""
-    if np.isnan(result[name]):
-        return "–"
+    """`0.712 (0.65 to 0.77, 1990 draws)`, or why there is no interval."""
+    if not result["draws_used"]:
+        return f"{result[name]:.3f} (too few positives for an interval)"
     return f"{result[name]:.3f} ({result['low']:.2f} to {result['high']:.2f}, {result['draws_used']} draws)"
 
 
@@ -649,47 +495,71 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1240px; padding: 0 16px 48px; background: var(--back); color: var(--fore);
   font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; print-color-adjust: exact; }
-nav { position: sticky; top: 0; z-index: 1; padding: 6px 0; background: var(--back);
-  border-bottom: 1px solid var(--line); display: flex; flex-wrap: wrap; gap: 2px 14px; }
-nav a { color: var(--fore); }
+nav { position: sticky; top: 0; z-index: 1; padding: 6px 0; background: var(--back); display: flex;
+  flex-wrap: wrap; gap: 2px 14px; border-bottom: 1px solid var(--line); } nav a { color: var(--fore); }
 section { scroll-margin-top: 70px; } h2 { margin: 40px 0 8px; } h3 { margin: 24px 0 6px; }
-p, li { max-width: 85ch; } .soft { color: var(--soft); font-size: 13px; }
-.grid { display: grid; gap: 24px; margin: 16px 0;
-  grid-template-columns: repeat(auto-fill, minmax(min(var(--width, 340px), 100%), 1fr)); }
-.wide { --width: 520px; } .panes { --width: 260px; }
-figure { margin: 0; break-inside: avoid; } figure svg, img { width: 100%; height: auto; display: block; }
+p, li { max-width: 85ch; } th { text-align: left; } .soft { color: var(--soft); font-size: 13px; }
+.grid { display: grid; gap: 24px; margin: 16px 0; --width: 340px; } .panes { --width: 260px; }
+.grid { grid-template-columns: repeat(auto-fill, minmax(min(var(--width), 100%), 1fr)); }
+figure { margin: 0; break-inside: avoid; } img { width: 100%; height: auto; display: block; }
 figcaption, table { font-size: 13px; line-height: 1.4; } figcaption { margin-bottom: 4px; }
 .table { display: inline-block; vertical-align: top; overflow: auto; max-width: 100%; max-height: 500px;
   margin: 8px 0 16px; padding-right: 36px; }
 table { border-collapse: collapse; overflow-wrap: normal; font-variant-numeric: tabular-nums; }
-th, td { border: 1px solid var(--line); padding: 2px 7px; min-width: 4em; text-align: left;
-  vertical-align: top; }
+th, td { border: 1px solid var(--line); padding: 2px 7px; min-width: 4em; vertical-align: top; }
 @media print { nav { display: none; } .table { overflow: visible; max-height: none; } }
 """
 
 
-def make_page(cache: Path, src: Path, outputs: Path) -> str:
+def describe_score(result: dict, num_runs: int) -> str:
+    present = result["per_label"][PRESENT]
+    return (
+        f"wAUC {interval(result, 'wauc')}, AUC of {PRESENT} {interval(present, 'auc')}: predictions "
+        f"out of fold, pooled over {plural(num_runs, 'run')}; {result['num_series']} series of "
+        f"{plural(result['num_patients'], 'patient')}. In brackets: 95 % interval, and over how many "
+        f"draws of patients; a draw that leaves a label without a class does not count."
+    )
+
+
+def find_constant_runs(oof: pd.DataFrame) -> list[str]:
+    """A warning per run whose predictions hardly differ from series to series."""
+    warnings = []
+    for name, rows in oof.groupby("run"):
+        low, high = rows[PROB_PRESENT].quantile([0.05, 0.95])
+        if high - low < 0.02:
+            warnings.append(
+                f"NEARLY THE SAME FOR ALL SERIES: 90 % of what {name} predicts lies between {low:.3f} and "
+                f"{high:.3f}. It does not tell series apart; whatever it scores is chance."
+            )
+    return warnings
+
+
+def make_page(cache: Path, src: Path, outputs: Path, limit: int | None = None) -> str:
     """What was run, what came out and what to look at first; then the sections."""
     sections, facts = [], []
     runs, warnings = read_runs(outputs)
     try:
-        table, points = read_cache(cache)
-    except (OSError, ValueError, KeyError) as error:
+        table, points = read_cache(cache, limit)
+    except (OSError, ValueError) as error:
         warnings.append(f"No data, since index.csv or train.csv cannot be read: {hide_folders(error)}")
     else:
-        facts.append(describe_series(table))
-        troubles = find_troubles(table, points)
+        counts = Counter(table["status"])
+        facts.append(
+            f"{len(table)} series of {plural(table['patient'].nunique(), 'patient')}: {counts['ok']} ok, "
+            f"{counts['doubtful']} doubtful, {counts['failed']} failed."
+        )
+        troubles = find_troubles(table)
         for title, rows in troubles.items():
             if len(rows):
                 warnings.append(f"{title}: {len(rows)}; first {' '.join(map(str, rows.iloc[0]))}")
-        sections += [data_section(table), images_section(table, points, cache, src)]
+        sections += [data_section(table), images_section(table, cache, src)]
         sections += [points_section(points), trouble_section(troubles)]
     if runs:
-        pooled = pool_oof(runs)
-        result = score_oof(pooled, 2000)
-        facts.append(describe_score(result, len(runs)))
-        warnings = find_constant_runs(runs) + warnings
-        sections += [results_section(runs, pooled, result), cases_section(runs, pooled, cache)]
+        pooled = pool_oof(runs["oof"])
+        result = common.score(pooled, pooled[PROBS].to_numpy())
+        facts.append(describe_score(result, runs["oof"]["run"].nunique()))
+        warnings = find_constant_runs(runs["oof"]) + warnings
+        sections += [results_section(runs, result), cases_section(runs["proposals"], pooled, cache)]
     else:
         facts.append("No finished training runs.")
     names = re.findall(r'<section id="(\w+)"><h2>(.*?)</h2>', "".join(sections))
@@ -699,7 +569,8 @@ def make_page(cache: Path, src: Path, outputs: Path) -> str:
         <body><h1>Intracranial aneurysms</h1>
         <nav>{"".join(f'<a href="#{name}">{title}</a>' for name, title in names)}</nav><main>
         <p>python eda.py --cache {escape(cache.absolute().name)} --src {escape(src.absolute().name)}
-        --outputs {escape(outputs.absolute().name)}; {time.strftime("%Y-%m-%d %H:%M %Z")};
+        --outputs {escape(outputs.absolute().name)}{f" --limit {limit}" if limit else ""};
+        {time.strftime("%Y-%m-%d %H:%M %Z")};
         Python {sys.version.split()[0]}, torch {torch.__version__}, pandas {pd.__version__},
         numpy {np.__version__}. Research software, not a medical device.</p>
         {"".join(f"<p><b>{escape(text)}</b></p>" for text in facts)}
@@ -713,16 +584,15 @@ def main() -> int:
     parser = common.make_parser(__doc__)
     for name, folder in (("cache", "cache"), ("src", "dicoms"), ("outputs", "outputs")):
         parser.add_argument(f"--{name}", type=Path, default=folder, metavar="DIR")
-    paths = vars(parser.parse_args())
-    if not (paths["cache"] / "index.csv").is_file() and not paths["outputs"].is_dir():
-        common.log(f"nothing to report on: no index.csv in {paths['cache']}, no folder {paths['outputs']}")
+    parser.add_argument("--limit", type=common.positive_int, metavar="N")
+    args = parser.parse_args()
+    index = args.cache / "index.csv"
+    if not index.is_file() and not args.outputs.is_dir():
+        common.log(f"eda.py: nothing to report on: no {index}, no folder {args.outputs}")
         return 1
-    for path in (paths["cache"] / "index.csv", paths["outputs"]):
-        if not path.exists():
-            common.log(f"{path}: not there, so the report does without")
     stdout = common.reserve_stdout()
     with matplotlib.rc_context(CHART_STYLE), stdout:
-        stdout.write(make_page(**paths))
+        stdout.write(make_page(**vars(args)))
     return 0
 
 
