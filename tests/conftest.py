@@ -7,6 +7,7 @@ import pandas as pd
 
 import common
 from common import LABELS, UID, Config
+from dicom import VolumeSettings
 
 
 def change(cfg: Config, **settings) -> Config:
@@ -14,25 +15,15 @@ def change(cfg: Config, **settings) -> Config:
     return common.config_from_dict(common.config_to_dict(cfg) | settings)
 
 
-TINY = change(
-    Config(),
-    model_name="test_efficientnet",
-    pretrained=False,
-    img_size=32,
-    base_slices=8,
-    roi_mm=160.0,
-    drop_path_rate=0.0,
-)
+VOLUME = VolumeSettings(base_slices=8, img_size=32, roi_mm=160.0)
+TINY = Config(model_name="test_efficientnet", pretrained=False, drop_path_rate=0.0, volume=VOLUME)
 
 
 def random_table(num: int, seed: int = 0) -> pd.DataFrame:
-    """Labels of num series: about 45 % positive with one or two locations, two series for every third
-    patient."""
-    rng = np.random.default_rng(seed)
-    labels = np.zeros((num, 14), int)
+    """Labels of num series: 45 % positive with one or two locations, two series for every third patient."""
+    rng, labels = np.random.default_rng(seed), np.zeros((num, 14), int)
     for i in np.flatnonzero(rng.random(num) < 0.45):
-        labels[i, rng.choice(13, size=rng.integers(1, 3), replace=False)] = 1
-        labels[i, 13] = 1
+        labels[i, [*rng.choice(13, size=rng.integers(1, 3), replace=False), 13]] = 1
     table = pd.DataFrame(labels, columns=list(LABELS))
     table.insert(0, UID, [f"1.2.{i}" for i in range(num)])
     table["Modality"] = rng.choice(common.MODALITIES, num)
@@ -47,17 +38,12 @@ def write_cached_series(folder: Path, uid: str, cfg: Config, points: list, seed:
     volume = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
     points = np.array(points, np.float32).reshape(-1, 4)
     pixel_mm = cfg.volume.roi_mm / cfg.volume.img_size
-    affine = np.diag([1.0, 1.0, 1.0, 1.0])  # (z, y, x) -> LPS mm
-    affine[:3, :3] = np.diag([4.0, pixel_mm, pixel_mm])[::-1]
-    meta = {
-        "uid": uid,
-        "spacing_mm": [4.0, pixel_mm, pixel_mm],
-        "affine": affine.tolist(),
-        "settings": common.volume_settings(cfg),
-        "doubts": [],
-    }
-    path = common.volume_path(folder, uid)
-    labels = points[:, 0].astype(np.int64)
+    spacing_mm = [4.0, pixel_mm, pixel_mm]
+    affine = np.eye(4)  # (z, y, x) -> LPS mm
+    affine[:3, :3] = np.diag(spacing_mm)[::-1]
+    meta = {"uid": uid, "spacing_mm": spacing_mm, "affine": affine.tolist(), "doubts": []}
+    meta["settings"] = common.volume_settings(cfg)
+    path, labels = common.volume_path(folder, uid), points[:, 0].astype(np.int64)
     common.save_volume(path, volume, points[:, 1:], labels, meta, sop_uids=[f"{uid}.1"])
     return volume
 

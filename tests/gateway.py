@@ -5,12 +5,9 @@ out  --out CSV    SeriesInstanceUID and the 14 probabilities that the script und
 run  python tests/gateway.py --data dicoms/series --out answers.csv -- infer.py --serve --outputs outputs
 
 It runs the script with a package `kaggle_evaluation` that exists for this process only. A series is copied
-into KAGGLE_SHARED and `predict` called from another thread, as a gRPC server does. Its answer is checked, and
-that the folder was emptied and made again. An exception in `predict`, a wrong answer or a late start ends the
-run with code 1.
+into KAGGLE_SHARED and `predict` called from another thread, as a gRPC server does. Code 1 ends the run after
+an exception in `predict`, a wrong answer, a late start, or a folder that was not emptied and made again.
 """
-
-from __future__ import annotations
 
 import os
 import shutil
@@ -46,32 +43,22 @@ def strip_tags(source: Path, target: Path) -> None:
     dataset.save_as(target)
 
 
-def check_answer(answer: object) -> list[float]:
-    """The 14 probabilities of a one-row frame. Raises ValueError naming what is wrong with it."""
-    if not isinstance(answer, pd.DataFrame) or list(answer.columns) != list(LABELS) or len(answer) != 1:
-        raise ValueError(f"predict returned {answer!r}; expected a frame of one row and the 14 labels")
-    row = [float(value) for value in answer.iloc[0]]
-    if not all(0 <= value <= 1 for value in row):
-        raise ValueError(f"predict returned {row}; expected probabilities")
-    return row
-
-
 def play(predict: Callable, data: Path, out: Path, strip: bool, started: float) -> None:
     """Send every series, one at a time, and write the answers."""
-    shared, rows, copy = Path(os.environ["KAGGLE_SHARED"]), [], strip_tags if strip else shutil.copy
+    shared, rows = Path(os.environ["KAGGLE_SHARED"]), []
     if time.monotonic() - started > START_LIMIT_S:
         raise TimeoutError(f"the server was not up within {START_LIMIT_S} s")
     if not isinstance(predict, types.FunctionType) or predict.__name__ != "predict":
         raise ValueError(f"the endpoint is {predict!r}; expected a plain function named predict")
     with ThreadPoolExecutor(1) as thread:
         for folder in sorted(path for path in data.iterdir() if path.is_dir()):
-            target = shared / folder.name
-            target.mkdir(parents=True)
-            for path in sorted(folder.iterdir()):
-                copy(path, target / path.name)
+            shutil.copytree(folder, shared / folder.name, copy_function=strip_tags if strip else shutil.copy)
             limit_s = CALL_LIMIT_S if rows else None  # the first call may take longer
-            answer = thread.submit(predict, str(target)).result(timeout=limit_s)
-            rows.append([folder.name, *check_answer(answer)])
+            answer = thread.submit(predict, str(shared / folder.name)).result(timeout=limit_s)
+            is_row = isinstance(answer, pd.DataFrame) and list(answer.columns) == list(LABELS)
+            if not is_row or len(answer) != 1 or not answer.iloc[0].between(0, 1).all():
+                raise ValueError(f"predict returned {answer!r}; expected one row of the 14 probabilities")
+            rows.append([folder.name, *answer.iloc[0]])
             if not shared.is_dir() or list(shared.iterdir()):
                 raise ValueError(f"{shared} was not emptied and made again after {folder.name}")
     pd.DataFrame(rows, columns=[UID, *LABELS]).to_csv(out, index=False)
@@ -79,12 +66,11 @@ def play(predict: Callable, data: Path, out: Path, strip: bool, started: float) 
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    for name in ("--data", "--out"):
+        parser.add_argument(name, type=Path, required=True)
     parser.add_argument("--strip", action="store_true", help="keep only the hidden test's 25 tags")
     parser.add_argument("script", nargs="+", help="-- infer.py --serve ...")
-    args = parser.parse_args()
-    started = time.monotonic()
+    args, started = parser.parse_args(), time.monotonic()
 
     class RSNAInferenceServer:
         def __init__(self, *endpoints: Callable):
@@ -95,10 +81,9 @@ def main() -> None:
 
         serve = run_local_gateway  # the real one waits for a gateway in another container
 
-    package = types.ModuleType("kaggle_evaluation")
-    module = types.ModuleType("kaggle_evaluation.rsna_inference_server")
+    module = types.ModuleType("kaggle_evaluation")
     module.RSNAInferenceServer = RSNAInferenceServer
-    sys.modules |= {package.__name__: package, module.__name__: module}
+    sys.modules |= {module.__name__: module, f"{module.__name__}.rsna_inference_server": module}
     sys.argv = args.script
     script = types.ModuleType("__main__")  # worker processes import it by its file, as if it ran alone
     script.__file__ = args.script[0]
