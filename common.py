@@ -682,6 +682,12 @@ def percentile_interval(values: ndarray) -> list[float]:
     return pd.Series(values).quantile([0.025, 0.975]).tolist()
 
 
+def summarise_draws(values: ndarray) -> dict:
+    """The 95 % interval of drawn values, and how many of them are defined."""
+    low, high = percentile_interval(values)
+    return {"low": low, "high": high, "draws_used": int(np.isfinite(values).sum())}
+
+
 def score(table: pd.DataFrame, probs: ndarray, draws: int = 2000) -> dict:
     """Everything said of predictions: wAUC with its interval over patients, per label, and wAUC per modality
     and plane. A label of fewer than MIN_POSITIVES positive series has no interval. table: rows aligned with
@@ -690,23 +696,17 @@ def score(table: pd.DataFrame, probs: ndarray, draws: int = 2000) -> dict:
     labels = table[list(LABELS)].to_numpy(float)
     overall = weighted_auc(labels, probs)
     aucs = bootstrap_aucs(labels, probs, table["patient"], draws)
-    waucs = combine_aucs(aucs, labels)
-    low, high = percentile_interval(waucs)
     result = {
         "wauc": overall["wauc"],
-        "low": low,
-        "high": high,
+        **summarise_draws(combine_aucs(aucs, labels)),
         "num_series": len(table),
         "num_patients": table["patient"].nunique(),
-        "draws_used": int(np.isfinite(waucs).sum()),
         "undefined": overall["undefined"],
         "per_label": {},
     }
     for name, auc, positives, drawn in zip(LABELS, overall["auc"], overall["positives"], aucs.T, strict=True):
         drawn = drawn if positives >= MIN_POSITIVES else np.empty(0)
-        low, high = percentile_interval(drawn)
-        row = {"auc": auc, "low": low, "high": high, "positives": positives}
-        result["per_label"][name] = row | {"draws_used": int(np.isfinite(drawn).sum())}
+        result["per_label"][name] = {"auc": auc, "positives": positives, **summarise_draws(drawn)}
     for column in ("Modality", "plane"):
         groups = result[f"per_{column.lower()}"] = {}
         for value, rows in table.groupby(column):
