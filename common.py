@@ -706,7 +706,7 @@ def score(table: pd.DataFrame, probs: ndarray, draws: int = 2000) -> dict:
     }
     for name, auc, positives, drawn in zip(LABELS, overall["auc"], overall["positives"], aucs.T, strict=True):
         drawn = drawn if positives >= MIN_POSITIVES else np.empty(0)
-        result["per_label"][name] = {"auc": auc, "positives": positives, **summarise_draws(drawn)}
+        result["per_label"][name] = {"auc": auc, **summarise_draws(drawn), "positives": positives}
     for column in ("Modality", "plane"):
         groups = result[f"per_{column.lower()}"] = {}
         for value, rows in table.groupby(column):

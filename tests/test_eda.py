@@ -253,7 +253,7 @@ def test_results_are_those_of_the_metric_with_the_draws_they_stand_on(tmp_path):
     acom = result["per_label"][LABELS[6]]
     assert acom["auc"] == pytest.approx(np.mean(pairs))
     text = Page(eda.results_section(runs, result)).text
-    assert f"{LABELS[6]} {acom['auc']:.4g} {acom['low']:.4g} {acom['high']:.4g} 20 200" in text
+    assert f"{LABELS[6]} {acom['auc']:.4g} {acom['low']:.4g} {acom['high']:.4g} 200 20" in text
     assert f"{LABELS[0]} – – – 0 0" in text  # one class: no AUC, no interval
     rows = eda.pool_oof(runs["oof"][runs["oof"]["group"] == "test_efficientnet_weak"])
     group = common.score(rows, rows[eda.PROBS].to_numpy(), 500)
