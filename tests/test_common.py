@@ -285,7 +285,7 @@ if __name__ == "__main__":
 
 
 def test_workers_import_ours_where_the_working_directory_has_files_of_the_same_names(tmp_path):
-    for name in ("common.py", "pandas.py", "dicom.py"):
+    for name in ("common.py", "pandas.py", "frames.py"):
         (tmp_path / name).write_text("raise SystemExit('shadowed')")
     (tmp_path / "code").mkdir()
     write_pool_script(tmp_path / "code/run.py", "def work(x): return x * x", [1, 2, 3])

@@ -1,4 +1,4 @@
-"""dicom.py and dicom_file.py, reading: files written here with pydicom and expectations worked by hand; where
+"""dicom.py and frames.py, reading: files written here with pydicom and expectations worked by hand; where
 ../shared/dicom exists, 53 real series against what other readers found in them."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pydicom.encaps import encapsulate
 from pydicom.pixels import get_decoder
 
 from dicom import Series, find_series, make_frames, read_series
-from dicom_file import decode, fast_header, one_line_errors, read_header, slow_header
+from frames import decode, fast_header, one_line_errors, read_header, slow_header
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 REAL = Path(__file__).resolve().parents[2] / "shared" / "dicom"
@@ -158,7 +158,7 @@ def test_linked_folders_are_followed_once_and_circles_end(tmp_path):
 def test_a_file_that_the_disk_does_not_give_fails_the_series(tmp_path, monkeypatch):
     stack(tmp_path, list(range(20)))
     stale = OSError(errno.ESTALE, "Stale file handle")
-    monkeypatch.setattr("dicom_file.fast_header", Mock(side_effect=stale))
+    monkeypatch.setattr("frames.fast_header", Mock(side_effect=stale))
     with pytest.raises(ValueError, match="Stale file handle; the disk is at fault"):
         read_series(tmp_path)
 

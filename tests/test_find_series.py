@@ -116,5 +116,5 @@ def test_files_that_may_not_be_opened_stay_in_their_folders_series(tmp_path, mon
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(os, "stat", refuse)  # as in a folder that may be listed but not entered
-    monkeypatch.setattr("dicom_file.open", refuse, raising=False)
+    monkeypatch.setattr("frames.open", refuse, raising=False)
     assert find_series(tmp_path) == ({"Jane": paths}, [])

@@ -15,7 +15,7 @@ from pydicom.encaps import encapsulate, generate_frames
 from test_dicom_reading import IPP, PLANES, enhanced, folders, image, names, noted, offsets, stack, write
 
 from dicom import read_series
-from dicom_file import read_header
+from frames import read_header
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 NORMALS = {"axial": [0, 0, 1], "coronal": [0, 1, 0], "sagittal": [-1, 0, 0]}  # row x column direction
@@ -280,8 +280,8 @@ def write_absurd_files(folder: Path) -> None:
 
 
 def test_absurd_files_are_refused_in_bounded_time_and_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("dicom_file.MAX_HEADER_READS", 10_000)
-    monkeypatch.setattr("dicom_file.MAX_UNPACKED_BYTES", 2**24)
+    monkeypatch.setattr("frames.MAX_HEADER_READS", 10_000)
+    monkeypatch.setattr("frames.MAX_UNPACKED_BYTES", 2**24)
     write_absurd_files(tmp_path)
     expected = {"fifo": "regular file", "bomb": "bomb", "elements": "absurd header", "items": "absurd header"}
     expected |= dict.fromkeys(["sparse", "frames", "rows", "number"], "absurd size")

@@ -1,24 +1,28 @@
-"""One DICOM file -> its header -> its images, `Frame`s, and the stored values of their pixels.
+"""DICOM files -> their images, `Frame`s: header, place, stored pixels, and what their values mean.
 
-Reads top to bottom: what is read -> the header -> which series a file belongs to -> frames -> pixels. Space
-is LPS millimetres (x to the patient's left, y to the back, z to the head). `dicom.py` makes series of these.
+Reads top to bottom: what is read -> the header -> which series a file belongs to -> frames -> pixels ->
+values. Space is LPS millimetres (x to the patient's left, y to the back, z to the head). `dicom.py` makes
+series of these.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import functools
 import io
+import itertools
+import math
 import os
 import re
 import stat
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pydicom
@@ -782,3 +786,286 @@ def check_code_stream(data: bytes, expected: tuple[int, int, int]) -> None:
         size = struct.unpack(">HHB", match[1])
     if size != expected:
         raise ValueError(f"the code stream holds {size} rows, columns, samples; the header says {expected}")
+
+
+# --- what the values mean -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Stack:
+    """Images on their way to one volume, and what is to be said of them."""
+
+    frames: list[Frame]
+    where: str  # for errors
+    notes: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+
+    def leave_out(self, is_out: list[bool] | np.ndarray, what: str) -> None:
+        """Drop the frames marked, if any, with a note on what they are."""
+        if any(is_out):
+            self.notes.append(f"{sum(is_out)} {what}")
+            self.frames = list(itertools.compress(self.frames, np.logical_not(is_out)))
+
+
+def is_padding(stored: np.ndarray, padding: tuple[int, int]) -> np.ndarray:
+    low, high = padding
+    return (stored >= low) & (stored <= high)
+
+
+AIR_HU = (-1100, -900)
+TISSUE_HU = (-20, 120)
+BONE_HU, HIGHEST_HU = 300, 3200  # but for metal
+MOST_FILL = 0.4  # share of an image; a round field of view leaves 0.21 over
+
+
+class Samples(NamedTuple):
+    """Some pixels of a few slices, (n,) each."""
+
+    stored: np.ndarray
+    slopes: np.ndarray
+    intercepts: np.ndarray
+    corners: np.ndarray  # (m,) stored values in the corners of the slices, where no head reaches
+
+
+def repair_values(stack: Stack) -> dict[int, np.ndarray]:
+    """Values that the pixels contradict, put right by a look at five slices, or at five of each group that
+    has its own intercept or sign. Returns what is decoded then (index of the frame -> stored values)."""
+    if modality_of(stack.frames[0].header) == "CT":
+        add_intercepts(stack)
+    groups = collections.defaultdict(list)
+    for i, frame in enumerate(stack.frames):
+        groups[frame.intercept, is_signed(frame.header)].append(i)
+    if len({frame.slope for frame in stack.frames}) > 1:
+        groups = {(): list(range(len(stack.frames)))}
+    all_decoded = {}
+    largest = max(groups.values(), key=len)
+    for indices in groups.values():
+        doubts = stack.doubts if indices is largest else []  # a few slices may be air, or blank
+        part = Stack([stack.frames[i] for i in indices], stack.where, stack.notes, doubts)
+        decoded = repair_group(part)
+        all_decoded |= {indices[k]: stored for k, stored in decoded.items()}
+        for i, frame in zip(indices, part.frames, strict=True):
+            stack.frames[i] = frame
+    return all_decoded
+
+
+def repair_group(stack: Stack) -> dict[int, np.ndarray]:
+    """`repair_values` of a group; what is decoded is given up where the bits or the sign turn out others."""
+    header = stack.frames[0].header
+    is_ct = modality_of(header) == "CT"
+    is_inverse = header.get("PhotometricInterpretation") == "MONOCHROME1"
+    decoded = {}
+    for k in (1, 2, 3, 4, 5):
+        i = len(stack.frames) * k // 6
+        with contextlib.suppress(ValueError):  # told when the slice is used
+            decoded[i] = decode(stack.frames[i])
+    if not decoded:
+        return decoded
+    if is_inverse:
+        invert_if_bright(stack, sample_pixels(stack, decoded))
+    if is_ct:
+        choose_reading(stack, sample_pixels(stack, decoded))
+    elif not is_inverse:
+        choose_sign(stack, sample_pixels(stack, decoded))
+    samples = sample_pixels(stack, decoded)
+    drop_padding(stack, samples)
+    if not stack.frames[0].padding:
+        pad_fill(stack, samples, is_ct)
+    return decoded if stack.frames[0].header is header else {}
+
+
+def sample_pixels(stack: Stack, decoded: dict[int, np.ndarray]) -> Samples:
+    rows = []
+    for i, image in decoded.items():
+        frame = stack.frames[i]
+        stride = 1 + math.isqrt(image.size // 16_000)
+        stored = reread(image[::stride, ::stride], frame.header)
+        corners = stored[[0, 0, -1, -1], [0, -1, 0, -1]]
+        rescale = (np.full(stored.size, value) for value in (frame.slope, frame.intercept))
+        rows.append((stored.ravel(), *rescale, corners))
+    return Samples(*map(np.concatenate, zip(*rows, strict=True)))
+
+
+def add_intercepts(stack: Stack) -> None:
+    """CT images without an intercept get that of the others; if none has one, unsigned images get -1024."""
+    is_lacking = ["RescaleIntercept" not in frame.header for frame in stack.frames]
+    stated = [frame.intercept for frame in stack.frames if "RescaleIntercept" in frame.header]
+    usual = stated[0] if stated else 0.0 if is_signed(stack.frames[0].header) else -1024.0
+    if any(is_lacking) and usual != 0:
+        stack.notes.append(
+            f"no (0028,1052) RescaleIntercept in {sum(is_lacking)} CT images: {usual:g} assumed"
+        )
+        for i in np.flatnonzero(is_lacking):
+            stack.frames[i] = replace(stack.frames[i], intercept=usual)
+
+
+def is_signed(header: dict) -> bool:
+    return header.get("PixelRepresentation") == 1
+
+
+def flip_sign(header: dict) -> dict:
+    """The tags that say the other sign."""
+    return {"PixelRepresentation": 0 if is_signed(header) else 1}
+
+
+def invert_if_bright(stack: Stack, samples: Samples) -> None:
+    """MONOCHROME1 images with a bright background are complemented within BitsStored."""
+    if np.median(samples.corners) < np.percentile(samples.stored, (1, 99)).mean():
+        return
+    stack.notes.append("(0028,0004) MONOCHROME1 with a bright background: inverted")
+    header = stack.frames[0].header
+    ends = -1 if is_signed(header) else 2 ** header.get("BitsStored", 16) - 1  # lowest plus highest value
+    for i, frame in enumerate(stack.frames):
+        intercept = frame.intercept + frame.slope * ends
+        stack.frames[i] = replace(frame, slope=-frame.slope, intercept=intercept)
+
+
+def reread(stored: np.ndarray, header: dict) -> np.ndarray:
+    """Stored values in the bits and sign that another header states."""
+    size = 8 * stored.dtype.itemsize
+    bits = header.get("BitsStored", size)
+    if not 1 <= bits <= size:
+        bits = size
+    return mask_stored(stored, bits, bits - 1, is_signed(header))
+
+
+def choose_reading(stack: Stack, samples: Samples) -> None:
+    """CT frames read so that air and soft tissue lie where HU says.
+
+    Files are known to need another sign than (0028,0103) PixelRepresentation says, 12 signed bits where 16
+    are stated, or an intercept that is missing, was applied already, or counts twice. The stated reading
+    stands unless it is clearly worse than one that shows both air and soft tissue, because a field of view
+    inside the head has no air and a phantom no tissue.
+    """
+    first = stack.frames[0]
+    signs: list[dict] = [{}, flip_sign(first.header)]
+    if not is_signed(first.header) and samples.stored.max() < 4096:
+        signs.append({"PixelRepresentation": 1, "BitsStored": 12, "HighBit": 11})
+    stated = first.header.get("RescaleIntercept", first.intercept)
+    best = judge_reading(first, samples, {}, 0.0)
+    intercepts = [stated] if best.is_clear else [stated, stated / 2, 0.0, -1024.0, -2048.0, 1024.0]
+    chosen: dict = {}
+    shift = 0.0
+    for tags, intercept in itertools.product(signs, intercepts):
+        if best.score > 0.097:
+            break
+        judged = judge_reading(first, samples, tags, intercept - stated)
+        if judged.is_clear and judged.score > best.score + 0.003:
+            best, chosen, shift = judged, tags, intercept - stated
+    if max(best.air, best.tissue) < 0.02:
+        stack.doubts.append("CT values: neither air near -1000 HU nor soft tissue near 0 to 100 HU")
+    ends = (samples.stored.min(), samples.stored.max())
+    is_cut = max(np.mean(samples.stored == end) for end in ends) > 0.01
+    if is_cut and best.bone < 0.002:
+        stack.doubts.append(f"CT values end below {BONE_HU} HU, as in an image made for a screen")
+    if not chosen and shift == 0:
+        return
+    changes = [f"{name} {value}" for name, value in chosen.items()]
+    changes.append(f"RescaleIntercept {stated + shift:g}")
+    stack.notes.append(f"stored values are HU only with {', '.join(changes)}: used, air and tissue say so")
+    change_tags(stack, chosen, shift)
+
+
+def change_tags(stack: Stack, tags: dict, shift: float = 0.0) -> None:
+    for i, frame in enumerate(stack.frames):
+        stack.frames[i] = replace(
+            frame,
+            header=frame.header | tags,
+            intercept=frame.intercept + shift,
+            padding=None if tags else frame.padding,
+        )
+
+
+class Reading(NamedTuple):
+    """Shares of the pixels, padding aside."""
+
+    air: float
+    tissue: float
+    bone: float
+    beyond: float  # above all HU, or below but for a fill
+
+    @property
+    def is_clear(self) -> bool:
+        return min(self.air, self.tissue) >= 0.05
+
+    @property
+    def score(self) -> float:
+        """At most 0.1: a twentieth of air and of soft tissue each is as good as more."""
+        return min(self.air, 0.05) + min(self.tissue, 0.05) - self.beyond
+
+
+def judge_reading(first: Frame, samples: Samples, tags: dict, shift: float) -> Reading:
+    """Where the samples' values lie with other tags and an intercept shifted by `shift`. The corners' most
+    common value is air or tissue only if it covers more than a fill does."""
+    stored = samples.stored
+    hu = reread(stored, first.header | tags) * samples.slopes + samples.intercepts + shift
+    values, counts = np.unique(samples.corners, return_counts=True)
+    is_fill = stored == values[counts.argmax()]
+    is_image = ~is_padding(stored, first.padding) if first.padding else np.full(stored.shape, True)
+    is_inside = is_image if is_fill.mean() > MOST_FILL else is_image & ~is_fill
+    is_beyond = is_image & ((hu > HIGHEST_HU) | ((hu < AIR_HU[0]) & ~is_fill))
+    is_air = is_inside & (hu > AIR_HU[0]) & (hu < AIR_HU[1])
+    is_tissue = is_inside & (hu > TISSUE_HU[0]) & (hu < TISSUE_HU[1])
+    masks = (is_air, is_tissue, is_image & (hu > BONE_HU), is_beyond)
+    return Reading(*(mask.sum() / max(is_image.sum(), 1) for mask in masks))
+
+
+def choose_sign(stack: Stack, samples: Samples) -> None:
+    """MR frames in the other sign than (0028,0103) PixelRepresentation says, if values lie much closer then:
+    small negative values without their sign are the largest of all."""
+    header = stack.frames[0].header
+    tags = flip_sign(header)
+    stated_low, stated_high = np.percentile(samples.stored, (1, 99))
+    low, high = np.percentile(reread(samples.stored, header | tags), (1, 99))
+    if high - low < 0.5 * (stated_high - stated_low) and high >= -0.25 * low:
+        sign = tags["PixelRepresentation"]
+        stack.notes.append(f"(0028,0103) PixelRepresentation {sign} used: values lie closer")
+        change_tags(stack, tags)
+
+
+def drop_padding(stack: Stack, samples: Samples) -> None:
+    """(0028,0120) PixelPaddingValue is not used where it would be tissue: among the other values and in no
+    corner, or all there is."""
+    padding = stack.frames[0].padding
+    if not padding:
+        return
+    others = samples.stored[~is_padding(samples.stored, padding)]
+    if others.size:
+        is_among = padding[0] < others.max() and padding[1] > np.percentile(others, 5)
+        if not is_among or is_padding(samples.corners, padding).mean() > 0.25:
+            return
+    stack.notes.append(f"(0028,0120) PixelPaddingValue {padding[1]} would be tissue: not used")
+    stack.frames = [replace(frame, padding=None) for frame in stack.frames]
+
+
+def pad_fill(stack: Stack, samples: Samples, is_ct: bool) -> None:
+    """The lowest or highest value is padding if it fills corners and lies far from all others.
+
+    In MR such a fill (-2048, for example) would take the percentiles and the head's threshold. Where it
+    covers more than a round field of view leaves over it may be the air itself, and has to lie farther away,
+    unless it alone is negative. In CT only a fill brighter than bone matters.
+    """
+    slope, intercept = stack.frames[0].slope, stack.frames[0].intercept
+    pixels = samples.stored
+    for end in (np.min, np.max):
+        fill = int(end(pixels))
+        is_fill = pixels == fill
+        others = pixels[~is_fill]
+        is_outside = (samples.corners == fill).mean() > 0.25 or is_fill.mean() > MOST_FILL
+        if not is_outside or others.size == 0:
+            continue
+        low, high = np.percentile(others, (5, 99))
+        gap = max(low - fill, fill - high)
+        value = fill * slope + intercept
+        if is_ct:
+            is_far = fill > high and value > 1500
+        else:
+            least_gap = 0.5 if is_fill.mean() < MOST_FILL else 2.0
+            is_negative = value < 0 <= low * slope + intercept
+            is_far = gap > least_gap * (high - low) > 0 or is_negative
+        if is_far and is_fill.mean() > 0.01:
+            stack.notes.append(f"the stored value {fill} fills corners, far from all others: it is padding")
+            below, above = (-(2**31), int(fill + gap / 2)), (int(fill - gap / 2), 2**31)
+            padding = below if fill < low else above
+            stack.frames = [replace(frame, padding=padding) for frame in stack.frames]
+            pixels = others
