@@ -1065,7 +1065,7 @@ def pad_fill(stack: Stack, samples: Samples, is_ct: bool) -> None:
             is_far = gap > least_gap * (high - low) > 0 or is_negative
         if is_far and is_fill.mean() > 0.01:
             stack.notes.append(f"the stored value {fill} fills corners, far from all others: it is padding")
-            below, above = (-(2**31), int(fill + gap / 2)), (int(fill - gap / 2), 2**31)
+            below, above = (-(2**31), int(fill + gap / 2)), (int(fill - gap / 8), 2**31)
             padding = below if fill < low else above
             stack.frames = [replace(frame, padding=padding) for frame in stack.frames]
             pixels = others
