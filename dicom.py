@@ -505,7 +505,7 @@ def place_slices(stack: Stack) -> list[Frame]:
     num_others = len(attempt.frames) - len(slices)
     if num_others:
         stack.notes.append(f"{num_others} images left out at positions that others hold")
-    if num_images >= 8 and len(slices) < num_images / 8:
+    if num_images >= 8 and len(slices) <= num_images / 8:
         stack.doubts.append(f"{len(slices)} slices of {num_images} images")
     stack.frames = slices
     return placed

@@ -14,7 +14,7 @@ from pydicom import uid
 from pydicom.encaps import encapsulate, generate_frames
 from test_dicom_reading import IPP, PLANES, enhanced, folders, image, names, noted, offsets, stack, write
 
-from dicom import read_series
+from dicom import VolumeSettings, make_volume, read_series
 from frames import read_header
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -139,6 +139,12 @@ def spoil(fault: str, plane: str, num: int, step: float) -> tuple[list, list]:
         points[:] = [-108.8, -108.8, -383.447]
     if "rounded" in fault:
         points = np.trunc(points)
+    if fault == "to 5 mm":
+        points = 5 * np.round(points / 5)
+    if fault == "half unknown":
+        points[::2] = 0
+    if fault == "half at one place":
+        points[: num // 2] = points[num // 4]
     if "no orientation" in fault:
         orientations = [None] * num
     if fault == "orientation of some":
@@ -146,7 +152,16 @@ def spoil(fault: str, plane: str, num: int, step: float) -> tuple[list, list]:
     return points.tolist(), orientations
 
 
-FAULTS = ["one position", "rounded", "no orientation", "rounded, no orientation", "jitter", "rounded, jitter"]
+LOST = ["to 5 mm", "half unknown", "half at one place"]  # the rest tells in which direction numbers run
+FAULTS = [
+    *LOST,
+    "one position",
+    "rounded",
+    "no orientation",
+    "rounded, no orientation",
+    "jitter",
+    "rounded, jitter",
+]
 
 
 @pytest.mark.parametrize("is_enhanced", [False, True])
@@ -188,6 +203,12 @@ BOLUS[:, 16, 16] = np.linspace(1064, 1400, 24)  # it arrives
         (SHUFFLED, {IPP: [0, 0, 0], "InstanceNumber": None}, "24 images without plausible positions"),
         (BOLUS, {IPP: [0, 0, 0]}, "24 images without plausible positions"),
         (head(), {IPP: None, "ImageOrientationPatient": None}, "axial assumed"),
+        (
+            head(),
+            {"ImageOrientationPatient": ([1, 0, 0, 0, 1, 0], [-1, 0, 0, 0, 1, 0]) * 12},
+            "12 of 24 images",
+        ),
+        (head(), {IPP: ([0, 0, 0], [0, 0, 4], [0, 0, 8]) * 8}, "without plausible positions"),
     ],
 )
 def test_a_guess_is_doubted(tmp_path, pixels, tags, doubt):
@@ -195,11 +216,57 @@ def test_a_guess_is_doubted(tmp_path, pixels, tags, doubt):
     assert doubt in read_series(tmp_path).doubts[0]
 
 
-def test_a_slice_among_others_that_its_number_contradicts_is_left_out(tmp_path):
-    points = tuple([0.0, 0.0, 4.0 * i if i != 7 else 61.3] for i in range(24))
+@pytest.mark.parametrize(
+    "moved, num, note",
+    [
+        ({7: 61.3}, 23, "1 images left out: far"),
+        ({23: 117.0}, 23, "1 images left out: far"),  # 25 mm above the last but one
+        ({0: 92.0, 23: 0.0}, 22, "2 images left out: far"),  # swapped
+    ],
+)
+def test_slices_that_their_numbers_contradict_are_left_out(tmp_path, moved, num, note):
+    points = tuple([0.0, 0.0, moved.get(i, 4.0 * i)] for i in range(24))
     scan(tmp_path, head(), ImagePositionPatient=points)
     series = read_series(tmp_path)
-    assert len(series.frames) == 23 and noted(series, "1 images left out: far", "61.3")
+    assert len(series.frames) == num and noted(series, note, f"{next(iter(moved.values()))}]")
+
+
+def test_frames_without_a_position_lie_between_the_others(tmp_path):
+    points = [[0, 0, 4 * i] if i % 3 else None for i in range(24)]
+    write(tmp_path / "e.dcm", enhanced(points, [1] * 24, pixels=head(), SliceThickness=4))
+    series = read_series(tmp_path)
+    assert [frame.index for frame in series.frames] == list(range(24))
+    assert series.frames[3].position == pytest.approx([0, 0, 12]) and noted(series, "no valid (0020,0032)")
+
+
+BOLUS_SLICE = np.repeat(head()[13:14], 20, axis=0)
+
+
+@pytest.mark.parametrize(
+    "others, start, step",
+    [(BOLUS_SLICE, 52.0, 0.0), (head(vessel=90)[:12], 0.0, 4.0)],
+    ids=["bolus", "phase"],
+)
+def test_images_that_repeat_slices_of_an_even_stack_are_left_out(tmp_path, others, start, step):
+    """Images of bolus tracking at slice 13, or half of an earlier phase."""
+    scan(tmp_path / "others", others, start=start, step=step, SliceThickness=4.0)
+    scan(tmp_path / "slices", head(vessel=300), first=len(others) + 1)
+    series = read_series(tmp_path)
+    assert folders(series) == {"slices"} and offsets(series) == [4.0 * i for i in range(24)]
+    assert noted(series, "images") and series.doubts == []
+
+
+@pytest.mark.parametrize("is_other", [np.arange(24) % 2 == 1, np.isin(np.arange(24), [5, 9, 14])])
+def test_slices_whose_intercept_is_lost_get_that_of_hu(tmp_path, is_other):
+    scan(tmp_path, head(), RescaleIntercept=tuple(np.where(is_other, 0, -1024).tolist()))
+    series = read_series(tmp_path)
+    assert {frame.intercept for frame in series.frames} == {-1024.0} and series.doubts == []
+    assert noted(series, "HU only with RescaleIntercept -1024")
+
+
+def test_positions_in_centimetres_are_doubted(tmp_path):
+    scan(tmp_path, head(40), step=0.4, SliceThickness=4.0)
+    assert "too small for a head" in make_volume(read_series(tmp_path), VolumeSettings(img_size=64)).doubts[0]
 
 
 def test_images_that_nothing_tells_apart_are_refused(tmp_path):
