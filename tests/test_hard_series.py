@@ -208,7 +208,7 @@ BOLUS[:, 16, 16] = np.linspace(1064, 1400, 24)  # it arrives
             {"ImageOrientationPatient": ([1, 0, 0, 0, 1, 0], [-1, 0, 0, 0, 1, 0]) * 12},
             "12 of 24 images",
         ),
-        (head(), {IPP: ([0, 0, 0], [0, 0, 4], [0, 0, 8]) * 8}, "without plausible positions"),
+        (head(), {IPP: ([0, 0, 0], [0, 0, 4], [0, 0, 8]) * 8}, "3 slices of 24 images"),
     ],
 )
 def test_a_guess_is_doubted(tmp_path, pixels, tags, doubt):
