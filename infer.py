@@ -58,7 +58,7 @@ import common
 import dicom
 from common import AP, LABELS, SWAP, UID, Output, Run, log, positive_int, propose, sigmoid
 from dicom import Series, Volume, VolumeSettings, safe_uid, to_lps, to_voxel
-from dicom_file import read_identity
+from frames import read_identity
 
 SHARED = Path(os.environ.get("KAGGLE_SHARED", "/kaggle/shared"))  # emptied after each call of --serve
 CHECKPOINT = "best_ema.safetensors"

@@ -90,7 +90,8 @@ def wait_for_checkpoint(folder: Path, process: subprocess.Popen, epoch: int = 1)
 
 
 def read_metrics(folder: Path) -> dict:
-    return json.loads((folder / "metrics.json").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text())
+    return {name: value for name, value in metrics.items() if name != "seconds"}
 
 
 def assert_same_run(folder: Path, expected: Path) -> None:
@@ -491,6 +492,7 @@ def pair(cache, tmp_path_factory) -> Path:
     runs.append(change(lite, task="classify", proposals=f"{folder}/outputs/locator_*lite0_seed0_fold*"))
     commands = [["train.py", *arguments(folder, cfg)] for cfg in runs]
     (folder / "all.py").write_text(f"""import os, sys; sys.path.insert(0, {str(ROOT)!r}); import train
+train.Accelerator.end_training = lambda _: None  # keep the pair
 for sys.argv in {commands!r}:
     assert train.main() == 0, sys.argv
     train.PartialState().wait_for_everyone()
