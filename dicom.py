@@ -346,7 +346,7 @@ def add_remarks(stack: Stack) -> None:
     for text, count in counts.items():
         remark = f"{text} ({count} of {len(stack.frames)} images)"
         stack.notes.append(remark)
-        if "PixelSpacing" in text:
+        if text.startswith("no valid (0028,0030)"):
             stack.doubts.append(remark)
 
 
