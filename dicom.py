@@ -7,20 +7,21 @@ head); voxels are indexed (z, y, x). Imports neither torch nor `common`, so that
 
 from __future__ import annotations
 
-import collections
 import errno
-import functools
 import hashlib
-import itertools
 import math
 import os
 import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache, partial
+from itertools import compress
 from pathlib import Path
 
 import cv2
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.polynomial.polynomial import polyfit
 
 from frames import (
@@ -93,7 +94,7 @@ def find_series(root: Path, skip: Path | None = None) -> tuple[dict[str, list[Pa
     series of its folder, a folder that cannot be read as a series. Folders called `segmentations` (vessel
     masks) and the files in the folder `skip` are left out. Links are followed, each real folder once.
     """
-    groups = collections.defaultdict(lambda: collections.defaultdict(list))
+    groups = defaultdict(lambda: defaultdict(list))
     rejected: Rejected = []
     unreadable: list[OSError] = []
     walked = set()
@@ -112,7 +113,7 @@ def find_series(root: Path, skip: Path | None = None) -> tuple[dict[str, list[Pa
     for error in unreadable:
         folder = Path(error.filename)
         groups[name_series(folder)][""] = [folder]
-    claims = collections.defaultdict(list)
+    claims = defaultdict(list)
     for (uid, _), by_patient in groups.items():
         if len(by_patient) == 2:  # images without a PatientID join those of the only patient
             without_id = by_patient.pop("", [])
@@ -136,7 +137,7 @@ def group_files(folder: Path, files: list[Path], rejected: Rejected) -> Groups:
     """The images of one folder, as `find_series` says; files that are not images go to `rejected`."""
     by_name = uid_of_folder, distinction = name_series(folder)
     is_uid = not distinction
-    groups: Groups = collections.defaultdict(list)
+    groups: Groups = defaultdict(list)
     damaged, strays = [], []
     for path in files:
         try:
@@ -310,7 +311,7 @@ def read_frames(paths: list[Path], where: str) -> tuple[list[Frame], Rejected]:
 
 def index_images(frames: list[Frame]) -> dict[tuple[str, int], Frame]:
     """(SOPInstanceUID, frame index) -> image, without UIDs that images at several places share."""
-    images = collections.defaultdict(list)
+    images = defaultdict(list)
     for frame in frames:
         images[frame.sop_uid, frame.index].append(frame)
     return {key: members[0] for key, members in images.items() if count_places(members) == 1}
@@ -325,7 +326,7 @@ def drop_copies(stack: Stack) -> None:
     seen: set[tuple] = set()
     is_copy = []
     for i, frame in enumerate(stack.frames):
-        key = frame.sop_uid or i, frame.index, frame.position.tobytes(), frame.header.get("InstanceNumber")
+        key = frame.sop_uid or i, frame.position.tobytes(), image_number(frame)
         is_copy.append(key in seen)
         seen.add(key)
     stack.leave_out(is_copy, "copies of images left out: same SOPInstanceUID and position")
@@ -333,7 +334,7 @@ def drop_copies(stack: Stack) -> None:
 
 def add_remarks(stack: Stack) -> None:
     """Note what was assumed for the images, each once with its number."""
-    counts = collections.Counter(text for frame in stack.frames for text in frame.remarks)
+    counts = Counter(text for frame in stack.frames for text in frame.remarks)
     for text, count in counts.items():
         remark = f"{text} ({count} of {len(stack.frames)} images)"
         stack.notes.append(remark)
@@ -394,7 +395,7 @@ def rank_positions(frames: list[Frame]) -> np.ndarray:
 def select_geometry(stack: Stack) -> None:
     """The largest group (by positions) of images that agree in series, kind, size, orientation and pixel
     spacing; others are noted."""
-    alike = collections.defaultdict(list)
+    alike = defaultdict(list)
     for frame in stack.frames:
         series = frame.header.get("SeriesInstanceUID") or frame.header.get("PatientID")
         alike[image_kind(frame.header), series, frame.rows, frame.cols].append(frame)
@@ -520,7 +521,7 @@ def position_sources(frames: list[Frame]) -> Iterator[tuple[str, bool, list[Fram
         is_certain = abs(line_step - step) < 0.1 * step
         yield f"{name} times {line_step or step:.4g} mm ({tag})", is_certain, placed
     if is_known.any():
-        yield f"the {is_known.sum()} known positions", True, list(itertools.compress(frames, is_known))
+        yield f"the {is_known.sum()} known positions", True, list(compress(frames, is_known))
 
 
 def place_on_line(frames: list[Frame], values: np.ndarray, step_mm: float) -> tuple[list[Frame], float]:
@@ -578,7 +579,7 @@ def drop_strays(stack: Stack) -> None:
     by_number = np.argsort([image_number(frame) for frame in stack.frames], kind="stable")
     points = frame_points(stack.frames)[by_number]
     padded = np.pad(points, ((2, 2), (0, 0)), mode="reflect")
-    medians = np.median(np.lib.stride_tricks.sliding_window_view(padded, 5, axis=0), axis=-1)
+    medians = np.median(sliding_window_view(padded, 5, axis=0), axis=-1)
     jumps = np.linalg.norm(points - medians, axis=1)
     steps = np.linalg.norm(np.diff(points, axis=0), axis=1)
     is_stray[by_number] |= jumps > 3 * max(gap, np.median(steps))
@@ -587,7 +588,7 @@ def drop_strays(stack: Stack) -> None:
         stack.leave_out(is_stray, f"images left out: far from the others, one at {place} mm")
 
 
-@functools.lru_cache(maxsize=64)
+@lru_cache(maxsize=64)
 def thumbnail(frame: Frame) -> np.ndarray:
     """(32, 32) block means of the values; in CT of 0..1500 HU, so that air and metal weigh little. Zeros if
     the frame cannot be decoded, which is told when the slice is used."""
@@ -627,10 +628,13 @@ def image_number(frame: Frame) -> int:
     return frame.header.get("InstanceNumber", 0) + frame.index
 
 
-VOLUME_KEYS = (  # what tells the volumes of one series apart, in the order tried
-    *("ImageType", "EchoNumbers", "EchoTime", "TemporalPositionIdentifier", "DiffusionBValue"),
-    *("AcquisitionNumber", "AcquisitionTime", "TriggerTime", "StackID"),
+# What tells the volumes of one series apart, in the order tried; then the order of images does.
+# fmt: off
+VOLUME_KEYS = (
+    "ImageType", "EchoNumbers", "EchoTime", "TemporalPositionIdentifier", "DiffusionBValue",
+    "AcquisitionNumber", "AcquisitionTime", "TriggerTime", "StackID",
 )
+# fmt: on
 
 
 def key_value(frame: Frame, name: str) -> tuple:
@@ -692,7 +696,7 @@ def select_labelled(stack: Stack, labels: list, name: str) -> None:
     brightest, whose vessels are filled; else the fullest, the first of equals."""
     if len(set(labels)) == 1:
         return
-    volumes = collections.defaultdict(list)
+    volumes = defaultdict(list)
     for frame, label in zip(stack.frames, labels, strict=True):
         volumes[label].append(frame)
     places = distinct_positions(stack.frames)
@@ -704,7 +708,7 @@ def select_labelled(stack: Stack, labels: list, name: str) -> None:
     best = complete[int(np.argmax(counts))]
     is_full = [count >= 0.9 * max(counts) > 1 for count in counts]
     if sum(is_full) > 1 and name != "ImageType" and modality_of(best[0].header) == "CT":
-        full = list(itertools.compress(complete, is_full))
+        full = list(compress(complete, is_full))
         low, high = np.median([distinct_positions(volume)[[0, -1]] for volume in full], axis=0)
         shared = low + (high - low) * np.linspace(0.2, 0.8, 6)
         best = max(full, key=lambda volume: measure_brightness(volume, shared))
@@ -752,7 +756,8 @@ def take_one_per_position(frames: list[Frame]) -> list[Frame]:
     """Frames sorted along +normal; where several share a position, the one whose InstanceNumber fits those of
     the others best, else the lowest."""
     frames = [frames[i] for i in np.argsort(positions_along_normal(frames), kind="stable")]
-    ranks, numbers = rank_positions(frames), np.array([image_number(frame) for frame in frames])
+    ranks = rank_positions(frames)
+    numbers = np.array([image_number(frame) for frame in frames])
     is_single = np.bincount(ranks)[ranks] == 1
     expected = np.interp(ranks, ranks[is_single], numbers[is_single]) if is_single.any() else -1e12
     order = np.lexsort((numbers, np.abs(numbers - expected), ranks))
@@ -892,15 +897,13 @@ def canonical_grid(series: Series, faults: dict[int, str] | None = None) -> Grid
     be sheared by gantry tilt, and an index says nothing about millimetres then.
     """
     first, normal = series.frames[0], series.normal
-    along_row = first.row_dir - normal * np.dot(first.row_dir, normal)
-    stored = np.stack([normal, np.cross(normal, along_row), along_row])
-    stored /= np.linalg.norm(stored, axis=1, keepdims=True)
+    stored = np.stack([normal, np.cross(normal, first.row_dir), first.row_dir])
     cosines = stored[:, ::-1]  # of a growing slice, row and column number with z, y, x
     through = int(np.abs(cosines[0]).argmax())
     image_axes = [axis for axis in range(3) if axis != through]
     is_transposed = bool(np.abs(cosines[1, image_axes]).argmax())
     image_numbers = [2, 1] if is_transposed else [1, 2]
-    permutation = [*image_numbers[:through], 0, *image_numbers[through:]]
+    permutation = np.insert(image_numbers, through, 0)
     signs = np.where(cosines[permutation, range(3)] < 0, -1, 1)
     directions = stored[permutation] * signs[:, None]
     shape = np.array([0, first.rows, first.cols])[image_numbers]
@@ -909,8 +912,7 @@ def canonical_grid(series: Series, faults: dict[int, str] | None = None) -> Grid
     pixels_before = np.where(flips < 0, shape - 0.5, 0.5)
 
     faults = faults or {}
-    positions = np.array([frame.position for frame in series.frames])
-    positions = positions @ directions.T  # (n, 3) mm of the first stored pixel
+    positions = frame_points(series.frames) @ directions.T  # (n, 3) mm of the first stored pixel
     order = order_slices(positions[:, through], faults)
     positions = positions[order]
     centres = positions[:, through]
@@ -936,13 +938,8 @@ def order_slices(positions: np.ndarray, faults: dict[int, str]) -> list[int]:
     the ends may be air."""
     order = np.argsort(positions, kind="stable").tolist()
     filled = [k for k, i in enumerate(order) if faults.get(i) == ""]
-    inner = range(filled[0], filled[-1]) if filled else []
-    usable = []
-    for k, i in enumerate(order):
-        is_end = faults.get(i) == BLANK and k not in inner
-        if is_end or not faults.get(i):
-            usable.append(i)
-    return usable
+    inner = order[filled[0] : filled[-1]] if filled else []
+    return [i for i in order if not faults.get(i) or (faults[i] == BLANK and i not in inner)]
 
 
 def slice_spans(centres: np.ndarray, thickness_mm: float) -> np.ndarray:
@@ -1075,12 +1072,7 @@ def is_scanned(grid: Grid, box: Box, axis: int) -> np.ndarray:
     return (low <= middles) & (middles <= high)
 
 
-def render_box(
-    grid: Grid,
-    box: Box,
-    weights: np.ndarray,
-    limits: tuple[float, float],
-) -> np.ndarray:
+def render_box(grid: Grid, box: Box, weights: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
     """Voxels (Z, H, W) from the weights (voxels along `through`, slices).
 
     The slices of a slab (across a sagittal scan: of a column of voxels) are merged at their own resolution,
@@ -1091,8 +1083,8 @@ def render_box(
     shape = box.shape[grid.image_axes]
     factors = grid.steps / box.steps[grid.image_axes]
     slabs = np.zeros((len(weights), *shape), np.uint8)
-    load = functools.partial(load_window, grid, box, limits)
-    load = functools.lru_cache(maxsize=2)(load)  # neighbouring slabs share slices
+    load = partial(load_window, grid, box, limits)
+    load = lru_cache(maxsize=2)(load)  # neighbouring slabs share slices
     for z in np.flatnonzero(weights.any(axis=1)):
         merged, offset = np.zeros(box.window, np.float32), 0.0
         for k in np.flatnonzero(weights[z]).tolist():
@@ -1108,12 +1100,7 @@ def render_box(
     return np.ascontiguousarray(np.moveaxis(slabs, 0, grid.through))
 
 
-def load_window(
-    grid: Grid,
-    box: Box,
-    limits: tuple[float, float],
-    k: int,
-) -> tuple[np.ndarray, float, float]:
+def load_window(grid: Grid, box: Box, limits: tuple[float, float], k: int) -> tuple[np.ndarray, float, float]:
     """(window, gain, bias): the stored values of slice k in the box, (h, w) float32, clipped at the limits;
     outside of the image and for padding the lower one. limits -> 0..1 is gain * window + bias."""
     frame = grid.frame(k)
@@ -1145,11 +1132,7 @@ def crop_image(grid: Grid, k: int, box: Box) -> np.ndarray:
     return grid.image(k)[rows, columns]
 
 
-def resize_exactly(
-    image: np.ndarray,
-    factors: np.ndarray,
-    shape: np.ndarray,
-) -> np.ndarray:
+def resize_exactly(image: np.ndarray, factors: np.ndarray, shape: np.ndarray) -> np.ndarray:
     """Scale (h, w) float32 by factors per axis, its outer upper left edge staying in place, then cut to
     shape: area means along an axis that shrinks, linear along one that grows."""
     for method, (y, x) in (
@@ -1162,11 +1145,7 @@ def resize_exactly(
     return image[:rows, :columns]
 
 
-def choose_limits(
-    grid: Grid,
-    box: Box,
-    settings: VolumeSettings,
-) -> tuple[float, float]:
+def choose_limits(grid: Grid, box: Box, settings: VolumeSettings) -> tuple[float, float]:
     """mr_percentiles of the rescaled pixels in the box (up to 30,000 of each of up to 16 slices).
     Padding counts as black air beside a magnitude image, and not at all where zero is far from all tissue."""
     edges = box.edges(grid.through)
@@ -1179,13 +1158,11 @@ def choose_limits(
         samples = blank if grid.faults[grid.order[k]] else filled
         samples.append(values.ravel())
     values = np.concatenate(filled or blank)
-    tissue = values[~np.isnan(values)]
-    if tissue.size == 0:
+    if np.isnan(values).all():
         return 0.0, 1.0
-    dark, bright = np.percentile(tissue, settings.mr_percentiles).tolist()
+    dark, bright = np.nanpercentile(values, settings.mr_percentiles).tolist()
     if 0 <= dark < 2 * (bright - dark):
-        values = np.nan_to_num(values)
-        dark, bright = np.percentile(values, settings.mr_percentiles).tolist()
+        dark, bright = np.percentile(np.nan_to_num(values), settings.mr_percentiles).tolist()
     return dark, bright if bright > dark else dark + 1
 
 
@@ -1205,11 +1182,7 @@ def pick_evenly(items: np.ndarray, count: int) -> list[int]:
 
 
 def doubt_voxels(
-    grid: Grid,
-    box: Box,
-    voxels: np.ndarray,
-    covered: np.ndarray,
-    notes: list[str],
+    grid: Grid, box: Box, voxels: np.ndarray, covered: np.ndarray, notes: list[str]
 ) -> list[str]:
     """What makes voxels implausible, of what was scanned in the box: every slab, every third pixel."""
     scanned = [is_scanned(grid, box, axis) for axis in range(3)]
@@ -1259,7 +1232,7 @@ def find_head(grid: Grid) -> tuple[float, float, float] | None:
     """
     factors = np.maximum(1, np.rint(3.0 / grid.steps)).astype(int)
     pixel_mm = grid.steps * factors
-    load = functools.cache(functools.partial(shrink_slice, grid, factors))
+    load = cache(partial(shrink_slice, grid, factors))
     picks = pick_evenly(np.arange(len(grid.order)), 24)
     samples = list(map(load, picks))
     least_range = 0.02 * np.ptp(np.percentile(samples, (1, 99)))
@@ -1288,10 +1261,7 @@ def find_head(grid: Grid) -> tuple[float, float, float] | None:
 
 
 def find_axial_top(
-    grid: Grid,
-    head: Masks,
-    mask_slice: Callable[[int], np.ndarray],
-    least_pixels: float,
+    grid: Grid, head: Masks, mask_slice: Callable[[int], np.ndarray], least_pixels: float
 ) -> float | None:
     """mm of the top by bisection between the highest sample with a head and the next; `head` gets the slices
     with a head that it passes."""
@@ -1311,12 +1281,7 @@ def find_axial_top(
     return grid.spans[inside, 1]
 
 
-def find_sliced_top(
-    grid: Grid,
-    head: Masks,
-    pixel_mm: np.ndarray,
-    least_mm2: float,
-) -> float | None:
+def find_sliced_top(grid: Grid, head: Masks, pixel_mm: np.ndarray, least_mm2: float) -> float | None:
     """mm of the top: the highest row (of z) whose pixels in all samples make up the cross-section."""
     centres = grid.centres[list(head)]
     # mm through the stack that a sample stands for
@@ -1330,12 +1295,7 @@ def find_sliced_top(
     return min(bottom + pixel_mm[0] * (rows[-1] + 1), covered)
 
 
-def find_centre(
-    grid: Grid,
-    head: Masks,
-    pixel_mm: np.ndarray,
-    top: float,
-) -> tuple[float, float]:
+def find_centre(grid: Grid, head: Masks, pixel_mm: np.ndarray, top: float) -> tuple[float, float]:
     """mm (y, x) of the middle of the head's bounding box over 100 mm below the top."""
     numbers, *pixels = np.nonzero(np.stack(list(head.values())))
     slices = np.array(list(head))[numbers]
