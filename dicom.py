@@ -273,8 +273,8 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
 
 def list_files(source: Path | list[Path]) -> list[Path]:
     """The files of a folder of any depth, or those given, in their natural order."""
-    paths = source if isinstance(source, list) else [Path(source)]
-    if not isinstance(source, list) and paths[0].is_dir():
+    paths = source if isinstance(source, list) else [source]
+    if paths == [source] and source.is_dir():
         paths = [Path(folder, name) for folder, _, names in os.walk(source) for name in names]
     return sorted(paths, key=natural_key)
 
@@ -512,12 +512,12 @@ def position_sources(frames: list[Frame]) -> Iterator[tuple[str, bool, list[Fram
     if is_known.all() and len(frames) < 8:
         return
     step, tag = slice_step(frames[0].header, frames[0].spacing_mm[0])
-    numbers = np.array([image_number(frame) for frame in frames])
+    numbers = [image_number(frame) for frame in frames]
     for name, values in (
         ("(0020,0013) InstanceNumber", numbers),
-        ("the order of file names", np.arange(len(frames))),
+        ("the order of file names", range(len(frames))),
     ):
-        placed, line_step = place_on_line(frames, values, step)
+        placed, line_step = place_on_line(frames, np.array(values), step)
         is_certain = abs(line_step - step) < 0.1 * step
         yield f"{name} times {line_step or step:.4g} mm ({tag})", is_certain, placed
     if is_known.any():
@@ -644,7 +644,8 @@ def key_value(frame: Frame, name: str) -> tuple:
         return name in frame.header, frame.header.get(name, "")
     types = [*image_types(frame.header), frame.header.get("ComplexImageComponent", "").upper()]
     is_magnitude = any(word in ("M", "MAGNITUDE") or word.startswith("M_") for word in types)
-    return 0 if is_magnitude else 2 if PHASE_TYPES & set(types) else 1, "DERIVED" in types, tuple(types)
+    is_phase = not PHASE_TYPES.isdisjoint(types)
+    return not is_magnitude, not is_magnitude and is_phase, "DERIVED" in types, tuple(types)
 
 
 def count_sweeps(frames: list[Frame], values: list) -> list[int]:
@@ -823,8 +824,8 @@ class Box:
     low: np.ndarray  # (3,) mm of the lower edges
     steps: np.ndarray  # (3,) mm per voxel
     shape: np.ndarray  # (3,) voxels
-    window: tuple[int, int]  # pixels along the image axes that cover the box, and one more
-    starts: list[tuple[int, int]]  # first pixel of the window in each image: gantry tilt moves it
+    window: np.ndarray  # (2,) pixels along the image axes that cover the box, and one more
+    starts: np.ndarray  # (n, 2) first pixel of the window in each image: gantry tilt moves it
 
     def edges(self, axis: int) -> np.ndarray:
         """(shape + 1,) mm of the voxels' edges along an axis."""
@@ -874,8 +875,8 @@ class Grid:
             self.faults[i] = str(error)
             return np.zeros(self.shape, np.int16)
         rows, columns = stored.shape
-        is_blank = stored[0, 0] == stored[rows // 2, columns // 2]  # spares most of the next step
-        is_blank = is_blank and np.ptp(stored) == 0
+        # Two pixels that differ spare the look at all.
+        is_blank = stored[0, 0] == stored[rows // 2, columns // 2] and np.ptp(stored) == 0
         self.faults[i] = BLANK if is_blank else ""
         image = stored.T if self.is_transposed else stored
         return image[:: self.flips[0], :: self.flips[1]]
@@ -974,10 +975,8 @@ def slab_weights(spans: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.n
 def line_weights(centres: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Weights (P, n) of linear interpolation between n growing centres at P targets; the nearest beyond the
     ends."""
-    numbers = np.arange(len(centres))
-    fractions = np.interp(targets, centres, numbers)
-    distances = np.abs(fractions[:, None] - numbers)
-    return np.clip(1 - distances, 0, None)
+    weights = [np.interp(targets, centres, row) for row in np.eye(len(centres))]
+    return np.stack(weights, axis=1)
 
 
 def to_voxel(points_lps: np.ndarray, affine: np.ndarray) -> np.ndarray:
@@ -1052,7 +1051,7 @@ def place_box(grid: Grid, settings: VolumeSettings, notes: list[str]) -> Box:
     if window.max() > 8192:
         raise ValueError(f"(0028,0030) PixelSpacing {grid.steps.min():g} mm: expected at least 0.03 mm")
     starts = np.rint((low[axes] - grid.edges) / grid.steps).astype(int)
-    return Box(low, size_mm / shape, shape, tuple(window.tolist()), starts.tolist())
+    return Box(low, size_mm / shape, shape, window, starts)
 
 
 def weigh_slices(grid: Grid, box: Box) -> tuple[np.ndarray, np.ndarray]:
@@ -1110,10 +1109,8 @@ def load_window(grid: Grid, box: Box, limits: tuple[float, float], k: int) -> tu
     image = crop_image(grid, k, box)
     rows, columns = image.shape
     top, left = box.starts[k]
-    window = np.empty(box.window, np.float32)
+    window = np.full(box.window, dark, np.float32)
     inside = window[max(-top, 0) :, max(-left, 0) :][:rows, :columns]
-    if inside.shape != window.shape:
-        window[:] = dark
     np.clip(image, low, high, out=inside)
     if frame.padding:
         inside[is_padding(image, frame.padding)] = dark
@@ -1248,8 +1245,7 @@ def find_head(grid: Grid) -> tuple[float, float, float] | None:
 
     masks = {k: mask_slice(k) for k in picks}
     head = {k: largest_component(mask) for k, mask in masks.items()}
-    widths_mm = [np.ptp(grid.extent_mm(axis)) for axis in (1, 2)]
-    least_mm2 = min(1000, 28 * min(widths_mm))
+    least_mm2 = min(1000, *(28 * np.ptp(grid.extent_mm(axis)) for axis in (1, 2)))
     if grid.through == 0:
         follow_head(masks, head)
         top = find_axial_top(grid, head, mask_slice, least_mm2 / pixel_mm.prod())
@@ -1301,11 +1297,12 @@ def find_centre(grid: Grid, head: Masks, pixel_mm: np.ndarray, top: float) -> tu
     slices = np.array(list(head))[numbers]
     points = np.empty((3, len(slices)))
     points[grid.through] = grid.centres[slices]
-    for side, axis in enumerate(grid.image_axes):
-        points[axis] = grid.edges[slices, side] + (pixels[side] + 0.5) * pixel_mm[side]
+    edges = grid.edges[slices].T
+    points[grid.image_axes] = edges + (np.array(pixels) + 0.5) * pixel_mm[:, None]
     points = points[:, points[0] < top]
-    _, y, x = points[:, points[0] >= min(top - 100, points[0].max())]
-    return (y.min() + y.max()) / 2, (x.min() + x.max()) / 2
+    box = points[1:, points[0] >= min(top - 100, points[0].max())]
+    y, x = (box.min(axis=1) + box.max(axis=1)) / 2
+    return y, x
 
 
 def shrink_slice(grid: Grid, factors: np.ndarray, k: int) -> np.ndarray:
@@ -1368,7 +1365,6 @@ def follow_head(masks: Masks, head: Masks) -> None:
     upwards = [k for k in head if k > seed]
     downwards = [k for k in reversed(head) if k < seed]
     for side in (upwards, downwards):
-        last = seed
+        last = head[seed]
         for k in side:
-            head[k] = largest_component(masks[k], near=head[last])
-            last = k
+            last = head[k] = largest_component(masks[k], near=last)
