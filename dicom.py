@@ -121,8 +121,8 @@ def find_series(root: Path, skip: Path | None = None) -> tuple[dict[str, list[Pa
         claims[uid] += by_patient.values()
     series = {}
     for uid, claimants in claims.items():
+        count = len(claimants)
         for number, members in enumerate(claimants, start=1):
-            count = len(claimants)
             series[uid if count == 1 else safe_uid(f"{uid}-{number}of{count}")] = members
     return series, rejected
 
@@ -648,37 +648,37 @@ def key_value(frame: Frame, name: str) -> tuple:
     return not is_magnitude, not is_magnitude and is_phase, "DERIVED" in types, tuple(types)
 
 
-def count_sweeps(frames: list[Frame], values: list) -> list[int]:
+def count_sweeps(frames: list[Frame], values: list) -> np.ndarray:
     """For each frame, how often the stack was run through before it, in the order of values."""
+    sweeps = np.zeros(len(frames), int)
     if len(frames) < 2:
-        return [0] * len(frames)
+        return sweeps
     order = sorted(range(len(frames)), key=values.__getitem__)
     positions = positions_along_normal(frames)
     steps = np.diff(positions[order])
     steps *= np.sign(np.median(steps))
     is_return = steps < -0.5 * np.ptp(positions)
-    sweeps = np.zeros(len(frames), int)
     if (steps < 0).sum() <= is_return.sum() + 0.1 * len(frames):
         sweeps[order[1:]] = np.cumsum(is_return)
-    return sweeps.tolist()
+    return sweeps
 
 
-def count_visits(frames: list[Frame]) -> list[int]:
+def count_visits(frames: list[Frame]) -> np.ndarray:
     """For each frame, how many of lower InstanceNumber share its position."""
     ranks = rank_positions(frames)
     order = np.lexsort(([image_number(frame) for frame in frames], ranks))
     visits = np.arange(len(frames)) - np.searchsorted(ranks[order], ranks[order])
-    return visits[np.argsort(order)].tolist()
+    return visits[np.argsort(order)]
 
 
-def alternate(frames: list[Frame]) -> list[int]:
+def alternate(frames: list[Frame]) -> np.ndarray:
     """0 and 1 in turn along the normal where gaps are by turns wide and narrow, else 0."""
     gaps = np.diff(distinct_positions(frames))
     if len(gaps) < 8:
-        return [0] * len(frames)
+        return np.zeros(len(frames))
     even, odd = (np.percentile(gaps[start::2], (10, 90)) for start in (0, 1))
     is_alternate = even[1] < 0.8 * odd[0] or odd[1] < 0.8 * even[0]
-    return (rank_positions(frames) % 2 * is_alternate).tolist()
+    return rank_positions(frames) % 2 * is_alternate
 
 
 def select_volume(stack: Stack) -> None:
@@ -692,7 +692,7 @@ def select_volume(stack: Stack) -> None:
     select_labelled(stack, alternate(stack.frames), "alternating gaps")
 
 
-def select_labelled(stack: Stack, labels: list, name: str) -> None:
+def select_labelled(stack: Stack, labels: list | np.ndarray, name: str) -> None:
     """Leave the frames with one label, if that makes a volume (`is_volume`): of several CT volumes the
     brightest, whose vessels are filled; else the fullest, the first of equals."""
     if len(set(labels)) == 1:
@@ -857,13 +857,11 @@ class Grid:
     steps: np.ndarray  # (2,) mm per pixel along the image axes
     shape: np.ndarray  # (2,) pixels along the image axes
     order: list[int]  # (n,) index into series.frames
+    frames: list[Frame]  # in this order
     centres: np.ndarray  # (n,) mm along `through`
     spans: np.ndarray  # (n, 2) mm that each slice stands for
     edges: np.ndarray  # (n, 2) mm of the outer edge of each slice's first pixel
     faults: dict[int, str]  # index into series.frames, of those decoded so far -> "", BLANK or an error
-
-    def frame(self, k: int) -> Frame:
-        return self.series.frames[self.order[k]]
 
     def image(self, k: int) -> np.ndarray:
         """Stored values of slice k along its canonical axes, zeros if it cannot be decoded; what is wrong
@@ -927,6 +925,7 @@ def canonical_grid(series: Series, faults: dict[int, str] | None = None) -> Grid
         steps=steps,
         shape=shape,
         order=order,
+        frames=[series.frames[i] for i in order],
         centres=centres,
         spans=slice_spans(centres, series.spacing_mm[0]),
         edges=positions[:, image_axes] - pixels_before * steps,
@@ -1082,8 +1081,8 @@ def render_box(grid: Grid, box: Box, weights: np.ndarray, limits: tuple[float, f
     shape = box.shape[grid.image_axes]
     factors = grid.steps / box.steps[grid.image_axes]
     slabs = np.zeros((len(weights), *shape), np.uint8)
-    load = partial(load_window, grid, box, limits)
-    load = lru_cache(maxsize=2)(load)  # neighbouring slabs share slices
+    # neighbouring slabs share slices
+    load = lru_cache(maxsize=2)(partial(load_window, grid, box, limits))
     for z in np.flatnonzero(weights.any(axis=1)):
         merged, offset = np.zeros(box.window, np.float32), 0.0
         for k in np.flatnonzero(weights[z]).tolist():
@@ -1093,16 +1092,14 @@ def render_box(grid: Grid, box: Box, weights: np.ndarray, limits: tuple[float, f
             offset += bias * weight
         merged += np.float32(offset)
         slab = resize_exactly(merged, factors, shape)
-        slab = np.clip(slab, 0, 1)
-        slab *= 255
-        slabs[z] = slab + 0.5
+        slabs[z] = np.clip(slab, 0, 1) * 255 + 0.5
     return np.ascontiguousarray(np.moveaxis(slabs, 0, grid.through))
 
 
 def load_window(grid: Grid, box: Box, limits: tuple[float, float], k: int) -> tuple[np.ndarray, float, float]:
     """(window, gain, bias): the stored values of slice k in the box, (h, w) float32, clipped at the limits;
     outside of the image and for padding the lower one. limits -> 0..1 is gain * window + bias."""
-    frame = grid.frame(k)
+    frame = grid.frames[k]
     # As stored; dark lies above bright where the slope is negative.
     dark, bright = ((value - frame.intercept) / frame.slope for value in limits)
     low, high = map(np.float32, sorted((dark, bright)))
@@ -1151,7 +1148,7 @@ def choose_limits(grid: Grid, box: Box, settings: VolumeSettings) -> tuple[float
     for k in pick_evenly(np.flatnonzero(is_inside), 16):
         stored = crop_image(grid, k, box)
         stride = 1 + math.isqrt(stored.size // 30_000)
-        values = rescale_values(grid.frame(k), stored[::stride, ::stride])
+        values = rescale_values(grid.frames[k], stored[::stride, ::stride])
         samples = blank if grid.faults[grid.order[k]] else filled
         samples.append(values.ravel())
     values = np.concatenate(filled or blank)
@@ -1308,7 +1305,7 @@ def find_centre(grid: Grid, head: Masks, pixel_mm: np.ndarray, top: float) -> tu
 def shrink_slice(grid: Grid, factors: np.ndarray, k: int) -> np.ndarray:
     """Rescaled slice k as means over blocks of `factors` pixels, float32; padding as air, or as what
     is darker."""
-    frame = grid.frame(k)
+    frame = grid.frames[k]
     values = rescale_values(frame, grid.image(k))
     if frame.padding:
         air = -1024 if grid.series.modality == "CT" else 0
