@@ -7,20 +7,22 @@ head); voxels are indexed (z, y, x). Imports neither torch nor `common`, so that
 
 from __future__ import annotations
 
-import collections
 import errno
-import functools
 import hashlib
-import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache, partial
+from itertools import compress
 from pathlib import Path
 
 import cv2
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.polynomial.polynomial import polyfit
 
 from frames import (
     Frame,
@@ -78,7 +80,7 @@ UID_NAME = re.compile(r"[0-2](\.(0|[1-9][0-9]*))+")  # PS3.5 9.1, so that the da
 
 
 Rejected = list[tuple[Path, str]]  # files that are not images, or not slices, with the reason
-Groups = dict[tuple[str, str], dict[str, list[Path]]]  # series as in `name_series` -> PatientID -> files
+Groups = dict[tuple[tuple[str, str], str], list[Path]]  # (series as in `name_series`, PatientID) -> files
 
 
 def find_series(root: Path, skip: Path | None = None) -> tuple[dict[str, list[Path]], Rejected]:
@@ -92,24 +94,26 @@ def find_series(root: Path, skip: Path | None = None) -> tuple[dict[str, list[Pa
     series of its folder, a folder that cannot be read as a series. Folders called `segmentations` (vessel
     masks) and the files in the folder `skip` are left out. Links are followed, each real folder once.
     """
-    groups: Groups = {}
+    groups = defaultdict(lambda: defaultdict(list))
     rejected: Rejected = []
     unreadable: list[OSError] = []
     walked = set()
     for name, subfolders, names in os.walk(root, followlinks=True, onerror=unreadable.append):
         folder, real = Path(name), os.path.realpath(name)
-        is_new = real not in walked
+        if real in walked:
+            subfolders.clear()
+            continue
         walked.add(real)
-        subfolders[:] = sorted(set(subfolders) - {"segmentations"}) if is_new else []
-        is_searched = is_new and not (skip and real == os.path.realpath(skip))
-        files = [folder / name for name in sorted(names)] if is_searched else []
-        for series, by_patient in group_files(folder, files, rejected).items():
-            for patient, members in by_patient.items():
-                groups.setdefault(series, {}).setdefault(patient, []).extend(members)
+        subfolders[:] = sorted(set(subfolders) - {"segmentations"})
+        if skip and real == os.path.realpath(skip):
+            continue
+        files = [folder / name for name in sorted(names)]
+        for (series, patient), members in group_files(folder, files, rejected).items():
+            groups[series][patient] += members
     for error in unreadable:
         folder = Path(error.filename)
-        groups[name_series(folder)] = {"": [folder]}
-    claims: dict[str, list[list[Path]]] = collections.defaultdict(list)
+        groups[name_series(folder)][""] = [folder]
+    claims = defaultdict(list)
     for (uid, _), by_patient in groups.items():
         if len(by_patient) == 2:  # images without a PatientID join those of the only patient
             without_id = by_patient.pop("", [])
@@ -117,8 +121,8 @@ def find_series(root: Path, skip: Path | None = None) -> tuple[dict[str, list[Pa
         claims[uid] += by_patient.values()
     series = {}
     for uid, claimants in claims.items():
+        count = len(claimants)
         for number, members in enumerate(claimants, start=1):
-            count = len(claimants)
             series[uid if count == 1 else safe_uid(f"{uid}-{number}of{count}")] = members
     return series, rejected
 
@@ -133,7 +137,7 @@ def group_files(folder: Path, files: list[Path], rejected: Rejected) -> Groups:
     """The images of one folder, as `find_series` says; files that are not images go to `rejected`."""
     by_name = uid_of_folder, distinction = name_series(folder)
     is_uid = not distinction
-    groups: Groups = collections.defaultdict(lambda: collections.defaultdict(list))
+    groups: Groups = defaultdict(list)
     damaged, strays = [], []
     for path in files:
         try:
@@ -146,18 +150,17 @@ def group_files(folder: Path, files: list[Path], rejected: Rejected) -> Groups:
             continue
         uid, patient = identity
         if is_uid and not groups and uid in ("", uid_of_folder):
-            return {by_name: {patient: files}}
+            return {(by_name, patient): files}
         series = (safe_uid(uid), "") if uid else by_name
-        groups[series][patient].append(path)
+        groups[series, patient].append(path)
     if is_uid and files and not groups:
-        return {by_name: {"": files}}
+        return {(by_name, ""): files}
     rejected += strays
     if groups:
-        largest = max((members for by_patient in groups.values() for members in by_patient.values()), key=len)
-        largest += damaged
+        max(groups.values(), key=len).extend(damaged)
     # empty files alone are not a series; one that may not be looked at could be an image
     elif any(not os.path.isfile(path) or os.path.getsize(path) for path in damaged):
-        groups[by_name][""] = damaged
+        groups[by_name, ""] = damaged
     else:
         rejected += [(path, "empty file") for path in damaged]
     return groups
@@ -203,21 +206,14 @@ class Series:
         else:
             self._stored.pop(i, None)
 
-    def rescale(self, i: int) -> tuple[float, float]:
-        """(slope, intercept) of slice `i` after repairs; an inverted MONOCHROME1 has a negative slope."""
-        return self.frames[i].slope, self.frames[i].intercept
-
     def padding(self, i: int) -> tuple[int, int] | None:
         """First and last of the stored values of slice `i` that are padding, or None."""
         return self.frames[i].padding
 
     def values(self, i: int) -> np.ndarray:
         """(rows, cols) float32 rescaled values of slice `i` (CT: HU). Padding: -1024 in CT, 0 in MR."""
-        frame, stored = self.frames[i], self.stored(i)
-        values = stored * np.float32(frame.slope) + np.float32(frame.intercept)
-        if frame.padding:
-            values[is_padding(stored, frame.padding)] = -1024 if self.modality == "CT" else 0
-        return values
+        values = rescale_values(self.frames[i], self.stored(i))
+        return np.nan_to_num(values, copy=False, nan=-1024 if self.modality == "CT" else 0)
 
     def point(self, sop_uid: str, x: float, y: float, f: int | None = None) -> np.ndarray:
         """(3,) LPS mm of column `x`, row `y` of an image, `f` its frame (from 0). ValueError if unknown."""
@@ -256,7 +252,7 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
     add_remarks(stack)
     geometry |= index_images(place_slices(stack))
     header = stack.frames[0].header
-    normal, affine, spacing, positions = measure_stack(stack)
+    placement = measure_stack(stack)
     decoded = repair_values(stack)
     return Series(
         uid=safe_uid(uid or header.get("SeriesInstanceUID") or os.path.abspath(stack.frames[0].path.parent)),
@@ -265,24 +261,20 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
         age=header.get("PatientAge", ""),
         sex=header.get("PatientSex", ""),
         frames=stack.frames,
-        positions_mm=positions,
-        normal=normal,
-        affine=affine,
-        spacing_mm=spacing,
-        plane=PLANES[int(np.abs(normal).argmax())],
         transfer_syntax=header["TransferSyntaxUID"],
         notes=stack.notes,
         skipped=skipped,
         geometry=geometry,
         doubts=stack.doubts,
         _stored=decoded,
+        **placement,
     )
 
 
 def list_files(source: Path | list[Path]) -> list[Path]:
     """The files of a folder of any depth, or those given, in their natural order."""
-    paths = source if isinstance(source, list) else [Path(source)]
-    if not isinstance(source, list) and paths[0].is_dir():
+    paths = source if isinstance(source, list) else [source]
+    if paths == [source] and source.is_dir():
         paths = [Path(folder, name) for folder, _, names in os.walk(source) for name in names]
     return sorted(paths, key=natural_key)
 
@@ -319,7 +311,7 @@ def read_frames(paths: list[Path], where: str) -> tuple[list[Frame], Rejected]:
 
 def index_images(frames: list[Frame]) -> dict[tuple[str, int], Frame]:
     """(SOPInstanceUID, frame index) -> image, without UIDs that images at several places share."""
-    images = collections.defaultdict(list)
+    images = defaultdict(list)
     for frame in frames:
         images[frame.sop_uid, frame.index].append(frame)
     return {key: members[0] for key, members in images.items() if count_places(members) == 1}
@@ -334,7 +326,7 @@ def drop_copies(stack: Stack) -> None:
     seen: set[tuple] = set()
     is_copy = []
     for i, frame in enumerate(stack.frames):
-        key = frame.sop_uid or i, frame.index, frame.position.tobytes(), frame.header.get("InstanceNumber")
+        key = frame.sop_uid or i, frame.position.tobytes(), image_number(frame)
         is_copy.append(key in seen)
         seen.add(key)
     stack.leave_out(is_copy, "copies of images left out: same SOPInstanceUID and position")
@@ -342,7 +334,7 @@ def drop_copies(stack: Stack) -> None:
 
 def add_remarks(stack: Stack) -> None:
     """Note what was assumed for the images, each once with its number."""
-    counts = collections.Counter(text for frame in stack.frames for text in frame.remarks)
+    counts = Counter(text for frame in stack.frames for text in frame.remarks)
     for text, count in counts.items():
         remark = f"{text} ({count} of {len(stack.frames)} images)"
         stack.notes.append(remark)
@@ -403,7 +395,7 @@ def rank_positions(frames: list[Frame]) -> np.ndarray:
 def select_geometry(stack: Stack) -> None:
     """The largest group (by positions) of images that agree in series, kind, size, orientation and pixel
     spacing; others are noted."""
-    alike = collections.defaultdict(list)
+    alike = defaultdict(list)
     for frame in stack.frames:
         series = frame.header.get("SeriesInstanceUID") or frame.header.get("PatientID")
         alike[image_kind(frame.header), series, frame.rows, frame.cols].append(frame)
@@ -457,11 +449,11 @@ def drop_slabs(stack: Stack) -> None:
     if len(sizes) < 2:
         return
     usual = sizes[2 * counts >= counts.max()].min()
-    is_slab = (thickness > 0) & ((thickness > 1.35 * usual) | (thickness < usual / 1.35))
+    is_slab = (thickness > 1.35 * usual) | ((thickness > 0) & (thickness < usual / 1.35))
     positions = positions_along_normal(stack.frames)
-    low, high = positions[~is_slab].min(), positions[~is_slab].max()
-    is_among = is_slab & (positions > low) & (positions < high)
-    if is_among.sum() > 0.5 * is_slab.sum():
+    others, slabs = positions[~is_slab], positions[is_slab]
+    is_among = (slabs > others.min()) & (slabs < others.max())
+    if is_among.sum() > 0.5 * len(slabs):
         what = f"images left out: thicker or thinner than the {usual:g} mm slices among them"
         stack.leave_out(is_slab, what)
 
@@ -477,10 +469,9 @@ def place_slices(stack: Stack) -> list[Frame]:
     for source, is_certain, frames in position_sources(stack.frames):
         attempt = Stack(frames, stack.where, [f"slices placed by {source}"] if source else [])
         drop_strays(attempt)
-        placed = attempt.frames
         select_volume(attempt)
         num_positions = len(distinct_positions(attempt.frames))
-        attempts.append((attempt, placed, num_positions, source))
+        attempts.append((attempt, frames, num_positions, source))
         is_full = len(attempt.frames) <= max(1.1 * num_positions, num_positions + 1)
         is_stack = num_positions > 1 or num_images == 1
         if is_full and is_stack and (is_certain or is_ordered(attempt.frames, attempts[0][2])):
@@ -488,18 +479,17 @@ def place_slices(stack: Stack) -> list[Frame]:
         if not source and is_comb(attempt.frames):
             break
     else:
-        attempt, placed, num_positions, source = attempts[0]
-        frames = attempt.frames
-        counts = np.bincount(rank_positions(frames))
+        attempt, frames, num_positions, source = attempts[0]
+        counts = np.bincount(rank_positions(attempt.frames))
         if num_positions > 1 and (counts == np.median(counts)).mean() < 0.9:
             raise ValueError(
-                f"{stack.where}: {len(frames)} images share {num_positions} positions, and neither "
+                f"{stack.where}: {len(attempt.frames)} images share {num_positions} positions, and neither "
                 f"(0020,1041) SliceLocation, (0020,0013) InstanceNumber nor file names tell them apart"
             )
-        numbers = {(instance_number(frame), frame.index) for frame in frames}
-        if num_images >= 8 and (num_positions == 1 or source or len(numbers) < len(frames)):
+        num_numbers = len(set(map(image_number, attempt.frames)))
+        if num_images >= 8 and (num_positions == 1 or source or num_numbers < len(attempt.frames)):
             stack.doubts.append(f"{num_images} images without plausible positions: the slices are a guess")
-        select_labelled(attempt, count_visits(frames), "InstanceNumber")
+        select_labelled(attempt, count_visits(attempt.frames), "InstanceNumber")
     slices = take_one_per_position(attempt.frames)
     stack.notes += attempt.notes
     num_others = len(attempt.frames) - len(slices)
@@ -508,7 +498,7 @@ def place_slices(stack: Stack) -> list[Frame]:
     if num_images >= 8 and len(slices) <= num_images / 8:
         stack.doubts.append(f"{len(slices)} slices of {num_images} images")
     stack.frames = slices
-    return placed
+    return frames
 
 
 def position_sources(frames: list[Frame]) -> Iterator[tuple[str, bool, list[Frame]]]:
@@ -522,16 +512,16 @@ def position_sources(frames: list[Frame]) -> Iterator[tuple[str, bool, list[Fram
     if is_known.all() and len(frames) < 8:
         return
     step, tag = slice_step(frames[0].header, frames[0].spacing_mm[0])
-    numbers = np.array([instance_number(frame) + frame.index for frame in frames])
+    numbers = [image_number(frame) for frame in frames]
     for name, values in (
         ("(0020,0013) InstanceNumber", numbers),
-        ("the order of file names", np.arange(len(frames))),
+        ("the order of file names", range(len(frames))),
     ):
-        placed, line_step = place_on_line(frames, values, step)
+        placed, line_step = place_on_line(frames, np.array(values), step)
         is_certain = abs(line_step - step) < 0.1 * step
         yield f"{name} times {line_step or step:.4g} mm ({tag})", is_certain, placed
     if is_known.any():
-        yield f"the {is_known.sum()} known positions", True, list(itertools.compress(frames, is_known))
+        yield f"the {is_known.sum()} known positions", True, list(compress(frames, is_known))
 
 
 def place_on_line(frames: list[Frame], values: np.ndarray, step_mm: float) -> tuple[list[Frame], float]:
@@ -544,13 +534,12 @@ def place_on_line(frames: list[Frame], values: np.ndarray, step_mm: float) -> tu
     step, line_step = step_mm * frames[0].normal, 0.0
     start = None
     if len(np.unique(known_values)) > 1 and np.ptp(known, axis=0).max() > SAME_POSITION_MM:
-        line = np.polynomial.polynomial.polyfit(known_values, known, 1)
-        if np.abs(line[0] + np.outer(known_values, line[1]) - known).max() < 0.51:
-            (start, step), line_step = line, float(np.linalg.norm(line[1]))
-        else:  # more pairs fall than rise
-            along = known @ frames[0].normal
-            rises = np.subtract.outer(along, along) * np.subtract.outer(known_values, known_values)
-            step = -step if np.sign(rises).sum() < 0 else step
+        origin, slope = polyfit(known_values, known, 1)
+        errors = origin + np.outer(known_values, slope) - known
+        if np.abs(errors).max() < 0.51:
+            start, step, line_step = origin, slope, float(np.linalg.norm(slope))
+        elif slope @ frames[0].normal < 0:
+            step = -step
     if start is None:
         start = np.median(known - np.outer(known_values, step), axis=0) if len(known) else np.zeros(3)
     positions = start + np.outer(values, step)
@@ -560,53 +549,46 @@ def place_on_line(frames: list[Frame], values: np.ndarray, step_mm: float) -> tu
 def is_comb(frames: list[Frame]) -> bool:
     """Whether frames lie at even positions, most of them alone, and the others repeat slices: these look like
     the slice that they share a position with, and InstanceNumbers do not run along the stack."""
+    frames = sorted(frames, key=image_number)
     ranks, gaps = rank_positions(frames), np.diff(distinct_positions(frames))
-    counts = np.bincount(ranks)
+    counts, steps = np.bincount(ranks), np.diff(ranks)
     if (counts == 1).mean() < 0.4 or len(gaps) < 7 or np.percentile(gaps, 90) > 1.5 * np.median(gaps):
         return False
-    order = np.argsort([instance_number(frame) + frame.index for frame in frames], kind="stable")
-    steps = np.diff(ranks[order])
     if (steps >= 0).all() or (steps <= 0).all():
         return False
-    near = far = 0.0
+    near, far = [], []
     for rank in np.flatnonzero(counts > 1)[:24]:
-        sharing = order[ranks[order] == rank]
-        other = int(np.flatnonzero(ranks == (rank + len(counts) // 4) % len(counts))[0])
-        first, last, distant = (thumbnail(frames[i]) for i in (sharing[0], sharing[-1], other))
-        near += np.abs(first - last).sum()
-        far += np.abs(first - distant).sum()
-    return bool(near < 0.5 * far)
+        sharing = np.flatnonzero(ranks == rank)
+        distant = np.argmax(ranks == (rank + len(counts) // 4) % len(counts))
+        near.append((frames[sharing[0]], frames[sharing[-1]]))
+        far.append((frames[sharing[0]], frames[distant]))
+    return sum_differences(near) < 0.5 * sum_differences(far)
 
 
 def drop_strays(stack: Stack) -> None:
-    """Leave out the few frames (a tenth at most) that lie beyond a gap far wider than the others, 200 mm
-    beside them, or far from those numbered before and after them: test images, corrupt positions."""
-    points, positions = frame_points(stack.frames), positions_along_normal(stack.frames)
-    gaps = np.diff(distinct_positions(stack.frames))
+    """Leave out the few frames (a tenth at most) that lie beyond a gap far wider than the others, or far from
+    those numbered before and after them: test images, corrupt positions."""
+    places = distinct_positions(stack.frames)
+    gaps = np.diff(places)
     if len(gaps) < 5:
         return
-    gap, normal = np.median(gaps), stack.frames[0].normal
-    by_number = np.argsort([instance_number(frame) for frame in stack.frames], kind="stable")
-    medians = np.median(np.lib.stride_tricks.sliding_window_view(points[by_number], 5, axis=0), axis=-1)
-    medians = np.concatenate([medians[[0, 0]], medians, medians[[-1, -1]]])
-    jumps = np.linalg.norm(points[by_number] - medians, axis=1)
-    steps = np.linalg.norm(np.diff(points[by_number], axis=0), axis=1)
-    is_stray = np.zeros(len(points), bool)
-    jumps[[0, 1, -2, -1]] /= 2  # the first and the last lie beside the median of theirs
-    is_stray[by_number] = jumps > 3 * max(gap, np.median(steps))
-    by_place = np.argsort(positions)
-    for limit_mm, most in ((30, len(points)), (20, 1)):  # a few slices may lie beyond a hole
-        clusters = np.cumsum(np.diff(positions[by_place], prepend=0) > max(4 * gap, limit_mm))
-        sizes = np.bincount(clusters)
-        is_stray[by_place] |= (clusters != sizes.argmax()) & (sizes[clusters] <= most)
-    offsets = points - np.median(points, axis=0)
-    is_stray |= np.linalg.norm(offsets - np.outer(offsets @ normal, normal), axis=1) > 200
+    gap = np.median(gaps)
+    holes = places[1:][gaps > max(4 * gap, 30)]
+    clusters = np.searchsorted(holes, positions_along_normal(stack.frames), side="right")
+    is_stray = clusters != np.bincount(clusters).argmax()
+    by_number = np.argsort([image_number(frame) for frame in stack.frames], kind="stable")
+    points = frame_points(stack.frames)[by_number]
+    padded = np.pad(points, ((2, 2), (0, 0)), mode="reflect")
+    medians = np.median(sliding_window_view(padded, 5, axis=0), axis=-1)
+    jumps = np.linalg.norm(points - medians, axis=1)
+    steps = np.linalg.norm(np.diff(points, axis=0), axis=1)
+    is_stray[by_number] |= jumps > 3 * max(gap, np.median(steps))
     if 0 < is_stray.sum() <= max(1, len(points) // 10):
-        place = points[is_stray][0].round(1).tolist()
+        place = stack.frames[is_stray.argmax()].position.round(1).tolist()
         stack.leave_out(is_stray, f"images left out: far from the others, one at {place} mm")
 
 
-@functools.lru_cache(maxsize=64)
+@lru_cache(maxsize=64)
 def thumbnail(frame: Frame) -> np.ndarray:
     """(32, 32) block means of the values; in CT of 0..1500 HU, so that air and metal weigh little. Zeros if
     the frame cannot be decoded, which is told when the slice is used."""
@@ -616,6 +598,11 @@ def thumbnail(frame: Frame) -> np.ndarray:
         return np.zeros((32, 32), np.float32)
     image = cv2.resize(values, (32, 32), interpolation=cv2.INTER_AREA)
     return np.clip(image, 0, 1500) if modality_of(frame.header) == "CT" else image
+
+
+def sum_differences(pairs: Iterable[tuple[Frame, Frame]]) -> float:
+    """How much the two frames of each pair differ, over all pairs."""
+    return sum(float(np.abs(thumbnail(a) - thumbnail(b)).sum()) for a, b in pairs)
 
 
 def is_ordered(frames: list[Frame], num_shared: int) -> bool:
@@ -629,21 +616,25 @@ def is_ordered(frames: list[Frame], num_shared: int) -> bool:
     lag = max(2, len(frames) // num_shared) if num_shared > 1 else 2
     far_lag = len(frames) // 4
     starts = range(lag - 1, len(frames) - max(lag, far_lag), lag)[-24:]
-    images = np.array([[thumbnail(frames[i + k]) for k in (0, 1, lag, far_lag)] for i in starts])
-    first, second, later, last = images.swapaxes(0, 1)
-    means = first.mean(axis=(1, 2), keepdims=True)
-    near, later, far, contrast = (np.abs(first - other).sum() for other in (second, later, last, means))
+    near, later, far = (
+        sum_differences((frames[i], frames[i + step]) for i in starts) for step in (1, lag, far_lag)
+    )
+    images = np.array([thumbnail(frames[i]) for i in starts])
+    contrast = np.abs(images - images.mean(axis=(1, 2), keepdims=True)).sum()
     return bool(near < 0.85 * later and near < 0.5 * far and far > 0.05 * contrast)
 
 
-def instance_number(frame: Frame) -> int:
-    return frame.header.get("InstanceNumber", 0)
+def image_number(frame: Frame) -> int:
+    return frame.header.get("InstanceNumber", 0) + frame.index
 
 
-VOLUME_KEYS = (  # what tells the volumes of one series apart, in the order tried
-    *("ImageType", "EchoNumbers", "EchoTime", "TemporalPositionIdentifier", "DiffusionBValue"),
-    *("AcquisitionNumber", "AcquisitionTime", "TriggerTime", "StackID"),
+# What tells the volumes of one series apart, in the order tried; then the order of images does.
+# fmt: off
+VOLUME_KEYS = (
+    "ImageType", "EchoNumbers", "EchoTime", "TemporalPositionIdentifier", "DiffusionBValue",
+    "AcquisitionNumber", "AcquisitionTime", "TriggerTime", "StackID",
 )
+# fmt: on
 
 
 def key_value(frame: Frame, name: str) -> tuple:
@@ -653,62 +644,60 @@ def key_value(frame: Frame, name: str) -> tuple:
         return name in frame.header, frame.header.get(name, "")
     types = [*image_types(frame.header), frame.header.get("ComplexImageComponent", "").upper()]
     is_magnitude = any(word in ("M", "MAGNITUDE") or word.startswith("M_") for word in types)
-    return 0 if is_magnitude else 2 if PHASE_TYPES & set(types) else 1, "DERIVED" in types, tuple(types)
+    is_phase = not PHASE_TYPES.isdisjoint(types)
+    return not is_magnitude, not is_magnitude and is_phase, "DERIVED" in types, tuple(types)
 
 
-def count_sweeps(frames: list[Frame], values: list) -> list[int]:
+def count_sweeps(frames: list[Frame], values: list) -> np.ndarray:
     """For each frame, how often the stack was run through before it, in the order of values."""
+    sweeps = np.zeros(len(frames), int)
     if len(frames) < 2:
-        return [0] * len(frames)
+        return sweeps
     order = sorted(range(len(frames)), key=values.__getitem__)
     positions = positions_along_normal(frames)
     steps = np.diff(positions[order])
     steps *= np.sign(np.median(steps))
     is_return = steps < -0.5 * np.ptp(positions)
-    sweeps = np.zeros(len(frames), int)
     if (steps < 0).sum() <= is_return.sum() + 0.1 * len(frames):
         sweeps[order[1:]] = np.cumsum(is_return)
-    return sweeps.tolist()
+    return sweeps
 
 
-def count_visits(frames: list[Frame]) -> list[int]:
+def count_visits(frames: list[Frame]) -> np.ndarray:
     """For each frame, how many of lower InstanceNumber share its position."""
     ranks = rank_positions(frames)
-    order = np.lexsort(([instance_number(frame) for frame in frames], ranks))
+    order = np.lexsort(([image_number(frame) for frame in frames], ranks))
     visits = np.arange(len(frames)) - np.searchsorted(ranks[order], ranks[order])
-    return visits[np.argsort(order)].tolist()
+    return visits[np.argsort(order)]
 
 
-def alternate(frames: list[Frame]) -> list[int]:
+def alternate(frames: list[Frame]) -> np.ndarray:
     """0 and 1 in turn along the normal where gaps are by turns wide and narrow, else 0."""
     gaps = np.diff(distinct_positions(frames))
     if len(gaps) < 8:
-        return [0] * len(frames)
-    even, odd = np.median(gaps[::2]), np.median(gaps[1::2])
-    deviations = np.abs(gaps - np.where(np.arange(len(gaps)) % 2, odd, even))
-    is_alternate = abs(even - odd) > 0.12 * (even + odd) > 2.5 * np.percentile(deviations, 90)
-    return (rank_positions(frames) % 2 * is_alternate).tolist()
+        return np.zeros(len(frames))
+    even, odd = (np.percentile(gaps[start::2], (10, 90)) for start in (0, 1))
+    is_alternate = even[1] < 0.8 * odd[0] or odd[1] < 0.8 * even[0]
+    return rank_positions(frames) % 2 * is_alternate
 
 
 def select_volume(stack: Stack) -> None:
     """Leave the images of one volume: while an attribute, or the order of InstanceNumbers, times or files,
     tells several complete volumes apart, one of them."""
     for name in VOLUME_KEYS:
-        seen = {(f.header.get(name), f.header.get("ComplexImageComponent")) for f in stack.frames}
-        if len(seen) > 1:
-            select_labelled(stack, [key_value(frame, name) for frame in stack.frames], name)
+        select_labelled(stack, [key_value(frame, name) for frame in stack.frames], name)
     for name in ("InstanceNumber", "AcquisitionTime", "order of files"):
         values = [key_value(frame, name) for frame in stack.frames]
         select_labelled(stack, count_sweeps(stack.frames, values), name)
     select_labelled(stack, alternate(stack.frames), "alternating gaps")
 
 
-def select_labelled(stack: Stack, labels: list, name: str) -> None:
+def select_labelled(stack: Stack, labels: list | np.ndarray, name: str) -> None:
     """Leave the frames with one label, if that makes a volume (`is_volume`): of several CT volumes the
     brightest, whose vessels are filled; else the fullest, the first of equals."""
     if len(set(labels)) == 1:
         return
-    volumes = collections.defaultdict(list)
+    volumes = defaultdict(list)
     for frame, label in zip(stack.frames, labels, strict=True):
         volumes[label].append(frame)
     places = distinct_positions(stack.frames)
@@ -716,14 +705,12 @@ def select_labelled(stack: Stack, labels: list, name: str) -> None:
     complete = [volume for volume in ordered if is_volume(volume, places, len(stack.frames))]
     if not complete:
         return
-
-    def count_positions(volume: list[Frame]) -> int:
-        return len(distinct_positions(volume))
-
-    best = max(complete, key=count_positions)
-    full = [volume for volume in complete if count_positions(volume) >= 0.9 * count_positions(best) > 1]
-    if len(full) > 1 and name != "ImageType" and modality_of(best[0].header) == "CT":
-        low, high = (np.median([distinct_positions(volume)[end] for volume in full]) for end in (0, -1))
+    counts = [len(distinct_positions(volume)) for volume in complete]
+    best = complete[int(np.argmax(counts))]
+    is_full = [count >= 0.9 * max(counts) > 1 for count in counts]
+    if sum(is_full) > 1 and name != "ImageType" and modality_of(best[0].header) == "CT":
+        full = list(compress(complete, is_full))
+        low, high = np.median([distinct_positions(volume)[[0, -1]] for volume in full], axis=0)
         shared = low + (high - low) * np.linspace(0.2, 0.8, 6)
         best = max(full, key=lambda volume: measure_brightness(volume, shared))
     stack.notes.append(f"{len(complete)} volumes by {name}: one of them kept ({len(best)} images)")
@@ -745,9 +732,8 @@ def is_volume(frames: list[Frame], places: np.ndarray, num_all: int) -> bool:
     gaps = np.diff(positions)
     gap = np.median(gaps)
     thickness = frames[0].header.get("SliceThickness") or gap
-    after = np.searchsorted(positions, places).clip(1, len(positions) - 1)
-    distance = np.minimum(np.abs(places - positions[after - 1]), np.abs(places - positions[after]))
-    others = distance[distance > SAME_POSITION_MM]
+    distances = np.abs(np.subtract.outer(places, positions)).min(axis=1)
+    others = distances[distances > SAME_POSITION_MM]
     narrow, wide = np.percentile(np.diff(places), (25, 75))
     return bool(
         np.percentile(gaps, 90) < 1.5 * gap
@@ -771,15 +757,16 @@ def take_one_per_position(frames: list[Frame]) -> list[Frame]:
     """Frames sorted along +normal; where several share a position, the one whose InstanceNumber fits those of
     the others best, else the lowest."""
     frames = [frames[i] for i in np.argsort(positions_along_normal(frames), kind="stable")]
-    ranks, numbers = rank_positions(frames), np.array([instance_number(frame) for frame in frames])
+    ranks = rank_positions(frames)
+    numbers = np.array([image_number(frame) for frame in frames])
     is_single = np.bincount(ranks)[ranks] == 1
     expected = np.interp(ranks, ranks[is_single], numbers[is_single]) if is_single.any() else -1e12
     order = np.lexsort((numbers, np.abs(numbers - expected), ranks))
     return [frames[i] for i in order[np.diff(ranks[order], prepend=-1) > 0]]
 
 
-def measure_stack(stack: Stack) -> tuple[np.ndarray, np.ndarray, tuple, np.ndarray]:
-    """(normal, affine, spacing, positions along the normal) of sorted frames; gaps and tilt are noted."""
+def measure_stack(stack: Stack) -> dict:
+    """How sorted frames lie, as fields of `Series`; gaps and tilt are noted."""
     first, normal = stack.frames[0], stack.frames[0].normal
     points = frame_points(stack.frames)
     positions = points @ normal
@@ -790,8 +777,8 @@ def measure_stack(stack: Stack) -> tuple[np.ndarray, np.ndarray, tuple, np.ndarr
     else:
         gaps = np.diff(positions)
         gap, widest = float(np.median(gaps)), int(gaps.argmax())
-        start, step = np.polynomial.polynomial.polyfit(np.arange(len(points)), points, 1)
-        _, drift = np.polynomial.polynomial.polyfit(positions, points, 1)  # by mm along the normal
+        start, step = polyfit(np.arange(len(points)), points, 1)
+        _, drift = polyfit(positions, points, 1)  # by mm along the normal
         tilt = np.linalg.norm(drift - normal)
         if gaps[widest] > 1.5 * gap:
             stack.notes.append(
@@ -803,7 +790,13 @@ def measure_stack(stack: Stack) -> tuple[np.ndarray, np.ndarray, tuple, np.ndarr
     row_mm, col_mm = first.spacing_mm
     affine = np.eye(4)
     affine[:3] = np.stack([step, row_mm * first.col_dir, col_mm * first.row_dir, start], axis=1)
-    return normal, affine, (gap, row_mm, col_mm), positions
+    return {
+        "positions_mm": positions,
+        "normal": normal,
+        "affine": affine,
+        "spacing_mm": (gap, row_mm, col_mm),
+        "plane": PLANES[int(np.abs(normal).argmax())],
+    }
 
 
 # --- volume -------------------------------------------------------------------------------------------------
@@ -831,8 +824,8 @@ class Box:
     low: np.ndarray  # (3,) mm of the lower edges
     steps: np.ndarray  # (3,) mm per voxel
     shape: np.ndarray  # (3,) voxels
-    window: tuple[int, int]  # pixels along the image axes that cover the box, and one more
-    starts: list[tuple[int, int]]  # first pixel of the window in each image: gantry tilt moves it
+    window: np.ndarray  # (2,) pixels along the image axes that cover the box, and one more
+    starts: np.ndarray  # (n, 2) first pixel of the window in each image: gantry tilt moves it
 
     def edges(self, axis: int) -> np.ndarray:
         """(shape + 1,) mm of the voxels' edges along an axis."""
@@ -864,13 +857,11 @@ class Grid:
     steps: np.ndarray  # (2,) mm per pixel along the image axes
     shape: np.ndarray  # (2,) pixels along the image axes
     order: list[int]  # (n,) index into series.frames
+    frames: list[Frame]  # in this order
     centres: np.ndarray  # (n,) mm along `through`
     spans: np.ndarray  # (n, 2) mm that each slice stands for
     edges: np.ndarray  # (n, 2) mm of the outer edge of each slice's first pixel
     faults: dict[int, str]  # index into series.frames, of those decoded so far -> "", BLANK or an error
-
-    def frame(self, k: int) -> Frame:
-        return self.series.frames[self.order[k]]
 
     def image(self, k: int) -> np.ndarray:
         """Stored values of slice k along its canonical axes, zeros if it cannot be decoded; what is wrong
@@ -882,8 +873,8 @@ class Grid:
             self.faults[i] = str(error)
             return np.zeros(self.shape, np.int16)
         rows, columns = stored.shape
-        is_blank = stored[0, 0] == stored[rows // 2, columns // 2]  # spares most of the next step
-        is_blank = is_blank and np.ptp(stored) == 0
+        # Two pixels that differ spare the look at all.
+        is_blank = stored[0, 0] == stored[rows // 2, columns // 2] and np.ptp(stored) == 0
         self.faults[i] = BLANK if is_blank else ""
         image = stored.T if self.is_transposed else stored
         return image[:: self.flips[0], :: self.flips[1]]
@@ -905,15 +896,13 @@ def canonical_grid(series: Series, faults: dict[int, str] | None = None) -> Grid
     be sheared by gantry tilt, and an index says nothing about millimetres then.
     """
     first, normal = series.frames[0], series.normal
-    along_row = first.row_dir - normal * np.dot(first.row_dir, normal)
-    stored = np.stack([normal, np.cross(normal, along_row), along_row])
-    stored /= np.linalg.norm(stored, axis=1, keepdims=True)
+    stored = np.stack([normal, np.cross(normal, first.row_dir), first.row_dir])
     cosines = stored[:, ::-1]  # of a growing slice, row and column number with z, y, x
     through = int(np.abs(cosines[0]).argmax())
     image_axes = [axis for axis in range(3) if axis != through]
     is_transposed = bool(np.abs(cosines[1, image_axes]).argmax())
     image_numbers = [2, 1] if is_transposed else [1, 2]
-    permutation = [*image_numbers[:through], 0, *image_numbers[through:]]
+    permutation = np.insert(image_numbers, through, 0)
     signs = np.where(cosines[permutation, range(3)] < 0, -1, 1)
     directions = stored[permutation] * signs[:, None]
     shape = np.array([0, first.rows, first.cols])[image_numbers]
@@ -922,8 +911,7 @@ def canonical_grid(series: Series, faults: dict[int, str] | None = None) -> Grid
     pixels_before = np.where(flips < 0, shape - 0.5, 0.5)
 
     faults = faults or {}
-    positions = np.array([frame.position for frame in series.frames])
-    positions = positions @ directions.T  # (n, 3) mm of the first stored pixel
+    positions = frame_points(series.frames) @ directions.T  # (n, 3) mm of the first stored pixel
     order = order_slices(positions[:, through], faults)
     positions = positions[order]
     centres = positions[:, through]
@@ -937,6 +925,7 @@ def canonical_grid(series: Series, faults: dict[int, str] | None = None) -> Grid
         steps=steps,
         shape=shape,
         order=order,
+        frames=[series.frames[i] for i in order],
         centres=centres,
         spans=slice_spans(centres, series.spacing_mm[0]),
         edges=positions[:, image_axes] - pixels_before * steps,
@@ -949,13 +938,8 @@ def order_slices(positions: np.ndarray, faults: dict[int, str]) -> list[int]:
     the ends may be air."""
     order = np.argsort(positions, kind="stable").tolist()
     filled = [k for k, i in enumerate(order) if faults.get(i) == ""]
-    inner = range(filled[0], filled[-1]) if filled else []
-    usable = []
-    for k, i in enumerate(order):
-        is_end = faults.get(i) == BLANK and k not in inner
-        if is_end or not faults.get(i):
-            usable.append(i)
-    return usable
+    inner = order[filled[0] : filled[-1]] if filled else []
+    return [i for i in order if not faults.get(i) or (faults[i] == BLANK and i not in inner)]
 
 
 def slice_spans(centres: np.ndarray, thickness_mm: float) -> np.ndarray:
@@ -990,10 +974,8 @@ def slab_weights(spans: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.n
 def line_weights(centres: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Weights (P, n) of linear interpolation between n growing centres at P targets; the nearest beyond the
     ends."""
-    numbers = np.arange(len(centres))
-    fractions = np.interp(targets, centres, numbers)
-    distances = np.abs(fractions[:, None] - numbers)
-    return np.clip(1 - distances, 0, None)
+    weights = [np.interp(targets, centres, row) for row in np.eye(len(centres))]
+    return np.stack(weights, axis=1)
 
 
 def to_voxel(points_lps: np.ndarray, affine: np.ndarray) -> np.ndarray:
@@ -1068,7 +1050,7 @@ def place_box(grid: Grid, settings: VolumeSettings, notes: list[str]) -> Box:
     if window.max() > 8192:
         raise ValueError(f"(0028,0030) PixelSpacing {grid.steps.min():g} mm: expected at least 0.03 mm")
     starts = np.rint((low[axes] - grid.edges) / grid.steps).astype(int)
-    return Box(low, size_mm / shape, shape, tuple(window.tolist()), starts.tolist())
+    return Box(low, size_mm / shape, shape, window, starts)
 
 
 def weigh_slices(grid: Grid, box: Box) -> tuple[np.ndarray, np.ndarray]:
@@ -1077,27 +1059,18 @@ def weigh_slices(grid: Grid, box: Box) -> tuple[np.ndarray, np.ndarray]:
     weights, covered = slab_weights(grid.spans, box.edges(grid.through))
     if grid.through != 0 and np.median(np.diff(grid.spans)) > box.steps[grid.through]:
         weights = line_weights(grid.centres, box.middles(grid.through))
-    scanned = scanned_part(grid, box, grid.through)
-    weights[: scanned.start] = 0
-    weights[scanned.stop :] = 0
+    weights[~is_scanned(grid, box, grid.through)] = 0
     return weights, covered
 
 
-def scanned_part(grid: Grid, box: Box, axis: int) -> slice:
-    """The voxels along an axis whose middles lie in what was scanned."""
+def is_scanned(grid: Grid, box: Box, axis: int) -> np.ndarray:
+    """Of the voxels along an axis, whether their middles lie in what was scanned."""
     low, high = grid.extent_mm(axis)
     middles = box.middles(axis)
-    first = np.searchsorted(middles, low)
-    end = np.searchsorted(middles, high, side="right")
-    return slice(first, end)
+    return (low <= middles) & (middles <= high)
 
 
-def render_box(
-    grid: Grid,
-    box: Box,
-    weights: np.ndarray,
-    limits: tuple[float, float],
-) -> np.ndarray:
+def render_box(grid: Grid, box: Box, weights: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
     """Voxels (Z, H, W) from the weights (voxels along `through`, slices).
 
     The slices of a slab (across a sagittal scan: of a column of voxels) are merged at their own resolution,
@@ -1108,8 +1081,8 @@ def render_box(
     shape = box.shape[grid.image_axes]
     factors = grid.steps / box.steps[grid.image_axes]
     slabs = np.zeros((len(weights), *shape), np.uint8)
-    load = functools.partial(load_window, grid, box, limits)
-    load = functools.lru_cache(maxsize=2)(load)  # neighbouring slabs share slices
+    # neighbouring slabs share slices
+    load = lru_cache(maxsize=2)(partial(load_window, grid, box, limits))
     for z in np.flatnonzero(weights.any(axis=1)):
         merged, offset = np.zeros(box.window, np.float32), 0.0
         for k in np.flatnonzero(weights[z]).tolist():
@@ -1119,31 +1092,22 @@ def render_box(
             offset += bias * weight
         merged += np.float32(offset)
         slab = resize_exactly(merged, factors, shape)
-        slab = np.clip(slab, 0, 1)
-        slab *= 255
-        slabs[z] = slab + 0.5
+        slabs[z] = np.clip(slab, 0, 1) * 255 + 0.5
     return np.ascontiguousarray(np.moveaxis(slabs, 0, grid.through))
 
 
-def load_window(
-    grid: Grid,
-    box: Box,
-    limits: tuple[float, float],
-    k: int,
-) -> tuple[np.ndarray, float, float]:
+def load_window(grid: Grid, box: Box, limits: tuple[float, float], k: int) -> tuple[np.ndarray, float, float]:
     """(window, gain, bias): the stored values of slice k in the box, (h, w) float32, clipped at the limits;
     outside of the image and for padding the lower one. limits -> 0..1 is gain * window + bias."""
-    frame = grid.frame(k)
+    frame = grid.frames[k]
     # As stored; dark lies above bright where the slope is negative.
     dark, bright = ((value - frame.intercept) / frame.slope for value in limits)
     low, high = map(np.float32, sorted((dark, bright)))
     image = crop_image(grid, k, box)
     rows, columns = image.shape
     top, left = box.starts[k]
-    window = np.empty(box.window, np.float32)
+    window = np.full(box.window, dark, np.float32)
     inside = window[max(-top, 0) :, max(-left, 0) :][:rows, :columns]
-    if inside.shape != window.shape:
-        window[:] = dark
     np.clip(image, low, high, out=inside)
     if frame.padding:
         inside[is_padding(image, frame.padding)] = dark
@@ -1162,11 +1126,7 @@ def crop_image(grid: Grid, k: int, box: Box) -> np.ndarray:
     return grid.image(k)[rows, columns]
 
 
-def resize_exactly(
-    image: np.ndarray,
-    factors: np.ndarray,
-    shape: np.ndarray,
-) -> np.ndarray:
+def resize_exactly(image: np.ndarray, factors: np.ndarray, shape: np.ndarray) -> np.ndarray:
     """Scale (h, w) float32 by factors per axis, its outer upper left edge staying in place, then cut to
     shape: area means along an axis that shrinks, linear along one that grows."""
     for method, (y, x) in (
@@ -1179,11 +1139,7 @@ def resize_exactly(
     return image[:rows, :columns]
 
 
-def choose_limits(
-    grid: Grid,
-    box: Box,
-    settings: VolumeSettings,
-) -> tuple[float, float]:
+def choose_limits(grid: Grid, box: Box, settings: VolumeSettings) -> tuple[float, float]:
     """mr_percentiles of the rescaled pixels in the box (up to 30,000 of each of up to 16 slices).
     Padding counts as black air beside a magnitude image, and not at all where zero is far from all tissue."""
     edges = box.edges(grid.through)
@@ -1192,17 +1148,15 @@ def choose_limits(
     for k in pick_evenly(np.flatnonzero(is_inside), 16):
         stored = crop_image(grid, k, box)
         stride = 1 + math.isqrt(stored.size // 30_000)
-        values = rescale_values(grid.frame(k), stored[::stride, ::stride])
+        values = rescale_values(grid.frames[k], stored[::stride, ::stride])
         samples = blank if grid.faults[grid.order[k]] else filled
         samples.append(values.ravel())
     values = np.concatenate(filled or blank)
-    tissue = values[~np.isnan(values)]
-    if tissue.size == 0:
+    if np.isnan(values).all():
         return 0.0, 1.0
-    dark, bright = np.percentile(tissue, settings.mr_percentiles).tolist()
+    dark, bright = np.nanpercentile(values, settings.mr_percentiles).tolist()
     if 0 <= dark < 2 * (bright - dark):
-        values = np.nan_to_num(values)
-        dark, bright = np.percentile(values, settings.mr_percentiles).tolist()
+        dark, bright = np.percentile(np.nan_to_num(values), settings.mr_percentiles).tolist()
     return dark, bright if bright > dark else dark + 1
 
 
@@ -1222,15 +1176,11 @@ def pick_evenly(items: np.ndarray, count: int) -> list[int]:
 
 
 def doubt_voxels(
-    grid: Grid,
-    box: Box,
-    voxels: np.ndarray,
-    covered: np.ndarray,
-    notes: list[str],
+    grid: Grid, box: Box, voxels: np.ndarray, covered: np.ndarray, notes: list[str]
 ) -> list[str]:
     """What makes voxels implausible, of what was scanned in the box: every slab, every third pixel."""
-    scanned = tuple(scanned_part(grid, box, axis) for axis in range(3))
-    slabs = np.moveaxis(voxels[scanned], grid.through, 0)[:, ::3, ::3]
+    scanned = [is_scanned(grid, box, axis) for axis in range(3)]
+    slabs = np.moveaxis(voxels[np.ix_(*scanned)], grid.through, 0)[:, ::3, ::3]
     if slabs.size == 0:
         return []
     slabs = slabs.reshape(len(slabs), -1)
@@ -1238,28 +1188,24 @@ def doubt_voxels(
     is_empty = slabs.min(axis=1) == slabs.max(axis=1)
     if grid.through != 0:  # beside the head there may be only dark air
         is_empty &= slabs[:, 0] > 127
-    for is_poor, why in (
-        (is_interpolated, "interpolated over missing slices"),
-        (is_empty, "empty"),
-    ):
+    for is_poor, why in ((is_interpolated, "interpolated over missing slices"), (is_empty, "empty")):
         if is_poor.any():
             notes.append(f"{is_poor.mean():.0%} of the slabs ({is_poor.sum()}) are {why}")
-    poor = (is_interpolated | is_empty).mean()
-    white = (slabs >= 230).mean()
     shares = cv2.calcHist([slabs], [0], None, [256], [0, 256]) / slabs.size
-    most = shares.max()
     doubts = []
     size_mm = np.array([np.ptp(grid.extent_mm(axis)) for axis in range(3)])
     least_mm = np.full(3, 60.0)
     least_mm[grid.through] = min(25, 0.5 * len(grid.order))  # a slab of 24 slices of 1 mm is one
     if (size_mm < least_mm).any() and len(grid.order) >= 20:
         doubts.append("{:.0f} x {:.0f} x {:.0f} mm were scanned: too small for a head".format(*size_mm))
-    if poor > 0.25:
-        doubts.append(f"{poor:.0%} of the volume is interpolated over missing slices, or empty")
-    if white > 0.5:
-        doubts.append(f"{white:.0%} of the volume is nearly white")
-    if most > 0.95:
-        doubts.append(f"{most:.0%} of the volume has the grey value {shares.argmax()}")
+    most = shares.max()
+    for share, limit, what in (
+        ((is_interpolated | is_empty).mean(), 0.25, "is interpolated over missing slices, or empty"),
+        (shares[230:].sum(), 0.5, "is nearly white"),
+        (most, 0.95, f"has the grey value {shares.argmax()}"),
+    ):
+        if share > limit:
+            doubts.append(f"{share:.0%} of the volume {what}")
     # Fewer than 5 slices are not enough of a scan to judge, unless they show nothing at all.
     return doubts if len(grid.order) >= 5 or most == 1 else []
 
@@ -1280,24 +1226,23 @@ def find_head(grid: Grid) -> tuple[float, float, float] | None:
     """
     factors = np.maximum(1, np.rint(3.0 / grid.steps)).astype(int)
     pixel_mm = grid.steps * factors
+    load = cache(partial(shrink_slice, grid, factors))
     picks = pick_evenly(np.arange(len(grid.order)), 24)
-    samples = {k: shrink_slice(grid, k, factors) for k in picks}
-    least_range = 0.02 * np.ptp(np.percentile(list(samples.values()), (1, 99)))
-    images = [image for image in samples.values() if np.ptp(image) > least_range]
+    samples = list(map(load, picks))
+    least_range = 0.02 * np.ptp(np.percentile(samples, (1, 99)))
+    images = [image for image in samples if np.ptp(image) > least_range]
     if not images:
         return None
     is_ct = grid.series.modality == "CT"
     threshold = -300.0 if is_ct else choose_threshold(images)
 
     def mask_slice(k: int) -> np.ndarray:
-        image = samples[k] if k in samples else shrink_slice(grid, k, factors)
-        has_content = np.ptp(image) > least_range  # else it shows no head, however bright
-        return mask_head(image, threshold, is_ct) * has_content
+        has_content = np.ptp(load(k)) > least_range  # else it shows no head, however bright
+        return mask_head(load(k), threshold, is_ct) * has_content
 
     masks = {k: mask_slice(k) for k in picks}
     head = {k: largest_component(mask) for k, mask in masks.items()}
-    widths_mm = [np.ptp(grid.extent_mm(axis)) for axis in (1, 2)]
-    least_mm2 = min(1000, 28 * min(widths_mm))
+    least_mm2 = min(1000, *(28 * np.ptp(grid.extent_mm(axis)) for axis in (1, 2)))
     if grid.through == 0:
         follow_head(masks, head)
         top = find_axial_top(grid, head, mask_slice, least_mm2 / pixel_mm.prod())
@@ -1309,10 +1254,7 @@ def find_head(grid: Grid) -> tuple[float, float, float] | None:
 
 
 def find_axial_top(
-    grid: Grid,
-    head: Masks,
-    mask_slice: Callable[[int], np.ndarray],
-    least_pixels: float,
+    grid: Grid, head: Masks, mask_slice: Callable[[int], np.ndarray], least_pixels: float
 ) -> float | None:
     """mm of the top by bisection between the highest sample with a head and the next; `head` gets the slices
     with a head that it passes."""
@@ -1332,12 +1274,7 @@ def find_axial_top(
     return grid.spans[inside, 1]
 
 
-def find_sliced_top(
-    grid: Grid,
-    head: Masks,
-    pixel_mm: np.ndarray,
-    least_mm2: float,
-) -> float | None:
+def find_sliced_top(grid: Grid, head: Masks, pixel_mm: np.ndarray, least_mm2: float) -> float | None:
     """mm of the top: the highest row (of z) whose pixels in all samples make up the cross-section."""
     centres = grid.centres[list(head)]
     # mm through the stack that a sample stands for
@@ -1351,28 +1288,24 @@ def find_sliced_top(
     return min(bottom + pixel_mm[0] * (rows[-1] + 1), covered)
 
 
-def find_centre(
-    grid: Grid,
-    head: Masks,
-    pixel_mm: np.ndarray,
-    top: float,
-) -> tuple[float, float]:
+def find_centre(grid: Grid, head: Masks, pixel_mm: np.ndarray, top: float) -> tuple[float, float]:
     """mm (y, x) of the middle of the head's bounding box over 100 mm below the top."""
     numbers, *pixels = np.nonzero(np.stack(list(head.values())))
     slices = np.array(list(head))[numbers]
     points = np.empty((3, len(slices)))
     points[grid.through] = grid.centres[slices]
-    for side, axis in enumerate(grid.image_axes):
-        points[axis] = grid.edges[slices, side] + (pixels[side] + 0.5) * pixel_mm[side]
+    edges = grid.edges[slices].T
+    points[grid.image_axes] = edges + (np.array(pixels) + 0.5) * pixel_mm[:, None]
     points = points[:, points[0] < top]
-    _, y, x = points[:, points[0] >= min(top - 100, points[0].max())]
-    return (y.min() + y.max()) / 2, (x.min() + x.max()) / 2
+    box = points[1:, points[0] >= min(top - 100, points[0].max())]
+    y, x = (box.min(axis=1) + box.max(axis=1)) / 2
+    return y, x
 
 
-def shrink_slice(grid: Grid, k: int, factors: np.ndarray) -> np.ndarray:
+def shrink_slice(grid: Grid, factors: np.ndarray, k: int) -> np.ndarray:
     """Rescaled slice k as means over blocks of `factors` pixels, float32; padding as air, or as what
     is darker."""
-    frame = grid.frame(k)
+    frame = grid.frames[k]
     values = rescale_values(frame, grid.image(k))
     if frame.padding:
         air = -1024 if grid.series.modality == "CT" else 0
@@ -1429,7 +1362,6 @@ def follow_head(masks: Masks, head: Masks) -> None:
     upwards = [k for k in head if k > seed]
     downwards = [k for k in reversed(head) if k < seed]
     for side in (upwards, downwards):
-        last = seed
+        last = head[seed]
         for k in side:
-            head[k] = largest_component(masks[k], near=head[last])
-            last = k
+            last = head[k] = largest_component(masks[k], near=last)

@@ -490,10 +490,8 @@ def make_header(job: Job, scan: Scan, rescale: dict) -> Dataset:
     )
     # type 2 of the patient, study and image modules: present, may be empty (PS3.3 A.3.3, A.4.3)
     d.PatientName = d.PatientBirthDate = d.StudyDate = d.StudyTime = d.StudyID = d.AccessionNumber = ""
-    pixels = {
-        "PixelSpacing": np.round(spacing_mm[1:], 6).tolist(),
-        "SliceThickness": round(scan.thickness_mm, 4),
-    }
+    pixel_mm = np.round(spacing_mm[1:], 6).tolist()
+    pixels = {"PixelSpacing": pixel_mm, "SliceThickness": round(scan.thickness_mm, 4)}
     if is_ct:
         d.KVP = 100
     else:
@@ -550,13 +548,12 @@ def write_frames(d: Dataset, stored: np.ndarray, scan: Scan, job: Job, folder: P
     positions = [[round(v, 6) for v in (scan.affine @ [k, 0, 0, 1])[:3]] for k in range(len(stored))]
     if job.form.startswith("enhanced"):
         d.SOPInstanceUID, d.InstanceNumber = make_uid(job.seed, "instance", job.number), 1
-        d.PerFrameFunctionalGroupsSequence = [
-            make_dataset(
-                PlanePositionSequence=[make_dataset(ImagePositionPatient=positions[k])],
-                FrameContentSequence=[make_dataset(StackID="1", InStackPositionNumber=number)],
-            )
-            for number, k in enumerate(order, start=1)
-        ]
+        groups = []
+        for number, k in enumerate(order, start=1):
+            place = make_dataset(ImagePositionPatient=positions[k])
+            content = make_dataset(StackID="1", InStackPositionNumber=number)
+            groups.append(make_dataset(PlanePositionSequence=[place], FrameContentSequence=[content]))
+        d.PerFrameFunctionalGroupsSequence = groups
         save(d, stored[order], job.form, folder / f"{d.SOPInstanceUID}.dcm")
         return [(d.SOPInstanceUID, frame) for frame in order]  # a reversal is its own inverse
     # sorting the names does not sort the slices
