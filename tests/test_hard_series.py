@@ -1,7 +1,5 @@
 """Series with the troubles that people report: each comes out right, or is refused or doubted."""
 
-from __future__ import annotations
-
 import gzip
 import os
 import re
@@ -152,9 +150,8 @@ def spoil(fault: str, plane: str, num: int, step: float) -> tuple[list, list]:
     return points.tolist(), orientations
 
 
-LOST = ["to 5 mm", "half unknown", "half at one place"]  # the rest tells in which direction numbers run
-FAULTS = [
-    *LOST,
+FAULTS = ["to 5 mm", "half unknown", "half at one place"]  # the rest tells in which direction numbers run
+FAULTS += [
     "one position",
     "rounded",
     "no orientation",
@@ -185,16 +182,10 @@ def test_images_keep_their_places_in_spite_of_a_fault(tmp_path, is_enhanced, pla
     assert noted(series, "ImageOrientationPatient in", plane) or "orientation" not in fault
 
 
-def test_without_numbers_slices_with_one_position_lie_by_file_name(tmp_path):
-    scan(tmp_path, head(), ImagePositionPatient=[0, 0, 0], InstanceNumber=None)
-    series = read_series(tmp_path)
-    assert names(series) == [f"I{i + 1}" for i in range(24)]
-    assert noted(series, "file names") and series.doubts == []
-
-
 SHUFFLED = head()[np.random.default_rng(0).permutation(24)]
 BOLUS = np.repeat(head(1), 24, axis=0)
 BOLUS[:, 16, 16] = np.linspace(1064, 1400, 24)  # it arrives
+MIRRORED = ([1, 0, 0, 0, 1, 0], [-1, 0, 0, 0, 1, 0]) * 12
 
 
 @pytest.mark.parametrize(
@@ -203,11 +194,7 @@ BOLUS[:, 16, 16] = np.linspace(1064, 1400, 24)  # it arrives
         (SHUFFLED, {IPP: [0, 0, 0], "InstanceNumber": None}, "24 images without plausible positions"),
         (BOLUS, {IPP: [0, 0, 0]}, "24 images without plausible positions"),
         (head(), {IPP: None, "ImageOrientationPatient": None}, "axial assumed"),
-        (
-            head(),
-            {"ImageOrientationPatient": ([1, 0, 0, 0, 1, 0], [-1, 0, 0, 0, 1, 0]) * 12},
-            "12 of 24 images",
-        ),
+        (head(), {"ImageOrientationPatient": MIRRORED}, "12 of 24 images"),
         (head(), {IPP: ([0, 0, 0], [0, 0, 4], [0, 0, 8]) * 8}, "3 slices of 24 images"),
     ],
 )
@@ -239,14 +226,13 @@ def test_frames_without_a_position_lie_between_the_others(tmp_path):
     assert series.frames[3].position == pytest.approx([0, 0, 12]) and noted(series, "no valid (0020,0032)")
 
 
-BOLUS_SLICE = np.repeat(head()[13:14], 20, axis=0)
+REPEATS = {
+    "bolus": (np.repeat(head()[13:14], 20, axis=0), 52.0, 0.0),
+    "phase": (head(vessel=90)[:12], 0.0, 4.0),
+}
 
 
-@pytest.mark.parametrize(
-    "others, start, step",
-    [(BOLUS_SLICE, 52.0, 0.0), (head(vessel=90)[:12], 0.0, 4.0)],
-    ids=["bolus", "phase"],
-)
+@pytest.mark.parametrize("others, start, step", REPEATS.values(), ids=REPEATS)
 def test_images_that_repeat_slices_of_an_even_stack_are_left_out(tmp_path, others, start, step):
     """Images of bolus tracking at slice 13, or half of an earlier phase."""
     scan(tmp_path / "others", others, start=start, step=step, SliceThickness=4.0)
