@@ -67,7 +67,7 @@ ATTRIBUTES = tag_table(  # what reading uses
     "BitsAllocated BitsStored HighBit PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit "
     "RescaleIntercept RescaleSlope"
 )
-FRAME_ATTRIBUTES = ATTRIBUTES | {  # in a functional group (PS3.3 C.7.6.16.2) some have another tag
+ATTRIBUTES |= {  # in a functional group (PS3.3 C.7.6.16.2) some have another tag
     0x00089007: ("ImageType", "CS", False),  # FrameType
     0x00189082: ("EchoTime", "FD", True),  # EffectiveEchoTime
     0x00209128: ("TemporalPositionIdentifier", "UL", True),  # TemporalPositionIndex
@@ -233,7 +233,7 @@ def skip_sequence(head: bytes, position: int, explicit: bool, depth: int = 0) ->
 def parse_value(tag: int, vr: str | None, raw: bytes, order: str) -> tuple | float | str | None:
     """Text unpadded; numbers as a tuple, or the first where there should be one; None if empty.
     ValueError if malformed. `vr` is the one written, if any."""
-    _, expected, is_single = FRAME_ATTRIBUTES[tag]
+    _, expected, is_single = ATTRIBUTES[tag]
     if expected not in NUMERIC:
         return raw.decode("latin-1").strip(" \0") or None
     if vr in (None, "", "UN"):
@@ -280,8 +280,8 @@ def slow_header(path: Path) -> dict:
         implicit, little = dataset.original_encoding
         order = "<" if little else ">"
         implied = IMPLICIT if implicit else EXPLICIT if little else BIG_ENDIAN
-        header, remarks = parse_dataset(dataset, order)
-        header |= {"order": order, "packed": isinstance(file, io.BytesIO), "remarks": remarks}
+        header = parse_dataset(dataset, order, {})
+        header |= {"order": order, "packed": isinstance(file, io.BytesIO)}
         syntax = str(dataset.file_meta.get("TransferSyntaxUID") or implied)
         header["TransferSyntaxUID"] = syntax.replace(INFLATED, DEFLATED)
         element = file.read(12).ljust(12, b"\0")
@@ -299,46 +299,41 @@ def slow_header(path: Path) -> dict:
         return header
 
 
-def parse_dataset(dataset: pydicom.Dataset, order: str) -> tuple[dict, list[str]]:
-    """(the attributes of a dataset or a functional group by name, remarks as in `read_header`)."""
-    attributes, remarks = {}, []
+def parse_dataset(dataset: pydicom.Dataset, order: str, given: dict) -> dict:
+    """`given` overlaid with the attributes of a dataset, or of an item of functional groups, by name; remarks
+    as in `read_header`."""
+    header = given | {"remarks": [*given.get("remarks", [])]}
     for tag, element in dataset.items():
-        if tag not in FRAME_ATTRIBUTES:
+        if tag in FUNCTIONAL_GROUPS and dataset[tag].value:
+            header = parse_dataset(dataset[tag].value[0], order, header)
+        if tag not in ATTRIBUTES:
             continue
-        name, kind, _ = FRAME_ATTRIBUTES[tag]
+        name, kind, _ = ATTRIBUTES[tag]
         raw = element.value or b""
         if kind == "DS" and b"," in raw:
-            remarks.append(f"{name}: decimal commas read as points")
+            header["remarks"].append(f"{name}: decimal commas read as points")
             raw = raw.replace(b",", b".")
         try:
             value = parse_value(tag, element.VR, raw, order)
         except (ValueError, TypeError, AttributeError):
-            remarks.append(f"({tag >> 16:04X},{tag & 0xFFFF:04X}) {name} does not parse")
+            header["remarks"].append(f"({tag >> 16:04X},{tag & 0xFFFF:04X}) {name} does not parse")
             continue
         if value is not None:
-            attributes[name] = value
-    return attributes, remarks
+            header[name] = value
+    return header
 
 
 def parse_groups(dataset: pydicom.Dataset, order: str) -> list[dict]:
     """For each frame of an enhanced file what its and the shared functional groups say (one item if there are
     only shared ones)."""
-
-    def parse_item(item: pydicom.Dataset, attributes: dict) -> dict:
-        for tag in FUNCTIONAL_GROUPS:
-            if tag in item and item[tag].value:
-                parsed, remarks = parse_dataset(item[tag].value[0], order)
-                attributes = attributes | parsed | {"remarks": attributes["remarks"] + remarks}
-        return attributes
-
     groups: list[dict] = []
     for tag in (SHARED_GROUPS, FRAME_GROUPS):
         if tag in dataset:
             raw = dataset.get_item(tag).value
             if isinstance(raw, bytes) and raw.count(b"\xfe\xff\x00\xe0") > MAX_HEADER_READS:
                 raise ValueError(f"absurd header: more than {MAX_HEADER_READS} items in functional groups")
-            shared = groups[0] if groups else {"remarks": []}
-            groups = [parse_item(item, shared) for item in dataset[tag].value] or groups
+            shared = groups[0] if groups else {}
+            groups = [parse_dataset(item, order, shared) for item in dataset[tag].value] or groups
     return groups
 
 
@@ -349,36 +344,31 @@ def open_unpacked(path: Path) -> Iterator[BinaryIO]:
         head = file.read(2**16)
         file.seek(0)
         if head[:2] == GZIP or DEFLATED.encode() in head:
-            file = io.BytesIO(unpack(file.read(MAX_UNPACKED_BYTES)))
+            unpacked = unpack(file.read(MAX_UNPACKED_BYTES), MAX_UNPACKED_BYTES + 1)
+            if len(unpacked) > MAX_UNPACKED_BYTES:
+                raise ValueError(
+                    f"unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB: a decompression bomb?"
+                )
+            file = io.BytesIO(unpacked)
         yield file
 
 
-def unpack(data: bytes, limit: int | None = None) -> bytes:
-    """What a gzipped file holds, or one whose dataset is deflated: this then is explicit VR little endian.
-    With a `limit` only so much of it, and `data` may end early."""
+def unpack(data: bytes, limit: int) -> bytes:
+    """What a gzipped file holds, or one whose dataset is deflated: this then is explicit VR little endian. At
+    most `limit` bytes are unpacked, and `data` may end early."""
+
+    def inflate(packed: bytes, window_bits: int) -> bytes:
+        try:
+            return zlib.decompressobj(window_bits).decompress(packed, limit)
+        except zlib.error as error:
+            raise ValueError(f"damaged: {error}") from error
+
     if data[:2] == GZIP:
-        data = inflate(data, 31, limit)
+        data = inflate(data, 31)
     if data[128:132] == b"DICM" and DEFLATED.encode() in data[: 2**16]:
         end = 144 + int.from_bytes(data[140:144], "little")  # of the file meta group, PS3.10 7.1
-        data = data[:end].replace(DEFLATED.encode(), INFLATED.encode()) + inflate(data[end:], -15, limit)
+        data = data[:end].replace(DEFLATED.encode(), INFLATED.encode()) + inflate(data[end:], -15)
     return data
-
-
-def inflate(data: bytes, window_bits: int, limit: int | None = None) -> bytes:
-    """Unpacked `data`, only its first bytes if there is a `limit`. What grows beyond MAX_UNPACKED_BYTES is
-    refused before it takes the memory."""
-    stream = zlib.decompressobj(window_bits)
-    try:
-        unpacked = stream.decompress(data, limit or MAX_UNPACKED_BYTES + 1)
-    except zlib.error as error:
-        raise ValueError(f"damaged: {error}") from error
-    if limit:
-        return unpacked
-    if len(unpacked) > MAX_UNPACKED_BYTES:
-        raise ValueError(f"unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB: a decompression bomb?")
-    if not stream.eof:
-        raise ValueError(f"truncated: the compressed data end after {len(data)} bytes")
-    return unpacked
 
 
 # --- which series -------------------------------------------------------------------------------------------
@@ -433,8 +423,8 @@ def parse_head(head: bytes) -> dict:
         )
     except Exception:  # pydicom raises many kinds on damaged bytes
         return {}
-    header, _ = parse_dataset(dataset, "<")
-    return {"SOPClassUID": dataset.file_meta.get("MediaStorageSOPClassUID", "")} | header
+    sop_class = dataset.file_meta.get("MediaStorageSOPClassUID", "")
+    return parse_dataset(dataset, "<", {"SOPClassUID": sop_class})
 
 
 def sop_modality(sop_class: str) -> str:
@@ -497,11 +487,10 @@ def check_is_slice(header: dict) -> None:
         raise ValueError(f"(0008,0060) Modality {modality or 'missing'}: not CT or MR")
     if "MOSAIC" in types or ("VFRAME" in types and "ImagePositionPatient" not in header):
         raise ValueError(f"a volume tiled in one image: (0008,0008) ImageType {header['ImageType']}")
-    if header.get("PhotometricInterpretation") == "PALETTE COLOR":
-        raise ValueError("(0028,0004) PhotometricInterpretation PALETTE COLOR: colours without grey values")
-    has_position = header["groups"] or "ImagePositionPatient" in header
-    if header.get("SamplesPerPixel", 1) == 3 and not has_position:
-        raise ValueError("a colour image without (0020,0032) ImagePositionPatient: a report or screenshot")
+    photometric = header.get("PhotometricInterpretation", "RGB")
+    is_placed = header["groups"] or "ImagePositionPatient" in header
+    if photometric == "PALETTE COLOR" or (header.get("SamplesPerPixel", 1) == 3 and not is_placed):
+        raise ValueError(f"(0028,0004) PhotometricInterpretation {photometric}: a report or screenshot")
 
 
 def make_frames(path: Path, header: dict) -> list[Frame]:
@@ -749,7 +738,6 @@ def decode_with_pydicom(frame: Frame, data: bytes) -> np.ndarray:
         check_code_stream(data, (frame.rows, frame.cols, samples))
     array, _ = decoder.as_array(
         data if is_native else encapsulate([data]),
-        index=0,
         rows=frame.rows,
         columns=frame.cols,
         number_of_frames=1,
@@ -765,7 +753,7 @@ def decode_with_pydicom(frame: Frame, data: bytes) -> np.ndarray:
         array = (array @ np.array([0.299, 0.587, 0.114]) + 0.5).astype(array.dtype)  # ITU-R BT.601
     if array.shape != (frame.rows, frame.cols):
         raise ValueError(f"decoded to {array.shape}, expected {(frame.rows, frame.cols)}")
-    return np.ascontiguousarray(array)
+    return array
 
 
 # Rows, columns and samples in the frame header of JPEG and JPEG-LS (SOFn), and in SIZ of JPEG 2000.
@@ -916,8 +904,8 @@ def choose_reading(stack: Stack, samples: Samples) -> None:
             best, chosen, shift = judged, tags, intercept - stated
     if max(best.air, best.tissue) < 0.02:
         stack.doubts.append("CT values: neither air near -1000 HU nor soft tissue near 0 to 100 HU")
-    ends = (samples.stored.min(), samples.stored.max())
-    is_cut = max(np.mean(samples.stored == end) for end in ends) > 0.01
+    stored = samples.stored
+    is_cut = max((stored == stored.min()).mean(), (stored == stored.max()).mean()) > 0.01
     if is_cut and best.bone < 0.002:
         stack.doubts.append(f"CT values end below {BONE_HU} HU, as in an image made for a screen")
     if chosen or shift:
@@ -1002,10 +990,10 @@ def pad_fill(stack: Stack, samples: Samples, is_ct: bool) -> None:
     pixels = samples.stored
     for end in (np.min, np.max):
         fill = int(end(pixels))
-        is_fill = pixels == fill
-        others = pixels[~is_fill]
-        is_outside = (samples.corners == fill).mean() > 0.25 or is_fill.mean() > MOST_FILL
-        if not is_outside or others.size == 0:
+        others = pixels[pixels != fill]
+        share = (pixels == fill).mean()
+        is_outside = (samples.corners == fill).mean() > 0.25 or share > MOST_FILL
+        if not is_outside or share < 0.01 or others.size == 0:
             continue
         low, high = np.percentile(others, (5, 99))
         gap = max(low - fill, fill - high)
@@ -1013,12 +1001,11 @@ def pad_fill(stack: Stack, samples: Samples, is_ct: bool) -> None:
         if is_ct:
             is_far = fill > high and value > 1500
         else:
-            least_gap = 0.5 if is_fill.mean() < MOST_FILL else 2.0
+            least_gap = 0.5 if share < MOST_FILL else 2.0
             is_negative = value < 0 <= low * slope + intercept
             is_far = gap > least_gap * (high - low) > 0 or is_negative
-        if is_far and is_fill.mean() > 0.01:
+        if is_far:
             stack.notes.append(f"the stored value {fill} fills corners, far from all others: it is padding")
-            below, above = (-(2**31), int(fill + gap / 2)), (int(fill - gap / 8), 2**31)
-            padding = below if fill < low else above
+            padding = (-(2**31), int(fill + gap / 2)) if fill < low else (int(fill - gap / 8), 2**31)
             stack.frames = [replace(frame, padding=padding) for frame in stack.frames]
             pixels = others

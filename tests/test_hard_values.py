@@ -56,8 +56,6 @@ def is_equal(volume: Volume, healthy: Volume) -> bool:
     return np.mean(np.abs(volume.voxels.astype(int) - healthy.voxels) > 20) <= 0.001
 
 
-# --- CT values ----------------------------------------------------------------------------------------------
-
 INTERCEPT, NONE, SIGN = {"RescaleIntercept": -1024}, {"RescaleIntercept": None}, {"PixelRepresentation": 1}
 READINGS = {
     "HU + 1024 with intercept 0": (HU + 1024, {}),
@@ -137,8 +135,6 @@ def test_a_ct_without_air_or_tissue_is_neither_changed_nor_doubted(tmp_path, nam
     assert series.doubts == []
 
 
-# --- MR values ----------------------------------------------------------------------------------------------
-
 CORNERS = np.broadcast_to(np.hypot(*(np.mgrid[:SIZE, :SIZE] - 31.5)) > 31.9, GREY.shape)
 
 
@@ -169,9 +165,6 @@ def test_small_negative_mr_values_without_sign_are_black_and_padding_among_tissu
         volume = volume_of(tmp_path / f"{padding}", GREY, PixelPaddingValue=padding, **MR)
         assert is_equal(volume, healthy["MR"])
         assert noted(read_series(tmp_path / f"{padding}"), "would be tissue") == (padding == 400)
-
-
-# --- where the head is --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("z", [-200.0, 200.0, 400.0, 9000.0])
