@@ -26,13 +26,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pydicom
-from pydicom.datadict import (
-    dictionary_has_tag,
-    dictionary_VM,
-    dictionary_VR,
-    keyword_for_tag,
-    tag_for_keyword,
-)
+from pydicom import datadict
 from pydicom.encaps import encapsulate
 from pydicom.pixels import get_decoder
 
@@ -59,8 +53,9 @@ UNDEFINED = 0xFFFFFFFF  # length of an element that ends with a delimiter
 
 def tag_table(names: str) -> dict[int, tuple[str, str, bool]]:
     """tag -> (name, VR, whether it has one value) of attributes named as in PS3.6."""
-    tags = map(tag_for_keyword, names.split())
-    return {tag: (keyword_for_tag(tag), dictionary_VR(tag)[:2], dictionary_VM(tag) == "1") for tag in tags}
+    tags = {datadict.tag_for_keyword(name): name for name in names.split()}
+    entries = datadict.DicomDictionary  # tag -> (VR, number of values, ...)
+    return {tag: (name, entries[tag][0][:2], entries[tag][1] == "1") for tag, name in tags.items()}
 
 
 ATTRIBUTES = tag_table(  # what reading uses
@@ -72,7 +67,7 @@ ATTRIBUTES = tag_table(  # what reading uses
     "BitsAllocated BitsStored HighBit PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit "
     "RescaleIntercept RescaleSlope"
 )
-FRAME_ATTRIBUTES = ATTRIBUTES | {  # in a functional group (PS3.3 C.7.6.16.2) some have another tag
+ATTRIBUTES |= {  # in a functional group (PS3.3 C.7.6.16.2) some have another tag
     0x00089007: ("ImageType", "CS", False),  # FrameType
     0x00189082: ("EchoTime", "FD", True),  # EffectiveEchoTime
     0x00209128: ("TemporalPositionIdentifier", "UL", True),  # TemporalPositionIndex
@@ -85,7 +80,8 @@ FUNCTIONAL_GROUPS = tag_table(
     "CTImageFrameTypeSequence FrameContentSequence PlanePositionSequence PlaneOrientationSequence "
     "PixelMeasuresSequence PixelValueTransformationSequence"
 )
-BINARY = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": "d"}
+SEQUENCES = {tag for tag, entry in datadict.DicomDictionary.items() if entry[0] == "SQ"}
+BINARY = {"US": "u2", "SS": "i2", "UL": "u4", "SL": "i4", "FL": "f4", "FD": "f8"}  # numpy's names
 NUMERIC = {*BINARY, "DS", "IS"}
 NUMBER = rb" *[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)? *"
 NUMBERS = re.compile(NUMBER + rb"(\\" + NUMBER + rb")*")
@@ -101,7 +97,7 @@ def one_line_errors(function: Callable) -> Callable:
     def wrapped(*args: object) -> object:
         try:
             return function(*args)
-        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
             kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
@@ -122,12 +118,16 @@ def read_header(path: Path) -> dict:
       pixel_data   (VR, offset, length) of the element; length UNDEFINED if it is encapsulated
       order        of bytes: < little, > big endian
       packed       offsets count in the unpacked file (`open_unpacked`)
-      groups       for each frame the attributes and remarks of its functional groups, or None
+      groups       for each frame the attributes and remarks of its functional groups; empty without any
       remarks      what did not parse or was assumed
     """
+    check_is_regular(path)
+    return fast_header(path) or slow_header(path)
+
+
+def check_is_regular(path: Path) -> None:
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("not a regular file")
-    return fast_header(path) or slow_header(path)
 
 
 def fast_header(path: Path) -> dict | None:
@@ -149,7 +149,7 @@ def fast_header(path: Path) -> dict | None:
 
 SHORT_VRS = set(b"AE AS AT CS DA DS DT FL FD IS LO LT PN SH SL SS ST TM UI UL US".split())
 LONG_VRS = set(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # two reserved bytes, then a 4-byte length
-ELEMENTS = {mark: (struct.Struct(f"{mark}HHI"), struct.Struct(f"{mark}HH2sH")) for mark in "<>"}
+IMPLICIT_ELEMENT, EXPLICIT_ELEMENT, LONG_LENGTH = map(struct.Struct, ("<HHI", "<HH2sH", "<I"))
 DELIMITER_GROUP, ITEM, ITEM_END, SEQUENCE_END = 0xFFFE, 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 
 
@@ -158,13 +158,13 @@ def parse_header(head: bytes) -> dict:
     if head[128:140] != b"DICM\x02\0\0\0UL\x04\0":
         raise ValueError("no file meta group length")
     position, last_tag, explicit = 144, 0x00020000, True
-    meta_end = 144 + int.from_bytes(take_bytes(head, 140, 4), "little")
-    header: dict = {"order": "<", "packed": False, "groups": None, "remarks": []}
+    meta_end = 144 + int.from_bytes(head[140:144], "little")
+    header: dict = {"order": "<", "packed": False, "groups": [], "remarks": []}
     while True:
         if position == meta_end:
             syntax = header.get("TransferSyntaxUID")
             explicit = syntax != IMPLICIT
-            vr = take_bytes(head, position + 4, 2)
+            vr = head[position + 4 : position + 6]
             if syntax not in (IMPLICIT, EXPLICIT, *DECODERS) or explicit != (vr.isalpha() and vr.isupper()):
                 raise ValueError("another transfer syntax, or VRs that do not fit it")
         tag, vr, length, start = parse_element(head, position, explicit)
@@ -178,40 +178,33 @@ def parse_header(head: bytes) -> dict:
             header["pixel_data"] = (vr.decode() or "OW", start, length)
             return header
         if length == UNDEFINED:
-            if vr != b"SQ" and not (vr == b"" and dictionary_has_tag(tag) and dictionary_VR(tag) == "SQ"):
+            if vr != b"SQ" and (explicit or tag not in SEQUENCES):
                 raise ValueError("undefined length outside of a sequence")
             position = skip_sequence(head, start, explicit)
             continue
         position = start + length
         if group == 2 and position > meta_end:
             raise ValueError("the file meta group is longer than it says")
+        if position > len(head):
+            raise struct.error("the head ends inside of a value")
         if tag in ATTRIBUTES:
-            value = parse_value(tag, vr.decode(), take_bytes(head, start, length), "<")
+            value = parse_value(tag, vr.decode(), head[start:position], "<")
             if value is not None:
                 header[ATTRIBUTES[tag][0]] = value
 
 
-def take_bytes(head: bytes, start: int, length: int) -> bytes:
-    if start + length > len(head):
-        raise struct.error("end of the bytes read so far")
-    return head[start : start + length]
-
-
-def parse_element(
-    head: bytes, position: int, explicit: bool, order: str = "<"
-) -> tuple[int, bytes, int, int]:
-    """(tag, VR, length, start of the value) of the element at `position`; order < little, > big endian."""
-    implicit_element, explicit_element = ELEMENTS[order]
+def parse_element(head: bytes, position: int, explicit: bool) -> tuple[int, bytes, int, int]:
+    """(tag, VR, length, start of the value) of the little-endian element at `position`."""
     if explicit:
-        group, element, vr, length = explicit_element.unpack_from(head, position)
+        group, element, vr, length = EXPLICIT_ELEMENT.unpack_from(head, position)
         if vr in SHORT_VRS:
             return group << 16 | element, vr, length, position + 8
         if vr in LONG_VRS and length == 0:
-            (length,) = struct.unpack(f"{order}I", take_bytes(head, position + 8, 4))
+            (length,) = LONG_LENGTH.unpack_from(head, position + 8)
             return group << 16 | element, vr, length, position + 12
         if group != DELIMITER_GROUP:  # these have no VR
             raise ValueError("odd VR")
-    group, element, length = implicit_element.unpack_from(head, position)
+    group, element, length = IMPLICIT_ELEMENT.unpack_from(head, position)
     return group << 16 | element, b"", length, position + 8
 
 
@@ -240,22 +233,21 @@ def skip_sequence(head: bytes, position: int, explicit: bool, depth: int = 0) ->
 def parse_value(tag: int, vr: str | None, raw: bytes, order: str) -> tuple | float | str | None:
     """Text unpadded; numbers as a tuple, or the first where there should be one; None if empty.
     ValueError if malformed. `vr` is the one written, if any."""
-    _, expected, is_single = FRAME_ATTRIBUTES[tag]
+    _, expected, is_single = ATTRIBUTES[tag]
     if expected not in NUMERIC:
         return raw.decode("latin-1").strip(" \0") or None
-    if vr in BINARY or (vr in (None, "", "UN") and expected in BINARY):
-        code = BINARY.get(vr, BINARY.get(expected))
-        count = len(raw) // struct.calcsize("=" + code)
-        values = struct.unpack(f"{order}{count}{code}", raw)
+    if vr in (None, "", "UN"):
+        vr = expected
+    if vr in BINARY:
+        values = np.frombuffer(raw, order + BINARY[vr]).tolist()
     else:
         text = raw.strip(b" \0")
         if text and not NUMBERS.fullmatch(text):
             raise ValueError(f"{text[:40]!r} is not a number")
-        values = tuple(map(float, text.split(b"\\"))) if text else ()
+        values = [float(number) for number in text.split(b"\\") if text]
     if not sum(map(abs, values)) < 1e12:  # NaN too
         raise ValueError(f"{values[:6]} is out of range")
-    if expected not in ("DS", "FD"):
-        values = tuple(map(int, values))
+    values = tuple(values if expected in ("DS", "FD") else map(int, values))
     return values[0] if is_single and values else values or None
 
 
@@ -277,81 +269,72 @@ def slow_header(path: Path) -> dict:
     """`read_header` of any file, through pydicom."""
     with open_unpacked(path) as file:
         start = file.read(132)
-        has_preamble = start[128:] == b"DICM"
         if not start.strip(b"\0"):
             raise ValueError("damaged: empty, or zeros where a file starts")
-        if not has_preamble and not start.startswith(DATASET_STARTS):
+        if start[128:] != b"DICM" and not start.startswith(DATASET_STARTS):
             raise ValueError("not DICOM: no DICM after 128 bytes, and group 0002 or 0008 does not come first")
         file.seek(0)
         tags = [*ATTRIBUTES, SHARED_GROUPS, FRAME_GROUPS]
-        dataset = pydicom.dcmread(
-            BoundedFile(file), stop_before_pixels=True, force=not has_preamble, specific_tags=tags
-        )
+        dataset = pydicom.dcmread(BoundedFile(file), stop_before_pixels=True, force=True, specific_tags=tags)
         position = file.tell()
         implicit, little = dataset.original_encoding
         order = "<" if little else ">"
         implied = IMPLICIT if implicit else EXPLICIT if little else BIG_ENDIAN
-        header, remarks = parse_dataset(dataset, order)
-        header |= {"order": order, "packed": isinstance(file, io.BytesIO), "remarks": remarks}
+        header = parse_dataset(dataset, order, {})
+        header |= {"order": order, "packed": isinstance(file, io.BytesIO)}
         syntax = str(dataset.file_meta.get("TransferSyntaxUID") or implied)
         header["TransferSyntaxUID"] = syntax.replace(INFLATED, DEFLATED)
         element = file.read(12).ljust(12, b"\0")
         explicit = not implicit and element[4:6] in LONG_VRS
-        tag, vr, length, start = parse_element(element, 0, explicit, order)
-        if tag != PIXEL_DATA:
+        *tag, length = struct.unpack(order + ("HH4xI" if explicit else "HHI4x"), element)
+        if tag != [PIXEL_DATA >> 16, PIXEL_DATA & 0xFFFF]:
             sop_class = header.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID", "")
             modality = header.get("Modality", "no (0008,0060) Modality")
-            is_cut = sop_modality(sop_class) and modality in ("CT", "MR")
-            what = "truncated" if is_cut else "not an image"
+            what = "truncated" if modality == sop_modality(sop_class) else "not an image"
             raise ValueError(f"{what} ({modality}): no (7FE0,0010) PixelData")
-        header["pixel_data"] = (vr.decode() or "OW", position + start, length)
+        vr = element[4:6].decode() if explicit else "OW"
+        header["pixel_data"] = (vr, position + (12 if explicit else 8), length)
         header["groups"] = parse_groups(dataset, order)
         header["spans"] = locate_frames(header, file)
         return header
 
 
-def parse_dataset(dataset: pydicom.Dataset, order: str) -> tuple[dict, list[str]]:
-    """(the attributes of a dataset or a functional group by name, remarks as in `read_header`)."""
-    attributes, remarks = {}, []
+def parse_dataset(dataset: pydicom.Dataset, order: str, given: dict) -> dict:
+    """`given` overlaid with the attributes of a dataset, or of an item of functional groups, by name; remarks
+    as in `read_header`."""
+    header = given | {"remarks": [*given.get("remarks", [])]}
     for tag, element in dataset.items():
-        if tag not in FRAME_ATTRIBUTES:
+        if tag in FUNCTIONAL_GROUPS and dataset[tag].value:
+            header = parse_dataset(dataset[tag].value[0], order, header)
+        if tag not in ATTRIBUTES:
             continue
-        name, kind, _ = FRAME_ATTRIBUTES[tag]
+        name, kind, _ = ATTRIBUTES[tag]
         raw = element.value or b""
         if kind == "DS" and b"," in raw:
-            remarks.append(f"{name}: decimal commas read as points")
+            header["remarks"].append(f"{name}: decimal commas read as points")
             raw = raw.replace(b",", b".")
         try:
             value = parse_value(tag, element.VR, raw, order)
-        except (ValueError, TypeError, AttributeError, struct.error):
-            remarks.append(f"({tag >> 16:04X},{tag & 0xFFFF:04X}) {name} does not parse")
+        except (ValueError, TypeError, AttributeError):
+            header["remarks"].append(f"({tag >> 16:04X},{tag & 0xFFFF:04X}) {name} does not parse")
             continue
         if value is not None:
-            attributes[name] = value
-    return attributes, remarks
+            header[name] = value
+    return header
 
 
-def parse_groups(dataset: pydicom.Dataset, order: str) -> list[dict] | None:
-    """For each frame of an enhanced file what its and the shared functional groups say, else None."""
-
-    def parse_item(item: pydicom.Dataset, attributes: dict) -> dict:
-        for tag in FUNCTIONAL_GROUPS:
-            if tag in item and item[tag].value:
-                parsed, remarks = parse_dataset(item[tag].value[0], order)
-                attributes = attributes | parsed | {"remarks": attributes["remarks"] + remarks}
-        return attributes
-
+def parse_groups(dataset: pydicom.Dataset, order: str) -> list[dict]:
+    """For each frame of an enhanced file what its and the shared functional groups say (one item if there are
+    only shared ones)."""
+    groups: list[dict] = []
     for tag in (SHARED_GROUPS, FRAME_GROUPS):
-        raw = dataset.get_item(tag).value if tag in dataset else b""
-        if isinstance(raw, bytes) and raw.count(b"\xfe\xff\x00\xe0") > MAX_HEADER_READS:
-            raise ValueError(f"absurd header: more than {MAX_HEADER_READS} items in functional groups")
-    shared, frames = (dataset[tag].value if tag in dataset else [] for tag in (SHARED_GROUPS, FRAME_GROUPS))
-    attributes: dict = {"remarks": []}
-    if shared:
-        attributes = parse_item(shared[0], attributes)
-    if frames:
-        return [parse_item(item, attributes) for item in frames]
-    return [attributes] if shared else None
+        if tag in dataset:
+            raw = dataset.get_item(tag).value
+            if isinstance(raw, bytes) and raw.count(b"\xfe\xff\x00\xe0") > MAX_HEADER_READS:
+                raise ValueError(f"absurd header: more than {MAX_HEADER_READS} items in functional groups")
+            shared = groups[0] if groups else {}
+            groups = [parse_dataset(item, order, shared) for item in dataset[tag].value] or groups
+    return groups
 
 
 @contextlib.contextmanager
@@ -360,41 +343,32 @@ def open_unpacked(path: Path) -> Iterator[BinaryIO]:
     with open(path, "rb") as file:
         head = file.read(2**16)
         file.seek(0)
-        if is_packed(head):
-            file = io.BytesIO(unpack(file.read(MAX_UNPACKED_BYTES)))
+        if head[:2] == GZIP or DEFLATED.encode() in head:
+            unpacked = unpack(file.read(MAX_UNPACKED_BYTES), MAX_UNPACKED_BYTES + 1)
+            if len(unpacked) > MAX_UNPACKED_BYTES:
+                raise ValueError(
+                    f"unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB: a decompression bomb?"
+                )
+            file = io.BytesIO(unpacked)
         yield file
 
 
-def is_packed(head: bytes) -> bool:
-    return head[:2] == GZIP or DEFLATED.encode() in head
+def unpack(data: bytes, limit: int) -> bytes:
+    """What a gzipped file holds, or one whose dataset is deflated: this then is explicit VR little endian. At
+    most `limit` bytes are unpacked, and `data` may end early."""
 
+    def inflate(packed: bytes, window_bits: int) -> bytes:
+        try:
+            return zlib.decompressobj(window_bits).decompress(packed, limit)
+        except zlib.error as error:
+            raise ValueError(f"damaged: {error}") from error
 
-def unpack(data: bytes, limit: int | None = None) -> bytes:
-    """What a gzipped file holds, or one whose dataset is deflated: this then is explicit VR little endian.
-    With a `limit` only so much of it, and `data` may end early."""
     if data[:2] == GZIP:
-        data = inflate(data, 31, limit)
+        data = inflate(data, 31)
     if data[128:132] == b"DICM" and DEFLATED.encode() in data[: 2**16]:
         end = 144 + int.from_bytes(data[140:144], "little")  # of the file meta group, PS3.10 7.1
-        data = data[:end].replace(DEFLATED.encode(), INFLATED.encode()) + inflate(data[end:], -15, limit)
+        data = data[:end].replace(DEFLATED.encode(), INFLATED.encode()) + inflate(data[end:], -15)
     return data
-
-
-def inflate(data: bytes, window_bits: int, limit: int | None = None) -> bytes:
-    """Unpacked `data`, only its first bytes if there is a `limit`. What grows beyond MAX_UNPACKED_BYTES is
-    refused before it takes the memory."""
-    stream = zlib.decompressobj(window_bits)
-    try:
-        unpacked = stream.decompress(data, limit or MAX_UNPACKED_BYTES + 1)
-    except zlib.error as error:
-        raise ValueError(f"damaged: {error}") from error
-    if limit:
-        return unpacked
-    if len(unpacked) > MAX_UNPACKED_BYTES:
-        raise ValueError(f"unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB: a decompression bomb?")
-    if not stream.eof:
-        raise ValueError(f"truncated: the compressed data end after {len(data)} bytes")
-    return unpacked
 
 
 # --- which series -------------------------------------------------------------------------------------------
@@ -408,8 +382,7 @@ def read_identity(path: Path) -> tuple[str, str] | None:
     A file costs bounded time and memory, whatever it holds: at most HEAD_BYTES are read and unpacked.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError("not a regular file")
+        check_is_regular(path)
         with open(path, "rb", buffering=0) as file:
             for limit in (2**14, HEAD_BYTES):
                 file.seek(0)
@@ -443,21 +416,15 @@ def parse_head(head: bytes) -> dict:
     """What `read_identity` asks for, as far as the first bytes of a file tell."""
     with contextlib.suppress(ValueError, struct.error):  # unusual, longer, or cut short
         return parse_header(head)
-    header = {}
-    names = ("SOPClassUID", "SeriesInstanceUID", "PatientID", "Rows")
-    tags = [tag_for_keyword(name) for name in names]
+    tags = list(tag_table("SOPClassUID SeriesInstanceUID PatientID Rows"))
     try:
         dataset = pydicom.filereader.read_partial(
             io.BytesIO(head), lambda tag, vr, length: tag > tags[-1], force=True, specific_tags=tags
         )
-        for name in names:
-            if name in dataset:
-                header[name] = (dataset.get_item(name).value or b"").decode("latin-1").strip(" \0")
-        stated = dataset.file_meta.get("MediaStorageSOPClassUID") or header.get("SOPClassUID", "")
-        header["SOPClassUID"] = str(stated)
-    except Exception:  # pydicom raises many kinds on damaged bytes; what is known by then counts
-        return header
-    return header
+    except Exception:  # pydicom raises many kinds on damaged bytes
+        return {}
+    sop_class = dataset.file_meta.get("MediaStorageSOPClassUID", "")
+    return parse_dataset(dataset, "<", {"SOPClassUID": sop_class})
 
 
 def sop_modality(sop_class: str) -> str:
@@ -520,11 +487,10 @@ def check_is_slice(header: dict) -> None:
         raise ValueError(f"(0008,0060) Modality {modality or 'missing'}: not CT or MR")
     if "MOSAIC" in types or ("VFRAME" in types and "ImagePositionPatient" not in header):
         raise ValueError(f"a volume tiled in one image: (0008,0008) ImageType {header['ImageType']}")
-    if header.get("PhotometricInterpretation") == "PALETTE COLOR":
-        raise ValueError("(0028,0004) PhotometricInterpretation PALETTE COLOR: colours without grey values")
-    has_position = header["groups"] or "ImagePositionPatient" in header
-    if header.get("SamplesPerPixel", 1) == 3 and not has_position:
-        raise ValueError("a colour image without (0020,0032) ImagePositionPatient: a report or screenshot")
+    photometric = header.get("PhotometricInterpretation", "RGB")
+    is_placed = header["groups"] or "ImagePositionPatient" in header
+    if photometric == "PALETTE COLOR" or (header.get("SamplesPerPixel", 1) == 3 and not is_placed):
+        raise ValueError(f"(0028,0004) PhotometricInterpretation {photometric}: a report or screenshot")
 
 
 def make_frames(path: Path, header: dict) -> list[Frame]:
@@ -534,24 +500,22 @@ def make_frames(path: Path, header: dict) -> list[Frame]:
     (0018,0088) SpacingBetweenSlices, else (0018,0050) SliceThickness, else the row spacing.
     """
     check_is_slice(header)
-    frames, groups = [], header["groups"] or [{}]
+    frames, count = [], len(header["spans"])
+    groups = header["groups"] or [{}]
+    if len(groups) == 1:
+        groups = groups * count
     has_positions = any("ImagePositionPatient" in group for group in groups)
-    for index in range(len(header["spans"])):
-        group = groups[index] if index < len(groups) else groups[0] if len(groups) == 1 else {}
+    for index in range(count):
+        group = groups[index] if index < len(groups) else {}
         tags, remarks = header | group, header["remarks"] + group.get("remarks", [])
         directions = unit_directions(tags.get("ImageOrientationPatient", ()))
         spacing = pixel_spacing(tags, remarks)
-        position = np.array(tags.get("ImagePositionPatient", ()))
-        if position.shape != (3,) or np.abs(position).max() > 1e5:
-            remarks.append("no valid (0020,0032) ImagePositionPatient")
-            position = np.full(3, np.nan)
-        if len(header["spans"]) > 1 and not has_positions:
+        position = image_position(tags, remarks)
+        if count > 1 and not has_positions:
             step, source = slice_step(tags, spacing[0])
             remarks.append(f"frames without position placed {step:.4g} mm apart along +normal ({source})")
             position = np.nan_to_num(position) + index * step * np.cross(*directions)
-        slope = tags.get("RescaleSlope", 1.0)
-        if slope == 0:
-            remarks.append("(0028,1053) RescaleSlope is 0: 1 assumed")
+        slope, intercept = rescale_of(tags, remarks)
         frame = Frame(
             path=path,
             index=index,
@@ -563,8 +527,8 @@ def make_frames(path: Path, header: dict) -> list[Frame]:
             spacing_mm=spacing,
             rows=tags["Rows"],
             cols=tags["Columns"],
-            slope=slope or 1.0,
-            intercept=tags.get("RescaleIntercept", 0.0),
+            slope=slope,
+            intercept=intercept,
             padding=padding_range(tags),
             remarks=remarks,
         )
@@ -575,7 +539,7 @@ def make_frames(path: Path, header: dict) -> list[Frame]:
 @functools.lru_cache(maxsize=256)
 def unit_directions(orientation: tuple) -> np.ndarray:
     """(2, 3) unit row and column directions; NaN if they are missing, zero or not orthogonal."""
-    if len(orientation) == 6 and max(map(abs, orientation)) < 1e3:
+    if len(orientation) == 6:
         directions = np.array(orientation).reshape(2, 3)
         lengths = np.linalg.norm(directions, axis=1, keepdims=True)
         if lengths.min() > 1e-3 and abs(directions[0] @ directions[1]) < 0.02 * lengths.prod():
@@ -583,14 +547,34 @@ def unit_directions(orientation: tuple) -> np.ndarray:
     return np.full((2, 3), np.nan)
 
 
+def image_position(tags: dict, remarks: list[str]) -> np.ndarray:
+    """(3,) mm of the first pixel's centre; NaN where it is missing."""
+    position = np.array(tags.get("ImagePositionPatient", ()))
+    if position.shape == (3,) and np.abs(position).max() < 1e5:
+        return position
+    remarks.append("no valid (0020,0032) ImagePositionPatient")
+    return np.full(3, np.nan)
+
+
 def pixel_spacing(tags: dict, remarks: list[str]) -> tuple[float, float]:
     """(between rows, between columns) mm; 1 mm where it is missing."""
     spacing = tags.get("PixelSpacing", ())
-    spacing = spacing * 2 if len(spacing) == 1 else spacing
     if len(spacing) == 2 and all(1e-3 < value < 1e3 for value in spacing):
         return spacing
     remarks.append("no valid (0028,0030) PixelSpacing: 1 mm assumed")
     return 1.0, 1.0
+
+
+def rescale_of(tags: dict, remarks: list[str]) -> tuple[float, float]:
+    """(slope, intercept). Unsigned CT values without an intercept start at -1024 HU."""
+    slope = tags.get("RescaleSlope", 1.0)
+    if slope == 0:
+        remarks.append("(0028,1053) RescaleSlope is 0: 1 assumed")
+        slope = 1.0
+    if "RescaleIntercept" in tags or modality_of(tags) != "CT" or is_signed(tags):
+        return slope, tags.get("RescaleIntercept", 0.0)
+    remarks.append("no (0028,1052) RescaleIntercept: -1024 assumed")
+    return slope, -1024.0
 
 
 def slice_step(tags: dict, row_mm: float) -> tuple[float, str]:
@@ -602,13 +586,17 @@ def slice_step(tags: dict, row_mm: float) -> tuple[float, str]:
     return row_mm, "the row spacing"
 
 
+def is_signed(header: dict) -> bool:
+    return header.get("PixelRepresentation") == 1
+
+
 def padding_range(tags: dict) -> tuple[int, int] | None:
     """(0028,0120) PixelPaddingValue to (0028,0121) PixelPaddingRangeLimit, in the sign of stored values."""
     if "PixelPaddingValue" not in tags:
         return None
     first, bits = tags["PixelPaddingValue"], tags["BitsAllocated"]
     ends = [first, tags.get("PixelPaddingRangeLimit", first)]
-    if tags.get("PixelRepresentation") == 1:
+    if is_signed(tags):
         ends = [end - 2**bits if end >= 2 ** (bits - 1) else end for end in ends]
     return min(ends), max(ends)
 
@@ -616,11 +604,9 @@ def padding_range(tags: dict) -> tuple[int, int] | None:
 # --- pixels -------------------------------------------------------------------------------------------------
 
 
-Pieces = list[tuple[int, int]]  # (offset, length) of each piece of a frame
-
-
-def locate_frames(header: dict, file: BinaryIO) -> list[Pieces]:
-    """For each frame the pieces of its pixel data. ValueError if the image is absurd or the file too short.
+def locate_frames(header: dict, file: BinaryIO) -> list[list[tuple[int, int]]]:
+    """For each frame the (offset, length) pieces of its pixel data. ValueError if the image is absurd or the
+    file too short.
 
     Without (0028,0008) NumberOfFrames, native frames are counted from the length of the pixel data if it
     holds a whole number of them, compressed ones by code streams.
@@ -633,17 +619,15 @@ def locate_frames(header: dict, file: BinaryIO) -> list[Pieces]:
     if rows < 1 or cols < 1 or samples not in (1, 3) or bits not in (8, 16, 32) or stated < 0:
         raise ValueError(f"unreadable image: {image}; expected 1 or 3 samples of 8, 16 or 32 bits")
     frame_bytes = rows * cols * samples * bits // 8
-    if header.get("PhotometricInterpretation") == "YBR_FULL_422" and length != UNDEFINED:
-        frame_bytes = rows * cols * 2
     if length == UNDEFINED:
         if header["TransferSyntaxUID"] not in DECODERS:
             raise ValueError(f"compressed, but TransferSyntaxUID is {header['TransferSyntaxUID']}")
         frames = group_fragments(stated, offset, size, file)
         count = len(frames)
+    elif stated or length % frame_bytes > 1:
+        count = max(stated, 1)
     else:
-        count = stated or max(length // frame_bytes, 1)
-        if not stated and length % frame_bytes > 1:
-            count = 1
+        count = max(length // frame_bytes, 1)
     if rows * cols > MAX_FRAME_PIXELS or count > MAX_FRAMES or frame_bytes * count > MAX_PIXEL_BYTES:
         raise ValueError(
             f"absurd size: {image}; limits: {MAX_FRAMES} frames, {MAX_FRAME_PIXELS} pixels, "
@@ -659,10 +643,10 @@ def locate_frames(header: dict, file: BinaryIO) -> list[Pieces]:
     return [[(offset + i * frame_bytes, frame_bytes)] for i in range(count)]
 
 
-def group_fragments(stated: int, offset: int, size: int, file: BinaryIO) -> list[Pieces]:
+def group_fragments(stated: int, offset: int, size: int, file: BinaryIO) -> list[list[tuple[int, int]]]:
     """Fragments of encapsulated pixel data by frame (PS3.5 A.4): a frame starts where a code stream does.
     `stated` is 0 where no number of frames is given."""
-    frames: list[Pieces] = []
+    frames = []
     num_fragments = 0
     while offset + 8 <= size and num_fragments <= 2 * MAX_FRAMES:
         file.seek(offset)
@@ -688,17 +672,13 @@ def group_fragments(stated: int, offset: int, size: int, file: BinaryIO) -> list
 @one_line_errors
 def decode(frame: Frame) -> np.ndarray:
     """(rows, cols) stored values of a frame: decompressed, colour as luminance, masked to BitsStored."""
-    header, is_native = frame.header, frame.header["pixel_data"][2] != UNDEFINED
+    header = frame.header
     data = read_pixel_bytes(frame)
-    allocated, signed = header["BitsAllocated"], header.get("PixelRepresentation") == 1
-    bits, high_bit = header.get("BitsStored", allocated), header.get("HighBit", -1)
-    bits = bits if 1 <= bits <= allocated else allocated
-    high_bit = high_bit if bits - 1 <= high_bit < allocated else bits - 1
-    if is_native and header.get("SamplesPerPixel", 1) == 1:
-        dtype = np.dtype(f"{header['order']}{'i' if signed else 'u'}{allocated // 8}")
-        stored = np.frombuffer(data, dtype).reshape(frame.rows, frame.cols)
-        return mask_stored(stored.astype(dtype.newbyteorder("="), copy=False), bits, high_bit, signed)
-    return mask_stored(decode_with_pydicom(frame, data, bits), bits, bits - 1, signed)
+    if header["pixel_data"][2] == UNDEFINED or header.get("SamplesPerPixel", 1) == 3:
+        return mask_stored(decode_with_pydicom(frame, data), header)
+    dtype = np.dtype(f"{header['order']}u{header['BitsAllocated'] // 8}")
+    stored = np.frombuffer(data, dtype).reshape(frame.rows, frame.cols)
+    return mask_stored(stored.astype(dtype.newbyteorder("="), copy=False), header, header.get("HighBit", -1))
 
 
 def read_pixel_bytes(frame: Frame) -> bytes:
@@ -707,10 +687,11 @@ def read_pixel_bytes(frame: Frame) -> bytes:
     pieces = header["spans"][frame.index]
     if header["packed"]:
         unpacked = read_unpacked(frame.path, os.stat(frame.path).st_mtime_ns)
-        data = b"".join(unpacked[offset : offset + length] for offset, length in pieces)
+        parts = [unpacked[offset : offset + length] for offset, length in pieces]
     else:
         with open(frame.path, "rb", buffering=0) as file:
-            data = b"".join(os.pread(file.fileno(), length, offset) for offset, length in pieces)
+            parts = [os.pread(file.fileno(), length, offset) for offset, length in pieces]
+    data = b"".join(parts)
     if len(data) != sum(length for _, length in pieces):
         raise ValueError("the file became shorter while it was read")
     if header["pixel_data"][0] == "OW" and header["order"] == ">" and header["BitsAllocated"] == 8:
@@ -726,41 +707,45 @@ def read_unpacked(path: Path, _changed: int) -> memoryview:
         return file.getbuffer()
 
 
-def mask_stored(array: np.ndarray, bits: int, high_bit: int, signed: bool) -> np.ndarray:
-    """The `bits` bits up to `high_bit`, sign-extended if `signed`; others (overlays, garbage) go."""
+def stored_bits(header: dict, size: int) -> int:
+    """(0028,0101) BitsStored, or all `size` bits where it makes no sense."""
+    bits = header.get("BitsStored", size)
+    return bits if 1 <= bits <= size else size
+
+
+def mask_stored(array: np.ndarray, header: dict, high_bit: int = -1) -> np.ndarray:
+    """BitsStored bits up to `high_bit` (the lowest ones if that makes no sense), sign-extended where the
+    header says so; others (overlays, garbage) go."""
     size = array.dtype.itemsize * 8
-    array = array.view(f"{'i' if signed else 'u'}{size // 8}")
-    if bits >= size:
+    array = array.view(f"{'i' if is_signed(header) else 'u'}{size // 8}")
+    bits = stored_bits(header, size)
+    if bits == size:
         return array
-    array = np.left_shift(array, max(size - 1 - high_bit, 0))
+    high_bit = high_bit if bits - 1 <= high_bit < size else bits - 1
+    array = np.left_shift(array, size - 1 - high_bit)
     return np.right_shift(array, size - bits, out=array)
 
 
-def decode_with_pydicom(frame: Frame, data: bytes, bits: int) -> np.ndarray:
+def decode_with_pydicom(frame: Frame, data: bytes) -> np.ndarray:
     """(rows, cols) of compressed or colour pixel data through pydicom and its plug-ins."""
     header, is_native = frame.header, frame.header["pixel_data"][2] != UNDEFINED
     uid = pydicom.uid.UID(EXPLICIT if is_native else header["TransferSyntaxUID"])
     samples = header.get("SamplesPerPixel", 1)
-    try:
-        decoder = get_decoder(uid)
-    except NotImplementedError:
-        raise ValueError(f"there is no decoder for transfer syntax {uid.name} ({uid})") from None
+    decoder = get_decoder(uid)
     if not decoder.is_available:
         raise ValueError(f"transfer syntax {uid.name} ({uid}) needs a decoder: pip install {DECODERS[uid]}")
     if not is_native and uid != RLE:
         check_code_stream(data, (frame.rows, frame.cols, samples))
-    default = "RGB" if samples == 3 else "MONOCHROME2"
     array, _ = decoder.as_array(
         data if is_native else encapsulate([data]),
-        index=0,
         rows=frame.rows,
         columns=frame.cols,
         number_of_frames=1,
         samples_per_pixel=samples,
         bits_allocated=header["BitsAllocated"],
-        bits_stored=bits,
+        bits_stored=stored_bits(header, header["BitsAllocated"]),
         pixel_representation=header.get("PixelRepresentation", 0),
-        photometric_interpretation=header.get("PhotometricInterpretation", default),
+        photometric_interpretation=header.get("PhotometricInterpretation", "MONOCHROME2"),
         planar_configuration=header.get("PlanarConfiguration", 0),
         pixel_keyword="PixelData",
     )
@@ -768,20 +753,20 @@ def decode_with_pydicom(frame: Frame, data: bytes, bits: int) -> np.ndarray:
         array = (array @ np.array([0.299, 0.587, 0.114]) + 0.5).astype(array.dtype)  # ITU-R BT.601
     if array.shape != (frame.rows, frame.cols):
         raise ValueError(f"decoded to {array.shape}, expected {(frame.rows, frame.cols)}")
-    return np.ascontiguousarray(array)
+    return array
 
 
 # Rows, columns and samples in the frame header of JPEG and JPEG-LS (SOFn), and in SIZ of JPEG 2000.
 JPEG_SIZE = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7]\0[\x0b\x11].(.{5})", re.DOTALL)
-JPEG_2000_SIZE = re.compile(rb"\xff\x4f\xff\x51.{4}(.{16}).{16}(..)", re.DOTALL)
+JPEG_2000_SIZE = re.compile(rb"\xff\x4f\xff\x51.{4}(.{34})", re.DOTALL)
 
 
 def check_code_stream(data: bytes, expected: tuple[int, int, int]) -> None:
     """Refuses a code stream of another size than stated: 600 bytes can ask a decoder for gigabytes."""
     size = None
     if match := JPEG_2000_SIZE.search(data, 0, 4096):
-        width, height, left, top = struct.unpack(">4I", match[1])
-        size = (height - top, width - left, *struct.unpack(">H", match[2]))
+        width, height, left, top, samples = struct.unpack(">4I16xH", match[1])
+        size = (height - top, width - left, samples)
     elif match := JPEG_SIZE.search(data, 0, 2**16):
         size = struct.unpack(">HHB", match[1])
     if size != expected:
@@ -807,8 +792,8 @@ class Stack:
             self.frames = list(itertools.compress(self.frames, np.logical_not(is_out)))
 
 
-def is_padding(stored: np.ndarray, padding: tuple[int, int]) -> np.ndarray:
-    low, high = padding
+def is_padding(stored: np.ndarray, padding: tuple[int, int] | None) -> np.ndarray:
+    low, high = padding or (1, 0)
     return (stored >= low) & (stored <= high)
 
 
@@ -819,40 +804,36 @@ MOST_FILL = 0.4  # share of an image; a round field of view leaves 0.21 over
 
 
 class Samples(NamedTuple):
-    """Some pixels of a few slices, (n,) each."""
+    """Some stored values of a few slices."""
 
-    stored: np.ndarray
-    slopes: np.ndarray
-    intercepts: np.ndarray
-    corners: np.ndarray  # (m,) stored values in the corners of the slices, where no head reaches
+    stored: np.ndarray  # (n,)
+    slopes: np.ndarray  # (n,)
+    corners: np.ndarray  # (m,) in the corners of the slices, where no head reaches
 
 
 def repair_values(stack: Stack) -> dict[int, np.ndarray]:
-    """Values that the pixels contradict, put right by a look at five slices, or at five of each group that
-    has its own intercept or sign. Returns what is decoded then (index of the frame -> stored values)."""
-    if modality_of(stack.frames[0].header) == "CT":
-        add_intercepts(stack)
+    """Values that the pixels contradict, put right by a look at five slices of each group with the same sign,
+    and in CT the same intercept. Returns what is decoded then (index of the frame -> stored values)."""
+    is_ct = modality_of(stack.frames[0].header) == "CT"
     groups = collections.defaultdict(list)
     for i, frame in enumerate(stack.frames):
-        groups[frame.intercept, is_signed(frame.header)].append(i)
-    if len({frame.slope for frame in stack.frames}) > 1:
-        groups = {(): list(range(len(stack.frames)))}
+        groups[is_signed(frame.header), is_ct and frame.intercept].append(i)
     all_decoded = {}
     largest = max(groups.values(), key=len)
     for indices in groups.values():
         doubts = stack.doubts if indices is largest else []  # a few slices may be air, or blank
         part = Stack([stack.frames[i] for i in indices], stack.where, stack.notes, doubts)
-        decoded = repair_group(part)
-        all_decoded |= {indices[k]: stored for k, stored in decoded.items()}
-        for i, frame in zip(indices, part.frames, strict=True):
-            stack.frames[i] = frame
+        decoded = repair_group(part, is_ct)
+        for k, i in enumerate(indices):
+            stack.frames[i] = part.frames[k]
+            if k in decoded:
+                all_decoded[i] = decoded[k]
     return all_decoded
 
 
-def repair_group(stack: Stack) -> dict[int, np.ndarray]:
+def repair_group(stack: Stack, is_ct: bool) -> dict[int, np.ndarray]:
     """`repair_values` of a group; what is decoded is given up where the bits or the sign turn out others."""
     header = stack.frames[0].header
-    is_ct = modality_of(header) == "CT"
     is_inverse = header.get("PhotometricInterpretation") == "MONOCHROME1"
     decoded = {}
     for k in (1, 2, 3, 4, 5):
@@ -861,13 +842,14 @@ def repair_group(stack: Stack) -> dict[int, np.ndarray]:
             decoded[i] = decode(stack.frames[i])
     if not decoded:
         return decoded
+    samples = sample_pixels(stack, decoded)
     if is_inverse:
-        invert_if_bright(stack, sample_pixels(stack, decoded))
+        invert_if_bright(stack, samples)
     if is_ct:
         choose_reading(stack, sample_pixels(stack, decoded))
     elif not is_inverse:
-        choose_sign(stack, sample_pixels(stack, decoded))
-    samples = sample_pixels(stack, decoded)
+        choose_sign(stack, samples)
+    samples = sample_pixels(stack, decoded)  # in the bits and sign chosen
     drop_padding(stack, samples)
     if not stack.frames[0].padding:
         pad_fill(stack, samples, is_ct)
@@ -877,35 +859,11 @@ def repair_group(stack: Stack) -> dict[int, np.ndarray]:
 def sample_pixels(stack: Stack, decoded: dict[int, np.ndarray]) -> Samples:
     rows = []
     for i, image in decoded.items():
-        frame = stack.frames[i]
         stride = 1 + math.isqrt(image.size // 16_000)
-        stored = reread(image[::stride, ::stride], frame.header)
-        corners = stored[[0, 0, -1, -1], [0, -1, 0, -1]]
-        rescale = (np.full(stored.size, value) for value in (frame.slope, frame.intercept))
-        rows.append((stored.ravel(), *rescale, corners))
+        pixels = mask_stored(image[::stride, ::stride], stack.frames[i].header)
+        slopes = np.full(pixels.size, stack.frames[i].slope)
+        rows.append((pixels.ravel(), slopes, pixels[[0, 0, -1, -1], [0, -1, 0, -1]]))
     return Samples(*map(np.concatenate, zip(*rows, strict=True)))
-
-
-def add_intercepts(stack: Stack) -> None:
-    """CT images without an intercept get that of the others; if none has one, unsigned images get -1024."""
-    is_lacking = ["RescaleIntercept" not in frame.header for frame in stack.frames]
-    stated = [frame.intercept for frame in stack.frames if "RescaleIntercept" in frame.header]
-    usual = stated[0] if stated else 0.0 if is_signed(stack.frames[0].header) else -1024.0
-    if any(is_lacking) and usual != 0:
-        stack.notes.append(
-            f"no (0028,1052) RescaleIntercept in {sum(is_lacking)} CT images: {usual:g} assumed"
-        )
-        for i in np.flatnonzero(is_lacking):
-            stack.frames[i] = replace(stack.frames[i], intercept=usual)
-
-
-def is_signed(header: dict) -> bool:
-    return header.get("PixelRepresentation") == 1
-
-
-def flip_sign(header: dict) -> dict:
-    """The tags that say the other sign."""
-    return {"PixelRepresentation": 0 if is_signed(header) else 1}
 
 
 def invert_if_bright(stack: Stack, samples: Samples) -> None:
@@ -915,18 +873,10 @@ def invert_if_bright(stack: Stack, samples: Samples) -> None:
     stack.notes.append("(0028,0004) MONOCHROME1 with a bright background: inverted")
     header = stack.frames[0].header
     ends = -1 if is_signed(header) else 2 ** header.get("BitsStored", 16) - 1  # lowest plus highest value
-    for i, frame in enumerate(stack.frames):
-        intercept = frame.intercept + frame.slope * ends
-        stack.frames[i] = replace(frame, slope=-frame.slope, intercept=intercept)
-
-
-def reread(stored: np.ndarray, header: dict) -> np.ndarray:
-    """Stored values in the bits and sign that another header states."""
-    size = 8 * stored.dtype.itemsize
-    bits = header.get("BitsStored", size)
-    if not 1 <= bits <= size:
-        bits = size
-    return mask_stored(stored, bits, bits - 1, is_signed(header))
+    stack.frames = [
+        replace(frame, slope=-frame.slope, intercept=frame.intercept + frame.slope * ends)
+        for frame in stack.frames
+    ]
 
 
 def choose_reading(stack: Stack, samples: Samples) -> None:
@@ -938,7 +888,7 @@ def choose_reading(stack: Stack, samples: Samples) -> None:
     inside the head has no air and a phantom no tissue.
     """
     first = stack.frames[0]
-    signs: list[dict] = [{}, flip_sign(first.header)]
+    signs = [{}, {"PixelRepresentation": 1 - is_signed(first.header)}]
     if not is_signed(first.header) and samples.stored.max() < 4096:
         signs.append({"PixelRepresentation": 1, "BitsStored": 12, "HighBit": 11})
     stated = first.header.get("RescaleIntercept", first.intercept)
@@ -954,71 +904,62 @@ def choose_reading(stack: Stack, samples: Samples) -> None:
             best, chosen, shift = judged, tags, intercept - stated
     if max(best.air, best.tissue) < 0.02:
         stack.doubts.append("CT values: neither air near -1000 HU nor soft tissue near 0 to 100 HU")
-    ends = (samples.stored.min(), samples.stored.max())
-    is_cut = max(np.mean(samples.stored == end) for end in ends) > 0.01
+    stored = samples.stored
+    is_cut = max((stored == stored.min()).mean(), (stored == stored.max()).mean()) > 0.01
     if is_cut and best.bone < 0.002:
         stack.doubts.append(f"CT values end below {BONE_HU} HU, as in an image made for a screen")
-    if not chosen and shift == 0:
-        return
-    changes = [f"{name} {value}" for name, value in chosen.items()]
-    changes.append(f"RescaleIntercept {stated + shift:g}")
-    stack.notes.append(f"stored values are HU only with {', '.join(changes)}: used, air and tissue say so")
-    change_tags(stack, chosen, shift)
+    if chosen or shift:
+        changes = [f"{name} {value}" for name, value in chosen.items()]
+        changes.append(f"RescaleIntercept {stated + shift:g}")
+        stack.notes.append(
+            f"stored values are HU only with {', '.join(changes)}: used, air and tissue say so"
+        )
+        change_tags(stack, chosen, shift)
 
 
 def change_tags(stack: Stack, tags: dict, shift: float = 0.0) -> None:
     for i, frame in enumerate(stack.frames):
-        stack.frames[i] = replace(
-            frame,
-            header=frame.header | tags,
-            intercept=frame.intercept + shift,
-            padding=None if tags else frame.padding,
-        )
+        changed = replace(frame, header=frame.header | tags, intercept=frame.intercept + shift)
+        stack.frames[i] = replace(changed, padding=None) if tags else changed
 
 
 class Reading(NamedTuple):
-    """Shares of the pixels, padding aside."""
+    """Shares of the pixels, padding aside, and what they amount to."""
 
     air: float
     tissue: float
     bone: float
-    beyond: float  # above all HU, or below but for a fill
-
-    @property
-    def is_clear(self) -> bool:
-        return min(self.air, self.tissue) >= 0.05
-
-    @property
-    def score(self) -> float:
-        """At most 0.1: a twentieth of air and of soft tissue each is as good as more."""
-        return min(self.air, 0.05) + min(self.tissue, 0.05) - self.beyond
+    is_clear: bool  # shows both air and soft tissue
+    score: float  # at most 0.1: a twentieth of air and of soft tissue each is as good as more
 
 
 def judge_reading(first: Frame, samples: Samples, tags: dict, shift: float) -> Reading:
     """Where the samples' values lie with other tags and an intercept shifted by `shift`. The corners' most
     common value is air or tissue only if it covers more than a fill does."""
     stored = samples.stored
-    hu = reread(stored, first.header | tags) * samples.slopes + samples.intercepts + shift
+    hu = mask_stored(stored, first.header | tags) * samples.slopes + first.intercept + shift
     values, counts = np.unique(samples.corners, return_counts=True)
     is_fill = stored == values[counts.argmax()]
-    is_image = ~is_padding(stored, first.padding) if first.padding else np.full(stored.shape, True)
+    is_image = ~is_padding(stored, first.padding)
     is_inside = is_image if is_fill.mean() > MOST_FILL else is_image & ~is_fill
-    is_beyond = is_image & ((hu > HIGHEST_HU) | ((hu < AIR_HU[0]) & ~is_fill))
+    is_beyond = (hu > HIGHEST_HU) | ((hu < AIR_HU[0]) & ~is_fill)
     is_air = is_inside & (hu > AIR_HU[0]) & (hu < AIR_HU[1])
     is_tissue = is_inside & (hu > TISSUE_HU[0]) & (hu < TISSUE_HU[1])
-    masks = (is_air, is_tissue, is_image & (hu > BONE_HU), is_beyond)
-    return Reading(*(mask.sum() / max(is_image.sum(), 1) for mask in masks))
+    masks = np.stack([is_air, is_tissue, hu > BONE_HU, is_beyond]) & is_image
+    air, tissue, bone, beyond = masks.sum(axis=1) / max(is_image.sum(), 1)
+    is_clear = min(air, tissue) >= 0.05
+    return Reading(air, tissue, bone, is_clear, min(air, 0.05) + min(tissue, 0.05) - beyond)
 
 
 def choose_sign(stack: Stack, samples: Samples) -> None:
     """MR frames in the other sign than (0028,0103) PixelRepresentation says, if values lie much closer then:
     small negative values without their sign are the largest of all."""
     header = stack.frames[0].header
-    tags = flip_sign(header)
+    sign = 1 - is_signed(header)
+    tags = {"PixelRepresentation": sign}
     stated_low, stated_high = np.percentile(samples.stored, (1, 99))
-    low, high = np.percentile(reread(samples.stored, header | tags), (1, 99))
+    low, high = np.percentile(mask_stored(samples.stored, header | tags), (1, 99))
     if high - low < 0.5 * (stated_high - stated_low) and high >= -0.25 * low:
-        sign = tags["PixelRepresentation"]
         stack.notes.append(f"(0028,0103) PixelRepresentation {sign} used: values lie closer")
         change_tags(stack, tags)
 
@@ -1049,10 +990,10 @@ def pad_fill(stack: Stack, samples: Samples, is_ct: bool) -> None:
     pixels = samples.stored
     for end in (np.min, np.max):
         fill = int(end(pixels))
-        is_fill = pixels == fill
-        others = pixels[~is_fill]
-        is_outside = (samples.corners == fill).mean() > 0.25 or is_fill.mean() > MOST_FILL
-        if not is_outside or others.size == 0:
+        others = pixels[pixels != fill]
+        share = (pixels == fill).mean()
+        is_outside = (samples.corners == fill).mean() > 0.25 or share > MOST_FILL
+        if not is_outside or share < 0.01 or others.size == 0:
             continue
         low, high = np.percentile(others, (5, 99))
         gap = max(low - fill, fill - high)
@@ -1060,12 +1001,11 @@ def pad_fill(stack: Stack, samples: Samples, is_ct: bool) -> None:
         if is_ct:
             is_far = fill > high and value > 1500
         else:
-            least_gap = 0.5 if is_fill.mean() < MOST_FILL else 2.0
+            least_gap = 0.5 if share < MOST_FILL else 2.0
             is_negative = value < 0 <= low * slope + intercept
             is_far = gap > least_gap * (high - low) > 0 or is_negative
-        if is_far and is_fill.mean() > 0.01:
+        if is_far:
             stack.notes.append(f"the stored value {fill} fills corners, far from all others: it is padding")
-            below, above = (-(2**31), int(fill + gap / 2)), (int(fill - gap / 8), 2**31)
-            padding = below if fill < low else above
+            padding = (-(2**31), int(fill + gap / 2)) if fill < low else (int(fill - gap / 8), 2**31)
             stack.frames = [replace(frame, padding=padding) for frame in stack.frames]
             pixels = others

@@ -1,81 +1,53 @@
 """Series whose values or positions are wrong in ways that people report: the volume is the healthy head's, or
 the volume has doubts; sound series have none. Expected values are worked by hand."""
 
-from __future__ import annotations
-
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage
+from test_dicom_reading import PLANES, image, noted, write
 
 from dicom import Volume, VolumeSettings, make_volume, read_series, to_lps
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SETTINGS = VolumeSettings(base_slices=16, img_size=64)
 NUM, SIZE, STEP_MM, PIXEL_MM = 40, 64, 4.0, 3.4
-PLANES = {"axial": [1, 0, 0, 0, 1, 0], "coronal": [1, 0, 0, 0, 0, -1], "sagittal": [0, 1, 0, 0, 0, -1]}
 U12 = {"BitsStored": 12, "HighBit": 11}
 MR = {"Modality": "MR"}
 
 
-def ellipsoid() -> np.ndarray:
-    """(40, 64, 64) radius: below 1 in a head of 144 x 176 mm whose vertex lies at z = 152 mm."""
-    z = (np.arange(NUM) - 14)[:, None, None] * STEP_MM
-    y, x = ((np.mgrid[:SIZE, :SIZE] - SIZE / 2 + 0.5) * PIXEL_MM)[:, None]
-    return np.sqrt((x / 72) ** 2 + (y / 88) ** 2 + (np.clip(z, 0, None) / 98) ** 2)
-
-
-RADIUS = ellipsoid()
+# (40, 64, 64) radius: below 1 in a head of 144 x 176 mm whose vertex lies at z = 152 mm.
+Z_MM = np.clip(np.arange(NUM) - 14, 0, None)[:, None, None] * STEP_MM
+Y_MM, X_MM = ((np.mgrid[:SIZE, :SIZE] - SIZE / 2 + 0.5) * PIXEL_MM)[:, None]
+RADIUS = np.sqrt((X_MM / 72) ** 2 + (Y_MM / 88) ** 2 + (Z_MM / 98) ** 2)
 NOISE = np.random.default_rng(0).normal(0, 8, RADIUS.shape)
+PARTS = [RADIUS < 0.3, RADIUS < 0.88, RADIUS < 1]  # vessel, brain, skull
+HU = np.maximum(np.rint(np.select(PARTS, [350, 38, 900], -1000) + NOISE), -1024).astype(int)
+GREY = np.rint(np.abs(np.select(PARTS, [900, 400, 60], 0) + NOISE)).astype(int)  # magnitudes; a dark skull
+AIR = RADIUS >= 1
 
 
-def ct_head() -> np.ndarray:
-    """HU: air, a skull of 900, brain of 38 and a vessel of 350, with noise."""
-    hu = np.select([RADIUS < 0.3, RADIUS < 0.88, RADIUS < 1], [350.0, 38.0, 900.0], -1000.0)
-    return np.maximum(np.rint(hu + NOISE), -1024).astype(int)
-
-
-def mr_head() -> np.ndarray:
-    """Magnitudes: air 0, a dark skull, brain of 400 and a vessel of 900, with noise."""
-    grey = np.select([RADIUS < 0.3, RADIUS < 0.88, RADIUS < 1], [900.0, 400.0, 60.0], 0.0)
-    return np.rint(np.abs(grey + NOISE)).astype(int)
-
-
-def write(folder: Path, voxels: np.ndarray, plane: str = "axial", positions: dict | None = None, **tags):
+def write_scan(folder: Path, voxels: np.ndarray, plane="axial", positions=None, **tags) -> None:
     """A file per slice of (z, y, x) voxels; `positions` replaces some: slice -> (x, y, z) mm."""
-    axis = {"axial": 0, "coronal": 1, "sagittal": 2}[plane]
+    axis = list(PLANES).index(plane)
     corner = -(SIZE - 1) / 2 * PIXEL_MM
-    is_ct = tags.get("Modality", "CT") == "CT"
-    for i in range(voxels.shape[axis]):
-        pixels = voxels.take(i, axis) if axis == 0 else voxels.take(i, axis)[::-1]
+    tags = {
+        "ImageOrientationPatient": PLANES[plane],
+        "PixelSpacing": [PIXEL_MM if axis == 0 else STEP_MM, PIXEL_MM],
+        "SliceThickness": PIXEL_MM,
+        "RescaleIntercept": 0,
+    } | tags
+    for i, pixels in enumerate(np.moveaxis(voxels, axis, 0)):
         position = [corner, corner, (NUM - 1) * STEP_MM]  # rows run from head to feet
         position[2 - axis] = i * STEP_MM if axis == 0 else corner + i * PIXEL_MM
-        ds = Dataset()
-        ds.file_meta = FileMetaDataset()
-        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        defaults = dict(
-            SOPClassUID=CTImageStorage if is_ct else MRImageStorage, Modality="CT", InstanceNumber=i + 1,
-            SOPInstanceUID=f"1.2.{zlib.crc32(folder.name.encode())}.{i}", SeriesInstanceUID="1.2.3",
-            ImageOrientationPatient=PLANES[plane], ImagePositionPatient=(positions or {}).get(i, position),
-            PixelSpacing=[PIXEL_MM if axis == 0 else STEP_MM, PIXEL_MM], SliceThickness=PIXEL_MM,
-            Rows=pixels.shape[0], Columns=pixels.shape[1], SamplesPerPixel=1,
-            PhotometricInterpretation="MONOCHROME2", BitsAllocated=16, BitsStored=16, HighBit=15,
-            PixelRepresentation=int(pixels.min() < 0), RescaleIntercept=0, RescaleSlope=1,
-        )  # fmt: skip
-        for name, value in (defaults | tags).items():
-            if value is not None:
-                setattr(ds, name, value)
-        ds.PixelData = pixels.astype("i2" if pixels.min() < 0 else "u2").tobytes()
-        ds["PixelData"].VR = "OW"
-        folder.mkdir(exist_ok=True)
-        ds.save_as(folder / f"{i:03d}.dcm", enforce_file_format=True)
+        tags["pixels"] = pixels if axis == 0 else pixels[::-1]
+        tags["dtype"] = "i2" if pixels.min() < 0 else "u2"
+        tags["ImagePositionPatient"] = (positions or {}).get(i, position)
+        write(folder / f"{i:03d}.dcm", image(InstanceNumber=i + 1, **tags))
 
 
 def volume_of(folder: Path, voxels: np.ndarray, *args, **tags) -> Volume:
-    write(folder, voxels, *args, **tags)
+    write_scan(folder, voxels, *args, **tags)
     return make_volume(read_series(folder), SETTINGS)
 
 
@@ -84,13 +56,6 @@ def is_equal(volume: Volume, healthy: Volume) -> bool:
     return np.mean(np.abs(volume.voxels.astype(int) - healthy.voxels) > 20) <= 0.001
 
 
-def noted(folder: Path, *words: str) -> bool:
-    return any(all(word in note for word in words) for note in read_series(folder).notes)
-
-
-# --- CT values ----------------------------------------------------------------------------------------------
-
-HU = ct_head()
 INTERCEPT, NONE, SIGN = {"RescaleIntercept": -1024}, {"RescaleIntercept": None}, {"PixelRepresentation": 1}
 READINGS = {
     "HU + 1024 with intercept 0": (HU + 1024, {}),
@@ -113,7 +78,7 @@ def healthy(tmp_path_factory) -> dict[str, Volume]:
     """The volume of the sound CT (by plane) and MR."""
     root = tmp_path_factory.mktemp("healthy")
     volumes = {plane: volume_of(root / plane, HU, plane) for plane in PLANES}
-    volumes["MR"] = volume_of(root / "MR", mr_head(), **MR)
+    volumes["MR"] = volume_of(root / "MR", GREY, **MR)
     return volumes
 
 
@@ -135,19 +100,19 @@ def test_a_ct_is_read_so_that_air_and_tissue_lie_where_hu_says(tmp_path, healthy
 
 
 def test_a_reading_other_than_stated_is_noted_and_none_is_doubted(tmp_path):
-    write(tmp_path / "a", HU % 4096, **U12)
-    assert noted(tmp_path / "a", "PixelRepresentation 1")
-    write(tmp_path / "b", HU + 1024)
-    assert noted(tmp_path / "b", "RescaleIntercept -1024: used")
+    write_scan(tmp_path / "a", HU % 4096, **U12)
+    assert noted(read_series(tmp_path / "a"), "PixelRepresentation 1")
+    write_scan(tmp_path / "b", HU + 1024)
+    assert noted(read_series(tmp_path / "b"), "RescaleIntercept -1024: used")
     volume = volume_of(tmp_path / "c", HU + 8192)
     assert "neither air near -1000 HU nor soft tissue" in volume.doubts[0]
 
 
-def test_a_ct_that_was_windowed_to_8_bits_is_doubted(tmp_path):
+@pytest.mark.parametrize("tags", [{}, {"RescaleIntercept": -160, "RescaleSlope": 400 / 255}])
+def test_a_ct_that_was_windowed_to_8_bits_is_doubted(tmp_path, tags):
     window = np.clip((HU + 160) / 400, 0, 1)  # -160 to 240 HU
-    for name, tags in (("a", {}), ("b", {"RescaleIntercept": -160, "RescaleSlope": 400 / 255})):
-        volume = volume_of(tmp_path / name, np.rint(255 * window).astype(np.uint8), **tags)
-        assert "as in an image made for a screen" in volume.doubts[0]
+    volume = volume_of(tmp_path, np.rint(255 * window).astype(int), **tags)
+    assert "as in an image made for a screen" in volume.doubts[0]
 
 
 ROUND_FIELD = np.hypot(*np.mgrid[-32:32, -32:32]) <= 31
@@ -164,17 +129,13 @@ ODD_CTS = {
 @pytest.mark.parametrize("name", ODD_CTS)
 def test_a_ct_without_air_or_tissue_is_neither_changed_nor_doubted(tmp_path, name):
     hu = np.rint(ODD_CTS[name]).astype(int)
-    write(tmp_path / "a", hu)
-    series = read_series(tmp_path / "a")
+    write_scan(tmp_path, hu)
+    series = read_series(tmp_path)
     np.testing.assert_array_equal(series.values(2), hu[2])
     assert series.doubts == []
 
 
-# --- MR values ----------------------------------------------------------------------------------------------
-
-GREY = mr_head()
 CORNERS = np.broadcast_to(np.hypot(*(np.mgrid[:SIZE, :SIZE] - 31.5)) > 31.9, GREY.shape)
-AIR = RADIUS >= 1
 
 
 @pytest.mark.parametrize("is_fill", [CORNERS, AIR], ids=["corners", "all air"])
@@ -203,10 +164,7 @@ def test_small_negative_mr_values_without_sign_are_black_and_padding_among_tissu
     for padding in (0, 400):
         volume = volume_of(tmp_path / f"{padding}", GREY, PixelPaddingValue=padding, **MR)
         assert is_equal(volume, healthy["MR"])
-        assert noted(tmp_path / f"{padding}", "would be tissue") == (padding == 400)
-
-
-# --- where the head is --------------------------------------------------------------------------------------
+        assert noted(read_series(tmp_path / f"{padding}"), "would be tissue") == (padding == 400)
 
 
 @pytest.mark.parametrize("z", [-200.0, 200.0, 400.0, 9000.0])
@@ -215,7 +173,7 @@ def test_a_stray_slice_does_not_move_the_box(tmp_path, healthy, z, modality):
     voxels = HU if modality == "CT" else GREY
     corner = -(SIZE - 1) / 2 * PIXEL_MM
     stray = np.concatenate([voxels, voxels[20:21]])
-    volume = volume_of(tmp_path / "a", stray, "axial", {NUM: [corner, corner, z]}, Modality=modality)
+    volume = volume_of(tmp_path, stray, "axial", {NUM: [corner, corner, z]}, Modality=modality)
     assert is_equal(volume, healthy["axial" if modality == "CT" else "MR"])
 
 
@@ -244,7 +202,7 @@ def test_blank_images_above_the_vertex_do_no_harm_but_a_quarter_of_the_volume_is
     voxels[is_blank] = value
     volume = volume_of(tmp_path / "a", voxels, plane)
     assert "interpolated over missing slices, or empty" in volume.doubts[0]
-    assert any("slices left out, they are blank" in note for note in volume.notes)
+    assert noted(volume, "slices left out, they are blank")
     assert volume.affine[2, 3] == pytest.approx(healthy[plane].affine[2, 3], abs=1)
 
 
@@ -258,10 +216,10 @@ def test_a_hollow_head_with_a_bone_defect_has_the_box_of_the_sound_one(tmp_path,
 
 @pytest.mark.parametrize("num_missing, is_doubted", [(4, False), (16, True)])
 def test_missing_slices_are_noted_with_their_share(tmp_path, num_missing, is_doubted):
-    write(tmp_path / "a", HU)
+    write_scan(tmp_path, HU)
     for i in range(12, 12 + num_missing):
-        (tmp_path / "a" / f"{i:03d}.dcm").unlink()
-    volume = make_volume(read_series(tmp_path / "a"), SETTINGS)
+        (tmp_path / f"{i:03d}.dcm").unlink()
+    volume = make_volume(read_series(tmp_path), SETTINGS)
     assert "are interpolated over missing slices" in volume.notes[-1]
     assert bool(volume.doubts) == is_doubted
 
