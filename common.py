@@ -1068,6 +1068,8 @@ def load_run(folder: Path) -> Run:
         is_labelled = tuple(meta["labels"]) == LABELS and len(meta["prior"]) == len(LABELS)
         if not is_labelled or not ((shares >= 0) & (shares <= 1)).all():
             raise ValueError("expected 14 labels and their prior, decoys from 0 to 1")
+        columns = ["specificity", "threshold", "sensitivity"]
+        pd.DataFrame(meta.get("operating_points", []), columns=columns, dtype=float)  # raises if malformed
         model = build_model(cfg)
         model.load_state_dict(state)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
