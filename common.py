@@ -90,10 +90,9 @@ def read_label_table(path: Path) -> pd.DataFrame:
     table[UID] = table[UID].astype(str).map(safe_uid)
     repeated = table[UID][table[UID].duplicated()].unique()
     faults = [f"series {uid} has several rows" for uid in repeated[:5]]
-    allowed = dict.fromkeys(LABELS, (0, 1)) | {"Modality": MODALITIES}
-    for name in table.columns.intersection(list(allowed)):
-        odd = list(set(table[name]) - set(allowed[name]))
-        faults += [f"{name} holds {value!r} (expected one of {allowed[name]})" for value in odd[:3]]
+    for name in LABELS:
+        odd = set(table[name]) - {0, 1}
+        faults += [f"{name} holds {value!r} (expected 0 or 1)" for value in list(odd)[:3]]
     if faults:
         raise ValueError(f"{path}: {'; '.join(faults)}")
     return table
@@ -194,9 +193,8 @@ LIMITS = {  # smallest and largest value of numbers; of all others 0 and 1e9
     "label_smoothing drop_rate drop_path_rate ema_decay": (0, 1),
     "scale": (0, 0.9),
     "min_peak_mm heatmap_sigma_mm crop_mm roi_mm roi_top_mm": (0.1, 1000),
-    "base_slices locator_width": (1, 4096),
     "img_size": (8, 4096),
-    "epochs batch_size accumulation bootstrap": (1, 1e6),
+    "base_slices locator_width epochs batch_size accumulation bootstrap": (1, 1e6),
     "num_folds": (2, 1000),
 }
 RANGES = {name: limits for names, limits in LIMITS.items() for name in names.split()}
@@ -210,8 +208,10 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         try:
             values |= yaml.safe_load(text.replace("=", ": ", 1))
         except (yaml.YAMLError, ValueError, TypeError):
-            example = "--set lr=1.0e-4, or --set 'proposals=\"*_seed0\"' for a text that YAML cannot read"
-            raise ValueError(f"--set {text}: expected key=value, for example {example}") from None
+            raise ValueError(
+                f"--set {text}: expected key=value, for example --set lr=1.0e-4, or --set "
+                f"'proposals=\"*_seed0\"' for a text that YAML cannot read"
+            ) from None
     return config_from_dict(values, str(path or "settings"))
 
 
@@ -617,8 +617,8 @@ def combine_aucs(aucs: ndarray, labels: ndarray) -> ndarray:
 
 def weighted_auc(labels: ndarray, probs: ndarray) -> dict:
     """The challenge's metric for labels (N, 14) in {0, 1} and probs (N, 14) -> wauc (nan where undefined),
-    auc (14 floats), positives (14 counts), undefined (names of one-class columns). Raises ValueError for
-    probs that are not finite: they have no order."""
+    auc (14 floats), undefined (names of one-class columns). Raises ValueError for probs that are not finite:
+    they have no order."""
     num_odd = np.count_nonzero(~np.isfinite(probs))
     if num_odd:
         raise ValueError(f"{num_odd} of {probs.size} predictions are NaN or infinite; expected none")
@@ -626,7 +626,6 @@ def weighted_auc(labels: ndarray, probs: ndarray) -> dict:
     return {
         "wauc": float(combine_aucs(aucs, labels)[0]),
         "auc": aucs[0].tolist(),
-        "positives": labels.sum(0).astype(int).tolist(),
         "undefined": np.array(LABELS)[np.isnan(aucs[0])].tolist(),
     }
 
@@ -673,18 +672,17 @@ def score(table: pd.DataFrame, probs: ndarray, draws: int = 2000) -> dict:
         "undefined": overall["undefined"],
         "per_label": {},
     }
-    for name, auc, positives, drawn in zip(LABELS, overall["auc"], overall["positives"], aucs.T, strict=True):
-        drawn = drawn if positives >= MIN_POSITIVES else np.empty(0)
-        result["per_label"][name] = {"auc": auc, **summarise_draws(drawn), "positives": positives}
+    for k, name in enumerate(LABELS):
+        positives = int(labels[:, k].sum())
+        drawn = aucs[:, k] if positives >= MIN_POSITIVES else np.empty(0)
+        summary = {"auc": overall["auc"][k], **summarise_draws(drawn), "positives": positives}
+        result["per_label"][name] = summary
     for column in ("Modality", "plane"):
         groups = result[f"per_{column.lower()}"] = {}
         for value, rows in table.groupby(column):
             part = weighted_auc(labels[rows.index], probs[rows.index])
-            groups[str(value)] = {
-                "wauc": part["wauc"],
-                "auc_present": part["auc"][AP],
-                "num_series": len(rows),
-            }
+            group = {"wauc": part["wauc"], "auc_present": part["auc"][AP], "num_series": len(rows)}
+            groups[str(value)] = group
     return result
 
 
