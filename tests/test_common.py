@@ -50,28 +50,27 @@ def test_every_config_of_the_project_loads(path):
         assert cfg == replace(common.load_config(path.parent / "base.yaml"), fold=int(path.stem[4:]))
 
 
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        ("img_sise: 96", "unknown setting 'img_sise'; the nearest is 'img_size'"),
-        ("lr: fast", "lr is 'fast', expected float"),
-        ("epochs: true", "epochs is True, expected int"),
-        ("precision: fp8", "expected one of 'fp16', 'bf16', 'no'"),
-        ("p_flip: 1.5", "p_flip is 1.5, expected float from 0 to 1"),
-        ("lr: .nan", "lr is nan, expected"),
-        ("img_size: 1000000", "from 8 to 4096"),
-        ("ct_window: [600, 0]", "expected two growing numbers"),
-        ("task: locate\nproposals: x", "proposals are for task classify"),
-        ("fold: 5", "expected 0 to 4"),
-        ("- fold", "expected a config of lines"),
-        ("base: gone.yaml", "gone.yaml: expected a config of lines"),
-    ],
-)
-def test_a_wrong_config_is_refused_with_the_reason(tmp_path, text, complaint):
+WRONG_CONFIGS = {
+    "img_sise: 96": "unknown setting 'img_sise'; the nearest is 'img_size'",
+    "lr: fast": "lr is 'fast', expected float",
+    "epochs: true": "epochs is True, expected int",
+    "precision: fp8": "expected one of 'fp16', 'bf16', 'no'",
+    "p_flip: 1.5": "p_flip is 1.5, expected float from 0 to 1",
+    "lr: .nan": "lr is nan, expected",
+    "img_size: 1000000": "from 8 to 4096",
+    "ct_window: [600, 0]": "expected two growing numbers",
+    "task: locate\nproposals: x": "proposals are for task classify",
+    "fold: 5": "expected 0 to 4",
+    "- fold": "expected a config of lines",
+    "base: gone.yaml": "gone.yaml: expected a config of lines",
+}
+
+
+@pytest.mark.parametrize("text", WRONG_CONFIGS)
+def test_a_wrong_config_is_refused_with_the_reason(tmp_path, text):
     (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=WRONG_CONFIGS[text]):
         common.load_config(tmp_path / "c.yaml")
-    assert complaint in str(error.value)
 
 
 def test_set_overrides_yaml_and_yaml_its_base(tmp_path):
@@ -266,14 +265,14 @@ def test_a_flipped_bit_of_a_volume_or_its_metadata_is_noticed(tmp_path):
             assert meta == same_meta and all(np.array_equal(tensors[name], same[name]) for name in same)
 
 
-def write_pool_script(path: Path, function: str, items: list) -> None:
+def write_pool_script(path: Path, function: str) -> None:
     path.write_text(f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import common
 {function}
 if __name__ == "__main__":
-    print(sorted(common.run_isolated(work, {items}, workers=2, timeout_s=600, memory_gb=1)))
+    print(sorted(common.run_isolated(work, [1, 2], workers=2, timeout_s=600, memory_gb=1)))
 """)
 
 
@@ -281,15 +280,15 @@ def test_workers_import_ours_where_the_working_directory_has_files_of_the_same_n
     for name in ("common.py", "pandas.py", "frames.py"):
         (tmp_path / name).write_text("raise SystemExit('shadowed')")
     (tmp_path / "code").mkdir()
-    write_pool_script(tmp_path / "code/run.py", "def work(x): return x * x", [1, 2, 3])
+    write_pool_script(tmp_path / "code/run.py", "def work(x): return x * x")
     command = [sys.executable, "code/run.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "[(1, 1, None), (2, 4, None), (3, 9, None)]", done.stderr
+    assert done.stdout.strip() == "[(1, 1, None), (2, 4, None)]", done.stderr
 
 
 def test_no_worker_outlives_a_killed_parent(tmp_path):
     function = "def work(x):\n    os.write(1, b'%d\\n' % os.getpid())\n    time.sleep(600)"
-    write_pool_script(tmp_path / "run.py", function, [1, 2])
+    write_pool_script(tmp_path / "run.py", function)
     parent = subprocess.Popen([sys.executable, tmp_path / "run.py"], stdout=subprocess.PIPE, text=True)
     workers = [int(parent.stdout.readline()) for _ in range(2)]
     assert all(common.is_running(pid) for pid in workers)
@@ -327,10 +326,9 @@ def test_every_weight_of_a_locator_gets_a_gradient(name):
 @pytest.mark.parametrize("task", ["classify", "locate"])
 def test_a_checkpoint_rebuilds_its_model(tmp_path, task):
     cfg = replace(TINY, task=task)
-    model = common.build_model(cfg).eval()
+    model, images = common.build_model(cfg).eval(), torch.rand(1, cfg.in_chans, 32, 32)
     common.save_checkpoint(tmp_path / "best_ema.safetensors", model, cfg, META)
     run = common.load_run(tmp_path)
-    images = torch.rand(1, cfg.in_chans, 32, 32)
     assert torch.equal(model(images).logits, run.model(images).logits)
     assert run.cfg == cfg and run.meta["val_uids"] == ["1.2"]
 
@@ -446,20 +444,18 @@ def test_gradient_checkpointing_changes_memory_not_gradients(task):
     cfg = replace(TINY, task=task, max_localizer_crops=0)
     plain, frugal = common.build_model(cfg), common.build_model(replace(cfg, grad_checkpointing=True))
     frugal.load_state_dict(plain.state_dict())
-    images, saved, gradients = torch.rand(2, 8, 32, 32), [], []
-
-    def save(tensor: torch.Tensor) -> torch.Tensor:
-        saved[-1] += tensor.numel()
-        return tensor
-
+    images, sizes, gradients = torch.rand(2, 8, 32, 32), [], []
     for model in (plain, frugal):
-        saved.append(0)
-        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, saved=saved: saved.append(x) or x, lambda x: x
+        ):
             output = model.train()(images)
+        sizes.append(sum(tensor.numel() for tensor in saved))
         output.logits.sum().backward()
         gradients.append(torch.cat([weight.grad.flatten() for weight in model.parameters()]))
     assert gradients[0].abs().sum() > 0 and torch.allclose(*gradients, atol=1e-4)
-    assert saved[1] < 0.9 * saved[0]
+    assert sizes[1] < 0.9 * sizes[0]
 
 
 @pytest.mark.parametrize("module", ["dicom", "common"])
