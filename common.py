@@ -208,10 +208,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         try:
             values |= yaml.safe_load(text.replace("=", ": ", 1))
         except (yaml.YAMLError, ValueError, TypeError):
-            raise ValueError(
-                f"--set {text}: expected key=value, for example --set lr=1.0e-4, or --set "
-                f"'proposals=\"*_seed0\"' for a text that YAML cannot read"
-            ) from None
+            example = "lr=1.0e-4 or 'proposals=\"*_seed0\"'"
+            raise ValueError(f"--set {text}: expected key=value, such as {example}") from None
     return config_from_dict(values, str(path or "settings"))
 
 
@@ -221,17 +219,16 @@ def read_yaml(path: Path) -> dict:
         values = dict(yaml.safe_load(path.read_text()) or {})
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         reason = textwrap.shorten(str(error), 300)
-        raise ValueError(
-            f"{path}: expected a config of lines `key: value` as in configs/; {reason}"
-        ) from None
+        raise ValueError(f"{path}: expected a config of lines `key: value`; {reason}") from None
     base = values.pop("base", None)
     return read_yaml(path.parent / str(base)) | values if base else values
 
 
 def config_from_dict(values: dict, source: str = "checkpoint") -> Config:
     """Config from flat values, as `config_to_dict` gives them; a ValueError begins with `source`."""
-    types, checked = get_type_hints(VolumeSettings) | get_type_hints(Config), {}
+    types = get_type_hints(VolumeSettings) | get_type_hints(Config)
     del types["volume"]
+    checked = {}
     for key, value in values.items():
         if key not in types:
             nearest = difflib.get_close_matches(str(key), types, n=1, cutoff=0.0)[0]
@@ -786,7 +783,8 @@ class SeriesDataset(torch.utils.data.Dataset):
         rng = default_rng([cfg.seed, self.epoch, index])
         names = ["volume", "points", "point_labels"] if is_training else ["volume"]
         tensors, meta = load_volume(volume_path(cfg.cache, uid), names)
-        image, affine = tensors["volume"], np.array(meta["affine"])
+        image = tensors["volume"]
+        affine = np.array(meta["affine"])
         spacing_mm = np.array(meta["spacing_mm"])
         points = np.full((MAX_POINTS, 4), -1, np.float32)
         if is_training:
@@ -795,7 +793,8 @@ class SeriesDataset(torch.utils.data.Dataset):
         if cfg.num_crops:
             proposals = to_voxel(self.proposals[uid], affine) if self.proposals else None
             if is_training:
-                crops = self.draw_crops(image, points, proposals, spacing_mm, rng)
+                places, decoys = self.draw_places(points, proposals, rng)
+                crops = make_crops(image, places, decoys, spacing_mm, cfg, rng)
             else:
                 crops = deployed_crops(image, spacing_mm, uid, self.decoys, proposals, cfg)
             image = np.concatenate([image, crops])
@@ -803,25 +802,21 @@ class SeriesDataset(torch.utils.data.Dataset):
         item |= {"spacing_mm": spacing_mm.astype(np.float32), "augment": draw_augmentation(cfg, rng)}
         return {name: torch.tensor(array) for name, array in item.items()} | {"index": index}
 
-    def draw_crops(
-        self, volume: ndarray, points: ndarray, proposals: ndarray | None, spacing_mm: ndarray, rng: Generator
-    ) -> ndarray:
-        """(K, H, W) uint8 crop channels of a training item. The order of the random draws is part of the
-        contract: a run repeats to the bit only while each item draws the same numbers in the same order.
-        First the three coins, always all three; then the order of the annotated points, where these are
-        shown; then the decoys that fill the rest; the jitter last."""
-        cfg, decoys = self.cfg, self.decoys
+    def draw_places(self, points: ndarray, proposals: ndarray | None, rng: Generator) -> tuple:
+        """Places (n, 3) to crop in a training item, in voxels, and the decoys that may fill the rest. The
+        order of the random draws is part of the contract: a run repeats to the bit only while each item draws
+        the same numbers in the same order. First the three coins, always all three; then the order of the
+        annotated points, where these are shown; then, in make_crops, the decoys; the jitter last."""
+        cfg = self.cfg
         shares = (cfg.p_global_localizer_off, cfg.p_localizer_dropout, cfg.p_proposal)
         is_off, is_dropped, is_proposed = rng.random(3) < shares
         if is_off:
-            places = decoys = np.zeros((0, 3))
-        elif is_proposed and proposals is not None:
-            places = proposals
-        else:
-            is_shown = (points[:, 0] >= 0) & ~is_dropped
-            places = points[is_shown, 1:]
-            places = places[rng.permutation(len(places))]
-        return make_crops(volume, places, decoys, spacing_mm, cfg, rng)
+            return points[:0, 1:], self.decoys[:0]
+        if is_proposed and proposals is not None:
+            return proposals, self.decoys
+        is_shown = (points[:, 0] >= 0) & ~is_dropped
+        places = points[is_shown, 1:]
+        return places[rng.permutation(len(places))], self.decoys
 
 
 # --- models -------------------------------------------------------------------------------------------------
@@ -1000,7 +995,8 @@ def load_fitting(model: nn.Module, state: dict, source: str) -> None:
     def strip(name: str) -> str:
         return name.replace("net.model.", "net.", 1)  # where a locator's feature getter keeps its backbone
 
-    target, fitting = model.state_dict(), {}
+    target = model.state_dict()
+    fitting = {}
     values = {strip(name): value for name, value in state.items()}
     for name, expected in target.items():
         value = values.get(strip(name), torch.empty(0))
@@ -1019,7 +1015,8 @@ def propose(maps: ndarray, spacing_mm: ndarray, cfg: Config) -> ndarray:
     cell_size = [1, cfg.locator_stride, cfg.locator_stride]
     cells = np.indices(maps.shape[1:]).reshape(3, -1).T
     voxels = (cells + 0.5) * cell_size - 0.5
-    scores, labels = maps.sum(0).ravel(), maps.argmax(0).ravel()
+    scores = maps.sum(0).ravel()
+    labels = maps.argmax(0).ravel()
     peaks = []
     while len(peaks) < NUM_PROPOSALS and scores.max() > 0:
         best = scores.argmax()
@@ -1036,8 +1033,7 @@ CHECKPOINT = "best_ema.safetensors"
 
 @dataclass
 class Run:
-    """A trained member of the ensemble: its model in eval mode, its config, and what its checkpoint says of
-    it."""
+    """A trained member of the ensemble: its model in eval mode, its config, and what its checkpoint says."""
 
     folder: Path
     model: nn.Module
