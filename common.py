@@ -28,7 +28,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TextIO, get_args, get_origin, get_type_hints
 
@@ -90,10 +90,9 @@ def read_label_table(path: Path) -> pd.DataFrame:
     table[UID] = table[UID].astype(str).map(safe_uid)
     repeated = table[UID][table[UID].duplicated()].unique()
     faults = [f"series {uid} has several rows" for uid in repeated[:5]]
-    allowed = dict.fromkeys(LABELS, (0, 1)) | {"Modality": MODALITIES}
-    for name in table.columns.intersection(list(allowed)):
-        odd = list(set(table[name]) - set(allowed[name]))
-        faults += [f"{name} holds {value!r} (expected one of {allowed[name]})" for value in odd[:3]]
+    for name in LABELS:
+        odd = set(table[name]) - {0, 1}
+        faults += [f"{name} holds {value!r} (expected 0 or 1)" for value in list(odd)[:3]]
     if faults:
         raise ValueError(f"{path}: {'; '.join(faults)}")
     return table
@@ -194,13 +193,11 @@ LIMITS = {  # smallest and largest value of numbers; of all others 0 and 1e9
     "label_smoothing drop_rate drop_path_rate ema_decay": (0, 1),
     "scale": (0, 0.9),
     "min_peak_mm heatmap_sigma_mm crop_mm roi_mm roi_top_mm": (0.1, 1000),
-    "base_slices locator_width": (1, 4096),
     "img_size": (8, 4096),
-    "epochs batch_size accumulation bootstrap": (1, 1e6),
+    "base_slices locator_width epochs batch_size accumulation bootstrap": (1, 1e6),
     "num_folds": (2, 1000),
 }
 RANGES = {name: limits for names, limits in LIMITS.items() for name in names.split()}
-VOLUME_FIELDS = tuple(asdict(VolumeSettings()))
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -211,52 +208,33 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         try:
             values |= yaml.safe_load(text.replace("=", ": ", 1))
         except (yaml.YAMLError, ValueError, TypeError):
-            example = "--set lr=1.0e-4, or --set 'proposals=\"*_seed0\"' for a text that YAML cannot read"
-            raise ValueError(f"--set {text}: expected key=value, for example {example}") from None
+            example = "lr=1.0e-4 or 'proposals=\"*_seed0\"'"
+            raise ValueError(f"--set {text}: expected key=value, such as {example}") from None
     return config_from_dict(values, str(path or "settings"))
 
 
 def read_yaml(path: Path) -> dict:
     """Flat values of a config file over those of the file that its `base:` names (beside it), and so on."""
-    values, chain = {}, []
-    while path not in chain:
-        chain.append(path)
-        layer = read_layer(path)
-        base = layer.pop("base", None)
-        values = layer | values
-        if base is None:
-            return values
-        path = (path.parent / str(base)).resolve()
-    raise ValueError(f"{path}: its `base:` leads back to this file; expected another one")
-
-
-def read_layer(path: Path) -> dict:
-    """The lines of one config file. ValueError where it cannot be read or repeats a setting."""
     try:
-        text = path.read_text()
-        values = dict(yaml.safe_load(text) or {})
+        values = dict(yaml.safe_load(path.read_text()) or {})
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         reason = textwrap.shorten(str(error), 300)
-        raise ValueError(
-            f"{path}: expected a config of lines `key: value` as in configs/; {reason}"
-        ) from None
-    keys = re.findall(r"^(\w+) *:", text, flags=re.MULTILINE)
-    repeated = {key for key in keys if keys.count(key) > 1}
-    if repeated:
-        raise ValueError(f"{path}: {', '.join(repeated)} stands there twice; expected each setting once")
-    return values
+        raise ValueError(f"{path}: expected a config of lines `key: value`; {reason}") from None
+    base = values.pop("base", None)
+    return read_yaml(path.parent / str(base)) | values if base else values
 
 
 def config_from_dict(values: dict, source: str = "checkpoint") -> Config:
     """Config from flat values, as `config_to_dict` gives them; a ValueError begins with `source`."""
-    types, checked = get_type_hints(VolumeSettings) | get_type_hints(Config), {}
+    types = get_type_hints(VolumeSettings) | get_type_hints(Config)
     del types["volume"]
+    checked = {}
     for key, value in values.items():
         if key not in types:
             nearest = difflib.get_close_matches(str(key), types, n=1, cutoff=0.0)[0]
             raise ValueError(f"{source}: unknown setting {key!r}; the nearest is {nearest!r}")
         checked[key] = convert_setting(key, value, types[key], source)
-    volume = {key: checked.pop(key) for key in VOLUME_FIELDS if key in checked}
+    volume = {key: checked.pop(key) for key in asdict(VolumeSettings()) if key in checked}
     cfg = Config(volume=VolumeSettings(**volume), **checked)
     if not cfg.fold < cfg.num_folds:
         raise ValueError(f"{source}: fold is {cfg.fold}, expected 0 to {cfg.num_folds - 1} (num_folds - 1)")
@@ -268,32 +246,28 @@ def config_from_dict(values: dict, source: str = "checkpoint") -> Config:
 def convert_setting(key: str, value: Any, kind: Any, source: str) -> Any:
     """The value as its setting's type. Whole numbers and texts such as 1e-4 (which YAML does not take for a
     number) pass as float, an unquoted `no` (YAML: False) as the choice "no", nothing as an empty text."""
+    value = "" if value is None else value
     choices = get_args(kind)
-    is_interval = kind == tuple[float, float]
-    if value is None:
-        value = ""
-    if value is False and "no" in choices:
-        value = "no"
+    is_valid = False
     with contextlib.suppress(TypeError, ValueError):
-        if kind is float and type(value) is not bool:
-            value = float(value)
-        if is_interval:
-            value = tuple(map(float, value))
-    if is_interval:
-        expected = "two growing numbers such as [0, 600]"
-        is_pair = isinstance(value, tuple) and len(value) == 2
-        is_valid = is_pair and -math.inf < value[0] < value[1] < math.inf
-    elif get_origin(kind) is Literal:
-        expected = f"one of {', '.join(map(repr, choices))}"
-        is_valid = value in choices
-    else:
-        types = choices or (kind,)
-        expected = " or ".join(t.__name__ for t in types)
-        is_valid = type(value) in types  # a bool is not an int here
-        if kind in (int, float):
+        if kind == tuple[float, float]:
+            expected = "two growing numbers such as [0, 600]"
+            low, high = value = tuple(map(float, value))
+            is_valid = -math.inf < low < high < math.inf
+        elif kind in (int, float):
             low, high = RANGES.get(key, (0, 1e9))
-            expected += f" from {low:g} to {high:g}"
-            is_valid = is_valid and low <= value <= high  # NaN is in no range
+            expected = f"{kind.__name__} from {low:g} to {high:g}"
+            if kind is float and type(value) is not bool:
+                value = float(value)
+            is_valid = type(value) is kind and low <= value <= high  # a bool is not an int, NaN in no range
+        elif get_origin(kind) is Literal:
+            expected = f"one of {', '.join(map(repr, choices))}"
+            value = "no" if value is False else value
+            is_valid = value in choices
+        else:
+            types = choices or (kind,)
+            expected = " or ".join(t.__name__ for t in types)
+            is_valid = type(value) in types
     if not is_valid:
         raise ValueError(f"{source}: {key} is {value!r}, expected {expected}")
     return value
@@ -355,7 +329,6 @@ def log(text: str, everywhere: bool = False) -> None:
     """One line on stderr, from the main process (everywhere: from any), without breaking a progress bar."""
     if sys.stderr and (everywhere or os.environ.get("RANK", "0") == "0"):
         tqdm.write(text, file=sys.stderr)
-        sys.stderr.flush()
 
 
 def progress(total: int, desc: str, show: bool = True) -> tqdm:
@@ -421,11 +394,9 @@ def host_name() -> str:
 def is_running(pid: int) -> bool:
     """Whether a process of this number runs on this machine."""
     try:
-        os.kill(pid, 0)
+        os.getpgid(pid)
     except ProcessLookupError:
         return False
-    except PermissionError:  # of another user
-        pass
     return True
 
 
@@ -438,9 +409,8 @@ def content_sums(tensors: dict, meta: dict) -> dict:
     """SHA-256 of each tensor's name, type, shape and bytes, and of the metadata."""
     sums = {"meta": text_sum(meta)}
     for name, tensor in tensors.items():
-        digest = hashlib.sha256(f"{name} {tensor.dtype} {tensor.shape}".encode())
-        digest.update(np.ascontiguousarray(tensor))
-        sums[name] = digest.hexdigest()
+        head = f"{name} {tensor.dtype} {tensor.shape}"
+        sums[name] = hashlib.sha256(head.encode() + tensor.tobytes()).hexdigest()
     return sums
 
 
@@ -474,9 +444,8 @@ def load_volume(path: Path, names: Sequence[str] | None = None) -> tuple[dict, d
     """(tensors, metadata) of a cached series; with names only these tensors (the others are not read).
     Raises FileNotFoundError, or ValueError naming the file where what was read differs from its sum."""
     tensors, record = read_safetensors(path, "volume; run preprocess.py again", "np", "record", names)
-    meta, stored = record.get("meta"), record.get("sums", {})
-    sums = content_sums(tensors, meta)
-    damaged = [name for name in sums if sums[name] != stored.get(name)]
+    meta = record.get("meta")
+    damaged = dict(content_sums(tensors, meta).items() - record.get("sums", {}).items())
     if damaged:
         raise ValueError(f"{path}: {', '.join(damaged)} differs from its sum; run preprocess.py again")
     return tensors, meta
@@ -612,27 +581,24 @@ def sigmoid(logits: ndarray) -> ndarray:
     return 1 / (1 + np.exp(-np.clip(logits.astype(np.float64), -80, 80)))
 
 
-def weighted_ranks_auc(truth: ndarray, scores: ndarray, weights: ndarray) -> ndarray:
-    """AUC of one column for many weightings of its rows: truth (N,), scores (N,), weights (D, N) -> (D,).
-    The share of (positive, negative) pairs in the right order, ties counted half (Mann-Whitney U); nan where
-    a weighting leaves one class empty. One sort serves all D weightings."""
-    order = np.argsort(scores, kind="stable")
-    scores, weights = scores[order], weights[:, order]
-    is_positive = truth[order] > 0.5
-    _, starts = np.unique(scores, return_index=True)
-    positives = np.add.reduceat(weights * is_positive, starts, axis=1)
-    negatives = np.add.reduceat(weights * ~is_positive, starts, axis=1)
-    negatives_below = np.cumsum(negatives, axis=1) - negatives
-    ordered_pairs = positives * (negatives_below + negatives / 2)
-    pairs = positives.sum(1) * negatives.sum(1)
-    with np.errstate(invalid="ignore"):
-        return ordered_pairs.sum(1) / pairs
-
-
 def column_aucs(labels: ndarray, probs: ndarray, weights: ndarray) -> ndarray:
-    """(D, 14) AUCs of labels (N, 14) and probs (N, 14) under weights (D, N)."""
-    columns = zip(labels.T, probs.T, strict=True)
-    return np.stack([weighted_ranks_auc(*column, weights) for column in columns], axis=1)
+    """(D, K) AUCs of labels (N, K) and probs (N, K) for many weightings (D, N) of their rows: the share of
+    (positive, negative) pairs in the right order, ties counted half (Mann-Whitney U); nan where a weighting
+    leaves one class empty. One sort of a column serves all weightings."""
+    aucs = []
+    for truth, scores in zip(labels.T, probs.T, strict=True):
+        order = np.argsort(scores, kind="stable")
+        ordered = weights[:, order]
+        is_positive = truth[order] > 0.5
+        _, starts = np.unique(scores[order], return_index=True)
+        positives = np.add.reduceat(ordered * is_positive, starts, axis=1)
+        negatives = np.add.reduceat(ordered * ~is_positive, starts, axis=1)
+        negatives_below = np.cumsum(negatives, axis=1) - negatives
+        ordered_pairs = positives * (negatives_below + negatives / 2)
+        pairs = positives.sum(1) * negatives.sum(1)
+        with np.errstate(invalid="ignore"):
+            aucs.append(ordered_pairs.sum(1) / pairs)
+    return np.stack(aucs, axis=1)
 
 
 def combine_aucs(aucs: ndarray, labels: ndarray) -> ndarray:
@@ -648,8 +614,8 @@ def combine_aucs(aucs: ndarray, labels: ndarray) -> ndarray:
 
 def weighted_auc(labels: ndarray, probs: ndarray) -> dict:
     """The challenge's metric for labels (N, 14) in {0, 1} and probs (N, 14) -> wauc (nan where undefined),
-    auc (14 floats), positives (14 counts), undefined (names of one-class columns). Raises ValueError for
-    probs that are not finite: they have no order."""
+    auc (14 floats), undefined (names of one-class columns). Raises ValueError for probs that are not finite:
+    they have no order."""
     num_odd = np.count_nonzero(~np.isfinite(probs))
     if num_odd:
         raise ValueError(f"{num_odd} of {probs.size} predictions are NaN or infinite; expected none")
@@ -657,7 +623,6 @@ def weighted_auc(labels: ndarray, probs: ndarray) -> dict:
     return {
         "wauc": float(combine_aucs(aucs, labels)[0]),
         "auc": aucs[0].tolist(),
-        "positives": labels.sum(0).astype(int).tolist(),
         "undefined": np.array(LABELS)[np.isnan(aucs[0])].tolist(),
     }
 
@@ -704,15 +669,17 @@ def score(table: pd.DataFrame, probs: ndarray, draws: int = 2000) -> dict:
         "undefined": overall["undefined"],
         "per_label": {},
     }
-    for name, auc, positives, drawn in zip(LABELS, overall["auc"], overall["positives"], aucs.T, strict=True):
-        drawn = drawn if positives >= MIN_POSITIVES else np.empty(0)
-        result["per_label"][name] = {"auc": auc, **summarise_draws(drawn), "positives": positives}
+    for k, name in enumerate(LABELS):
+        positives = int(labels[:, k].sum())
+        drawn = aucs[:, k] if positives >= MIN_POSITIVES else np.empty(0)
+        summary = {"auc": overall["auc"][k], **summarise_draws(drawn), "positives": positives}
+        result["per_label"][name] = summary
     for column in ("Modality", "plane"):
         groups = result[f"per_{column.lower()}"] = {}
         for value, rows in table.groupby(column):
             part = weighted_auc(labels[rows.index], probs[rows.index])
             group = {"wauc": part["wauc"], "auc_present": part["auc"][AP], "num_series": len(rows)}
-            groups[str(value)] = group | {"undefined": part["undefined"]}
+            groups[str(value)] = group
     return result
 
 
@@ -760,25 +727,23 @@ def cut_crop(volume: ndarray, point: ndarray, spacing_mm: ndarray, cfg: Config) 
     return (crop + 0.5).astype(np.uint8)
 
 
-def stack_crops(volume: ndarray, places: ndarray, spacing_mm: ndarray, cfg: Config) -> ndarray:
-    """(K, H, W) uint8: a crop per place (n <= K, voxels), zeros after the last."""
+def make_crops(
+    volume: ndarray, places: ndarray, decoys: ndarray, spacing_mm: ndarray, cfg: Config, rng: Generator
+) -> ndarray:
+    """(K, H, W) uint8 crops of the first K of places (n, 3) voxels, jittered. Where they are fewer, others
+    follow, drawn from decoys (M, 3; fractions of the volume), half of them mirrored left to right."""
+    places = places[: cfg.num_crops]
+    if len(decoys):
+        chosen = decoys[rng.integers(len(decoys), size=cfg.num_crops - len(places))]
+        mirrored = chosen * [1, 1, -1] + [0, 0, 1]
+        chosen = np.where(rng.random((len(chosen), 1)) < 0.5, mirrored, chosen)
+        places = np.concatenate([places, chosen * volume.shape - 0.5])
+    jitter_mm = rng.uniform(-cfg.crop_jitter_mm, cfg.crop_jitter_mm, places.shape)
     size = cfg.volume.img_size
     crops = np.zeros((cfg.num_crops, size, size), np.uint8)
-    for k, place in enumerate(places):
+    for k, place in enumerate(places + jitter_mm / spacing_mm):
         crops[k] = cut_crop(volume, place, spacing_mm, cfg)
     return crops
-
-
-def fill_places(places: ndarray, decoys: ndarray, shape: tuple, num: int, rng: Generator) -> ndarray:
-    """The first num of places (n, 3) voxels. Where they are fewer, others follow, drawn from decoys (M, 3;
-    fractions of a volume of that shape), half of them mirrored left to right."""
-    places = places[:num]
-    if not len(decoys):
-        return places
-    chosen = decoys[rng.integers(len(decoys), size=num - len(places))]
-    mirrored = chosen * [1, 1, -1] + [0, 0, 1]
-    chosen = np.where(rng.random((len(chosen), 1)) < 0.5, mirrored, chosen)
-    return np.concatenate([places, chosen * shape - 0.5])
 
 
 def deployed_crops(
@@ -788,10 +753,10 @@ def deployed_crops(
     first, then decoys, which depend on the UID alone. Training's validation and infer.py both come here."""
     places = np.zeros((0, 3)) if proposals is None else proposals
     rng = default_rng(zlib.crc32(uid.encode()))
-    places = fill_places(places, decoys, volume.shape, cfg.num_crops, rng)
-    return stack_crops(volume, places, spacing_mm, cfg)
+    return make_crops(volume, places, decoys, spacing_mm, replace(cfg, crop_jitter_mm=0.0), rng)
 
 
+@dataclass(eq=False)
 class SeriesDataset(torch.utils.data.Dataset):
     """Items of a cache: image uint8 (base_slices + K, H, W), labels float32 (14,), index, affine (4, 4),
     spacing_mm (3,), augment, points (8, 4): rows of (label, z, y, x) voxels, -1 where none. mode "train":
@@ -799,18 +764,16 @@ class SeriesDataset(torch.utils.data.Dataset):
     has, proposals ((n, 3) LPS mm by series, best first) or decoys, and the annotated points are not even
     read. Everything random is a pure function of (seed, epoch, index)."""
 
-    def __init__(
-        self,
-        cfg: Config,
-        table: pd.DataFrame,
-        mode: Literal["train", "deploy"],
-        decoys: ndarray,
-        proposals: dict | None = None,
-        epoch: int = 0,
-    ):
-        self.cfg, self.mode, self.decoys, self.proposals, self.epoch = cfg, mode, decoys, proposals, epoch
-        self.uids = list(table[UID])
-        self.labels = table[list(LABELS)].to_numpy(np.float32)
+    cfg: Config
+    table: pd.DataFrame
+    mode: Literal["train", "deploy"]
+    decoys: ndarray
+    proposals: dict | None = None
+    epoch: int = 0
+
+    def __post_init__(self):
+        self.uids = list(self.table[UID])
+        self.labels = self.table[list(LABELS)].to_numpy(np.float32)
 
     def __len__(self) -> int:
         return len(self.uids)
@@ -820,7 +783,8 @@ class SeriesDataset(torch.utils.data.Dataset):
         rng = default_rng([cfg.seed, self.epoch, index])
         names = ["volume", "points", "point_labels"] if is_training else ["volume"]
         tensors, meta = load_volume(volume_path(cfg.cache, uid), names)
-        image, affine = tensors["volume"], np.array(meta["affine"])
+        image = tensors["volume"]
+        affine = np.array(meta["affine"])
         spacing_mm = np.array(meta["spacing_mm"])
         points = np.full((MAX_POINTS, 4), -1, np.float32)
         if is_training:
@@ -829,7 +793,8 @@ class SeriesDataset(torch.utils.data.Dataset):
         if cfg.num_crops:
             proposals = to_voxel(self.proposals[uid], affine) if self.proposals else None
             if is_training:
-                crops = self.draw_crops(image, points, proposals, spacing_mm, rng)
+                places, decoys = self.draw_places(points, proposals, rng)
+                crops = make_crops(image, places, decoys, spacing_mm, cfg, rng)
             else:
                 crops = deployed_crops(image, spacing_mm, uid, self.decoys, proposals, cfg)
             image = np.concatenate([image, crops])
@@ -837,27 +802,21 @@ class SeriesDataset(torch.utils.data.Dataset):
         item |= {"spacing_mm": spacing_mm.astype(np.float32), "augment": draw_augmentation(cfg, rng)}
         return {name: torch.tensor(array) for name, array in item.items()} | {"index": index}
 
-    def draw_crops(
-        self, volume: ndarray, points: ndarray, proposals: ndarray | None, spacing_mm: ndarray, rng: Generator
-    ) -> ndarray:
-        """(K, H, W) uint8 crop channels of a training item. The order of the random draws is part of the
-        contract: a run repeats to the bit only while each item draws the same numbers in the same order.
-        First the three coins, always all three; then the order of the annotated points, where these are
-        shown; then the decoys that fill the rest; the jitter last."""
+    def draw_places(self, points: ndarray, proposals: ndarray | None, rng: Generator) -> tuple:
+        """Places (n, 3) to crop in a training item, in voxels, and the decoys that may fill the rest. The
+        order of the random draws is part of the contract: a run repeats to the bit only while each item draws
+        the same numbers in the same order. First the three coins, always all three; then the order of the
+        annotated points, where these are shown; then, in make_crops, the decoys; the jitter last."""
         cfg = self.cfg
         shares = (cfg.p_global_localizer_off, cfg.p_localizer_dropout, cfg.p_proposal)
         is_off, is_dropped, is_proposed = rng.random(3) < shares
         if is_off:
-            return stack_crops(volume, points[:0], spacing_mm, cfg)
+            return points[:0, 1:], self.decoys[:0]
         if is_proposed and proposals is not None:
-            places = proposals
-        else:
-            is_shown = (points[:, 0] >= 0) & ~is_dropped
-            places = points[is_shown, 1:]
-            places = places[rng.permutation(len(places))]
-        places = fill_places(places, self.decoys, volume.shape, cfg.num_crops, rng)
-        jitter_mm = rng.uniform(-cfg.crop_jitter_mm, cfg.crop_jitter_mm, places.shape)
-        return stack_crops(volume, places + jitter_mm / spacing_mm, spacing_mm, cfg)
+            return proposals, self.decoys
+        is_shown = (points[:, 0] >= 0) & ~is_dropped
+        places = points[is_shown, 1:]
+        return places[rng.permutation(len(places))], self.decoys
 
 
 # --- models -------------------------------------------------------------------------------------------------
@@ -920,9 +879,8 @@ class Locator(nn.Module):
         batch, slabs, height, width = images.shape
         size = (height // self.stride, width // self.stride)
         images = (images - 0.5) / 0.5
-        above = torch.cat([images[:, :1], images[:, :-1]], dim=1)
-        below = torch.cat([images[:, 1:], images[:, -1:]], dim=1)
-        triples = torch.stack([above, images, below], dim=2)  # (B, Z, 3, H, W)
+        padded = torch.cat([images[:, :1], images, images[:, -1:]], dim=1)
+        triples = torch.stack([padded[:, :-2], images, padded[:, 2:]], dim=2)  # (B, Z, 3, H, W)
         merged = self.merge_features(triples.flatten(0, 1), size)  # (B Z, D, h, w)
         merged = merged.unflatten(0, (batch, slabs)).transpose(1, 2)  # (B, D, Z, h, w)
         axes = [torch.linspace(-1, 1, n, device=images.device, dtype=merged.dtype) for n in (slabs, *size)]
@@ -962,10 +920,10 @@ def create_backbone(cfg: Config, **options) -> nn.Module:
         near = difflib.get_close_matches(cfg.model_name, names)
         raise ValueError(f"model_name {cfg.model_name!r} is not a timm model; near ones: {', '.join(near)}")
     options |= {"img_size": cfg.volume.img_size, "drop_path_rate": cfg.drop_path_rate}
-    net = None
-    while net is None:
+    while True:
         try:
             net = timm.create_model(cfg.model_name, **options)
+            break
         except TypeError as error:
             unknown = re.search("unexpected keyword argument '(img_size|drop_path_rate)'", str(error))
             if unknown is None:
@@ -1037,7 +995,8 @@ def load_fitting(model: nn.Module, state: dict, source: str) -> None:
     def strip(name: str) -> str:
         return name.replace("net.model.", "net.", 1)  # where a locator's feature getter keeps its backbone
 
-    target, fitting = model.state_dict(), {}
+    target = model.state_dict()
+    fitting = {}
     values = {strip(name): value for name, value in state.items()}
     for name, expected in target.items():
         value = values.get(strip(name), torch.empty(0))
@@ -1056,7 +1015,8 @@ def propose(maps: ndarray, spacing_mm: ndarray, cfg: Config) -> ndarray:
     cell_size = [1, cfg.locator_stride, cfg.locator_stride]
     cells = np.indices(maps.shape[1:]).reshape(3, -1).T
     voxels = (cells + 0.5) * cell_size - 0.5
-    scores, labels = maps.sum(0).ravel(), maps.argmax(0).ravel()
+    scores = maps.sum(0).ravel()
+    labels = maps.argmax(0).ravel()
     peaks = []
     while len(peaks) < NUM_PROPOSALS and scores.max() > 0:
         best = scores.argmax()
@@ -1073,8 +1033,7 @@ CHECKPOINT = "best_ema.safetensors"
 
 @dataclass
 class Run:
-    """A trained member of the ensemble: its model in eval mode, its config, and what its checkpoint says of
-    it."""
+    """A trained member of the ensemble: its model in eval mode, its config, and what its checkpoint says."""
 
     folder: Path
     model: nn.Module
@@ -1091,34 +1050,22 @@ def save_checkpoint(path: Path, model: nn.Module, cfg: Config, meta: dict) -> No
     write_atomic(path, save(tensors, metadata={"run": json.dumps(record)}))
 
 
-def load_run(folder: Path, device: str | torch.device = "cpu") -> Run:
-    """The run of an output folder. Raises OSError or ValueError naming the file and what is wrong with it."""
+def load_run(folder: Path) -> Run:
+    """The run of an output folder. Raises OSError or ValueError naming the file and what is wrong with it, so
+    that one bad checkpoint cannot spoil the others."""
     path = folder / CHECKPOINT
     state, meta = read_safetensors(path, "checkpoint; a run has one after its first epoch")
     try:
-        cfg = check_run_metadata(meta)
+        cfg = config_from_dict(meta["config"])
+        decoys = np.reshape(meta["decoys"], (-1, 3))
+        shares = np.array([*meta["prior"], *decoys.ravel()], float)
+        is_labelled = tuple(meta["labels"]) == LABELS and len(meta["prior"]) == len(LABELS)
+        if not is_labelled or not ((shares >= 0) & (shares <= 1)).all():
+            raise ValueError("expected 14 labels and their prior, decoys from 0 to 1")
+        columns = ["specificity", "threshold", "sensitivity"]
+        pd.DataFrame(meta.get("operating_points", []), columns=columns, dtype=float)  # raises if malformed
         model = build_model(cfg)
         model.load_state_dict(state)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # a checkpoint can hold anything
         raise ValueError(f"{path}: not a checkpoint that train.py writes: {error!r:.300}") from error
-    return Run(folder, model.eval().to(device), cfg, meta)
-
-
-def check_run_metadata(meta: dict) -> Config:
-    """The config of a checkpoint's metadata. Raises ValueError, KeyError or TypeError where it is not what
-    train.py writes, so that one bad checkpoint cannot spoil the others."""
-    decoys = np.reshape(meta["decoys"], (-1, 3))
-    shares = np.array([*meta["prior"], *decoys.ravel()], float)
-    numbers = []
-    for point in meta.get("operating_points", []):
-        numbers += [point["specificity"], point["threshold"], point["sensitivity"]]
-    is_valid = (
-        tuple(meta["labels"]) == LABELS
-        and len(meta["prior"]) == len(LABELS)
-        and ((shares >= 0) & (shares <= 1)).all()
-        and all(isinstance(text, str) for text in [*meta["val_uids"], meta["locator"]])
-        and all(isinstance(number, float) for number in numbers)
-    )
-    if not is_valid:
-        raise ValueError("expected 14 labels and their prior, decoys from 0 to 1, text as UIDs and locator")
-    return config_from_dict(meta["config"])
+    return Run(folder, model.eval(), cfg, meta)

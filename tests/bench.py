@@ -2,7 +2,7 @@
 
 in   nothing: series, noise to train on, and members with random weights go into a temporary folder
 out  Markdown tables on stdout; progress on stderr
-run  python tests/bench.py preprocess
+run  python tests/bench.py preprocess     (or train, infer: --series N a round, --model, --img-size)
 
 Every round runs all candidates in turn, so that a busy machine slows all alike; figures are medians over the
 rounds [smallest, largest]. One process, one thread, files in the page cache, unless the table says otherwise.
@@ -14,11 +14,11 @@ import argparse
 import math
 import os
 import resource
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -39,33 +39,28 @@ from dicom import VolumeSettings, make_volume, read_series
 
 CTA_LOW, CTA_HIGH = 0.0, 600.0
 SLICES, SIZE = 400, 512  # of the series to preprocess
-Seconds = dict[str, list[float]]  # of each candidate in each round
 
 
-def time_rounds(candidates: dict[str, Callable[[], float | None]], repeats: int) -> Seconds:
-    """Seconds of each candidate in each round, as it returns them or else of the call, after one round that
-    does not count."""
-    seconds: Seconds = {name: [] for name in candidates}
+def compare(title: str, repeats: int, candidates: dict[str, Callable], per: int = 1) -> None:
+    """Run the candidates in turn, `repeats` times after one round that does not count. Markdown rows: seconds
+    of each, as it returns them or else of the call, divided by `per`; and their share of the first one's."""
+    seconds = {name: [] for name in candidates}
     for number in range(repeats + 1):
         for name, run in candidates.items():
             start = time.perf_counter()
             stated = run()
             took = stated if isinstance(stated, float) else time.perf_counter() - start
-            seconds[name] += [took] * (number > 0)
+            seconds[name] += [took / per] * (number > 0)
         common.log(f"round {number} of {repeats}")
-    return seconds
-
-
-def spread(values: list[float], form: str = ".3f") -> str:
-    return f"{statistics.median(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
-
-
-def print_table(header: str, seconds: Seconds, base: str, per: int = 1) -> None:
-    """Markdown rows: seconds of each candidate divided by `per`, and their share of the base's."""
-    print(f"\n| {header} | seconds | of {base} |\n|---|---|---|")
+    base, *_ = candidates
+    print(f"\n| {title} | seconds | of {base} |\n|---|---|---|")
     for name, values in seconds.items():
-        shares = [a / b for a, b in zip(values, seconds[base], strict=True)]
-        print(f"| {name} | {spread([value / per for value in values])} | {spread(shares, '.2f')} |")
+        shares = np.divide(values, seconds[base])
+        print(f"| {name} | {spread(values)} | {spread(shares, '.2f')} |")
+
+
+def spread(values: Sequence[float], form: str = ".3f") -> str:
+    return f"{np.median(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
 
 
 def write_ct(folder: Path, slices: int, depth_mm: float, syntax: str = "") -> None:
@@ -127,15 +122,10 @@ def average_slabs(folder: Path) -> np.ndarray:
     return np.stack(slabs)
 
 
-def read_peak() -> int:
-    """Peak memory of this process in MiB; ru_maxrss would be the parent's at the fork."""
+def measure_peak(job: Callable) -> int:
+    """Do a job in a worker -> its peak memory in MiB; ru_maxrss would be the parent's at the fork."""
+    job()
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024
-
-
-def measure_volume(folder: Path) -> int:
-    """A worker's job: as preprocess.py does it, without writing. Returns its peak memory."""
-    make_voxels(folder)
-    return read_peak()
 
 
 def spin(steps: int) -> float:
@@ -143,57 +133,57 @@ def spin(steps: int) -> float:
     return sum(i * 1e-9 for i in range(steps))
 
 
-def time_workers(function: Callable, item: object, workers: int) -> float:
-    """Seconds per item over nine items for each process; the first of each, with its imports, is left out."""
-    start, items = 0.0, [item] * 9 * workers
-    answers = run_isolated(function, items, workers=workers, timeout_s=600, memory_gb=4)
-    for number, (_, _, reason) in enumerate(answers, start=1):
+def run_workers(jobs: list[Callable], workers: int = 1) -> Iterator[int]:
+    """Do jobs in worker processes -> the peak memory of each in MiB."""
+    for _, peak_mib, reason in run_isolated(
+        measure_peak, jobs, workers=workers, timeout_s=36000, memory_gb=100
+    ):
         if reason:
             raise RuntimeError(reason)
+        yield peak_mib
+
+
+def time_workers(job: Callable, workers: int) -> float:
+    """Seconds per job over nine for each process; the first of each, with its imports, is left out."""
+    for number, _ in enumerate(run_workers([job] * 9 * workers, workers), start=1):
         if number == workers:
             start = time.perf_counter()
     return (time.perf_counter() - start) / (8 * workers)
 
 
-def bench_packed(root: Path, slices: int, repeats: int) -> None:
+def bench_packed(root: Path, args: argparse.Namespace) -> None:
     """Tables of what a compressed series takes beyond its decoding by pydicom with the same decoder."""
     for syntax in (JPEG2000Lossless, JPEGLSLossless, RLELossless):
-        write_ct(root / syntax, slices, 160, syntax)
-        datasets = read_all(root / syntax)
+        folder = root / syntax
+        write_ct(folder, args.packed, 160, syntax)
+        datasets = read_all(folder)
 
         def decode(datasets: list[pydicom.Dataset] = datasets) -> None:
             for ds in datasets:
                 ds._pixel_array, ds._pixel_id = None, {}  # pydicom keeps what it decoded
                 _ = ds.pixel_array
 
-        candidates = {"decoding": decode, "everything": lambda folder=root / syntax: make_voxels(folder)}
-        seconds = time_rounds(candidates, repeats)
-        print_table(f"{syntax.name}, a slice of {slices}", seconds, "decoding", per=slices)
+        candidates = {"decoding": decode, "everything": partial(make_voxels, folder)}
+        compare(f"{syntax.name}, a slice of {args.packed}", args.repeats, candidates, per=args.packed)
 
 
-def bench_preprocess(args: argparse.Namespace) -> None:
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as temporary:
-        for depth_mm, share in ((320, "half"), (160, "all")):
-            folder = Path(temporary) / share
-            write_ct(folder, SLICES, depth_mm)
-            candidates = {
-                "this project": lambda folder=folder: make_voxels(folder),
-                "notebook method": lambda folder=folder: run_notebook(folder),
-                "slab means through pydicom": lambda folder=folder: average_slabs(folder),
-                "reading all bytes": lambda folder=folder: [path.read_bytes() for path in folder.iterdir()],
-            }
-            title = f"{SLICES} x {SIZE} x {SIZE} int16, {share} of the slices inside the region"
-            print_table(title, time_rounds(candidates, args.repeats), "notebook method")
-        bench_packed(Path(temporary), args.packed, args.repeats)
-        for name, function, item in (("volume", measure_volume, folder), ("computation", spin, 3_000_000)):
-            candidates = {
-                f"{workers} process(es)": lambda w=workers, f=function, item=item: time_workers(f, item, w)
-                for workers in (1, 2)
-            }
-            print_table(f"{name}, an item", time_rounds(candidates, args.repeats), "1 process(es)")
-        ((_, peak_mib, _),) = run_isolated(measure_volume, [folder], workers=1, timeout_s=600, memory_gb=4)
+def bench_preprocess(args: argparse.Namespace, root: Path) -> None:
+    for depth_mm, share in ((320, "half"), (160, "all")):
+        folder = root / share
+        write_ct(folder, SLICES, depth_mm)
+        candidates = {
+            "notebook method": partial(run_notebook, folder),
+            "this project": partial(make_voxels, folder),
+            "slab means through pydicom": partial(average_slabs, folder),
+            "reading all bytes": lambda folder=folder: [path.read_bytes() for path in folder.iterdir()],
+        }
+        title = f"{SLICES} x {SIZE} x {SIZE} int16, {share} of the slices inside the region"
+        compare(title, args.repeats, candidates)
+    bench_packed(root, args)
+    for name, job in (("volume", partial(make_voxels, folder)), ("computation", partial(spin, 3_000_000))):
+        candidates = {f"{num} process(es)": partial(time_workers, job, num) for num in (1, 2)}
+        compare(f"{name}, an item", args.repeats, candidates)
+    (peak_mib,) = run_workers([partial(make_voxels, folder)])
     print(f"\nPeak memory of a worker, imports included: {peak_mib} MiB")
 
 
@@ -227,55 +217,53 @@ def answer_many(ensemble: infer.Ensemble, args: argparse.Namespace, folder: Path
     return (times_s[-1] - times_s[0]) * num / (num - 1), memory
 
 
-def bench_infer(args: argparse.Namespace) -> None:
+def bench_infer(args: argparse.Namespace, root: Path) -> None:
     """infer.py from DICOM against the members' bare forward and the notebooks' flow."""
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)  # the other core reads
-    num, size = args.series, args.img_size
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "1.2"
-        write_ct(folder, 200, 160)
-        ensemble, options = load_members(Path(temporary) / "members", 5, args.model, size)
-        image = np.random.default_rng(0).integers(0, 256, (35, size, size), dtype=np.uint8)
+    num, size, folder = args.series, args.img_size, root / "1.2"
+    write_ct(folder, 200, 160)
+    ensemble, options = load_members(root / "members", 5, args.model, size)
+    image = np.random.default_rng(0).integers(0, 256, (35, size, size), dtype=np.uint8)
 
-        def predict() -> None:
-            """A forward pass per member, each answer fetched."""
+    def predict_all(prepare: Callable = lambda: None) -> None:
+        """For every series a forward pass per member, each answer fetched; nothing overlaps."""
+        for _ in range(num):
+            prepare()
             for member in ensemble.members:
                 infer.predict_views(member, image, False)
 
-        def run_flow() -> None:
-            """Read all, preprocess as notebooks do, then a forward per fold: nothing overlaps."""
-            image[:32] = [cv2.resize(slab, (size, size)) for slab in run_notebook(folder)]
-            predict()
+    def prepare() -> None:
+        """Read and preprocess as notebooks do."""
+        image[:32] = [cv2.resize(slab, (size, size)) for slab in run_notebook(folder)]
 
-        candidates = {
-            "bare forward": lambda: [predict() for _ in range(num)],
-            "infer.py from DICOM": lambda: answer_many(ensemble, options, folder, num)[0],
-            "notebook flow": lambda: [run_flow() for _ in range(num)],
-        }
-        seconds = time_rounds(candidates, args.repeats)
-        print_table(f"a series, 5 x {args.model}, {size} px", seconds, "bare forward", per=num)
-        tiny = load_members(Path(temporary) / "tiny", 1, "test_efficientnet", 64)
-        write_ct(Path(temporary) / "small", 40, 160)
-        _, memory = answer_many(*tiny, Path(temporary) / "small", 200)
+    candidates = {
+        "bare forward": predict_all,
+        "infer.py from DICOM": lambda: answer_many(ensemble, options, folder, num)[0],
+        "notebook flow": partial(predict_all, prepare),
+    }
+    compare(f"a series, 5 x {args.model}, {size} px", args.repeats, candidates, per=num)
+    tiny = load_members(root / "tiny", 1, "test_efficientnet", 64)
+    write_ct(root / "small", 40, 160)
+    _, memory = answer_many(*tiny, root / "small", 200)
     print(f"\nMiB of the parent after 20, 100 and 200 series: {memory[19]}, {memory[99]}, {memory[199]}")
     bench_locator(args.repeats)  # last, for its MaxViT-B stays in memory
 
 
 def bench_locator(repeats: int) -> None:
-    """What a locator adds to one MaxViT-B member: forward passes at 384 px, with the peaks of its maps."""
+    """What a small locator adds to one MaxViT-B member: forward passes at 384 px, and peaks of its maps."""
     root = Path(__file__).resolve().parents[1] / "configs"
-    configs = [common.load_config(root / name) for name in ("locator.yaml", "fold0.yaml")]
-    locator, member = (common.build_model(cfg).eval() for cfg in configs)
-    image = torch.rand(1, configs[1].in_chans, 384, 384)
+    # the backbone of locator.yaml is made for a GPU
+    cfg = common.load_config(root / "locator.yaml", ["model_name=mobilenetv4_conv_small_050"])
+    member_cfg = common.load_config(root / "fold0.yaml")
+    locator, member = (common.build_model(each).eval() for each in (cfg, member_cfg))
+    image = torch.rand(1, member_cfg.in_chans, 384, 384)
 
     def locate() -> None:
-        maps = locator(image[:, : configs[0].in_chans]).maps[0].sigmoid().numpy()
-        common.propose(maps, np.array([5.0, 0.5, 0.5]), configs[0])
+        maps = locator(image[:, : cfg.in_chans]).maps[0].sigmoid().numpy()
+        common.propose(maps, np.array([5.0, 0.5, 0.5]), cfg)
 
     with torch.inference_mode():
-        seconds = time_rounds({"member": lambda: member(image), "locator": locate}, repeats)
-    print_table("a locator beside a member, 384 px", seconds, "member")
+        candidates = {"member": lambda: member(image), "locator": locate}
+        compare("a locator beside a member, 384 px", repeats, candidates)
 
 
 def make_loop(name: str, cache: Path, args: argparse.Namespace, waits: list[float]) -> Callable[[], None]:
@@ -317,45 +305,39 @@ def make_loop(name: str, cache: Path, args: argparse.Namespace, waits: list[floa
     return run_bare
 
 
-def measure_loop(item: tuple) -> int:
-    """A worker's job: two epochs of one loop alone. Returns its peak memory."""
+def run_epochs(name: str, args: argparse.Namespace) -> None:
+    """Two epochs of one loop alone."""
     with tempfile.TemporaryDirectory() as cache:
-        loop = make_loop(item[0], Path(cache), item[1], [])
+        loop = make_loop(name, Path(cache), args, [])
         loop()
         loop()
-    return read_peak()
 
 
-def bench_train(args: argparse.Namespace) -> None:
+def bench_train(args: argparse.Namespace, root: Path) -> None:
     """The training loop against a bare one, and the peak memory of each."""
     waits: list[float] = []
-    with tempfile.TemporaryDirectory() as root:
-        loops = {name: make_loop(name, Path(root) / name, args, waits) for name in ("bare", "ours")}
-        seconds = time_rounds(loops, args.repeats)
+    loops = {name: make_loop(name, root / name, args, waits) for name in ("bare", "ours")}
     title = f"an update of {args.model}, {args.img_size} px, batch 2"
-    print_table(title, seconds, "bare", per=math.ceil(args.series / 2))
+    compare(title, args.repeats, loops, per=math.ceil(args.series / 2))
     for name in loops:
-        limits = {"workers": 1, "timeout_s": 36000, "memory_gb": 100}
-        ((_, peak_mib, reason),) = run_isolated(measure_loop, [(name, args)], **limits)
-        print(f"\nPeak memory of {name}: {reason or peak_mib} MiB")
+        (peak_mib,) = run_workers([partial(run_epochs, name, args)])
+        print(f"\nPeak memory of {name}: {peak_mib} MiB")
     print(f"\nours: an epoch of train.py, of which {spread(waits)} waits for data")
 
 
 def main() -> None:
     parser = common.make_parser(__doc__)
-    parser.add_argument("command", choices=["preprocess", "train", "infer"])
-    parser.add_argument(
-        "--repeats", type=common.positive_int, default=5, help="rounds (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--packed", type=common.positive_int, default=40, help="preprocess: compressed slices"
-    )
-    parser.add_argument("--series", type=common.positive_int, default=12, help="train, infer: series a round")
-    parser.add_argument("--model", default="maxvit_rmlp_pico_rw_256", help="train, infer: timm's name")
-    parser.add_argument("--img-size", type=common.positive_int, default=256, help="train, infer: pixels")
-    args = parser.parse_args()
     benches = {"preprocess": bench_preprocess, "train": bench_train, "infer": bench_infer}
-    benches[args.command](args)
+    parser.add_argument("command", choices=benches)
+    for name, default in {"repeats": 5, "packed": 40, "series": 12, "img-size": 256}.items():
+        parser.add_argument(f"--{name}", type=common.positive_int, default=default)
+    parser.add_argument("--model", default="maxvit_rmlp_pico_rw_256")
+    args = parser.parse_args()
+    if args.command != "train":
+        cv2.setNumThreads(1)
+        torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as root:
+        benches[args.command](args, Path(root))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Labels, settings, the metric, the sample, the pool, models and checkpoints of common.py."""
 
+import argparse
 import json
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,34 +50,27 @@ def test_every_config_of_the_project_loads(path):
         assert cfg == replace(common.load_config(path.parent / "base.yaml"), fold=int(path.stem[4:]))
 
 
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        ("img_sise: 96", "unknown setting 'img_sise'; the nearest is 'img_size'"),
-        ("lr: fast", "lr is 'fast', expected float"),
-        ("epochs: 3.5", "epochs is 3.5, expected int"),
-        ("epochs: true", "epochs is True, expected int"),
-        ("precision: fp8", "expected one of 'fp16', 'bf16', 'no'"),
-        ("locator_stride: true", "expected one of 4, 8, 16"),
-        ("p_flip: 1.5", "p_flip is 1.5, expected float from 0 to 1"),
-        ("lr: .nan", "lr is nan, expected"),
-        ("img_size: 1000000", "from 8 to 4096"),
-        ("accumulation: 0", "accumulation is 0, expected int from 1"),
-        ("ct_window: 600.0", "ct_window is 600.0, expected two growing numbers"),
-        ("ct_window: [600, 0]", "expected two growing numbers"),
-        ("task: locate\nproposals: x", "proposals are for task classify"),
-        ("fold: 5", "expected 0 to 4"),
-        ("seed: 1\nseed: 2", "seed stands there twice"),
-        ("base: c.yaml", "leads back to this file"),
-        ("- fold", "expected a config of lines"),
-        ("base: gone.yaml", "gone.yaml: expected a config of lines"),
-    ],
-)
-def test_a_wrong_config_is_refused_with_the_reason(tmp_path, text, complaint):
+WRONG_CONFIGS = {
+    "img_sise: 96": "unknown setting 'img_sise'; the nearest is 'img_size'",
+    "lr: fast": "lr is 'fast', expected float",
+    "epochs: true": "epochs is True, expected int",
+    "precision: fp8": "expected one of 'fp16', 'bf16', 'no'",
+    "p_flip: 1.5": "p_flip is 1.5, expected float from 0 to 1",
+    "lr: .nan": "lr is nan, expected",
+    "img_size: 1000000": "from 8 to 4096",
+    "ct_window: [600, 0]": "expected two growing numbers",
+    "task: locate\nproposals: x": "proposals are for task classify",
+    "fold: 5": "expected 0 to 4",
+    "- fold": "expected a config of lines",
+    "base: gone.yaml": "gone.yaml: expected a config of lines",
+}
+
+
+@pytest.mark.parametrize("text", WRONG_CONFIGS)
+def test_a_wrong_config_is_refused_with_the_reason(tmp_path, text):
     (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=WRONG_CONFIGS[text]):
         common.load_config(tmp_path / "c.yaml")
-    assert complaint in str(error.value)
 
 
 def test_set_overrides_yaml_and_yaml_its_base(tmp_path):
@@ -101,36 +95,31 @@ def test_the_help_of_a_script_lists_the_settings_that_matter_to_it():
     assert "\n    img_size: int = 384  # rows and columns" in everything
     for name in common.config_to_dict(Config()):
         assert f"\n    {name}: " in everything, name
-        assert (f"\n    {name}: " in volume_only) == (name in common.VOLUME_FIELDS), name
+        assert (f"\n    {name}: " in volume_only) == (name in asdict(VolumeSettings())), name
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "", "five", "²"])
-def test_a_count_on_the_command_line_is_a_whole_number_above_0(text, capsys):
-    parser = common.make_parser("What it does.")
-    parser.add_argument("--limit", type=common.positive_int)
-    assert parser.parse_args(["--limit", "12"]).limit == 12
-    with pytest.raises(SystemExit, match="2"):
-        parser.parse_args(["--limit", text])
-    assert f"argument --limit: expected a whole number above 0, found {text!r}" in capsys.readouterr().err
+def test_a_count_on_the_command_line_is_a_whole_number_above_0(text):
+    assert common.positive_int("12") == 12
+    with pytest.raises(argparse.ArgumentTypeError, match=f"expected a whole number above 0, found {text!r}"):
+        common.positive_int(text)
 
 
 def test_a_label_table_names_all_its_faults_in_one_line(tmp_path):
-    table, path = random_table(4).drop(columns=["patient", "plane"]), tmp_path / "train.csv"
+    table, path = random_table(4), tmp_path / "train.csv"
     table.to_csv(path, index=False)
     assert common.read_label_table(path)[UID].tolist() == table[UID].tolist()
-
-    def refused(*complaints: str) -> None:
-        with pytest.raises(ValueError) as error:
+    table.loc[1, LABELS[2]], table.loc[3, UID] = 2, table[UID][0]
+    faults = f"series 1.2.0 has several rows; {LABELS[2]} holds 2"
+    texts = {faults: table.to_csv(index=False)}
+    texts[f"columns missing: '{LABELS[0]}'"] = table.drop(columns=LABELS[0]).to_csv(index=False)
+    for complaint, text in texts.items():
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"{path}: {complaint}"):
             common.read_label_table(path)
-        assert all(complaint in str(error.value) for complaint in (str(path), *complaints))
-
-    table.loc[1, LABELS[2]], table.loc[2, "Modality"], table.loc[3, UID] = 2, "PET", table[UID][0]
-    table.to_csv(path, index=False)
-    refused(f"{LABELS[2]} holds 2", "Modality holds 'PET'", "series 1.2.0 has several rows")
-    table.drop(columns=LABELS[0]).to_csv(path, index=False)
-    refused(f"columns missing: '{LABELS[0]}'")
     path.write_bytes(b"\xff\xfe\x00")
-    refused("not a readable CSV")
+    with pytest.raises(ValueError, match=f"{path}: not a readable CSV"):
+        common.read_label_table(path)
 
 
 def test_ages_are_read_in_all_their_units():
@@ -141,11 +130,15 @@ def test_ages_are_read_in_all_their_units():
 
 def test_auc_with_weights_and_ties_agrees_with_scikit_learn():
     rng = np.random.default_rng(0)
-    truth, scores, weights = rng.random(80) < 0.3, rng.random(80).round(1), rng.integers(0, 4, (5, 80))
-    assert len(set(scores)) < 80  # ties are there
-    ours = common.weighted_ranks_auc(truth, scores, weights.astype(float))
-    theirs = [roc_auc_score(truth, scores, sample_weight=w) for w in weights]
-    assert ours == pytest.approx(theirs, abs=1e-12)
+    truth, scores, weights = (
+        rng.random((80, 2)) < 0.3,
+        rng.random((80, 2)).round(1),
+        rng.integers(0, 4, (5, 80)),
+    )
+    assert len(np.unique(scores)) < 80  # ties are there
+    ours = common.column_aucs(truth, scores, weights)
+    theirs = [roc_auc_score(truth, scores, average=None, sample_weight=w) for w in weights]
+    assert ours == pytest.approx(np.array(theirs), abs=1e-12)
 
 
 def test_wauc_is_half_presence_and_half_the_mean_of_the_defined_locations():
@@ -155,7 +148,7 @@ def test_wauc_is_half_presence_and_half_the_mean_of_the_defined_locations():
     labels[1, 6], probs[:, 6] = 1, [0.5, 0.5, 0.5, 0.5]  # ties: one half
     result = common.weighted_auc(labels, probs)
     assert result["wauc"] == pytest.approx((0.75 + (1 + 0.5) / 2) / 2)
-    assert len(result["undefined"]) == 11 and result["positives"][13] == 2
+    assert len(result["undefined"]) == 11
 
 
 def test_what_has_no_score_says_so():
@@ -209,8 +202,8 @@ def dataset(folder: Path, points: list, mode: str = "train", num: int = 1, **opt
     folder.mkdir(exist_ok=True)
     for i, uid in enumerate(table[UID]):
         write_cached_series(folder, uid, cfg, points, i)
-    arguments = {"decoys": np.random.default_rng(0).random((20, 3))}
-    arguments |= {name: options.pop(name) for name in ("decoys", "proposals", "epoch") if name in options}
+    arguments = {"decoys": np.random.default_rng(0).random((20, 3)), "proposals": None, "epoch": 0}
+    arguments |= {name: options.pop(name) for name in arguments if name in options}
     return common.SeriesDataset(replace(cfg, **options), table, mode, **arguments)
 
 
@@ -259,10 +252,9 @@ def test_proposals_in_lps_mm_stand_where_decoys_would(tmp_path):
 def test_a_flipped_bit_of_a_volume_or_its_metadata_is_noticed(tmp_path):
     write_cached_series(tmp_path, "1.2", TINY, [(2, 3, 10, 12)])
     path = common.volume_path(tmp_path, "1.2")
-    intact = path.read_bytes()
-    assert common.load_volume(path)[1]["spacing_mm"] == [4.0, 5.0, 5.0]
+    intact, (same, same_meta) = path.read_bytes(), common.load_volume(path)
+    assert same_meta["spacing_mm"] == [4.0, 5.0, 5.0]
     header_end = 8 + int.from_bytes(intact[:8], "little")
-    same, same_meta = common.load_volume(path)
     for position in [*range(header_end), header_end + 5, len(intact) - 3]:
         path.write_bytes(intact[:position] + bytes([intact[position] ^ 1]) + intact[position + 1 :])
         try:
@@ -273,14 +265,14 @@ def test_a_flipped_bit_of_a_volume_or_its_metadata_is_noticed(tmp_path):
             assert meta == same_meta and all(np.array_equal(tensors[name], same[name]) for name in same)
 
 
-def write_pool_script(path: Path, function: str, items: list) -> None:
+def write_pool_script(path: Path, function: str) -> None:
     path.write_text(f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import common
 {function}
 if __name__ == "__main__":
-    print(sorted(common.run_isolated(work, {items}, workers=2, timeout_s=600, memory_gb=1)))
+    print(sorted(common.run_isolated(work, [1, 2], workers=2, timeout_s=600, memory_gb=1)))
 """)
 
 
@@ -288,15 +280,15 @@ def test_workers_import_ours_where_the_working_directory_has_files_of_the_same_n
     for name in ("common.py", "pandas.py", "frames.py"):
         (tmp_path / name).write_text("raise SystemExit('shadowed')")
     (tmp_path / "code").mkdir()
-    write_pool_script(tmp_path / "code/run.py", "def work(x): return x * x", [1, 2, 3])
+    write_pool_script(tmp_path / "code/run.py", "def work(x): return x * x")
     command = [sys.executable, "code/run.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "[(1, 1, None), (2, 4, None), (3, 9, None)]", done.stderr
+    assert done.stdout.strip() == "[(1, 1, None), (2, 4, None)]", done.stderr
 
 
 def test_no_worker_outlives_a_killed_parent(tmp_path):
     function = "def work(x):\n    os.write(1, b'%d\\n' % os.getpid())\n    time.sleep(600)"
-    write_pool_script(tmp_path / "run.py", function, [1, 2])
+    write_pool_script(tmp_path / "run.py", function)
     parent = subprocess.Popen([sys.executable, tmp_path / "run.py"], stdout=subprocess.PIPE, text=True)
     workers = [int(parent.stdout.readline()) for _ in range(2)]
     assert all(common.is_running(pid) for pid in workers)
@@ -334,27 +326,22 @@ def test_every_weight_of_a_locator_gets_a_gradient(name):
 @pytest.mark.parametrize("task", ["classify", "locate"])
 def test_a_checkpoint_rebuilds_its_model(tmp_path, task):
     cfg = replace(TINY, task=task)
-    model = common.build_model(cfg).eval()
+    model, images = common.build_model(cfg).eval(), torch.rand(1, cfg.in_chans, 32, 32)
     common.save_checkpoint(tmp_path / "best_ema.safetensors", model, cfg, META)
     run = common.load_run(tmp_path)
-    images = torch.rand(1, cfg.in_chans, 32, 32)
     assert torch.equal(model(images).logits, run.model(images).logits)
     assert run.cfg == cfg and run.meta["val_uids"] == ["1.2"]
 
 
-@pytest.mark.parametrize(
-    "change_meta",
-    [
-        {"prior": [0.1] * 13},
-        {"decoys": [[0.1, 0.2]]},
-        {"decoys": [[0.1, 0.2, float("inf")]]},
-        {"val_uids": 7},
-        {"labels": ["a"]},
-        {"config": "text"},
-        {"config": {"ensemble_weight": float("inf")}},
-    ],
-    ids=str,
-)
+BROKEN = [
+    {"prior": [0.1] * 13},
+    {"decoys": [[0.1, 0.2, float("inf")]]},
+    {"labels": ["a"]},
+    {"config": "text"},
+]
+
+
+@pytest.mark.parametrize("change_meta", [*BROKEN, {"config": {"ensemble_weight": float("inf")}}], ids=str)
 def test_a_broken_checkpoint_is_named(tmp_path, change_meta):
     path = tmp_path / "best_ema.safetensors"
     with pytest.raises(FileNotFoundError, match=f"{path}: no such checkpoint"):
@@ -409,20 +396,15 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, task):
 
 
 def test_a_refusal_of_the_hub_says_in_one_line_what_to_do(monkeypatch):
-    model = common.build_model(TINY)
-
-    def refuse(*_, **options) -> torch.nn.Module:
-        if options.get("pretrained"):
-            raise OSError("cannot reach\n  the hub " * 90)
-        return model
+    def refuse(*_, **options) -> None:
+        raise OSError("cannot reach\n  the hub")
 
     monkeypatch.setattr(timm, "create_model", refuse)
-    with pytest.raises(ValueError) as error:
-        common.build_model(replace(TINY, pretrained=True), pretrained=True)
-    advice, _, reason = str(error.value).partition(". OSError: ")
-    assert advice.startswith("pretrained weights of test_efficientnet could not be loaded. Give a local file")
-    assert advice.endswith("or pretrained: false") and "\n" not in advice + reason
-    assert reason.startswith("cannot reach the hub cannot") and reason.endswith("[...]")
+    advice = (
+        r"could not be loaded\. Give a local file .* or pretrained: false\. OSError: cannot reach the hub$"
+    )
+    with pytest.raises(ValueError, match=f"^pretrained weights of test_efficientnet {advice}"):
+        common.read_pretrained(TINY)
 
 
 def test_a_run_of_train_py_can_begin_another_of_either_task(tmp_path):
@@ -462,30 +444,25 @@ def test_gradient_checkpointing_changes_memory_not_gradients(task):
     cfg = replace(TINY, task=task, max_localizer_crops=0)
     plain, frugal = common.build_model(cfg), common.build_model(replace(cfg, grad_checkpointing=True))
     frugal.load_state_dict(plain.state_dict())
-    images, saved, gradients = torch.rand(2, 8, 32, 32), [], []
-
-    def save(tensor: torch.Tensor) -> torch.Tensor:
-        saved[-1] += tensor.numel()
-        return tensor
-
+    images, sizes, gradients = torch.rand(2, 8, 32, 32), [], []
     for model in (plain, frugal):
-        saved.append(0)
-        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, saved=saved: saved.append(x) or x, lambda x: x
+        ):
             output = model.train()(images)
+        sizes.append(sum(tensor.numel() for tensor in saved))
         output.logits.sum().backward()
         gradients.append(torch.cat([weight.grad.flatten() for weight in model.parameters()]))
     assert gradients[0].abs().sum() > 0 and torch.allclose(*gradients, atol=1e-4)
-    assert saved[1] < 0.9 * saved[0]
+    assert sizes[1] < 0.9 * sizes[0]
 
 
-@pytest.mark.parametrize(
-    ("module", "absent"),
-    [
-        ("dicom", {"torch", "common", "timm", "pandas", "pebble"}),
-        ("common", {"timm", "matplotlib", "accelerate", "train", "infer", "preprocess"}),
-    ],
-)
-def test_imports_run_one_way_and_leave_slow_ones_for_later(module, absent):
+@pytest.mark.parametrize("module", ["dicom", "common"])
+def test_imports_run_one_way_and_leave_slow_ones_for_later(module):
+    absent = {"timm", "matplotlib", "accelerate", "train", "infer", "preprocess"}
+    if module == "dicom":
+        absent |= {"torch", "common", "pandas", "pebble"}
     code = f"import sys, {module}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert module in done.stdout.split() and not absent & set(done.stdout.split()), done.stderr
