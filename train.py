@@ -33,7 +33,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -46,9 +46,10 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import BatchSampler, DataLoader
 
 import common
-from common import AP, LABELS, SWAP, UID, Config, Output, SeriesDataset
+from common import AP, LABELS, SWAP, UID, Config, SeriesDataset
 from dicom import to_lps
 
 SPECIFICITIES = (0.90, 0.95)  # of `Aneurysm Present`
@@ -81,8 +82,8 @@ def load_table(cfg: Config, limit: int | None = None) -> pd.DataFrame:
     status = table["status"].fillna("not in the cache")
     is_usable = status.isin(["ok", "doubtful"] if cfg.use_doubtful else ["ok"])
     if not is_usable.all():
-        counts = [f"{count} {reason}" for reason, count in status[~is_usable].value_counts().items()]
-        common.log(f"{cfg.cache}: {is_usable.sum()} series; left out: {', '.join(counts)}")
+        left_out = status[~is_usable].value_counts().to_dict()
+        common.log(f"{cfg.cache}: {is_usable.sum()} series; left out, with their number: {left_out}")
     table = table[is_usable].sort_values(UID, ignore_index=True)[:limit]
     table = table.join(read_points(cfg, table[UID]))
     num_patients = table["patient"].nunique()
@@ -270,15 +271,6 @@ def map_loss(maps: Tensor, targets: Tensor) -> Tensor:
     return finding.flatten(1).sum(1) + naming.flatten(1).sum(1)
 
 
-def sample_losses(output: Output, labels: Tensor, points: Tensor, spacing_mm: Tensor, cfg: Config) -> Tensor:
-    """(B,) float32 loss of every sample: its labels, and its maps where the model makes them."""
-    losses = label_loss(output.logits, labels, cfg.label_smoothing)
-    if output.maps is not None:
-        targets = map_targets(points, output.maps.shape, spacing_mm, cfg)
-        losses = losses + cfg.heatmap_weight * map_loss(output.maps, targets)
-    return losses
-
-
 # --- the loop -----------------------------------------------------------------------------------------------
 
 
@@ -334,7 +326,10 @@ def train_epoch(
             images, labels, points = augment(batch, cfg)
             with accelerator.autocast():
                 output = state.model(images)
-            batch_losses = sample_losses(output, labels, points, batch["spacing_mm"], cfg)
+            batch_losses = label_loss(output.logits, labels, cfg.label_smoothing)
+            if output.maps is not None:
+                targets = map_targets(points, output.maps.shape, batch["spacing_mm"], cfg)
+                batch_losses = batch_losses + cfg.heatmap_weight * map_loss(output.maps, targets)
             # Gradients add up over the batches of an update, and DDP averages them over ranks.
             accelerator.backward(batch_losses.sum() * weight)
             losses.append(batch_losses.detach() * (weight > 0))
@@ -392,10 +387,10 @@ def learning_rate(update: int, per_epoch: int, cfg: Config) -> float:
     return cfg.min_lr + (cfg.lr - cfg.min_lr) * height
 
 
-def load_batches(dataset: SeriesDataset, batches: list, device: torch.device) -> Iterator[dict]:
+def load_batches(dataset: SeriesDataset, batches: Iterable, device: torch.device) -> Iterator[dict]:
     """The batches of these indices, in their order, on the device. Raises ValueError that names the series
     which could not be loaded. The loader is made anew each epoch, so its processes see the epoch's number."""
-    loader = torch.utils.data.DataLoader(
+    loader = DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=dataset.cfg.workers,
@@ -433,8 +428,7 @@ def predict(
     model without maps), on every rank."""
     model.eval()
     order = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-    size = dataset.cfg.batch_size
-    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    batches = BatchSampler(order, dataset.cfg.batch_size, drop_last=False)
     answers = []
     for batch in load_batches(dataset, batches, accelerator.device):
         with torch.inference_mode(), accelerator.autocast():
@@ -449,8 +443,7 @@ def predict(
                 peaks = common.propose(maps, spacings_mm[i], dataset.cfg)
                 peaks[:, :3] = to_lps(peaks[:, :3], affines[i])
             answers.append((index, logits[i], peaks))
-    indices, logits, proposals = zip(*sorted(gather_object(answers)), strict=True)
-    assert indices == tuple(range(len(dataset))), "validation sees each series exactly once"
+    _, logits, proposals = zip(*sorted(gather_object(answers)), strict=True)
     return np.stack(logits), proposals
 
 
@@ -459,13 +452,18 @@ def write_best(
 ) -> dict:
     """best_ema.safetensors, oof.csv and for a locator proposals.csv, each atomic; returns what metrics.json
     says beside common.score."""
-    labels = list(LABELS)
+    labels, draws = list(LABELS), run.cfg.bootstrap
     oof = val_table[[UID, "patient", "Modality", "plane"]].rename(columns={"Modality": "modality"})
     oof[labels] = common.sigmoid(logits)
     write_table(run.folder / "oof.csv", oof.join(val_table[labels].add_prefix("label ")))
     presence = oof[LABELS[AP]]
     low, high = presence.quantile([0.05, 0.95])
-    points = operating_points(val_table, presence, run.cfg.bootstrap)
+    is_present = val_table[LABELS[AP]] == 1
+    negatives = presence[~is_present]
+    allowed = {value: (1 - value) * len(negatives) for value in SPECIFICITIES}
+    points = measure_sensitivity(
+        "specificity", allowed, presence[is_present], oof["patient"][is_present], negatives, draws
+    )
     metrics = {"operating_points": points, "is_nearly_constant": bool(high - low < MIN_SPREAD)}
     run.meta |= {"epoch": row["epoch"], "wauc": row["wauc"], "operating_points": points}
     if run.cfg.task == "locate":
@@ -474,7 +472,7 @@ def write_best(
             rows += [[uid, *peak] for peak in peaks.tolist()]
         table = pd.DataFrame(rows, columns=PROPOSAL_COLUMNS).astype({"label": int})
         write_table(run.folder / "proposals.csv", table)
-        metrics |= score_proposals(val_table, proposals, run.cfg.bootstrap)
+        metrics |= score_proposals(val_table, proposals, draws)
     common.save_checkpoint(run.folder / common.CHECKPOINT, run.model, run.cfg, run.meta)
     return metrics | {"best_epoch": row["epoch"]}
 
@@ -483,29 +481,18 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
     common.write_atomic(path, table.to_csv(index=False, float_format="%.12g").encode())
 
 
-def operating_points(val_table: pd.DataFrame, scores: pd.Series, draws: int) -> list[dict]:
-    """Sensitivity of `Aneurysm Present` at each of SPECIFICITIES; see measure_sensitivity."""
-    is_present = val_table[LABELS[AP]] == 1
-    patients = val_table["patient"][is_present]
-    negatives = scores[~is_present]
-    allowed = {value: (1 - value) * len(negatives) for value in SPECIFICITIES}
-    return measure_sensitivity("specificity", allowed, scores[is_present], patients, negatives, draws)
-
-
 def score_proposals(val_table: pd.DataFrame, proposals: Sequence, draws: int) -> dict:
     """How many annotated points a locator's proposals, (n, 5) per series, find: all of them (recall_10mm:
     value, low, high), and those above a threshold that lets FALSE_PER_SCAN others pass (froc)."""
     hits = []  # of each point the best score of a proposal near it, or 0
     patients = []  # of each point
     misses = []  # scores of proposals away from all points
-    for points_mm, patient, peaks in zip(
-        val_table["points_mm"], val_table["patient"], proposals, strict=True
-    ):
-        away_mm = np.linalg.norm(points_mm[:, None] - peaks[:, :3], axis=2)
+    for row, peaks in zip(val_table.itertuples(), proposals, strict=True):
+        away_mm = np.linalg.norm(row.points_mm[:, None] - peaks[:, :3], axis=2)
         is_near = away_mm <= REACH_MM  # (points, proposals)
         scores = peaks[:, 3]
         hits.extend((is_near * scores).max(axis=1, initial=0))
-        patients.extend([patient] * len(is_near))
+        patients.extend([row.patient] * len(is_near))
         misses.extend(scores[~is_near.any(axis=0)])
     allowed = {rate: rate * len(val_table) for rate in (*FALSE_PER_SCAN, math.inf)}
     *froc, every = measure_sensitivity("false_per_scan", allowed, hits, patients, misses, draws)
@@ -563,11 +550,11 @@ def finish(folder: Path, accelerator: Accelerator, progress: Progress) -> None:
 # --- checkpoints for --resume -------------------------------------------------------------------------------
 
 
-def describe_run(cfg: Config, table: pd.DataFrame, world: int) -> dict:
+def describe_run(cfg: Config, table: pd.DataFrame, accelerator: Accelerator) -> dict:
     """What a resumed run must share with the run that it goes on with."""
     settings = common.config_to_dict(replace(cfg, cache="", outputs="", workers=0, ensemble_weight=1.0))
     labels = common.text_sum(table[[UID, "fold", *LABELS]].to_csv())
-    return settings | {"processes": world, "series and labels": labels}
+    return settings | {"processes": accelerator.num_processes, "series and labels": labels}
 
 
 def save_last(folder: Path, state: TrainState) -> None:
@@ -588,9 +575,8 @@ def load_last(folder: Path) -> dict | None:
     """The states of the newest checkpoint that verifies, and `progress`; None without one."""
     for path in sorted((folder / "last").glob("*.pt"), reverse=True):
         data = memoryview(path.read_bytes())
-        states = data[:-32]
-        is_intact = hashlib.sha256(states).digest() == data[-32:]
-        if is_intact:
+        states, digest = data[:-32], data[-32:]
+        if hashlib.sha256(states).digest() == digest:
             return torch.load(io.BytesIO(states), map_location="cpu", weights_only=True)
         common.log(f"{path}: differs from its sum; falling back to the one before")
     return None
@@ -603,15 +589,13 @@ def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> No
     """Everything from an empty run folder to metrics.json; see the top of the file."""
     folder = Path(cfg.outputs) / cfg.run_name
     is_main = accelerator.is_main_process
-    world = accelerator.num_processes
     with fail_together(accelerator):
         table = load_table(cfg, args.limit)
         is_val = table["fold"] == cfg.fold
         train_table, val_table = table[~is_val], table[is_val]
         decoys = collect_decoys(cfg, train_table)
         proposals, locator = load_proposals(cfg, table)
-        identity = describe_run(cfg, table, world)
-        state = begin(folder, cfg, accelerator, identity, args)
+        state = begin(folder, cfg, accelerator, describe_run(cfg, table, accelerator), args)
         if is_main:
             claim_folder(folder, cfg)
     train_set = SeriesDataset(cfg, train_table, "train", decoys, proposals)
@@ -625,13 +609,14 @@ def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> No
     run = common.Run(folder, state.ema.module, cfg, meta)
     progress = state.progress
     state.model, state.optimizer = accelerator.prepare(state.raw, state.optimizer)
+    update_size = cfg.batch_size * accelerator.num_processes * cfg.accumulation
     common.log(
         f"{folder}: {len(train_set)} series with {len(decoys)} annotated points train, {len(val_set)} "
-        f"validate; batch {cfg.batch_size} x {world} processes x accumulation {cfg.accumulation} = "
-        f"{cfg.batch_size * world * cfg.accumulation} series per update, lr {cfg.lr:g}; "
-        f"{accelerator.device.type}, precision {accelerator.mixed_precision}"
+        f"validate; batch {cfg.batch_size} x {accelerator.num_processes} processes x accumulation "
+        f"{cfg.accumulation} = {update_size} series per update, lr {cfg.lr:g}; {accelerator.device.type}, "
+        f"precision {accelerator.mixed_precision}"
     )
-    accelerator.init_trackers("aneurysm", {key: str(value) for key, value in identity.items()})
+    accelerator.init_trackers("aneurysm", {key: str(value) for key, value in progress.identity.items()})
     while progress.epoch < cfg.epochs:
         clock = time.perf_counter()
         loss_sum, waited = train_epoch(cfg, accelerator, state, train_set)
@@ -653,9 +638,8 @@ def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> No
         }
         progress.history.append(row)
         common.log(
-            f"epoch {progress.epoch}/{cfg.epochs}: train loss {row['train_loss']:.4f}, validation "
-            f"{row['val_loss']:.4f}, wAUC {row['wauc']:.4f} ({row['low']:.3f} to {row['high']:.3f}), "
-            f"{seconds:.0f} s"
+            f"epoch {progress.epoch}/{cfg.epochs}: loss {row['train_loss']:.4f}, validation "
+            f"{row['val_loss']:.4f}, wAUC {row['wauc']:.4f} ({row['low']:.3f} to {row['high']:.3f})"
         )
         accelerator.log(row, step=progress.epoch)
         if is_main:
