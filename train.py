@@ -64,9 +64,8 @@ MIN_SPREAD = 0.02  # of 90 % of the predicted probabilities; below it they do no
 
 
 def load_table(cfg: Config, limit: int | None = None) -> pd.DataFrame:
-    """A row per labelled series whose volume is in the cache, or for the first `limit` of them: UID, patient,
-    Modality, plane, the 14 labels, fold, points, points_mm. Says how many it leaves out; ValueError lists all
-    faults of labels, or else of volumes."""
+    """A row per labelled series with a volume, at most `limit`: UID, patient, Modality, plane, the 14 labels,
+    fold, points, points_mm. Says how many it leaves out; ValueError lists faults of labels or of volumes."""
     path = Path(cfg.cache, "train.csv")
     if not path.is_file():
         raise ValueError(
@@ -89,8 +88,7 @@ def load_table(cfg: Config, limit: int | None = None) -> pd.DataFrame:
     num_patients = table["patient"].nunique()
     if num_patients < cfg.num_folds:
         raise ValueError(f"{cfg.cache}: {num_patients} patients for {cfg.num_folds} folds; lower num_folds")
-    table["fold"] = make_folds(table, cfg.num_folds, cfg.fold_seed)
-    return table
+    return table.assign(fold=make_folds(table, cfg.num_folds, cfg.fold_seed))
 
 
 def read_points(cfg: Config, uids: pd.Series) -> pd.DataFrame:
@@ -110,8 +108,7 @@ def read_points(cfg: Config, uids: pd.Series) -> pd.DataFrame:
         if difference := common.describe_difference(meta["settings"], expected):
             faults.append(f"{path}: made with {difference}; use preprocess.py --config, or other settings")
         others = {series_of_image.setdefault(image, uid) for image in tensors["sop_hashes"].tolist()}
-        for other in others - {uid}:
-            faults.append(f"{other} and {uid} share a (0008,0018) SOPInstanceUID")
+        faults += [f"{other} and {uid} share a (0008,0018) SOPInstanceUID" for other in others - {uid}]
         points = tensors["points"]
         rows.append({"points": points, "points_mm": to_lps(points, np.array(meta["affine"]))})
     if faults:
@@ -158,12 +155,12 @@ def collect_decoys(cfg: Config, train_table: pd.DataFrame) -> np.ndarray:
 
 
 def load_proposals(cfg: Config, table: pd.DataFrame) -> tuple[dict | None, str]:
-    """(n, 3) places in LPS mm by series, best first, from the locator that did not train on it, and the name
-    of the locator of this run's fold; None without `proposals`. ValueError unless every series has some and
-    one locator held out this fold."""
+    """(n, 3) places in LPS mm by series, best first, from the locator that did not train on it (None without
+    `proposals`), and the locator of this fold. ValueError unless it is one, and every series has places."""
     if not cfg.proposals:
         return None, ""
-    places, locators = {}, []
+    places = {}
+    locators = []
     val_uids = table[UID][table["fold"] == cfg.fold]
     for path in sorted(glob.glob(f"{cfg.proposals}/metrics.json")):  # of finished runs
         folder = Path(path).parent
@@ -197,7 +194,6 @@ def augment(batch: dict, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
     values = batch["augment"][..., None, None]
     flip, degrees, scale, dx, dy, gain, offset, step = values[:, : common.NUM_AUGMENT].unbind(1)  # (B, 1, 1)
     is_shown = values[:, common.NUM_AUGMENT :]  # (B, Z, 1, 1)
-
     # Labels and crops of mirrored samples; the grid below mirrors slabs and points on the way.
     is_flipped = flip > 0.5
     labels = torch.where(is_flipped[:, 0], batch["labels"][:, SWAP], batch["labels"])
@@ -205,15 +201,14 @@ def augment(batch: dict, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
     points[..., 0] = torch.where(is_flipped[:, 0], swap[points[..., 0].long()], points[..., 0])
     crops = images[:, slabs:]
     crops = torch.where(is_flipped[..., None], common.mirror(crops), crops)
-
     source = torch.arange(slabs, device=images.device)[:, None, None] - step[:, None].long()  # (B, Z, 1, 1)
     nearest = source.clamp(0, slabs - 1)
     moved = images.take_along_dim(nearest, 1) * is_shown * (source == nearest)
     points[..., 1:2] += step
-
     # out(p) = in(mirror(R p / scale + shift)) in [-1, 1] coordinates; a point moves by the inverse.
     angle = torch.deg2rad(degrees)
-    cos, sin = angle.cos(), angle.sin()
+    cos = angle.cos()
+    sin = angle.sin()
     rotation = torch.cat([cos, -sin, sin, cos], dim=1).view(-1, 2, 2)
     shift = torch.cat([dx, dy], dim=1) * 2 / cfg.volume.roi_mm  # (B, xy, 1)
     mirrored = 1 - 2 * torch.cat([flip, 0 * flip], dim=1)
@@ -224,15 +219,13 @@ def augment(batch: dict, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
     centred = (2 * points[..., [3, 2]] + 1) / extent - 1  # (B, 8, xy)
     centred = (centred * mirrored.mT - shift.mT) @ rotation * scale
     points[..., [3, 2]] = ((centred + 1) * extent - 1) / 2
-
     images = torch.cat([moved, crops], dim=1)
     images.mul_(gain[..., None] / 255).add_(offset[..., None]).clamp_(0, 1)
     return images, labels, points
 
 
 def label_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """(B,) binary cross entropy of logits (B, 14), mean over labels; targets are smoothing/2 and 1 -
-    smoothing/2."""
+    """(B,) binary cross entropy of logits (B, 14), mean over labels, with smoothed targets."""
     targets = labels * (1 - smoothing) + smoothing / 2
     return F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none").mean(1)
 
@@ -300,8 +293,7 @@ class TrainState:
 def train_epoch(
     cfg: Config, accelerator: Accelerator, state: TrainState, dataset: SeriesDataset
 ) -> tuple[float, float]:
-    """The updates of one epoch -> (this rank's losses added up, seconds that it waited for data). Raises
-    ValueError at a loss that is NaN or infinite."""
+    """One epoch -> (this rank's losses added up, seconds it waited for data); ValueError at a NaN loss."""
     progress = state.progress
     rank = accelerator.process_index
     plan = plan_epoch(len(dataset), cfg, progress.epoch, rank, accelerator.num_processes)
@@ -377,8 +369,7 @@ def plan_epoch(num: int, cfg: Config, epoch: int, rank: int, world: int) -> list
 
 
 def learning_rate(update: int, per_epoch: int, cfg: Config) -> float:
-    """Rate of update number `update` (from 0): linear warm-up to cfg.lr, then a half cosine to cfg.min_lr at
-    the end of the last epoch."""
+    """Rate of an update (from 0): linear warm-up to cfg.lr, then a half cosine that ends at cfg.min_lr."""
     warmup = max(1, round(cfg.warmup_epochs * per_epoch))
     if update < warmup:
         return cfg.lr * (update + 1) / warmup
@@ -424,8 +415,7 @@ def start_worker(_: int) -> None:
 def predict(
     model: nn.Module, dataset: SeriesDataset, accelerator: Accelerator
 ) -> tuple[np.ndarray, Sequence]:
-    """Logits (N, 14) of every item, and its proposals (n, 5: x, y, z in LPS mm, score, label; None from a
-    model without maps), on every rank."""
+    """On every rank: logits (N, 14), and per item proposals (n, 5: LPS mm, score, label; None without maps)."""
     model.eval()
     order = range(accelerator.process_index, len(dataset), accelerator.num_processes)
     batches = BatchSampler(order, dataset.cfg.batch_size, drop_last=False)
@@ -450,9 +440,9 @@ def predict(
 def write_best(
     run: common.Run, row: dict, val_table: pd.DataFrame, logits: np.ndarray, proposals: Sequence
 ) -> dict:
-    """best_ema.safetensors, oof.csv and for a locator proposals.csv, each atomic; returns what metrics.json
-    says beside common.score."""
-    labels, draws = list(LABELS), run.cfg.bootstrap
+    """Weights, oof.csv and a locator's proposals.csv, atomic -> what metrics.json says beside its scores."""
+    labels = list(LABELS)
+    draws = run.cfg.bootstrap
     oof = val_table[[UID, "patient", "Modality", "plane"]].rename(columns={"Modality": "modality"})
     oof[labels] = common.sigmoid(logits)
     write_table(run.folder / "oof.csv", oof.join(val_table[labels].add_prefix("label ")))
@@ -500,11 +490,15 @@ def score_proposals(val_table: pd.DataFrame, proposals: Sequence, draws: int) ->
 
 
 def measure_sensitivity(
-    name: str, allowed: dict, scores: Sequence, patients: Sequence, negatives: Sequence, draws: int
+    name: str,
+    allowed: dict,
+    scores: Sequence,
+    patients: Sequence,
+    negatives: Sequence,
+    draws: int,
 ) -> list[dict]:
-    """For each value of `name` the share of positive scores above the lowest threshold that no more than the
-    allowed number of negative ones exceed, with its 95 % interval over the positives' patients; fewer than
-    MIN_POSITIVES have none."""
+    """For each value of `name` the share of scores above the lowest threshold that at most the allowed number
+    of negatives exceed, with its 95 % interval over the patients; fewer than MIN_POSITIVES have none."""
     ranked = [*sorted(negatives, reverse=True), 0.0]
     points = []
     for value, number in allowed.items():
@@ -564,7 +558,6 @@ def save_last(folder: Path, state: TrainState) -> None:
     torch.save(states | {"progress": asdict(state.progress)}, buffer)
     buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
     last = folder / "last"
-    last.mkdir(exist_ok=True)
     common.write_atomic(last / f"{state.progress.epoch:04d}.pt", buffer.getbuffer())
     common.remove_leftovers(last)
     for old in sorted(last.glob("*.pt"))[:-2]:  # the newest, and one to fall back to, stay
@@ -609,12 +602,11 @@ def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> No
     run = common.Run(folder, state.ema.module, cfg, meta)
     progress = state.progress
     state.model, state.optimizer = accelerator.prepare(state.raw, state.optimizer)
-    update_size = cfg.batch_size * accelerator.num_processes * cfg.accumulation
     common.log(
         f"{folder}: {len(train_set)} series with {len(decoys)} annotated points train, {len(val_set)} "
         f"validate; batch {cfg.batch_size} x {accelerator.num_processes} processes x accumulation "
-        f"{cfg.accumulation} = {update_size} series per update, lr {cfg.lr:g}; {accelerator.device.type}, "
-        f"precision {accelerator.mixed_precision}"
+        f"{cfg.accumulation} = {cfg.batch_size * accelerator.num_processes * cfg.accumulation} series per "
+        f"update, lr {cfg.lr:g}; {accelerator.device.type}, precision {accelerator.mixed_precision}"
     )
     accelerator.init_trackers("aneurysm", {key: str(value) for key, value in progress.identity.items()})
     while progress.epoch < cfg.epochs:
@@ -639,7 +631,8 @@ def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> No
         progress.history.append(row)
         common.log(
             f"epoch {progress.epoch}/{cfg.epochs}: loss {row['train_loss']:.4f}, validation "
-            f"{row['val_loss']:.4f}, wAUC {row['wauc']:.4f} ({row['low']:.3f} to {row['high']:.3f})"
+            f"{row['val_loss']:.4f}, wAUC {row['wauc']:.4f} ({row['low']:.3f} to {row['high']:.3f}), "
+            f"{seconds:.0f} s"
         )
         accelerator.log(row, step=progress.epoch)
         if is_main:
@@ -653,10 +646,13 @@ def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> No
 
 
 def begin(
-    folder: Path, cfg: Config, accelerator: Accelerator, identity: dict, args: argparse.Namespace
+    folder: Path,
+    cfg: Config,
+    accelerator: Accelerator,
+    identity: dict,
+    args: argparse.Namespace,
 ) -> TrainState:
-    """Model, EMA and optimizer, new or from the last checkpoint. ValueError where the folder holds a run that
-    this one would spoil."""
+    """Model, EMA and optimizer, new or from the last checkpoint. ValueError where they would spoil a run."""
     from timm.optim import create_optimizer_v2
     from timm.utils import ModelEmaV3
 
@@ -674,8 +670,7 @@ def begin(
         )
     torch.manual_seed(cfg.seed)
     model = common.build_model(cfg, pretrained=last is None).to(accelerator.device)
-    # a fused step that the fp16 scaler skips is not reported as skipped
-    fused = accelerator.scaler is None
+    fused = accelerator.scaler is None  # a fused step that fp16's scaler skips is not reported as skipped
     optimizer = create_optimizer_v2(model, "adamw", weight_decay=cfg.weight_decay, fused=fused)
     ema = ModelEmaV3(model, decay=cfg.ema_decay, use_warmup=True)
     parts = {"model": model, "ema": ema.module, "optimizer": optimizer}
@@ -689,8 +684,7 @@ def begin(
 
 
 def quality(row: dict) -> float:
-    """What the best epoch has most of: wAUC or, where that is undefined as in a fold of one class, the least
-    loss."""
+    """What the best epoch has most of: wAUC or, where that is undefined (a fold of one class), less loss."""
     return -row["val_loss"] if math.isnan(row["wauc"]) else row["wauc"]
 
 
@@ -709,9 +703,8 @@ def fail_together(accelerator: Accelerator) -> Iterator[None]:
 
 
 def claim_folder(folder: Path, cfg: Config) -> None:
-    """Make the run's folder and write the settings. It stays locked until this process ends; a second run
-    gets a ValueError."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Make the run's folder, lock it until this process ends, write the settings; ValueError if locked."""
+    (folder / "last").mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
     try:
         # unlike flock's it is not inherited, so loaders that outlive a killed run do not hold it
@@ -746,8 +739,9 @@ def fit_workers(cfg: Config) -> Config:
 def stop(number: int, _frame: object) -> None:
     """End at once at a signal (an exception could be lost in a destructor); finished epochs are saved."""
     if os.environ.get("RANK", "0") == "0":
-        name = signal.Signals(number).name
-        text = f"\ntrain.py: stopped by {name}; --resume goes on after the last finished epoch\n"
+        text = (
+            f"\ntrain.py: stopped by {signal.Signals(number).name}; --resume goes on after the last epoch\n"
+        )
         os.write(2, text.encode())
     for loader in multiprocessing.active_children():
         loader.kill()
@@ -786,8 +780,7 @@ def main() -> int:
             return 0
         if cfg.tracker and importlib.util.find_spec(cfg.tracker) is None:
             raise ValueError(f"tracker: {cfg.tracker} is not installed; install it, or set tracker to ''")
-        accelerator = make_accelerator(cfg)
-        train(cfg, accelerator, args)
+        train(cfg, make_accelerator(cfg), args)
     except (ValueError, OSError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         if "out of memory" in reason:
