@@ -23,8 +23,6 @@ import contextlib
 import fcntl
 import glob
 import hashlib
-import importlib.metadata
-import importlib.util
 import io
 import json
 import math
@@ -35,6 +33,8 @@ import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
@@ -415,7 +415,7 @@ def start_worker(_: int) -> None:
 def predict(
     model: nn.Module, dataset: SeriesDataset, accelerator: Accelerator
 ) -> tuple[np.ndarray, Sequence]:
-    """On every rank: logits (N, 14), and per item proposals (n, 5: LPS mm, score, label; None without maps)."""
+    """On every rank: logits (N, 14), and by item proposals (n, 5: LPS mm, score, label) or None."""
     model.eval()
     order = range(accelerator.process_index, len(dataset), accelerator.num_processes)
     batches = BatchSampler(order, dataset.cfg.batch_size, drop_last=False)
@@ -525,7 +525,7 @@ def finish(folder: Path, accelerator: Accelerator, progress: Progress) -> None:
         "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 3) if is_gpu else None,
         "precision": accelerator.mixed_precision,
         "num_processes": accelerator.num_processes,
-        "versions": {name: importlib.metadata.version(name) for name in modules},
+        "versions": {name: version(name) for name in modules},
     }
     common.log(
         f"{folder}: best epoch {metrics['best_epoch']}, wAUC {metrics['wauc']:.4f} (95 % interval "
@@ -778,7 +778,7 @@ def main() -> int:
         if args.print_config:
             print(yaml.safe_dump(common.config_to_dict(cfg), sort_keys=False), end="")
             return 0
-        if cfg.tracker and importlib.util.find_spec(cfg.tracker) is None:
+        if cfg.tracker and not find_spec(cfg.tracker):
             raise ValueError(f"tracker: {cfg.tracker} is not installed; install it, or set tracker to ''")
         train(cfg, make_accelerator(cfg), args)
     except (ValueError, OSError, RuntimeError) as error:
