@@ -23,22 +23,19 @@ import contextlib
 import fcntl
 import glob
 import hashlib
-import importlib.metadata
-import importlib.util
 import io
 import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of the imports, which take seconds
 
 import cv2
 import numpy as np
@@ -46,12 +43,13 @@ import pandas as pd
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
-from accelerate.utils import GradientAccumulationPlugin, broadcast, gather_object
+from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import BatchSampler, DataLoader
 
 import common
-from common import AP, LABELS, SWAP, UID, Config, Output, SeriesDataset
+from common import AP, LABELS, SWAP, UID, Config, SeriesDataset
 from dicom import to_lps
 
 SPECIFICITIES = (0.90, 0.95)  # of `Aneurysm Present`
@@ -66,69 +64,55 @@ MIN_SPREAD = 0.02  # of 90 % of the predicted probabilities; below it they do no
 
 
 def load_table(cfg: Config, limit: int | None = None) -> pd.DataFrame:
-    """A row per cached and labelled series, or for the first `limit` of them: UID, patient, Modality, plane,
-    the 14 labels, fold, points, points_mm. ValueError lists all faults of labels, or else of volumes."""
-    table = merge_labels(cfg).sort_values(UID, ignore_index=True)[:limit]
+    """A row per labelled series with a volume, at most `limit`: UID, patient, Modality, plane, the 14 labels,
+    fold, points, points_mm. Says how many it leaves out; ValueError lists faults of labels or of volumes."""
+    path = Path(cfg.cache, "train.csv")
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: no such file; expected the labels in the cache: put train.csv beside the series and "
+            f"run python preprocess.py --src dicoms --dst {cfg.cache}"
+        )
+    common.read_csv(path, ["Modality"])  # folds are balanced over it
+    labels = common.read_label_table(path)
+    columns = [UID, "status", "patient", "plane"]
+    index = common.read_csv(path.with_name("index.csv"), columns, dtype=str)
+    table = labels.merge(index[columns], on=UID, how="left")
+    table["patient"] = table["patient"].fillna(table[UID])
+    status = table["status"].fillna("not in the cache")
+    is_usable = status.isin(["ok", "doubtful"] if cfg.use_doubtful else ["ok"])
+    if not is_usable.all():
+        left_out = status[~is_usable].value_counts().to_dict()
+        common.log(f"{cfg.cache}: {is_usable.sum()} series; left out, with their number: {left_out}")
+    table = table[is_usable].sort_values(UID, ignore_index=True)[:limit]
     table = table.join(read_points(cfg, table[UID]))
     num_patients = table["patient"].nunique()
     if num_patients < cfg.num_folds:
         raise ValueError(f"{cfg.cache}: {num_patients} patients for {cfg.num_folds} folds; lower num_folds")
-    table["fold"] = make_folds(table, cfg.num_folds, cfg.fold_seed)
-    return table
-
-
-def merge_labels(cfg: Config) -> pd.DataFrame:
-    """The rows of train.csv whose volumes are in the cache, with their patient and plane of index.csv; says
-    how many series it leaves out."""
-    cache = Path(cfg.cache)
-    if not (cache / "index.csv").is_file() or not (cache / "train.csv").is_file():
-        raise ValueError(
-            f"{cache}: lacks index.csv or train.csv; expected a cache with labels: put train.csv beside the "
-            f"series and run python preprocess.py --src dicoms --dst {cache}"
-        )
-    labels = common.read_label_table(cache / "train.csv")
-    common.read_csv(
-        cache / "train.csv", ["Modality"]
-    )  # raises where it is missing: folds are balanced over it
-    columns = [UID, "status", "patient", "plane"]
-    index = common.read_csv(cache / "index.csv", [], usecols=columns, dtype=str, keep_default_na=False)
-    table = labels.merge(index, on=UID, how="left")
-    table["patient"] = table["patient"].where(table["patient"] != "", table[UID])
-    status = table["status"].fillna("not in the cache")
-    is_usable = status.isin(["ok", "doubtful"] if cfg.use_doubtful else ["ok"])
-    left_out = status[~is_usable].value_counts()
-    left_out["without labels"] = (~index[UID].isin(labels[UID])).sum()
-    counts = [f"{count} {reason}" for reason, count in left_out.items() if count]
-    if counts:
-        common.log(f"{cache}: {is_usable.sum()} series; left out: {', '.join(counts)}")
-    return table[is_usable]
+    return table.assign(fold=make_folds(table, cfg.num_folds, cfg.fold_seed))
 
 
 def read_points(cfg: Config, uids: pd.Series) -> pd.DataFrame:
     """Annotated points (P, 3) of every series: `points` in voxels, `points_mm` in LPS. Raises ValueError that
-    lists the volumes which cannot be read, have other settings, or share images."""
+    counts the volumes which cannot be read, have other settings, or share images, and names the first ten."""
     rows = []
-    faults = defaultdict(list)
+    faults = []
     series_of_image = {}
     expected = common.volume_settings(cfg)
     for uid in uids:
+        path = common.volume_path(cfg.cache, uid)
         try:
-            tensors, meta = common.load_volume(common.volume_path(cfg.cache, uid), ["points", "sop_hashes"])
+            tensors, meta = common.load_volume(path, ["points", "sop_hashes"])
         except (OSError, ValueError) as error:
-            faults["unreadable volume"].append(str(error))
+            faults.append(str(error))
             continue
-        difference = common.describe_difference(meta["settings"], expected)
-        if difference:
-            fault = f"volume made with {difference}; use preprocess.py --config, or other settings"
-            faults[fault].append(uid)
+        if difference := common.describe_difference(meta["settings"], expected):
+            faults.append(f"{path}: made with {difference}; use preprocess.py --config, or other settings")
         others = {series_of_image.setdefault(image, uid) for image in tensors["sop_hashes"].tolist()}
-        for other in others - {uid}:
-            faults["pair of series that share a (0008,0018) SOPInstanceUID"].append(f"{other} and {uid}")
+        faults += [f"{other} and {uid} share a (0008,0018) SOPInstanceUID" for other in others - {uid}]
         points = tensors["points"]
         rows.append({"points": points, "points_mm": to_lps(points, np.array(meta["affine"]))})
     if faults:
-        texts = [f"{len(names)} x {fault}: {', '.join(names[:3])}" for fault, names in faults.items()]
-        raise ValueError(f"{cfg.cache}: cannot train: {'; '.join(texts)}")
+        raise ValueError(f"{cfg.cache}: cannot train, {len(faults)} faults: {'; '.join(faults[:10])}")
     return pd.DataFrame(rows)
 
 
@@ -171,30 +155,28 @@ def collect_decoys(cfg: Config, train_table: pd.DataFrame) -> np.ndarray:
 
 
 def load_proposals(cfg: Config, table: pd.DataFrame) -> tuple[dict | None, str]:
-    """(n, 3) places in LPS mm by series, best first, from the locator that did not train on it, and the name
-    of the locator of this run's fold; None without `proposals`. ValueError unless each fold has one."""
+    """(n, 3) places in LPS mm by series, best first, from the locator that did not train on it (None without
+    `proposals`), and the locator of this fold. ValueError unless it is one, and every series has places."""
     if not cfg.proposals:
         return None, ""
-    proposals = {}
-    locators = defaultdict(set)  # of a series
-    for path in glob.glob(f"{cfg.proposals}/metrics.json"):  # of finished runs
+    places = {}
+    locators = []
+    val_uids = table[UID][table["fold"] == cfg.fold]
+    for path in sorted(glob.glob(f"{cfg.proposals}/metrics.json")):  # of finished runs
         folder = Path(path).parent
         rows = common.read_csv(folder / "proposals.csv", PROPOSAL_COLUMNS, dtype={UID: str})
-        for uid, places in rows.groupby(UID):
-            proposals[uid] = places[PLACE].to_numpy()
-            locators[uid].add(folder.name)
-    for fold, uids in table.groupby("fold")[UID]:
-        names = set()
-        for uid in uids:
-            names |= locators[uid] or {"none"}
-        if len(names) > 1 or "none" in names:
-            raise ValueError(
-                f"proposals {cfg.proposals!r}: fold {fold} has those of {', '.join(sorted(names))}; expected "
-                f"one finished locator: train all its folds (task: locate) with these series and num_folds"
-            )
-        if fold == cfg.fold:
-            locator = names.pop()
-    return proposals, locator
+        for uid, peaks in rows.groupby(UID):
+            places[uid] = peaks[PLACE].to_numpy()
+        if rows[UID].isin(val_uids).any():
+            locators.append(folder.name)
+    missing = set(table[UID]) - places.keys()
+    if missing or len(locators) != 1:
+        raise ValueError(
+            f"proposals {cfg.proposals!r}: {len(missing)} series have none, fold {cfg.fold} has those of "
+            f"{', '.join(locators) or 'none'}; expected one finished locator: train all its folds (task: "
+            f"locate) with these series and num_folds"
+        )
+    return places, locators[0]
 
 
 # --- the batch ----------------------------------------------------------------------------------------------
@@ -212,7 +194,6 @@ def augment(batch: dict, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
     values = batch["augment"][..., None, None]
     flip, degrees, scale, dx, dy, gain, offset, step = values[:, : common.NUM_AUGMENT].unbind(1)  # (B, 1, 1)
     is_shown = values[:, common.NUM_AUGMENT :]  # (B, Z, 1, 1)
-
     # Labels and crops of mirrored samples; the grid below mirrors slabs and points on the way.
     is_flipped = flip > 0.5
     labels = torch.where(is_flipped[:, 0], batch["labels"][:, SWAP], batch["labels"])
@@ -220,15 +201,14 @@ def augment(batch: dict, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
     points[..., 0] = torch.where(is_flipped[:, 0], swap[points[..., 0].long()], points[..., 0])
     crops = images[:, slabs:]
     crops = torch.where(is_flipped[..., None], common.mirror(crops), crops)
-
     source = torch.arange(slabs, device=images.device)[:, None, None] - step[:, None].long()  # (B, Z, 1, 1)
     nearest = source.clamp(0, slabs - 1)
     moved = images.take_along_dim(nearest, 1) * is_shown * (source == nearest)
     points[..., 1:2] += step
-
     # out(p) = in(mirror(R p / scale + shift)) in [-1, 1] coordinates; a point moves by the inverse.
     angle = torch.deg2rad(degrees)
-    cos, sin = angle.cos(), angle.sin()
+    cos = angle.cos()
+    sin = angle.sin()
     rotation = torch.cat([cos, -sin, sin, cos], dim=1).view(-1, 2, 2)
     shift = torch.cat([dx, dy], dim=1) * 2 / cfg.volume.roi_mm  # (B, xy, 1)
     mirrored = 1 - 2 * torch.cat([flip, 0 * flip], dim=1)
@@ -239,16 +219,13 @@ def augment(batch: dict, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
     centred = (2 * points[..., [3, 2]] + 1) / extent - 1  # (B, 8, xy)
     centred = (centred * mirrored.mT - shift.mT) @ rotation * scale
     points[..., [3, 2]] = ((centred + 1) * extent - 1) / 2
-
     images = torch.cat([moved, crops], dim=1)
-    images.mul_(gain[..., None] / 255).add_(offset[..., None])
-    images.clamp_(0, 1)
+    images.mul_(gain[..., None] / 255).add_(offset[..., None]).clamp_(0, 1)
     return images, labels, points
 
 
 def label_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """(B,) binary cross entropy of logits (B, 14), mean over labels; targets are smoothing/2 and 1 -
-    smoothing/2."""
+    """(B,) binary cross entropy of logits (B, 14), mean over labels, with smoothed targets."""
     targets = labels * (1 - smoothing) + smoothing / 2
     return F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none").mean(1)
 
@@ -287,15 +264,6 @@ def map_loss(maps: Tensor, targets: Tensor) -> Tensor:
     return finding.flatten(1).sum(1) + naming.flatten(1).sum(1)
 
 
-def sample_losses(output: Output, labels: Tensor, points: Tensor, spacing_mm: Tensor, cfg: Config) -> Tensor:
-    """(B,) float32 loss of every sample: its labels, and its maps where the model makes them."""
-    losses = label_loss(output.logits, labels, cfg.label_smoothing)
-    if output.maps is not None:
-        targets = map_targets(points, output.maps.shape, spacing_mm, cfg)
-        losses = losses + cfg.heatmap_weight * map_loss(output.maps, targets)
-    return losses
-
-
 # --- the loop -----------------------------------------------------------------------------------------------
 
 
@@ -325,16 +293,14 @@ class TrainState:
 def train_epoch(
     cfg: Config, accelerator: Accelerator, state: TrainState, dataset: SeriesDataset
 ) -> tuple[float, float]:
-    """The updates of one epoch -> (this rank's losses added up, seconds that it waited for data). Raises
-    ValueError at a loss that is NaN or infinite."""
+    """One epoch -> (this rank's losses added up, seconds it waited for data); ValueError at a NaN loss."""
     progress = state.progress
     rank = accelerator.process_index
     plan = plan_epoch(len(dataset), cfg, progress.epoch, rank, accelerator.num_processes)
-    loss_sum = 0.0
-    waits = []
+    loss_sum = waited = 0.0
     dataset.epoch = progress.epoch
     indices = [indices for update in plan for indices, _ in update]
-    batches = load_batches(dataset, indices, cfg, accelerator.device, waits)
+    batches = load_batches(dataset, indices, accelerator.device)
     bar = common.progress(len(plan), f"epoch {progress.epoch + 1}", accelerator.is_main_process)
     state.model.train()
     for number, update in enumerate(plan):
@@ -346,11 +312,16 @@ def train_epoch(
             group["lr"] = learning_rate(progress.updates, len(plan), cfg)
         losses = []
         for _, weight in update:
+            clock = time.perf_counter()
             batch = next(batches)
+            waited += time.perf_counter() - clock
             images, labels, points = augment(batch, cfg)
             with accelerator.autocast():
                 output = state.model(images)
-            batch_losses = sample_losses(output, labels, points, batch["spacing_mm"], cfg)
+            batch_losses = label_loss(output.logits, labels, cfg.label_smoothing)
+            if output.maps is not None:
+                targets = map_targets(points, output.maps.shape, batch["spacing_mm"], cfg)
+                batch_losses = batch_losses + cfg.heatmap_weight * map_loss(output.maps, targets)
             # Gradients add up over the batches of an update, and DDP averages them over ranks.
             accelerator.backward(batch_losses.sum() * weight)
             losses.append(batch_losses.detach() * (weight > 0))
@@ -362,13 +333,20 @@ def train_epoch(
         if not accelerator.optimizer_step_was_skipped:
             progress.updates += 1
             state.ema.update(state.raw, step=progress.updates)
-        loss_sum += add_losses(torch.cat(losses), update, dataset, number)
+        update_loss = torch.cat(losses).sum().item()  # waits for the GPU, once per update
+        if not math.isfinite(update_loss):
+            uids = [dataset.uids[i] for indices, _ in update for i in indices]
+            raise ValueError(
+                f"loss is {update_loss} in epoch {progress.epoch + 1}, update {number + 1}, series "
+                f"{', '.join(uids)}; lower lr or clip_grad, or check these series"
+            )
+        loss_sum += update_loss
         bar.update()
     bar.close()
     # DDP agrees on weights alone, so rank 0 gives the others its BatchNorm statistics.
     for buffer in (*state.raw.buffers(), *state.ema.module.buffers()):
         broadcast(buffer)
-    return loss_sum, sum(waits)
+    return loss_sum, waited
 
 
 def plan_epoch(num: int, cfg: Config, epoch: int, rank: int, world: int) -> list[list[tuple]]:
@@ -391,8 +369,7 @@ def plan_epoch(num: int, cfg: Config, epoch: int, rank: int, world: int) -> list
 
 
 def learning_rate(update: int, per_epoch: int, cfg: Config) -> float:
-    """Rate of update number `update` (from 0): linear warm-up to cfg.lr, then a half cosine to cfg.min_lr at
-    the end of the last epoch."""
+    """Rate of an update (from 0): linear warm-up to cfg.lr, then a half cosine that ends at cfg.min_lr."""
     warmup = max(1, round(cfg.warmup_epochs * per_epoch))
     if update < warmup:
         return cfg.lr * (update + 1) / warmup
@@ -401,28 +378,13 @@ def learning_rate(update: int, per_epoch: int, cfg: Config) -> float:
     return cfg.min_lr + (cfg.lr - cfg.min_lr) * height
 
 
-def add_losses(losses: Tensor, update: list[tuple], dataset: SeriesDataset, number: int) -> float:
-    """The sum of an update's losses; synchronises with the GPU, once per update."""
-    total = losses.sum().item()
-    if not math.isfinite(total):
-        uids = [dataset.uids[i] for indices, _ in update for i in indices]
-        raise ValueError(
-            f"loss is {losses.tolist()} in epoch {dataset.epoch + 1}, update {number + 1}, series "
-            f"{', '.join(uids)}; lower lr or clip_grad, or check these series"
-        )
-    return total
-
-
-def load_batches(
-    dataset: SeriesDataset, batches: list, cfg: Config, device: torch.device, waits: list
-) -> Iterator[dict]:
-    """The batches of these indices, in their order, on the device; waits takes the seconds waited for each.
-    Raises ValueError that names the series which could not be loaded. The loader is made anew each epoch, so
-    its processes see the epoch's number."""
-    loader = torch.utils.data.DataLoader(
+def load_batches(dataset: SeriesDataset, batches: Iterable, device: torch.device) -> Iterator[dict]:
+    """The batches of these indices, in their order, on the device. Raises ValueError that names the series
+    which could not be loaded. The loader is made anew each epoch, so its processes see the epoch's number."""
+    loader = DataLoader(
         dataset,
         batch_sampler=batches,
-        num_workers=cfg.workers,
+        num_workers=dataset.cfg.workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=start_worker,
     )
@@ -430,14 +392,12 @@ def load_batches(
     # PyTorch's handler would report a dead process wherever training stands; next() knows its series.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for indices in batches:
-        clock = time.perf_counter()
         try:
             batch = next(items)
         except (OSError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[-1]
             uids = ", ".join(dataset.uids[i] for i in indices)
             raise ValueError(f"series {uids}: {reason}") from error
-        waits.append(time.perf_counter() - clock)
         yield {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
@@ -453,68 +413,62 @@ def start_worker(_: int) -> None:
 
 
 def predict(
-    model: nn.Module, dataset: SeriesDataset, cfg: Config, accelerator: Accelerator
+    model: nn.Module, dataset: SeriesDataset, accelerator: Accelerator
 ) -> tuple[np.ndarray, Sequence]:
-    """Logits (N, 14) of every item, and its proposals (n, 5: x, y, z in LPS mm, score, label; none from a
-    model without maps), on every rank."""
+    """On every rank: logits (N, 14), and by item proposals (n, 5: LPS mm, score, label) or None."""
     model.eval()
     order = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-    batches = [order[i : i + cfg.batch_size] for i in range(0, len(order), cfg.batch_size)]
+    batches = BatchSampler(order, dataset.cfg.batch_size, drop_last=False)
     answers = []
-    for batch in load_batches(dataset, batches, cfg, accelerator.device, []):
+    for batch in load_batches(dataset, batches, accelerator.device):
         with torch.inference_mode(), accelerator.autocast():
             output = model(batch["image"].float() / 255)
         logits = output.logits.float().cpu().numpy()
+        spacings_mm = batch["spacing_mm"].cpu().numpy()
+        affines = batch["affine"].cpu().numpy()
         for i, index in enumerate(batch["index"].tolist()):
-            peaks = np.zeros((0, 5))
+            peaks = None
             if output.maps is not None:
                 maps = output.maps[i].float().sigmoid().cpu().numpy()
-                peaks = common.propose(maps, batch["spacing_mm"][i].cpu().numpy(), cfg)
-                peaks[:, :3] = to_lps(peaks[:, :3], batch["affine"][i].cpu().numpy())
+                peaks = common.propose(maps, spacings_mm[i], dataset.cfg)
+                peaks[:, :3] = to_lps(peaks[:, :3], affines[i])
             answers.append((index, logits[i], peaks))
-    indices, logits, proposals = zip(*sorted(gather_object(answers)), strict=True)
-    assert indices == tuple(range(len(dataset))), "validation sees each series exactly once"
+    _, logits, proposals = zip(*sorted(gather_object(answers)), strict=True)
     return np.stack(logits), proposals
 
 
-def write_best(run: common.Run, val_table: pd.DataFrame, logits: np.ndarray, proposals: Sequence) -> dict:
-    """best_ema.safetensors, oof.csv and for a locator proposals.csv, each atomic; returns what metrics.json
-    says beside common.score."""
+def write_best(
+    run: common.Run, row: dict, val_table: pd.DataFrame, logits: np.ndarray, proposals: Sequence
+) -> dict:
+    """Weights, oof.csv and a locator's proposals.csv, atomic -> what metrics.json says beside its scores."""
     labels = list(LABELS)
+    draws = run.cfg.bootstrap
     oof = val_table[[UID, "patient", "Modality", "plane"]].rename(columns={"Modality": "modality"})
     oof[labels] = common.sigmoid(logits)
     write_table(run.folder / "oof.csv", oof.join(val_table[labels].add_prefix("label ")))
     presence = oof[LABELS[AP]]
     low, high = presence.quantile([0.05, 0.95])
-    points = operating_points(val_table, presence, run.cfg.bootstrap)
+    is_present = val_table[LABELS[AP]] == 1
+    negatives = presence[~is_present]
+    allowed = {value: (1 - value) * len(negatives) for value in SPECIFICITIES}
+    points = measure_sensitivity(
+        "specificity", allowed, presence[is_present], oof["patient"][is_present], negatives, draws
+    )
     metrics = {"operating_points": points, "is_nearly_constant": bool(high - low < MIN_SPREAD)}
+    run.meta |= {"epoch": row["epoch"], "wauc": row["wauc"], "operating_points": points}
     if run.cfg.task == "locate":
         rows = []
         for uid, peaks in zip(val_table[UID], proposals, strict=True):
             rows += [[uid, *peak] for peak in peaks.tolist()]
         table = pd.DataFrame(rows, columns=PROPOSAL_COLUMNS).astype({"label": int})
         write_table(run.folder / "proposals.csv", table)
-        metrics |= score_proposals(val_table, proposals, run.cfg.bootstrap)
-    run.meta["operating_points"] = points
+        metrics |= score_proposals(val_table, proposals, draws)
     common.save_checkpoint(run.folder / common.CHECKPOINT, run.model, run.cfg, run.meta)
-    return metrics
+    return metrics | {"best_epoch": row["epoch"]}
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
     common.write_atomic(path, table.to_csv(index=False, float_format="%.12g").encode())
-
-
-def operating_points(val_table: pd.DataFrame, scores: pd.Series, draws: int) -> list[dict]:
-    """Sensitivity of `Aneurysm Present` at each of SPECIFICITIES; see measure_sensitivity."""
-    is_present = val_table[LABELS[AP]] == 1
-    patients = val_table["patient"][is_present]
-    negatives = scores[~is_present]
-    points = []
-    for specificity in SPECIFICITIES:
-        allowed = (1 - specificity) * len(negatives)
-        point = measure_sensitivity(scores[is_present], patients, negatives, allowed, draws)
-        points.append({"specificity": specificity, **point})
-    return points
 
 
 def score_proposals(val_table: pd.DataFrame, proposals: Sequence, draws: int) -> dict:
@@ -523,82 +477,78 @@ def score_proposals(val_table: pd.DataFrame, proposals: Sequence, draws: int) ->
     hits = []  # of each point the best score of a proposal near it, or 0
     patients = []  # of each point
     misses = []  # scores of proposals away from all points
-    for (_, row), peaks in zip(val_table.iterrows(), proposals, strict=True):
-        away_mm = np.linalg.norm(row["points_mm"][:, None] - peaks[:, :3], axis=2)
+    for row, peaks in zip(val_table.itertuples(), proposals, strict=True):
+        away_mm = np.linalg.norm(row.points_mm[:, None] - peaks[:, :3], axis=2)
         is_near = away_mm <= REACH_MM  # (points, proposals)
         scores = peaks[:, 3]
         hits.extend((is_near * scores).max(axis=1, initial=0))
-        patients.extend([row["patient"]] * len(is_near))
+        patients.extend([row.patient] * len(is_near))
         misses.extend(scores[~is_near.any(axis=0)])
-    froc = []
-    for rate in FALSE_PER_SCAN:
-        point = measure_sensitivity(hits, patients, misses, rate * len(val_table), draws)
-        froc.append({"false_per_scan": rate, **point})
-    every = measure_sensitivity(hits, patients, [], 0, draws)
+    allowed = {rate: rate * len(val_table) for rate in (*FALSE_PER_SCAN, math.inf)}
+    *froc, every = measure_sensitivity("false_per_scan", allowed, hits, patients, misses, draws)
     return {"recall_10mm": [every["sensitivity"], every["low"], every["high"]], "froc": froc}
 
 
 def measure_sensitivity(
-    scores: Sequence, patients: Sequence, negatives: Sequence, allowed: float, draws: int
-) -> dict:
-    """Share of positive scores above the lowest threshold that at most `allowed` negative ones exceed, with
-    its 95 % interval over the positives' patients; fewer than MIN_POSITIVES have none."""
+    name: str,
+    allowed: dict,
+    scores: Sequence,
+    patients: Sequence,
+    negatives: Sequence,
+    draws: int,
+) -> list[dict]:
+    """For each value of `name` the share of scores above the lowest threshold that at most the allowed number
+    of negatives exceed, with its 95 % interval over the patients; fewer than MIN_POSITIVES have none."""
     ranked = [*sorted(negatives, reverse=True), 0.0]
-    highest = ranked[int(min(allowed + 1e-9, len(negatives)))]  # of the negatives that must not pass
-    threshold = math.ceil(1e6 * highest) / 1e6  # rounded up, so that the last bits do not matter
-    is_above = pd.Series(scores, dtype=float) > threshold
-    drawn = np.empty(0)
-    if len(scores) >= common.MIN_POSITIVES:
-        weights = np.concatenate(list(common.patient_weights(patients, draws)))
-        drawn = weights @ is_above.to_numpy() / weights.sum(1)
-    return {
-        "threshold": threshold,
-        "sensitivity": float(is_above.mean()),
-        "positives": len(scores),
-        **common.summarise_draws(drawn),
-    }
+    points = []
+    for value, number in allowed.items():
+        highest = ranked[int(min(number + 1e-9, len(negatives)))]  # of the negatives that must not pass
+        threshold = math.ceil(1e6 * highest) / 1e6  # rounded up, so that the last bits do not matter
+        is_above = pd.Series(scores, dtype=float) > threshold
+        drawn = np.empty(0)
+        if len(scores) >= common.MIN_POSITIVES:
+            weights = np.concatenate(list(common.patient_weights(patients, draws)))
+            drawn = weights @ is_above.to_numpy() / weights.sum(1)
+        point = {"threshold": threshold, "sensitivity": float(is_above.mean()), "positives": len(scores)}
+        points.append({name: value} | point | common.summarise_draws(drawn))
+    return points
 
 
 def finish(folder: Path, accelerator: Accelerator, progress: Progress) -> None:
     """metrics.json: the scores of the best epoch and how the run went."""
-    best = best_row(progress.history)
     is_gpu = accelerator.device.type == "cuda"
     modules = ("torch", "timm", "accelerate", "numpy")
     metrics = progress.metrics | {
-        "best_epoch": best["epoch"],
         "epochs": progress.epoch,
         "seconds": round(sum(row["seconds"] for row in progress.history), 1),
         "device": torch.cuda.get_device_name() if is_gpu else "cpu",
         "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 3) if is_gpu else None,
         "precision": accelerator.mixed_precision,
         "num_processes": accelerator.num_processes,
-        "versions": {name: importlib.metadata.version(name) for name in modules},
+        "versions": {name: version(name) for name in modules},
     }
-    metrics = json.loads(json.dumps(metrics), parse_constant=lambda _: None)  # JSON has no NaN
-    common.write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
     common.log(
-        f"{folder}: best epoch {best['epoch']}, wAUC {best['wauc']:.4f} (95 % interval {best['low']:.4f} to "
-        f"{best['high']:.4f}: {metrics['draws_used']} draws of {metrics['num_patients']} patients); without "
-        f"an AUC, as of one class: {', '.join(metrics['undefined']) or 'none'}"
+        f"{folder}: best epoch {metrics['best_epoch']}, wAUC {metrics['wauc']:.4f} (95 % interval "
+        f"{metrics['low']:.4f} to {metrics['high']:.4f}: {metrics['draws_used']} draws of "
+        f"{metrics['num_patients']} patients), {len(metrics['undefined'])} labels of one class without an AUC"
     )
     if metrics["is_nearly_constant"]:
         common.log(
             f"{folder}: PREDICTIONS ARE NEARLY THE SAME FOR ALL SERIES, 90 % of them within {MIN_SPREAD}: "
             f"they tell nothing, whatever they score; train longer, or change lr or pretrained"
         )
+    metrics = json.loads(json.dumps(metrics), parse_constant=lambda _: None)  # JSON has no NaN
+    common.write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
 
 
 # --- checkpoints for --resume -------------------------------------------------------------------------------
 
 
-def describe_run(cfg: Config, table: pd.DataFrame, world: int) -> dict:
+def describe_run(cfg: Config, table: pd.DataFrame, accelerator: Accelerator) -> dict:
     """What a resumed run must share with the run that it goes on with."""
-    settings = common.config_to_dict(cfg)
-    for name in ("cache", "outputs", "workers", "ensemble_weight"):
-        del settings[name]
-    settings["processes"] = world
-    settings["series and labels"] = common.text_sum(table[[UID, "fold", *LABELS]].to_csv())
-    return settings
+    settings = common.config_to_dict(replace(cfg, cache="", outputs="", workers=0, ensemble_weight=1.0))
+    labels = common.text_sum(table[[UID, "fold", *LABELS]].to_csv())
+    return settings | {"processes": accelerator.num_processes, "series and labels": labels}
 
 
 def save_last(folder: Path, state: TrainState) -> None:
@@ -608,7 +558,6 @@ def save_last(folder: Path, state: TrainState) -> None:
     torch.save(states | {"progress": asdict(state.progress)}, buffer)
     buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
     last = folder / "last"
-    last.mkdir(exist_ok=True)
     common.write_atomic(last / f"{state.progress.epoch:04d}.pt", buffer.getbuffer())
     common.remove_leftovers(last)
     for old in sorted(last.glob("*.pt"))[:-2]:  # the newest, and one to fall back to, stay
@@ -619,9 +568,8 @@ def load_last(folder: Path) -> dict | None:
     """The states of the newest checkpoint that verifies, and `progress`; None without one."""
     for path in sorted((folder / "last").glob("*.pt"), reverse=True):
         data = memoryview(path.read_bytes())
-        states = data[:-32]
-        is_intact = hashlib.sha256(states).digest() == data[-32:]
-        if is_intact:
+        states, digest = data[:-32], data[-32:]
+        if hashlib.sha256(states).digest() == digest:
             return torch.load(io.BytesIO(states), map_location="cpu", weights_only=True)
         common.log(f"{path}: differs from its sum; falling back to the one before")
     return None
@@ -634,20 +582,17 @@ def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> No
     """Everything from an empty run folder to metrics.json; see the top of the file."""
     folder = Path(cfg.outputs) / cfg.run_name
     is_main = accelerator.is_main_process
-    world = accelerator.num_processes
     with fail_together(accelerator):
         table = load_table(cfg, args.limit)
         is_val = table["fold"] == cfg.fold
         train_table, val_table = table[~is_val], table[is_val]
         decoys = collect_decoys(cfg, train_table)
         proposals, locator = load_proposals(cfg, table)
-        identity = describe_run(cfg, table, world)
-        state = begin(folder, cfg, accelerator, identity, args)
+        state = begin(folder, cfg, accelerator, describe_run(cfg, table, accelerator), args)
         if is_main:
             claim_folder(folder, cfg)
     train_set = SeriesDataset(cfg, train_table, "train", decoys, proposals)
     val_set = SeriesDataset(cfg, val_table, "deploy", decoys, proposals)
-    val_labels = torch.tensor(val_set.labels)
     meta = {
         "prior": train_table[list(LABELS)].mean().round(6).tolist(),
         "decoys": decoys.tolist(),
@@ -659,36 +604,40 @@ def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> No
     state.model, state.optimizer = accelerator.prepare(state.raw, state.optimizer)
     common.log(
         f"{folder}: {len(train_set)} series with {len(decoys)} annotated points train, {len(val_set)} "
-        f"validate; batch {cfg.batch_size} x {world} processes x accumulation {cfg.accumulation} = "
-        f"{cfg.batch_size * world * cfg.accumulation} series per update, lr {cfg.lr:g}; "
-        f"{accelerator.device.type}, precision {accelerator.mixed_precision}"
+        f"validate; batch {cfg.batch_size} x {accelerator.num_processes} processes x accumulation "
+        f"{cfg.accumulation} = {cfg.batch_size * accelerator.num_processes * cfg.accumulation} series per "
+        f"update, lr {cfg.lr:g}; {accelerator.device.type}, precision {accelerator.mixed_precision}"
     )
-    settings = {key: str(value) for key, value in common.config_to_dict(cfg).items()}
-    accelerator.init_trackers("aneurysm", settings)
-    patience = cfg.patience or cfg.epochs
-    while progress.epoch < min(cfg.epochs, best_row(progress.history)["epoch"] + patience):
+    accelerator.init_trackers("aneurysm", {key: str(value) for key, value in progress.identity.items()})
+    while progress.epoch < cfg.epochs:
         clock = time.perf_counter()
         loss_sum, waited = train_epoch(cfg, accelerator, state, train_set)
-        logits, proposed = predict(run.model, val_set, cfg, accelerator)
+        logits, proposed = predict(run.model, val_set, accelerator)
         seconds = time.perf_counter() - clock
+        progress.epoch += 1
         metrics = common.score(val_table, logits, cfg.bootstrap)
+        val_losses = label_loss(torch.tensor(logits), torch.tensor(val_set.labels), cfg.label_smoothing)
         row = {
-            "epoch": progress.epoch + 1,
+            "epoch": progress.epoch,
             "lr": state.optimizer.param_groups[0]["lr"],
             "train_loss": sum(gather_object([loss_sum])) / len(train_set),
-            "val_loss": label_loss(torch.tensor(logits), val_labels, cfg.label_smoothing).mean().item(),
+            "val_loss": val_losses.mean().item(),
             "wauc": metrics["wauc"],
             "low": metrics["low"],
             "high": metrics["high"],
             "seconds": seconds,
             "data_wait": waited / seconds,
         }
-        add_epoch(progress, row, cfg)
+        progress.history.append(row)
+        common.log(
+            f"epoch {progress.epoch}/{cfg.epochs}: loss {row['train_loss']:.4f}, validation "
+            f"{row['val_loss']:.4f}, wAUC {row['wauc']:.4f} ({row['low']:.3f} to {row['high']:.3f}), "
+            f"{seconds:.0f} s"
+        )
         accelerator.log(row, step=progress.epoch)
-        if is_main and best_row(progress.history) is row:
-            run.meta |= {"epoch": progress.epoch, "wauc": row["wauc"]}
-            progress.metrics = metrics | write_best(run, val_table, logits, proposed)
         if is_main:
+            if max(progress.history, key=quality) is row:
+                progress.metrics = metrics | write_best(run, row, val_table, logits, proposed)
             write_table(folder / "log.csv", pd.DataFrame(progress.history))
             save_last(folder, state)
     if is_main:
@@ -697,31 +646,31 @@ def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> No
 
 
 def begin(
-    folder: Path, cfg: Config, accelerator: Accelerator, identity: dict, args: argparse.Namespace
+    folder: Path,
+    cfg: Config,
+    accelerator: Accelerator,
+    identity: dict,
+    args: argparse.Namespace,
 ) -> TrainState:
-    """Model, EMA and optimizer, new or from the last checkpoint. ValueError where the folder holds a run that
-    this one would spoil."""
+    """Model, EMA and optimizer, new or from the last checkpoint. ValueError where they would spoil a run."""
     from timm.optim import create_optimizer_v2
     from timm.utils import ModelEmaV3
 
-    is_used = (folder / "metrics.json").exists() or (folder / "last").exists()
-    if is_used and not args.resume:
+    if (folder / common.CHECKPOINT).exists() and not args.resume:
         raise ValueError(
             f"{folder}: holds a run; --resume goes on with it, another tag, seed or fold gets another "
             f"folder; delete this one to start again"
         )
     last = load_last(folder) if args.resume else None
     progress = Progress(**last["progress"]) if last else Progress(identity)
-    difference = common.describe_difference(progress.identity, identity)
-    if difference:
+    if difference := common.describe_difference(progress.identity, identity):
         raise ValueError(
             f"{folder}: cannot resume, the run was begun with {difference}; resume with the same, or "
             f"delete the folder to start again"
         )
     torch.manual_seed(cfg.seed)
     model = common.build_model(cfg, pretrained=last is None).to(accelerator.device)
-    # a fused step that the fp16 scaler skips is not reported as skipped
-    fused = accelerator.scaler is None
+    fused = accelerator.scaler is None  # a fused step that fp16's scaler skips is not reported as skipped
     optimizer = create_optimizer_v2(model, "adamw", weight_decay=cfg.weight_decay, fused=fused)
     ema = ModelEmaV3(model, decay=cfg.ema_decay, use_warmup=True)
     parts = {"model": model, "ema": ema.module, "optimizer": optimizer}
@@ -734,23 +683,9 @@ def begin(
     return TrainState(model, model, ema, optimizer, progress, parts)
 
 
-def add_epoch(progress: Progress, row: dict, cfg: Config) -> None:
-    """Count an epoch that has ended, and say how it went."""
-    progress.epoch += 1
-    progress.history.append(row)
-    left_s = (cfg.epochs - progress.epoch) * np.mean([row["seconds"] for row in progress.history])
-    common.log(
-        f"epoch {progress.epoch}/{cfg.epochs}: train loss {row['train_loss']:.4f}, validation "
-        f"{row['val_loss']:.4f}, wAUC {row['wauc']:.4f} ({row['low']:.3f} to {row['high']:.3f}), "
-        f"{row['seconds']:.0f} s; {left_s / 60:.0f} min left"
-    )
-
-
-def best_row(history: list[dict]) -> dict:
-    """The epoch with the best wAUC or, where that is undefined as in a fold of one class, the least loss; the
-    first of equals."""
-    quality = [-row["val_loss"] if math.isnan(row["wauc"]) else row["wauc"] for row in history]
-    return history[quality.index(max(quality))] if history else {"epoch": 0}
+def quality(row: dict) -> float:
+    """What the best epoch has most of: wAUC or, where that is undefined (a fold of one class), less loss."""
+    return -row["val_loss"] if math.isnan(row["wauc"]) else row["wauc"]
 
 
 @contextlib.contextmanager
@@ -768,9 +703,8 @@ def fail_together(accelerator: Accelerator) -> Iterator[None]:
 
 
 def claim_folder(folder: Path, cfg: Config) -> None:
-    """Make the run's folder and write the settings. It stays locked until this process ends; a second run
-    gets a ValueError."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Make the run's folder, lock it until this process ends, write the settings; ValueError if locked."""
+    (folder / "last").mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
     try:
         # unlike flock's it is not inherited, so loaders that outlive a killed run do not hold it
@@ -789,10 +723,9 @@ def fit_workers(cfg: Config) -> Config:
     they are shared, and Docker gives it 64 MB."""
     if not os.path.isdir("/dev/shm"):
         return cfg
-    disk = os.statvfs("/dev/shm")
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     batch_bytes = cfg.batch_size * cfg.in_chans * cfg.volume.img_size**2
-    num_batches = disk.f_bavail * disk.f_frsize // num_processes // batch_bytes
+    num_batches = shutil.disk_usage("/dev/shm").free // num_processes // batch_bytes
     # a loader works two batches ahead; another one is in use, and one on its way
     workers = min(cfg.workers, max(0, (num_batches - 2) // 2))
     if workers < cfg.workers:
@@ -806,8 +739,9 @@ def fit_workers(cfg: Config) -> Config:
 def stop(number: int, _frame: object) -> None:
     """End at once at a signal (an exception could be lost in a destructor); finished epochs are saved."""
     if os.environ.get("RANK", "0") == "0":
-        name = signal.Signals(number).name
-        text = f"\ntrain.py: stopped by {name}; --resume goes on after the last finished epoch\n"
+        text = (
+            f"\ntrain.py: stopped by {signal.Signals(number).name}; --resume goes on after the last epoch\n"
+        )
         os.write(2, text.encode())
     for loader in multiprocessing.active_children():
         loader.kill()
@@ -823,9 +757,9 @@ def make_accelerator(cfg: Config) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=precision,
         log_with=cfg.tracker or None,
-        project_dir=Path(cfg.outputs) / cfg.run_name if cfg.tracker else None,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # else the environment's
+        project_dir=Path(cfg.outputs) / cfg.run_name,
     )
+    accelerator.gradient_accumulation_steps = 1  # whatever the environment sets
     if accelerator.num_processes == 1 and "ACCELERATE_DYNAMO_BACKEND" in os.environ:
         torch.set_num_threads(common.usable_cores())  # accelerate launch has set OMP_NUM_THREADS=1
     return accelerator
@@ -844,16 +778,13 @@ def main() -> int:
         if args.print_config:
             print(yaml.safe_dump(common.config_to_dict(cfg), sort_keys=False), end="")
             return 0
-        if cfg.tracker and importlib.util.find_spec(cfg.tracker) is None:
+        if cfg.tracker and not find_spec(cfg.tracker):
             raise ValueError(f"tracker: {cfg.tracker} is not installed; install it, or set tracker to ''")
-        accelerator = make_accelerator(cfg)
-        train(cfg, accelerator, args)
+        train(cfg, make_accelerator(cfg), args)
     except (ValueError, OSError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
-        if "out of memory" in reason or "can't allocate memory" in reason:
-            reason += (
-                ". Lower batch_size (and raise accumulation) or img_size, or set grad_checkpointing: true"
-            )
+        if "out of memory" in reason:
+            reason += ". Lower batch_size (raise accumulation) or img_size, or set grad_checkpointing: true"
         elif isinstance(error, RuntimeError) and "Connection" not in reason:  # to a process that has failed
             raise
         # before the ranks are joined all fail alike, and the main one tells

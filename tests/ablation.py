@@ -5,6 +5,7 @@ out  stdout: Markdown tables; ablation/<row>/...: the runs. Finished runs are ke
 run  python tests/ablation.py --seeds 3 --jobs 2
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -27,7 +28,7 @@ ROWS = {
     "e_locator": "(e) the locator alone",
     "f_combined": "(f) mean of (d) and (e)",
 }
-PAIRS = ("b less a", "c less b", "d less a", "d less e", "f less e")
+PAIRS = ("ba", "cb", "da", "de", "fe")  # the first less the second
 
 
 def call(*command: str, **environment: str) -> None:
@@ -56,23 +57,14 @@ def train_all(seeds: int, num_jobs: int) -> None:
             list(pool.map(train, *zip(*jobs, strict=True)))
 
 
-def read_results(row: str, seeds: int) -> tuple[pd.DataFrame, np.ndarray]:
-    """The table of fold 0 and its out-of-fold probabilities (seeds, N, 14) by finished runs."""
+def read_oof(row: str, seeds: int) -> list[pd.DataFrame]:
+    """Out-of-fold predictions of the finished runs of a row, a table per seed, all in the same order."""
     runs = [f for seed in range(seeds) for f in ROOT.glob(f"ablation/{row}/*_seed{seed}_fold0/metrics.json")]
     tables = [pd.read_csv(path.with_name("oof.csv"), dtype={UID: str, "patient": str}) for path in runs]
-    if not tables:
-        return pd.DataFrame(), np.zeros((0, 0, 14))
-    probs = [table.set_index(UID).loc[tables[0][UID], list(LABELS)].to_numpy() for table in tables]
-    return tables[0], np.stack(probs)
+    return [table.sort_values(UID, ignore_index=True) for table in tables]
 
 
-def draw_waucs(truth: np.ndarray, probs: np.ndarray, patients: pd.Series) -> tuple[float, np.ndarray]:
-    """wAUC of the mean prediction of all seeds, and of 2,000 draws of patients, the same for all rows."""
-    aucs = common.bootstrap_aucs(truth, probs.mean(0), patients, 2000)
-    return common.weighted_auc(truth, probs.mean(0))["wauc"], common.combine_aucs(aucs, truth)
-
-
-def main() -> int:
+def main() -> None:
     parser = common.make_parser(__doc__)
     parser.add_argument("--seeds", type=common.positive_int, default=3)
     parser.add_argument("--jobs", type=common.positive_int, default=2, help="runs at a time")
@@ -80,32 +72,34 @@ def main() -> int:
     args = parser.parse_args()
     if not args.table:
         train_all(args.seeds, args.jobs)
-    results = {row: read_results(row, args.seeds) for row in ROWS if row != "f_combined"}
-    tables = [table for table, _ in results.values() if len(table)]
-    if not tables:
-        return 1
-    assert all(table[UID].equals(tables[0][UID]) for table in tables)
-    probs = {row: result[1] for row, result in results.items()}
-    pairs = list(zip(probs["d_proposals"], probs["e_locator"], strict=False))
-    probs["f_combined"] = np.array(pairs).mean(1) if pairs else np.array([])
-    truth, patients = tables[0][[f"label {label}" for label in LABELS]].to_numpy(float), tables[0]["patient"]
-    print(f"{len(truth)} validation series of {patients.nunique()} patients.\n")
+    oof = {row: read_oof(row, args.seeds) for row in ROWS}
+    table, *others = itertools.chain(*oof.values())
+    assert all(other[UID].equals(table[UID]) for other in others)
+    probs = {row: [table[list(LABELS)].to_numpy() for table in tables] for row, tables in oof.items()}
+    for pair in zip(probs["d_proposals"], probs["e_locator"], strict=False):
+        probs["f_combined"].append(np.mean(pair, axis=0))
+    truth = table[[f"label {label}" for label in LABELS]].to_numpy(float)
+    print(f"{len(truth)} validation series of {table['patient'].nunique()} patients.\n")
     print("| row | seeds | wAUC, mean (range) | of their mean (95 %) | AUC presence |\n|---|---|---|---|---|")
-    drawn = {row: draw_waucs(truth, probs[row], patients) for row in ROWS if len(probs[row])}
-    for row, (value, draws) in drawn.items():
+    means, draws = {}, {}  # by letter; the draws of patients are the same for all rows
+    for row in filter(probs.get, ROWS):
+        mean = np.mean(probs[row], axis=0)
+        score = common.weighted_auc(truth, mean)
+        means[row[0]] = score["wauc"]
+        aucs = common.bootstrap_aucs(truth, mean, table["patient"], 2000)
+        draws[row[0]] = common.combine_aucs(aucs, truth)
+        low, high = common.percentile_interval(draws[row[0]])
         waucs = [common.weighted_auc(truth, p)["wauc"] for p in probs[row]]
-        low, high = common.percentile_interval(draws)
-        presence = common.weighted_auc(truth, probs[row].mean(0))["auc"][AP]
         seeds = f"{len(waucs)} | {np.mean(waucs):.3f} ({min(waucs):.3f} to {max(waucs):.3f})"
-        print(f"| {ROWS[row]} | {seeds} | {value:.3f} ({low:.3f} to {high:.3f}) | {presence:.3f} |")
+        interval = f"{score['wauc']:.3f} ({low:.3f} to {high:.3f})"
+        print(f"| {ROWS[row]} | {seeds} | {interval} | {score['auc'][AP]:.3f} |")
     print("\n| difference in wAUC, mean predictions | 95 % |\n|---|---|")
-    for pair in PAIRS:
-        first, second = (drawn.get(row) for name in pair.split(" less ") for row in ROWS if row[0] == name)
-        if first and second:
-            low, high = common.percentile_interval(first[1] - second[1])
-            print(f"| {pair}: {first[0] - second[0]:+.3f} | {low:+.3f} to {high:+.3f} |")
-    return 0
+    for first, second in PAIRS:
+        if first in means and second in means:
+            low, high = common.percentile_interval(draws[first] - draws[second])
+            name = f"{first} less {second}: {means[first] - means[second]:+.3f}"
+            print(f"| {name} | {low:+.3f} to {high:+.3f} |")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
