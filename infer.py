@@ -5,10 +5,9 @@ in   --src PATH      a cache of preprocess.py, or a tree of DICOM files of any d
 out  stdout          CSV: SeriesInstanceUID and the 14 labels, a row per series; messages go to stderr
      --out FILE      the same into FILE; finished rows gather in .FILE.*.rows, with which a second start of
                      the same command goes on, or says that all is done (not with --explain)
-     --explain DIR   a picture of each suspicious series (of all, where --series-list names them or one alone
-                     can be read), and findings.json: presence, the strictest operating point that it passes,
-                     and of the likeliest places artery, score, LPS mm and, from DICOM, the image, frame
-                     (from 0), column and row; needs a locator among the runs
+     --explain DIR   a picture of each series, and findings.json: presence, the strictest operating point that
+                     it passes, and of the likeliest places artery, score, LPS mm and, from DICOM, the image,
+                     frame (from 0), column and row; needs a locator among the runs
 with --series-list FILE, --limit N   only these (a UID per line, or a CSV with UIDs); only the first N
      --tta, --precision P            average with the mirrored view; fp16 (default on a GPU), bf16 or no
      --labels FILE, --budget-hours H print the score against these labels; answer all within this time
@@ -56,13 +55,11 @@ from accelerate.utils import gather_object, parse_flag_from_env
 
 import common
 import dicom
-from common import AP, LABELS, SWAP, UID, Output, Run, log, positive_int, propose, sigmoid
+from common import AP, CHECKPOINT, LABELS, SWAP, UID, Output, Run, log, positive_int, propose, sigmoid
 from dicom import Series, Volume, VolumeSettings, safe_uid, to_lps, to_voxel
 from frames import read_identity
 
 SHARED = Path(os.environ.get("KAGGLE_SHARED", "/kaggle/shared"))  # emptied after each call of --serve
-CHECKPOINT = "best_ema.safetensors"
-SUSPICIOUS = 0.5  # --explain shows series with this probability of Aneurysm Present
 log_once = cache(log)
 log_any = partial(log, everywhere=True)  # from any process
 
@@ -112,11 +109,13 @@ def find_source(src: Path) -> Source:
 
 def read_patient(source: Source, uid: str) -> str:
     """(0010,0020) PatientID of a series, in a cache its hash; the UID where it is not known."""
-    patient = source.patients.get(uid, "")
-    for path in [] if source.is_cache else source.series.get(uid, []):
-        with suppress(ValueError):  # not an image
-            patient = patient or (read_identity(path) or ("", ""))[1]
-    return patient or uid
+    if source.is_cache:
+        return source.patients.get(uid) or uid
+    for path in source.series.get(uid, []):
+        with suppress(ValueError, TypeError):  # not an image, or too damaged to tell
+            _, patient = read_identity(path)
+            return patient or uid
+    return uid
 
 
 def choose_series(source: Source, path: Path | None) -> list[str]:
@@ -134,30 +133,26 @@ def choose_series(source: Source, path: Path | None) -> list[str]:
 
 
 def read_scans(source: Source, uids: list[str], settings: set, args: Namespace) -> Iterator[tuple | None]:
-    """((uid, path), scan, None) or ((uid, path), None, why not); each series fails alone. DICOM files come in
-    any order, read ahead while the models work; None comes after each second of waiting for them."""
+    """((uid, path), scan, None) or ((uid, path), None, why not), in any order; each series fails alone. They
+    are read ahead while the models work; None comes after each second of waiting for them."""
     items = []
     for uid in uids:
-        item = uid, source.series.get(safe_uid(uid))
-        if item[1] is None:
-            yield item, None, source.failed.get(safe_uid(uid), f"not in {args.src}")
-        elif source.is_cache:
-            try:
-                yield item, read_cached(item[1], source.settings, settings), None
-            except (ValueError, OSError) as error:
-                yield item, None, str(error)
+        name = safe_uid(uid)
+        if name in source.series:
+            items.append((uid, source.series[name]))
         else:
-            items.append(item)
-    if not items:
-        return
-    read = partial(read_dicom, settings=settings)
-    yield from common.run_isolated(
-        read, items, workers=args.workers, timeout_s=args.series_timeout, memory_gb=args.memory_gb, tick_s=1
-    )
+            yield (uid, None), None, source.failed.get(name, f"not in {args.src}")
+    if items:
+        read = partial(read_dicom, settings=settings)
+        if source.is_cache:
+            read = partial(read_cached, settings=settings, expected=source.settings)
+        limits = {"timeout_s": args.series_timeout, "memory_gb": args.memory_gb}
+        yield from common.run_isolated(read, items, workers=args.workers, tick_s=1, **limits)
 
 
-def read_cached(path: Path, expected: dict, settings: set) -> Scan:
+def read_cached(item: tuple, settings: set, expected: dict) -> Scan:
     """The cached volume, without its annotated points. Raises ValueError if its settings are not expected."""
+    _, path = item
     tensors, meta = common.load_volume(path, ["volume"])
     if difference := common.describe_difference(meta["settings"], expected):
         raise ValueError(f"{path}: differs from the rest of the cache: {difference}; preprocess again")
@@ -194,19 +189,22 @@ class Ensemble:
     members: list[Member]  # the heaviest first: a deadline cuts from the end
     models: list[Member]  # the members, and locators that only propose
     prior: np.ndarray  # (14,) mean share of positives in the members' training folds
+    points: list[dict]  # operating points, the mean over members, by growing specificity
     deadline: Deadline
 
 
 def find_runs(outputs: str) -> list[Path]:
     """Folders with a checkpoint: outputs itself, or those in it, or those that it matches as a glob."""
     folder = Path(outputs)
-    paths = [folder, *folder.iterdir()] if folder.is_dir() else map(Path, glob.glob(outputs))
+    paths = folder.iterdir() if folder.is_dir() else map(Path, glob.glob(outputs))
+    if (folder / CHECKPOINT).is_file():
+        paths = [folder]
     folders = sorted(filter(Path.is_dir, paths))
     runs = [path for path in folders if (path / CHECKPOINT).is_file()]
     if not runs:
         raise ValueError(f"--outputs {outputs}: no run of train.py; expected folders with {CHECKPOINT}")
-    others = [path.name for path in folders if path not in (folder, *runs)]
-    if others and folder not in runs:
+    others = [path.name for path in folders if path not in runs]
+    if others:
         log(f"passed over, without {CHECKPOINT}: {', '.join(others)}")
     return runs
 
@@ -244,20 +242,23 @@ def load_ensemble(
         locator.device = model.device = locator.device or next(turns)
         model.run.model.to(model.device)
     prior = np.mean([member.run.meta["prior"] for member in members], axis=0)
-    num, seconds = len(members), 3600 * args.budget_hours
-    deadline = Deadline(args.started, seconds, num, num * (1 + args.tta), monotonic(), np.zeros(4))
-    return Ensemble(members, models, prior, deadline)
+    points = [point for member in members for point in member.run.meta.get("operating_points", [])]
+    table = pd.DataFrame(points, columns=["specificity", "threshold", "sensitivity"])
+    points = table.groupby("specificity", as_index=False).mean().round(3).to_dict("records")
+    num = len(members)
+    deadline = Deadline(args.started, 3600 * args.budget_hours, num, num * (1 + args.tta), monotonic())
+    return Ensemble(members, models, prior, points, deadline)
 
 
 def find_locator(run: Run, load: Callable) -> Member | None:
-    """The locator that a classifier was trained with: beside the run's folder, else where its config says."""
+    """The locator that a classifier was trained with, beside the run's folder."""
     name = run.meta["locator"]
-    for parent in (run.folder.parent, Path(run.cfg.proposals).parent) if name else ():
-        if (parent / name).is_dir() and (locator := load((parent / name).resolve())):
-            return locator
-    if name:
+    if not name:
+        return None
+    locator = load((run.folder.parent / name).resolve())
+    if not locator:
         log(f"{run.folder.name}: decoys instead of proposals, as its locator {name} is missing")
-    return None
+    return locator
 
 
 def predict_series(ensemble: Ensemble, uid: str, scan: Scan, num_views: int) -> tuple[np.ndarray, dict]:
@@ -340,14 +341,14 @@ class Deadline:
     num_members: int
     full_views: int  # of all members, and of their mirror images
     last: float  # when the latest series was answered; at first when the first one begins
-    totals: np.ndarray  # series, their seconds, the models' seconds, views: all 0 at first
+    totals: tuple = (0, 0, 0, 0)  # series, their seconds, the models' seconds, views
     slowest_s: float = 0.0
 
     def observe(self, now: float, forward_s: float, num_views: int) -> None:
         """A series was answered now."""
         series_s, self.last = now - self.last, now
         self.slowest_s = max(self.slowest_s, series_s)
-        self.totals += [1, series_s, forward_s, num_views]
+        self.totals = np.add(self.totals, (1, series_s, forward_s, num_views))
 
     def plan_views(self, now: float, num_left: int) -> int:
         """How many views all remaining series can have: full_views, or one of each of the first members."""
@@ -361,7 +362,7 @@ class Deadline:
         affordable = (left_s / num_left - beside_s) * num_views / forward_s
         if affordable >= self.full_views:
             return self.full_views
-        return max(1, min(self.num_members, int(affordable)))
+        return int(np.clip(affordable, 1, self.num_members))
 
 
 @dataclass
@@ -378,12 +379,7 @@ class Answer:
 
 
 def answer_all(
-    ensemble: Ensemble,
-    source: Source,
-    uids: list[str],
-    args: Namespace,
-    save: Callable = lambda answer: None,
-    num_later: int = 0,
+    ensemble: Ensemble, source: Source, uids: list[str], args: Namespace, save=None, num_later: int = 0
 ) -> list[Answer]:
     """An answer for each of uids, saved as soon as it is known; num_later series come in other calls."""
     deadline, answers = ensemble.deadline, []
@@ -399,7 +395,8 @@ def answer_all(
                 break
             if item:
                 answers.append(answer_series(ensemble, item, num_views, args))
-                save(answers[-1])
+                if save:
+                    save(answers[-1])
                 bar.update()
     left = sorted(set(uids) - {answer.uid for answer in answers})
     if left:
@@ -425,7 +422,7 @@ def answer_series(ensemble: Ensemble, item: tuple, num_views: int, args: Namespa
     now = monotonic()
     ensemble.deadline.observe(now, now - started, num_views)
     answer = Answer(uid, probs)
-    if args.explain and answer.present >= args.explain_from:
+    if args.explain:
         explain_series(answer, ensemble, scan, outputs, args.explain)
     return answer
 
@@ -457,39 +454,32 @@ def open_rows(path: Path) -> tuple[dict[str, Answer], Callable]:
 
 def explain_series(answer: Answer, ensemble: Ensemble, scan: Scan, outputs: dict, folder: Path) -> None:
     """List places in the mean map of the first kind of locator, draw <uid>.png, say the answer in words."""
-    maps = {}  # of locators of one kind: they see the same volume at the same stride
-    for model in ensemble.models:
-        cfg = model.run.cfg
-        if cfg.task == "locate" and model in outputs:
-            maps.setdefault((cfg.volume, cfg.locator_stride), (cfg, []))[1].append(outputs[model].maps)
-    if not maps:
+    locators = [model for model in outputs if model.run.cfg.task == "locate"]
+    if not locators:
         log_once("--explain: no locator among the members that ran, so no picture and no findings")
         return
-    cfg, maps = next(iter(maps.values()))
+    cfg, maps = locators[0].run.cfg, []
+    for model in locators:  # of one kind: they see the same volume at the same stride
+        other = model.run.cfg
+        if (other.volume, other.locator_stride) == (cfg.volume, cfg.locator_stride):
+            maps.append(outputs[model].maps)
     volume, maps = scan.volumes[cfg.volume], np.mean(maps, axis=0)
-    points = [point for member in ensemble.members for point in member.run.meta.get("operating_points", [])]
-    if points:
-        means = pd.DataFrame(points).groupby("specificity", as_index=False).mean().round(3)
-        points = means.drop_duplicates("threshold", keep="last").to_dict("records")
-    passed = [point for point in points if answer.present >= point["threshold"]]
-    facts = {
-        UID: answer.uid,
-        LABELS[AP]: round(answer.present, 4),
-        "operating_point": passed[-1] if passed else None,
-    }
+    passed = [point for point in ensemble.points if answer.present >= point["threshold"]]
+    facts = {UID: answer.uid, LABELS[AP]: round(answer.present, 4)}
+    facts["operating_point"] = passed[-1] if passed else None
     for *voxel, score, label in propose(maps, volume.spacing_mm, cfg).tolist():
         place = {"artery": LABELS[int(label)], "score": round(score, 4), "voxel": voxel}
-        point_mm = to_lps(voxel, volume.affine)[0]
+        (point_mm,) = to_lps(voxel, volume.affine)
+        place["lps_mm"] = point_mm.round(2).tolist()
         image = find_image(point_mm, scan.series) if scan.series else {}
         if image is not None:
-            place["lps_mm"] = point_mm.round(2).tolist()
             answer.findings.append(facts | place | image)
     if answer.findings:
         # cv2 wants (W, H)
         heat = np.stack([cv2.resize(slab, volume.voxels.shape[:0:-1]) for slab in maps.sum(0)])
         path = folder / f"{safe_uid(answer.uid)}.png"
         common.write_atomic(path, draw_findings(volume, heat, answer))
-    log_any(describe_answer(answer, points))
+    log_any(describe_answer(answer, ensemble.points))
 
 
 def find_image(point_mm: np.ndarray, series: Series) -> dict | None:
@@ -500,7 +490,8 @@ def find_image(point_mm: np.ndarray, series: Series) -> dict | None:
     if away_mm.min() > half_gap_mm or away_mm.max() < -half_gap_mm:
         return None
     frame = series.frames[np.abs(away_mm).argmin()]
-    offset_mm, (row_mm, col_mm) = point_mm - frame.position, frame.spacing_mm
+    offset_mm = point_mm - frame.position
+    row_mm, col_mm = frame.spacing_mm
     return {
         "SOPInstanceUID": frame.sop_uid,
         "frame": frame.index,
@@ -510,7 +501,7 @@ def find_image(point_mm: np.ndarray, series: Series) -> dict | None:
 
 
 def describe_answer(answer: Answer, points: list[dict]) -> str:
-    """The answer to a series for people: presence, which operating points it passes, arteries, places."""
+    """The answer to a series for people: presence, which operating points it passes, likeliest arteries."""
     lines = [f"{answer.uid}: {LABELS[AP]} {answer.present:.3f}"]
     for point in points:
         side = "above" if answer.present >= point["threshold"] else "below"
@@ -518,12 +509,6 @@ def describe_answer(answer: Answer, points: list[dict]) -> str:
         lines.append(f"  {side} {text}, sensitivity {point['sensitivity']:.2f}")
     for k in np.argsort(-answer.probs[:AP])[:3]:
         lines.append(f"  {LABELS[k]} {answer.probs[k]:.3f}")
-    for row in answer.findings:
-        text = f"  place {row['score']:.3f}: {row['artery']}, LPS {row['lps_mm']} mm"
-        if "row" in row:
-            text += f", image {row['SOPInstanceUID']}, frame {row['frame']}"
-            text += f", column {row['column']:.0f}, row {row['row']:.0f}"
-        lines.append(text)
     return "\n".join(lines)
 
 
@@ -651,7 +636,6 @@ def predict_table(args: Namespace, stdout: io.TextIOBase) -> list[Answer]:
     uids = choose_series(source, args.series_list)[: args.limit]
     if args.explain:
         args.explain.mkdir(parents=True, exist_ok=True)
-        args.explain_from = 0.0 if args.series_list or len(uids) == 1 else SUSPICIOUS
     ensemble = load_ensemble(args, [state.device], source.settings)
     log(f"{len(uids)} series, {len(ensemble.members)} members, {state.num_processes} processes")
     answers = answer_share(ensemble, source, uids, args, state)
@@ -667,11 +651,6 @@ def predict_table(args: Namespace, stdout: io.TextIOBase) -> list[Answer]:
         with stdout:  # a closed file is not flushed again as Python ends
             stdout.write(text)
     if args.explain:
-        readable = [answer for answer in answers if not answer.reason]
-        if len(readable) == 1 and not readable[0].findings:  # a scan beside a scout
-            args.explain_from = 0.0
-            (again,) = answer_all(ensemble, source, [readable[0].uid], args)
-            readable[0].findings = again.findings
         findings = [row for answer in answers for row in answer.findings]
         common.write_atomic(args.explain / "findings.json", json.dumps(findings, indent=1).encode())
         log(f"{args.explain}: pictures, and {len(findings)} places in findings.json")
@@ -695,9 +674,8 @@ def answer_share(
     done, save = open_rows(path)
     left = [uid for uid in uids if uid not in done]
     if done:
-        log_any(
-            f"{args.out}: {len(uids) - len(left)} of {len(uids)} rows are complete; delete {path} to repeat"
-        )
+        count = f"{len(uids) - len(left)} of {len(uids)}"
+        log_any(f"{args.out}: {count} rows are complete; delete {path} to repeat")
     return [*done.values(), *answer_all(ensemble, source, left, args, save)]
 
 
