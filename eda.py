@@ -48,13 +48,18 @@ TEXT = dict.fromkeys((UID, "patient", "plane", "reason", "notes"), str)  # colum
 X = "mm from the right side of the box"  # columns of points
 Y = "mm from the front of the box"
 DEPTH = "mm below the top of the box"
-VIEWS = {"From below": (X, Y), "From the front": (X, DEPTH), "From the left": (Y, DEPTH)}
+VIEWS = {
+    "From below": (X, Y),
+    "From the front": (X, DEPTH),
+    "From the left": (Y, DEPTH),
+}
 NAMES = list(LABELS)  # columns of the truth
 PROBS = [f"probability of {name}" for name in LABELS]  # columns of out-of-fold predictions
 PRESENT, PROB_PRESENT = NAMES[AP], PROBS[AP]
 PLACE = ["x_mm", "y_mm", "z_mm"]  # columns of proposals.csv, LPS
 WHOLE_HEAD = VolumeSettings(base_slices=256, img_size=256, roi_mm=280.0, roi_top_mm=600.0)
 REACH_MM, NEAR_MM = 20.0, 8.0  # half of a projection; points shown on a slab
+RING = {"markersize": 10, "fillstyle": "none", "color": "yellow"}
 MAX_CASES, MAX_ROWS = 6, 200  # bounds that keep the page small
 list_series = functools.cache(find_series)
 
@@ -153,7 +158,6 @@ def data_section(table: pd.DataFrame) -> str:
     settings = pd.DataFrame(map(json.loads, settings))
     planes = pd.crosstab(table["plane"], table["modality"], margins=True)
     positives = table.groupby("modality")[NAMES].sum().T
-    positives["all"] = positives.sum(axis=1)
     labelled = f"Positive series of {table[PRESENT].count()} with labels in train.csv."
     figures = []
     for column, (title, meaning) in MEASURES.items():
@@ -412,14 +416,13 @@ def show_plane(
         extent = plain.get_extent()
         axes.imshow(slab, "inferno", vmin=0, vmax=1, alpha=slab, extent=extent)
     axes.set_aspect(spacing_mm[down] / spacing_mm[across])
-    first, last, *points = to_voxel([*scan.box, *scan.points], scan.affine)
-    width, height = (last - first)[[across, down]]
-    corner = first[[across, down]]
-    axes.add_patch(Rectangle(corner, width, height, fill=False, color="C0"))
-    for point in points:
+    first, last = to_voxel(scan.box, scan.affine)[:, [across, down]]
+    width, height = last - first
+    axes.add_patch(Rectangle(first, width, height, fill=False, color="C0"))
+    for point in to_voxel(scan.points, scan.affine):
         away_mm = abs(point[axis] - middle) * spacing_mm[axis]
         if away_mm <= max(reach_mm, NEAR_MM):
-            axes.plot(point[across], point[down], "o", markersize=10, fillstyle="none", color="yellow")
+            axes.plot(point[across], point[down], "o", **RING)
     if axis:
         axes.invert_yaxis()  # z grows upwards
     axes.set_axis_off()

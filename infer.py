@@ -1,10 +1,10 @@
 """Predict 14 probabilities for every series: the mean of all trained runs, from a cache or from DICOM files.
 
 in   --src PATH      a cache of preprocess.py, or a tree of DICOM files of any depth (default: cache)
-     --outputs PATH  a folder of runs of train.py, a run, or a glob of runs (default: outputs)
+     --outputs PATH  a folder of runs of train.py, or a run (default: outputs)
 out  stdout          CSV: SeriesInstanceUID and the 14 labels, a row per series; messages go to stderr
      --out FILE      the same into FILE; finished rows gather in .FILE.*.rows, with which a second start of
-                     the same command goes on, or says that all is done (not with --explain)
+                     the same command goes on, or says that all is done (not with --explain, --labels)
      --explain DIR   a picture of each series, and findings.json: presence, the strictest operating point that
                      it passes, and of the likeliest places artery, score, LPS mm and, from DICOM, the image,
                      frame (from 0), column and row; needs a locator among the runs
@@ -14,7 +14,6 @@ with --series-list FILE, --limit N   only these (a UID per line, or a CSV with U
      --workers N, --series-timeout 300, --memory-gb 4   processes that read DICOM; limits of one series
      --serve, --num-series 2500      answer the challenge's gateway (with its kaggle_evaluation on PYTHONPATH)
 run  python infer.py --src TEST_DICOMS > submission.csv
-     python infer.py --src TEST_DICOMS --out submission.csv --tta --budget-hours 11.5
      python infer.py --src FOLDER_OF_ONE_SERIES --explain pictures
      accelerate launch infer.py --src TEST_DICOMS --out submission.csv     several processes share the series
 
@@ -26,7 +25,6 @@ exit 0 all well, 3 some rows are the prior (named on stderr), 1 nothing done, 2 
 
 from __future__ import annotations
 
-import glob
 import io
 import itertools
 import json
@@ -46,7 +44,6 @@ from functools import cache, partial
 from pathlib import Path
 from time import monotonic
 
-import cv2
 import numpy as np
 import pandas as pd
 import torch
@@ -57,7 +54,6 @@ import common
 import dicom
 from common import AP, CHECKPOINT, LABELS, SWAP, UID, Output, Run, log, positive_int, propose, sigmoid
 from dicom import Series, Volume, VolumeSettings, safe_uid, to_lps, to_voxel
-from frames import read_identity
 
 SHARED = Path(os.environ.get("KAGGLE_SHARED", "/kaggle/shared"))  # emptied after each call of --serve
 log_once = cache(log)
@@ -74,7 +70,6 @@ class Source:
     is_cache: bool
     series: dict
     failed: dict = field(default_factory=dict)  # of a cache: why a series has no volume
-    patients: dict = field(default_factory=dict)  # of a cache: the hash of each PatientID
     settings: dict | None = None  # of the cache's volumes
 
 
@@ -83,39 +78,26 @@ class Scan:
     """What was read of a series."""
 
     volumes: dict[VolumeSettings, Volume]  # one for each of the ensemble's settings
+    patient: str = ""  # (0010,0020) PatientID, in a cache its hash
     series: Series | None = None  # without pixels and headers; a cache knows none
 
 
 def find_source(src: Path) -> Source:
     """The series of a cache or of a tree of DICOM files. Raises ValueError where there is none."""
-    if not src.is_dir():
-        raise ValueError(f"--src {src}: no such folder; expected a cache or a tree of DICOM files")
     paths, settings = sorted(src.glob("*.safetensors")), None
     for path in paths:
         with suppress(ValueError):  # a damaged volume's row will say so
             settings = common.load_volume(path, [])[1]["settings"]
             break
     if settings:
-        index = common.read_csv(src / "index.csv", [UID, "reason", "patient"], dtype=str)
-        index = index.fillna("").set_index(UID)
-        failed = "in preprocessing: " + index["reason"].replace("", "its volume is missing")
+        index = common.read_csv(src / "index.csv", [UID, "reason"], dtype=str).set_index(UID)
+        failed = "in preprocessing: " + index["reason"].fillna("its volume is missing")
         volumes = {path.stem: path for path in paths}
-        return Source(True, volumes, failed.to_dict(), index["patient"].to_dict(), settings)
-    series, _ = dicom.find_series(src)
+        return Source(True, volumes, failed.to_dict(), settings)
+    series, _ = dicom.find_series(src) if src.is_dir() else ({}, [])
     if not series:
-        raise ValueError(f"{src}: no DICOM image; expected a cache or a tree of DICOM files")
+        raise ValueError(f"--src {src}: no DICOM image; expected a folder: a cache, or a tree of DICOM files")
     return Source(False, series)
-
-
-def read_patient(source: Source, uid: str) -> str:
-    """(0010,0020) PatientID of a series, in a cache its hash; the UID where it is not known."""
-    if source.is_cache:
-        return source.patients.get(uid) or uid
-    for path in source.series.get(uid, []):
-        with suppress(ValueError, TypeError):  # not an image, or too damaged to tell
-            _, patient = read_identity(path)
-            return patient or uid
-    return uid
 
 
 def choose_series(source: Source, path: Path | None) -> list[str]:
@@ -157,7 +139,7 @@ def read_cached(item: tuple, settings: set, expected: dict) -> Scan:
     if difference := common.describe_difference(meta["settings"], expected):
         raise ValueError(f"{path}: differs from the rest of the cache: {difference}; preprocess again")
     volume = Volume(tensors["volume"], np.array(meta["affine"]), [], meta["doubts"])
-    return Scan(dict.fromkeys(settings, volume))
+    return Scan(dict.fromkeys(settings, volume), meta["patient"])
 
 
 def read_dicom(item: tuple, settings: set) -> Scan:
@@ -168,7 +150,8 @@ def read_dicom(item: tuple, settings: set) -> Scan:
         series.forget = lambda *_: None  # decoded slices stay for the next volume
     volumes = {each: dicom.make_volume(series, each) for each in settings}
     frames = [replace(frame, header={}) for frame in series.frames]  # headers are large to send
-    return Scan(volumes, replace(series, frames=frames, geometry={}, skipped=[]))
+    series = replace(series, frames=frames, geometry={}, skipped=[])
+    return Scan(volumes, series.patient, series)
 
 
 # --- the ensemble -------------------------------------------------------------------------------------------
@@ -193,13 +176,11 @@ class Ensemble:
     deadline: Deadline
 
 
-def find_runs(outputs: str) -> list[Path]:
-    """Folders with a checkpoint: outputs itself, or those in it, or those that it matches as a glob."""
-    folder = Path(outputs)
-    paths = folder.iterdir() if folder.is_dir() else map(Path, glob.glob(outputs))
-    if (folder / CHECKPOINT).is_file():
-        paths = [folder]
-    folders = sorted(filter(Path.is_dir, paths))
+def find_runs(outputs: Path) -> list[Path]:
+    """Folders with a checkpoint: outputs itself, or those in it."""
+    if (outputs / CHECKPOINT).is_file():
+        return [outputs]
+    folders = sorted(filter(Path.is_dir, outputs.glob("*")))
     runs = [path for path in folders if (path / CHECKPOINT).is_file()]
     if not runs:
         raise ValueError(f"--outputs {outputs}: no run of train.py; expected folders with {CHECKPOINT}")
@@ -235,7 +216,8 @@ def load_ensemble(
     members.sort(key=lambda member: -member.run.cfg.ensemble_weight)
     for member in members:
         member.locator = find_locator(member.run, load)
-    models = list(dict.fromkeys(members + [member.locator for member in members if member.locator]))
+    locators = [member.locator for member in members if member.locator]
+    models = list(dict.fromkeys(members + locators))
     turns = itertools.cycle(devices)
     for model in models:  # each classifier beside its locator
         locator = model.locator or model
@@ -370,6 +352,7 @@ class Answer:
     uid: str
     probs: np.ndarray  # (14,)
     reason: str = ""  # why it is the prior
+    patient: str = ""
     findings: list[dict] = field(default_factory=list)  # with --explain
 
     @property
@@ -415,13 +398,13 @@ def answer_series(ensemble: Ensemble, item: tuple, num_views: int, args: Namespa
     try:
         probs, outputs = predict_series(ensemble, uid, scan, num_views)
     except Exception as error:  # out of memory, logits that are not finite: this row alone
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        text = " ".join(repr(error).split())[:200]
         if "CUDA error" in text and "out of memory" not in text:  # every later call would fail as well
             raise OSError(5, f"{text}; run again (with --out it goes on where it stopped)", uid) from error
         return answer_prior(ensemble, uid, text)
     now = monotonic()
     ensemble.deadline.observe(now, now - started, num_views)
-    answer = Answer(uid, probs)
+    answer = Answer(uid, probs, patient=scan.patient)
     if args.explain:
         explain_series(answer, ensemble, scan, outputs, args.explain)
     return answer
@@ -475,10 +458,8 @@ def explain_series(answer: Answer, ensemble: Ensemble, scan: Scan, outputs: dict
         if image is not None:
             answer.findings.append(facts | place | image)
     if answer.findings:
-        # cv2 wants (W, H)
-        heat = np.stack([cv2.resize(slab, volume.voxels.shape[:0:-1]) for slab in maps.sum(0)])
         path = folder / f"{safe_uid(answer.uid)}.png"
-        common.write_atomic(path, draw_findings(volume, heat, answer))
+        common.write_atomic(path, draw_findings(volume, maps.sum(0), answer))
     log_any(describe_answer(answer, ensemble.points))
 
 
@@ -513,7 +494,7 @@ def describe_answer(answer: Answer, points: list[dict]) -> str:
 
 
 def draw_findings(volume: Volume, heat: np.ndarray, answer: Answer) -> bytes:
-    """A PNG with a row per finding: its slab plain, and under the heat (Z, H, W; absolute) with a cross."""
+    """A PNG with a row per finding: its slab plain, and under the heat (Z, h, w; absolute) with a cross."""
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
@@ -525,15 +506,23 @@ def draw_findings(volume: Volume, heat: np.ndarray, answer: Answer) -> bytes:
         slab = round(z)
         for axes in (plain, overlay):
             # the lower half is lifted, where CT has its contrast-filled arteries
-            axes.imshow(volume.voxels[slab], "gray", PowerNorm(0.6, 0, 255))
+            grey = axes.imshow(volume.voxels[slab], "gray", PowerNorm(0.6, 0, 255))
             axes.set_title("R", loc="left")  # of the patient
             axes.set_title("L", loc="right")
             axes.set_axis_off()
-        image = overlay.imshow(heat[slab], cmap="inferno", vmin=0, vmax=1, alpha=0.6 * heat[slab])
+        image = overlay.imshow(
+            heat[slab],
+            cmap="inferno",
+            vmin=0,
+            vmax=1,
+            alpha=0.6 * heat[slab],
+            extent=grey.get_extent(),
+            interpolation="bilinear",
+        )
         overlay.plot(x, y, "c+", markersize=14)
         overlay.set_title(f"{finding['artery']} {finding['score']:.3f}", fontsize=8)
         plain.set_title(f"slab {slab} (0 to {len(heat) - 1})")
-        left, bottom = 3, heat.shape[1] - 3
+        left, bottom = 3, len(volume.voxels[slab]) - 3
         plain.hlines(bottom, left, left + 20 / volume.spacing_mm[2], color="white")
         plain.text(left, bottom, "20 mm", color="white", va="bottom")
     figure.colorbar(image, ax=panels, shrink=0.5, label="probability of an aneurysm at this place")
@@ -543,14 +532,14 @@ def draw_findings(volume: Volume, heat: np.ndarray, answer: Answer) -> bytes:
     return png.getvalue()
 
 
-def describe_score(answers: list[Answer], labels: pd.DataFrame, members: list[Member], source: Source) -> str:
+def describe_score(answers: list[Answer], labels: pd.DataFrame, members: list[Member]) -> str:
     """The score for people. Warns of series that may have trained a member."""
-    probs = {safe_uid(answer.uid): answer.probs for answer in answers}
-    table = labels[labels[UID].isin(probs)].assign(plane="", Modality="")
+    by_uid = {safe_uid(answer.uid): answer for answer in answers}
+    table = labels[labels[UID].isin(by_uid)].assign(plane="", Modality="")
     if table.empty:
         raise ValueError(f"--labels: none of the {len(answers)} predicted series is among them")
-    table["patient"] = [read_patient(source, uid) for uid in table[UID]]
-    result = common.score(table, np.stack([probs[uid] for uid in table[UID]]))
+    table["patient"] = [by_uid[uid].patient or uid for uid in table[UID]]
+    result = common.score(table, np.stack([by_uid[uid].probs for uid in table[UID]]))
     text = pd.DataFrame.from_dict(result["per_label"], "index").to_string(float_format="%.3f")
     text += (
         f"\nwAUC {result['wauc']:.4f} (95 % interval {result['low']:.4f} to {result['high']:.4f}, "
@@ -573,8 +562,8 @@ def serve(args: Namespace) -> list[Answer]:
     """Answer the gateway: the hidden one, or outside of a submission the local one."""
     from kaggle_evaluation.rsna_inference_server import RSNAInferenceServer
 
-    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
-    ensemble, answers = load_ensemble(args, devices), []
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    ensemble, answers = load_ensemble(args, devices or [torch.device("cpu")]), []
     args.is_main, args.explain = False, None  # one bar for all series instead of one for each
     bar = common.progress(args.num_series, "series")
 
@@ -586,7 +575,7 @@ def serve(args: Namespace) -> list[Answer]:
         try:
             (answer,) = answer_all(ensemble, source, [folder.name], args, num_later=num_later)
         except Exception as error:
-            answer = answer_prior(ensemble, folder.name, f"{type(error).__name__}: {error}")
+            answer = answer_prior(ensemble, folder.name, repr(error))
         answers.append(answer)
         bar.update()
         shutil.rmtree(SHARED, ignore_errors=True)  # what stays in it fills the disk
@@ -611,7 +600,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     counts = {"limit": None, "workers": readers, "series-timeout": 300, "memory-gb": 4, "num-series": 2500}
     for name, default in counts.items():
         add(f"--{name}", type=positive_int, default=default)
-    add("--outputs", default="outputs")
+    add("--outputs", type=Path, default="outputs")
     add("--tta", action="store_true")
     add("--precision", choices=("fp16", "bf16", "no"))
     add("--budget-hours", type=float, default=math.inf)
@@ -655,17 +644,17 @@ def predict_table(args: Namespace, stdout: io.TextIOBase) -> list[Answer]:
         common.write_atomic(args.explain / "findings.json", json.dumps(findings, indent=1).encode())
         log(f"{args.explain}: pictures, and {len(findings)} places in findings.json")
     if args.labels:
-        log(describe_score(answers, labels, ensemble.members, source))
+        log(describe_score(answers, labels, ensemble.members))
     return answers
 
 
 def answer_share(
     ensemble: Ensemble, source: Source, uids: list[str], args: Namespace, state: PartialState
 ) -> list[Answer]:
-    """This process's answers, with --out (unless they are to be explained) those of an earlier run too. All
+    """This process's answers, with --out those of an earlier run too (unless more than rows is wanted). All
     that rows depend on names their file, so that rows of other members or settings are never mixed in."""
     uids = uids[state.process_index :: state.num_processes]
-    if args.explain or not args.out:
+    if args.explain or args.labels or not args.out:
         return answer_all(ensemble, source, uids, args)
     facts = [args.src.resolve(), args.tta, args.precision, state.process_index, state.num_processes]
     for model in ensemble.models:

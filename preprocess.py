@@ -351,11 +351,10 @@ def check_cache(args: argparse.Namespace, settings: dict, uids: list[str], point
             f"{args.dst}: {len(others)} volumes have other settings: {difference}. Choose another --dst, or "
             f"delete these volumes to make them again"
         )
-    annotated = [uid for uid in uids if uid in cached and cached[uid]["num_points"]]
-    if annotated and not points:
+    if not points and any(cached[uid]["num_points"] for uid in uids if uid in cached):
         raise ValueError(
-            f"{volume_path(args.dst, annotated[0])}: has annotated points, but there is no {POINT_TABLE} in "
-            f"{args.src} or above it; expected it there, or the points would be lost"
+            f"{args.dst}: has annotated points, but there is no {POINT_TABLE} in {args.src} or above it; "
+            f"expected it there, or the points would be lost"
         )
 
 
@@ -419,7 +418,6 @@ def summarise(index: pd.DataFrame) -> None:
     kinds = {
         "annotated points left out": notes[notes.str.startswith(LEFT_OUT)],
         "doubtful series": index.query("status == 'doubtful'")["reason"],
-        "notes on repairs and assumptions": notes[notes != ""],
     }
     for kind, texts in kinds.items():
         if len(texts):
