@@ -188,9 +188,6 @@ def test_names_that_are_not_utf8_and_foreign_files_do_no_harm(src, tmp_path):
     assert len(rows) == 7 and r"Bericht_Fran\udce7ois.txt" in rows[folder.name]["notes"]
 
 
-# --- running again ------------------------------------------------------------------------------------------
-
-
 def test_finished_series_are_kept_and_changed_ones_done_again(src, cache):
     for path in src.rglob("*.dcm"):
         os.utime(path, (0, 0))  # the place and the times have changed; that alone counts for nothing
@@ -240,9 +237,6 @@ def test_ranks_come_from_the_environment():
     slurm = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "3"}
     assert preprocess.shard_of({}) == "0/1" and preprocess.shard_of(slurm) == "2/3"
     assert preprocess.shard_of({"RANK": "2", "WORLD_SIZE": "4"}) == "2/4"
-
-
-# --- it must survive ----------------------------------------------------------------------------------------
 
 
 def test_kills_leave_no_trace(phantoms, cached, tmp_path):
@@ -320,9 +314,6 @@ def test_broken_series_fail_alone_and_are_tried_again(src, phantoms, cached, tmp
     code, err = run_on(src, dst, "--memory-gb", "1", RANK="0", WORLD_SIZE="1")
     assert code == 0 and "0 cached, 6 kept, 1 failed" in err  # 3 would make the launcher stop the others
     assert index(dst)[uid]["status"] == "ok" and volumes(dst) == volumes(cached)
-
-
-# --- exit codes and complaints ------------------------------------------------------------------------------
 
 
 def flip_bit(path: Path, share: float) -> None:
