@@ -18,7 +18,7 @@ import json
 import re
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -48,12 +48,18 @@ TEXT = dict.fromkeys((UID, "patient", "plane", "reason", "notes"), str)  # colum
 X = "mm from the right side of the box"  # columns of points
 Y = "mm from the front of the box"
 DEPTH = "mm below the top of the box"
+VIEWS = {
+    "From below": (X, Y),
+    "From the front": (X, DEPTH),
+    "From the left": (Y, DEPTH),
+}
 NAMES = list(LABELS)  # columns of the truth
 PROBS = [f"probability of {name}" for name in LABELS]  # columns of out-of-fold predictions
 PRESENT, PROB_PRESENT = NAMES[AP], PROBS[AP]
 PLACE = ["x_mm", "y_mm", "z_mm"]  # columns of proposals.csv, LPS
 WHOLE_HEAD = VolumeSettings(base_slices=256, img_size=256, roi_mm=280.0, roi_top_mm=600.0)
 REACH_MM, NEAR_MM = 20.0, 8.0  # half of a projection; points shown on a slab
+RING = {"markersize": 10, "fillstyle": "none", "color": "yellow"}
 MAX_CASES, MAX_ROWS = 6, 200  # bounds that keep the page small
 list_series = functools.cache(find_series)
 
@@ -100,7 +106,7 @@ def read_runs(outputs: Path) -> tuple[dict[str, pd.DataFrame], list[str]]:
         run = path.parent.name
         try:
             parts = read_run(path.parent)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError) as error:
             faults.append(f"run {run} is left out: {hide_folders(error)}")
             continue
         for name, table in parts.items():
@@ -116,23 +122,21 @@ def read_run(folder: Path) -> dict[str, pd.DataFrame]:
     weight = max(cfg.ensemble_weight, 1e-9)  # 0: a locator that only proposes
     group = re.sub(r"_seed\d+_fold\d+$", "", folder.name)
     metrics = json.loads((folder / "metrics.json").read_text())
-    names = dict(zip(NAMES, PROBS, strict=True))
-    names |= {f"label {name}": name for name in NAMES}
-    names |= {"modality": "Modality"}  # as common.score wants it
-    columns = [UID, "patient", "plane", *names]
+    truth = [f"label {name}" for name in NAMES]
+    columns = [UID, "patient", "plane", "modality", *NAMES, *truth]
     oof = common.read_csv(folder / "oof.csv", columns, dtype=TEXT)
-    oof = oof.rename(columns=names)
-    if not np.isfinite(oof[PROBS]).all(axis=None):
-        raise ValueError("oof.csv: predictions are NaN or infinite; expected none")
+    oof[PROBS] = oof[NAMES]
+    oof[NAMES] = oof[truth]
+    oof["Modality"] = oof["modality"]  # as common.score wants it
     proposals = pd.DataFrame(columns=[UID, *PLACE, "score"])
     if (folder / "proposals.csv").is_file():
         proposals = common.read_csv(folder / "proposals.csv", list(proposals), dtype=TEXT)
     return {
-        "oof": oof.assign(weight=weight, group=group),
+        "oof": oof.assign(weight=weight, group=group, is_constant=metrics["is_nearly_constant"]),
         "log": pd.read_csv(folder / "log.csv").assign(group=group),
         "proposals": proposals.assign(folder=folder),
-        "operating_points": pd.DataFrame(metrics.get("operating_points")),
-        "froc": pd.DataFrame(metrics.get("froc")),
+        "operating_points": pd.DataFrame(metrics["operating_points"]),
+        "froc": pd.DataFrame(metrics.get("froc")),  # of a locator
     }
 
 
@@ -154,7 +158,6 @@ def data_section(table: pd.DataFrame) -> str:
     settings = pd.DataFrame(map(json.loads, settings))
     planes = pd.crosstab(table["plane"], table["modality"], margins=True)
     positives = table.groupby("modality")[NAMES].sum().T
-    positives["all"] = positives.sum(axis=1)
     labelled = f"Positive series of {table[PRESENT].count()} with labels in train.csv."
     figures = []
     for column, (title, meaning) in MEASURES.items():
@@ -225,7 +228,7 @@ def show_example(row: dict, scan: Scan, src: Path) -> str:
         head = read_whole_head(scan, row[UID], src)
     except (ValueError, OSError) as error:
         fault = f"The volume alone is shown: {hide_folders(error)}"
-    spacing = f"{plural(int(row['num_slices']), 'slice')}, {row['slice_mm']:.2f} mm apart"
+    spacing = f"slices {row['num_slices']:.0f}, {row['slice_mm']:.2f} mm apart"
     return f"""<h3>{escape(row["modality"])}, {escape(row["plane"])}</h3>
         {absent(f"{row[UID]}: {spacing}. {row['notes']} {fault}")}
         <div class="grid panes">
@@ -240,7 +243,7 @@ def points_section(points: pd.DataFrame) -> str:
     artery = points["label"].str.replace("^(Left|Right) ", "", regex=True)
     points = points.assign(artery=artery)
     figures = [draw_histogram("Depth (mm)", "Below the top of the box.", points, DEPTH, "artery")]
-    for view, x, y in (("From below", X, Y), ("From the front", X, DEPTH), ("From the left", Y, DEPTH)):
+    for view, (x, y) in VIEWS.items():
         axes = new_chart(x, y, 5.0)
         for name, rows in points.groupby("artery"):
             axes.scatter(rows[x], rows[y], s=9, label=name)
@@ -256,29 +259,19 @@ def points_section(points: pd.DataFrame) -> str:
 
 
 def find_troubles(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Title -> a row per case."""
+    """Title -> a row per case; notes that differ in numbers only are of one kind."""
     failed = table.query("status == 'failed'")
     doubtful = table.query("status == 'doubtful'")
     outside = table.query("points_inside < num_points")
+    notes = table["notes"].str.split("; ").explode()
+    notes = notes[notes != ""].str.replace(r"(?<!\w)[-+]?\d[\d.]*(?![\w,]*\))", "n", regex=True)
     return {
         "Series that failed": failed[[UID, "reason"]],
         "Doubtful volumes": doubtful[[UID, "reason", "notes"]],
         "Unreadable volumes": table.dropna(subset="unreadable")[[UID, "unreadable"]],
         "Points outside the box": outside[[UID, "num_points", "points_inside"]],
-        "Kinds of repairs and assumptions": count_notes(table),
+        "Kinds of repairs and assumptions": notes.value_counts().reset_index(name="series"),
     }
-
-
-def count_notes(table: pd.DataFrame) -> pd.DataFrame:
-    """Kinds of notes, most frequent first; notes that differ in numbers only are of one kind."""
-    notes = table["notes"].str.split("; ").explode()
-    kinds = notes.str.replace(r"(?<!\w)[-+]?\d[\d.]*(?![\w,]*\))", "n", regex=True)
-    return kinds[kinds != ""].value_counts().reset_index(name="series")
-
-
-def trouble_section(troubles: dict[str, pd.DataFrame]) -> str:
-    parts = [f"<h3>{title}: {len(rows)}</h3>{show_table(rows)}" for title, rows in troubles.items()]
-    return f"""<section id="trouble"><h2>What went wrong</h2>{"".join(parts)}</section>"""
 
 
 # --- sections: the results, the hardest cases ---------------------------------------------------------------
@@ -315,12 +308,11 @@ def results_section(runs: dict[str, pd.DataFrame], result: dict) -> str:
 
 def training_figures(logs: pd.DataFrame) -> list[str]:
     """Losses and validation wAUC by epoch, the mean over the runs of a group."""
+    means = logs.groupby(["epoch", "group"])[list(CURVES)].mean()
     figures = []
     for column, caption in CURVES.items():
         axes = new_chart("epoch", column)
-        for group, log in logs.groupby("group"):
-            means = log.groupby("epoch")[column].mean()
-            axes.plot(means.index, means, ".-", label=group)
+        means[column].unstack().plot(ax=axes, style=".-", legend=False)
         figures.append(show_chart(column, caption, axes))
     return figures
 
@@ -338,13 +330,13 @@ def cases_section(proposals: pd.DataFrame, pooled: pd.DataFrame, cache: Path) ->
         except (OSError, ValueError) as error:
             cases.append(absent(f"{row[UID]}: {hide_folders(error)}"))
     return f"""<section id="cases"><h2>The hardest cases</h2>
-        <p>The slab of a locator's likeliest place, else of the annotated one; beside it a coronal projection,
-        and the locator's probability of an aneurysm over the slab: violet 0.3, red 0.5, yellow 0.9.</p>
+        <p>The slab of a locator's likeliest place, else of the annotated one; beside it the locator's
+        probability of an aneurysm over the slab: violet 0.3, red 0.5, yellow 0.9.</p>
         {"".join(cases)}</section>"""
 
 
 def show_case(row: dict, places: pd.DataFrame, scan: Scan) -> str:
-    """A slab, a projection and, where a locator has places (rows of proposals), its heat map."""
+    """A slab and, where a locator has places (rows of proposals), its heat map."""
     place, heat = scan.place, None
     if len(places):
         best = places.sort_values("score").iloc[-1]
@@ -354,9 +346,8 @@ def show_case(row: dict, places: pd.DataFrame, scan: Scan) -> str:
     return f"""<h3>{escape(row["Modality"])} …{escape(row[UID][-8:])}</h3>
         {absent(f"Predicted {row[PROB_PRESENT]:.2f}, truth: {', '.join(truth) or 'no aneurysm'}.")}
         <div class="grid panes">
-        {show_plane(f"Slab {nearest_plane(scan, 0, place)} of 0 to {len(scan.voxels) - 1}", scan, 0, place)}
-        {show_plane("Heat map", scan, 0, place, heat=heat) if len(places) else ""}
-        {show_plane("Coronal projection", scan, 1, place, REACH_MM)}</div>"""
+        {show_plane("Slab", scan, 0, place)}
+        {show_plane("Heat map", scan, 0, place, heat=heat) if len(places) else ""}</div>"""
 
 
 def compute_heat(scan: Scan, folder: Path) -> np.ndarray:
@@ -396,14 +387,7 @@ def draw_histogram(title: str, caption: str, table: pd.DataFrame, column: str, k
     values = table.pivot(columns=kind, values=column).round(3)  # equal but for rounding: equal
     axes = new_chart(title, "number")
     axes.hist(values.to_numpy(), 25, stacked=True, label=list(values))
-    axes.yaxis.get_major_locator().set_params(integer=True)
     return show_chart(title, caption, axes)
-
-
-def nearest_plane(scan: Scan, axis: int, place: np.ndarray) -> int:
-    """Index of the plane across an axis in which a place (3,) LPS lies, or of the plane next to it."""
-    index = round(to_voxel(place, scan.affine)[0, axis])
-    return min(max(index, 0), scan.voxels.shape[axis] - 1)
 
 
 def show_plane(
@@ -420,9 +404,11 @@ def show_plane(
     axes = figure.subplots()
     down, across = (a for a in range(3) if a != axis)
     spacing_mm = np.linalg.norm(scan.affine[:3, :3], axis=0)
-    middle = nearest_plane(scan, axis, place)
-    reach = round(reach_mm / spacing_mm[axis])
     planes = np.moveaxis(scan.voxels, axis, 0)
+    last_index = len(planes) - 1
+    middle = round(to_voxel(place, scan.affine)[0, axis])
+    middle = min(max(middle, 0), last_index)
+    reach = round(reach_mm / spacing_mm[axis])
     image = planes[max(middle - reach, 0) : middle + reach + 1].max(0)
     plain = axes.imshow(image, vmin=0, vmax=255)
     if heat is not None:
@@ -430,20 +416,19 @@ def show_plane(
         extent = plain.get_extent()
         axes.imshow(slab, "inferno", vmin=0, vmax=1, alpha=slab, extent=extent)
     axes.set_aspect(spacing_mm[down] / spacing_mm[across])
-    first, last, *points = to_voxel([*scan.box, *scan.points], scan.affine)
-    width, height = (last - first)[[across, down]]
-    corner = first[[across, down]]
-    axes.add_patch(Rectangle(corner, width, height, fill=False, color="C0"))
-    for point in points:
+    first, last = to_voxel(scan.box, scan.affine)[:, [across, down]]
+    width, height = last - first
+    axes.add_patch(Rectangle(first, width, height, fill=False, color="C0"))
+    for point in to_voxel(scan.points, scan.affine):
         away_mm = abs(point[axis] - middle) * spacing_mm[axis]
         if away_mm <= max(reach_mm, NEAR_MM):
-            axes.plot(point[across], point[down], "o", markersize=10, fillstyle="none", color="yellow")
+            axes.plot(point[across], point[down], "o", **RING)
     if axis:
         axes.invert_yaxis()  # z grows upwards
     axes.set_axis_off()
     axes.set_title("RRA"[axis], loc="left", color="white")
     axes.set_title("LLP"[axis], loc="right", color="white")
-    return show_picture(title, "", figure)
+    return show_picture(f"{title}, plane {middle} of 0 to {last_index}", "", figure)
 
 
 def show_picture(title: str, caption: str, figure: Figure, colour: str = "black") -> str:
@@ -455,14 +440,19 @@ def show_picture(title: str, caption: str, figure: Figure, colour: str = "black"
 
 
 def show_table(table: pd.DataFrame, caption: str = "") -> str:
-    """The first rows of a table, escaped."""
+    """A table, escaped; of a long one the first and the last rows, and how many it has."""
     if table.empty:
         return absent(f"{caption} None.")
     table = table.rename_axis(columns=None)
     with pd.option_context("display.max_colwidth", None):
-        body = table[:MAX_ROWS].to_html(index=False, border=0, na_rep="–", float_format="{:.4g}".format)
-    if len(table) > MAX_ROWS:
-        caption += f" ({MAX_ROWS} of {len(table)} rows)"
+        body = table.to_html(
+            index=False,
+            border=0,
+            na_rep="–",
+            float_format="{:.4g}".format,
+            max_rows=MAX_ROWS,
+            show_dimensions="truncate",
+        )
     return f'<figure class="table"><figcaption>{escape(caption)}</figcaption>{body}</figure>'
 
 
@@ -473,10 +463,6 @@ def absent(text: str) -> str:
 def hide_folders(error: Exception) -> str:
     """The message without the folders of its paths."""
     return re.sub(r"\S*/", "", str(error))
-
-
-def plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def interval(result: dict, name: str) -> str:
@@ -512,26 +498,11 @@ th, td { border: 1px solid var(--line); padding: 2px 7px; min-width: 4em; vertic
 
 
 def describe_score(result: dict, num_runs: int) -> str:
-    present = result["per_label"][PRESENT]
     return (
-        f"wAUC {interval(result, 'wauc')}, AUC of {PRESENT} {interval(present, 'auc')}: predictions "
-        f"out of fold, pooled over {plural(num_runs, 'run')}; {result['num_series']} series of "
-        f"{plural(result['num_patients'], 'patient')}. In brackets: 95 % interval, and over how many "
-        f"draws of patients; a draw that leaves a label without a class does not count."
+        f"wAUC {interval(result, 'wauc')}: predictions out of fold, pooled; runs: {num_runs}, series: "
+        f"{result['num_series']}, patients: {result['num_patients']}. In brackets: 95 % interval, and over "
+        f"how many draws of patients; a draw that leaves a label without a class does not count."
     )
-
-
-def find_constant_runs(oof: pd.DataFrame) -> list[str]:
-    """A warning per run whose predictions hardly differ from series to series."""
-    warnings = []
-    for name, rows in oof.groupby("run"):
-        low, high = rows[PROB_PRESENT].quantile([0.05, 0.95])
-        if high - low < 0.02:
-            warnings.append(
-                f"NEARLY THE SAME FOR ALL SERIES: 90 % of what {name} predicts lies between {low:.3f} and "
-                f"{high:.3f}. It does not tell series apart; whatever it scores is chance."
-            )
-    return warnings
 
 
 def make_page(cache: Path, src: Path, outputs: Path, limit: int | None = None) -> str:
@@ -543,22 +514,23 @@ def make_page(cache: Path, src: Path, outputs: Path, limit: int | None = None) -
     except (OSError, ValueError) as error:
         warnings.append(f"No data, since index.csv or train.csv cannot be read: {hide_folders(error)}")
     else:
-        counts = Counter(table["status"])
-        facts.append(
-            f"{len(table)} series of {plural(table['patient'].nunique(), 'patient')}: {counts['ok']} ok, "
-            f"{counts['doubtful']} doubtful, {counts['failed']} failed."
-        )
+        counts = {"series": len(table), "patients": table["patient"].nunique()}
+        counts |= table["status"].value_counts().to_dict()
+        facts.append(", ".join(f"{name}: {count}" for name, count in counts.items()))
         troubles = find_troubles(table)
+        parts = []
         for title, rows in troubles.items():
+            parts.append(f"<h3>{title}: {len(rows)}</h3>{show_table(rows)}")
             if len(rows):
                 warnings.append(f"{title}: {len(rows)}; first {' '.join(map(str, rows.iloc[0]))}")
-        sections += [data_section(table), images_section(table, cache, src)]
-        sections += [points_section(points), trouble_section(troubles)]
+        sections += [data_section(table), images_section(table, cache, src), points_section(points)]
+        sections.append(f'<section id="trouble"><h2>What went wrong</h2>{"".join(parts)}</section>')
     if runs:
         pooled = pool_oof(runs["oof"])
         result = common.score(pooled, pooled[PROBS].to_numpy())
         facts.append(describe_score(result, runs["oof"]["run"].nunique()))
-        warnings = find_constant_runs(runs["oof"]) + warnings
+        for name in runs["oof"].query("is_constant")["run"].unique():
+            warnings.insert(0, f"{name} PREDICTS NEARLY THE SAME FOR ALL SERIES: its score is chance.")
         sections += [results_section(runs, result), cases_section(runs["proposals"], pooled, cache)]
     else:
         facts.append("No finished training runs.")
@@ -582,8 +554,9 @@ def make_page(cache: Path, src: Path, outputs: Path, limit: int | None = None) -
 
 def main() -> int:
     parser = common.make_parser(__doc__)
-    for name, folder in (("cache", "cache"), ("src", "dicoms"), ("outputs", "outputs")):
-        parser.add_argument(f"--{name}", type=Path, default=folder, metavar="DIR")
+    for name in ("cache", "dicoms", "outputs"):
+        option = name.replace("dicoms", "src")
+        parser.add_argument(f"--{option}", type=Path, default=name, metavar="DIR")
     parser.add_argument("--limit", type=common.positive_int, metavar="N")
     args = parser.parse_args()
     index = args.cache / "index.csv"

@@ -1,21 +1,19 @@
 """Predict 14 probabilities for every series: the mean of all trained runs, from a cache or from DICOM files.
 
 in   --src PATH      a cache of preprocess.py, or a tree of DICOM files of any depth (default: cache)
-     --outputs PATH  a folder of runs of train.py, a run, or a glob of runs (default: outputs)
+     --outputs PATH  a folder of runs of train.py, or a run (default: outputs)
 out  stdout          CSV: SeriesInstanceUID and the 14 labels, a row per series; messages go to stderr
      --out FILE      the same into FILE; finished rows gather in .FILE.*.rows, with which a second start of
-                     the same command goes on, or says that all is done (not with --explain)
-     --explain DIR   a picture of each suspicious series (of all, where --series-list names them or one alone
-                     can be read), and findings.json: presence, the strictest operating point that it passes,
-                     and of the likeliest places artery, score, LPS mm and, from DICOM, the image, frame
-                     (from 0), column and row; needs a locator among the runs
+                     the same command goes on, or says that all is done (not with --explain, --labels)
+     --explain DIR   a picture of each series, and findings.json: presence, the strictest operating point that
+                     it passes, and of the likeliest places artery, score, LPS mm and, from DICOM, the image,
+                     frame (from 0), column and row; needs a locator among the runs
 with --series-list FILE, --limit N   only these (a UID per line, or a CSV with UIDs); only the first N
      --tta, --precision P            average with the mirrored view; fp16 (default on a GPU), bf16 or no
      --labels FILE, --budget-hours H print the score against these labels; answer all within this time
      --workers N, --series-timeout 300, --memory-gb 4   processes that read DICOM; limits of one series
      --serve, --num-series 2500      answer the challenge's gateway (with its kaggle_evaluation on PYTHONPATH)
 run  python infer.py --src TEST_DICOMS > submission.csv
-     python infer.py --src TEST_DICOMS --out submission.csv --tta --budget-hours 11.5
      python infer.py --src FOLDER_OF_ONE_SERIES --explain pictures
      accelerate launch infer.py --src TEST_DICOMS --out submission.csv     several processes share the series
 
@@ -27,7 +25,6 @@ exit 0 all well, 3 some rows are the prior (named on stderr), 1 nothing done, 2 
 
 from __future__ import annotations
 
-import glob
 import io
 import itertools
 import json
@@ -47,7 +44,6 @@ from functools import cache, partial
 from pathlib import Path
 from time import monotonic
 
-import cv2
 import numpy as np
 import pandas as pd
 import torch
@@ -56,13 +52,10 @@ from accelerate.utils import gather_object, parse_flag_from_env
 
 import common
 import dicom
-from common import AP, LABELS, SWAP, UID, Output, Run, log, positive_int, propose, sigmoid
+from common import AP, CHECKPOINT, LABELS, SWAP, UID, Output, Run, log, positive_int, propose, sigmoid
 from dicom import Series, Volume, VolumeSettings, safe_uid, to_lps, to_voxel
-from frames import read_identity
 
 SHARED = Path(os.environ.get("KAGGLE_SHARED", "/kaggle/shared"))  # emptied after each call of --serve
-CHECKPOINT = "best_ema.safetensors"
-SUSPICIOUS = 0.5  # --explain shows series with this probability of Aneurysm Present
 log_once = cache(log)
 log_any = partial(log, everywhere=True)  # from any process
 
@@ -77,7 +70,6 @@ class Source:
     is_cache: bool
     series: dict
     failed: dict = field(default_factory=dict)  # of a cache: why a series has no volume
-    patients: dict = field(default_factory=dict)  # of a cache: the hash of each PatientID
     settings: dict | None = None  # of the cache's volumes
 
 
@@ -86,37 +78,26 @@ class Scan:
     """What was read of a series."""
 
     volumes: dict[VolumeSettings, Volume]  # one for each of the ensemble's settings
+    patient: str = ""  # (0010,0020) PatientID, in a cache its hash
     series: Series | None = None  # without pixels and headers; a cache knows none
 
 
 def find_source(src: Path) -> Source:
     """The series of a cache or of a tree of DICOM files. Raises ValueError where there is none."""
-    if not src.is_dir():
-        raise ValueError(f"--src {src}: no such folder; expected a cache or a tree of DICOM files")
     paths, settings = sorted(src.glob("*.safetensors")), None
     for path in paths:
         with suppress(ValueError):  # a damaged volume's row will say so
             settings = common.load_volume(path, [])[1]["settings"]
             break
     if settings:
-        index = common.read_csv(src / "index.csv", [UID, "reason", "patient"], dtype=str)
-        index = index.fillna("").set_index(UID)
-        failed = "in preprocessing: " + index["reason"].replace("", "its volume is missing")
+        index = common.read_csv(src / "index.csv", [UID, "reason"], dtype=str).set_index(UID)
+        failed = "in preprocessing: " + index["reason"].fillna("its volume is missing")
         volumes = {path.stem: path for path in paths}
-        return Source(True, volumes, failed.to_dict(), index["patient"].to_dict(), settings)
-    series, _ = dicom.find_series(src)
+        return Source(True, volumes, failed.to_dict(), settings)
+    series, _ = dicom.find_series(src) if src.is_dir() else ({}, [])
     if not series:
-        raise ValueError(f"{src}: no DICOM image; expected a cache or a tree of DICOM files")
+        raise ValueError(f"--src {src}: no DICOM image; expected a folder: a cache, or a tree of DICOM files")
     return Source(False, series)
-
-
-def read_patient(source: Source, uid: str) -> str:
-    """(0010,0020) PatientID of a series, in a cache its hash; the UID where it is not known."""
-    patient = source.patients.get(uid, "")
-    for path in [] if source.is_cache else source.series.get(uid, []):
-        with suppress(ValueError):  # not an image
-            patient = patient or (read_identity(path) or ("", ""))[1]
-    return patient or uid
 
 
 def choose_series(source: Source, path: Path | None) -> list[str]:
@@ -134,35 +115,31 @@ def choose_series(source: Source, path: Path | None) -> list[str]:
 
 
 def read_scans(source: Source, uids: list[str], settings: set, args: Namespace) -> Iterator[tuple | None]:
-    """((uid, path), scan, None) or ((uid, path), None, why not); each series fails alone. DICOM files come in
-    any order, read ahead while the models work; None comes after each second of waiting for them."""
+    """((uid, path), scan, None) or ((uid, path), None, why not), in any order; each series fails alone. They
+    are read ahead while the models work; None comes after each second of waiting for them."""
     items = []
     for uid in uids:
-        item = uid, source.series.get(safe_uid(uid))
-        if item[1] is None:
-            yield item, None, source.failed.get(safe_uid(uid), f"not in {args.src}")
-        elif source.is_cache:
-            try:
-                yield item, read_cached(item[1], source.settings, settings), None
-            except (ValueError, OSError) as error:
-                yield item, None, str(error)
+        name = safe_uid(uid)
+        if name in source.series:
+            items.append((uid, source.series[name]))
         else:
-            items.append(item)
-    if not items:
-        return
-    read = partial(read_dicom, settings=settings)
-    yield from common.run_isolated(
-        read, items, workers=args.workers, timeout_s=args.series_timeout, memory_gb=args.memory_gb, tick_s=1
-    )
+            yield (uid, None), None, source.failed.get(name, f"not in {args.src}")
+    if items:
+        read = partial(read_dicom, settings=settings)
+        if source.is_cache:
+            read = partial(read_cached, settings=settings, expected=source.settings)
+        limits = {"timeout_s": args.series_timeout, "memory_gb": args.memory_gb}
+        yield from common.run_isolated(read, items, workers=args.workers, tick_s=1, **limits)
 
 
-def read_cached(path: Path, expected: dict, settings: set) -> Scan:
+def read_cached(item: tuple, settings: set, expected: dict) -> Scan:
     """The cached volume, without its annotated points. Raises ValueError if its settings are not expected."""
+    _, path = item
     tensors, meta = common.load_volume(path, ["volume"])
     if difference := common.describe_difference(meta["settings"], expected):
         raise ValueError(f"{path}: differs from the rest of the cache: {difference}; preprocess again")
     volume = Volume(tensors["volume"], np.array(meta["affine"]), [], meta["doubts"])
-    return Scan(dict.fromkeys(settings, volume))
+    return Scan(dict.fromkeys(settings, volume), meta["patient"])
 
 
 def read_dicom(item: tuple, settings: set) -> Scan:
@@ -173,7 +150,8 @@ def read_dicom(item: tuple, settings: set) -> Scan:
         series.forget = lambda *_: None  # decoded slices stay for the next volume
     volumes = {each: dicom.make_volume(series, each) for each in settings}
     frames = [replace(frame, header={}) for frame in series.frames]  # headers are large to send
-    return Scan(volumes, replace(series, frames=frames, geometry={}, skipped=[]))
+    series = replace(series, frames=frames, geometry={}, skipped=[])
+    return Scan(volumes, series.patient, series)
 
 
 # --- the ensemble -------------------------------------------------------------------------------------------
@@ -194,19 +172,20 @@ class Ensemble:
     members: list[Member]  # the heaviest first: a deadline cuts from the end
     models: list[Member]  # the members, and locators that only propose
     prior: np.ndarray  # (14,) mean share of positives in the members' training folds
+    points: list[dict]  # operating points, the mean over members, by growing specificity
     deadline: Deadline
 
 
-def find_runs(outputs: str) -> list[Path]:
-    """Folders with a checkpoint: outputs itself, or those in it, or those that it matches as a glob."""
-    folder = Path(outputs)
-    paths = [folder, *folder.iterdir()] if folder.is_dir() else map(Path, glob.glob(outputs))
-    folders = sorted(filter(Path.is_dir, paths))
+def find_runs(outputs: Path) -> list[Path]:
+    """Folders with a checkpoint: outputs itself, or those in it."""
+    if (outputs / CHECKPOINT).is_file():
+        return [outputs]
+    folders = sorted(filter(Path.is_dir, outputs.glob("*")))
     runs = [path for path in folders if (path / CHECKPOINT).is_file()]
     if not runs:
         raise ValueError(f"--outputs {outputs}: no run of train.py; expected folders with {CHECKPOINT}")
-    others = [path.name for path in folders if path not in (folder, *runs)]
-    if others and folder not in runs:
+    others = [path.name for path in folders if path not in runs]
+    if others:
         log(f"passed over, without {CHECKPOINT}: {', '.join(others)}")
     return runs
 
@@ -237,27 +216,31 @@ def load_ensemble(
     members.sort(key=lambda member: -member.run.cfg.ensemble_weight)
     for member in members:
         member.locator = find_locator(member.run, load)
-    models = list(dict.fromkeys(members + [member.locator for member in members if member.locator]))
+    locators = [member.locator for member in members if member.locator]
+    models = list(dict.fromkeys(members + locators))
     turns = itertools.cycle(devices)
     for model in models:  # each classifier beside its locator
         locator = model.locator or model
         locator.device = model.device = locator.device or next(turns)
         model.run.model.to(model.device)
     prior = np.mean([member.run.meta["prior"] for member in members], axis=0)
-    num, seconds = len(members), 3600 * args.budget_hours
-    deadline = Deadline(args.started, seconds, num, num * (1 + args.tta), monotonic(), np.zeros(4))
-    return Ensemble(members, models, prior, deadline)
+    points = [point for member in members for point in member.run.meta.get("operating_points", [])]
+    table = pd.DataFrame(points, columns=["specificity", "threshold", "sensitivity"])
+    points = table.groupby("specificity", as_index=False).mean().round(3).to_dict("records")
+    num = len(members)
+    deadline = Deadline(args.started, 3600 * args.budget_hours, num, num * (1 + args.tta), monotonic())
+    return Ensemble(members, models, prior, points, deadline)
 
 
 def find_locator(run: Run, load: Callable) -> Member | None:
-    """The locator that a classifier was trained with: beside the run's folder, else where its config says."""
+    """The locator that a classifier was trained with, beside the run's folder."""
     name = run.meta["locator"]
-    for parent in (run.folder.parent, Path(run.cfg.proposals).parent) if name else ():
-        if (parent / name).is_dir() and (locator := load((parent / name).resolve())):
-            return locator
-    if name:
+    if not name:
+        return None
+    locator = load((run.folder.parent / name).resolve())
+    if not locator:
         log(f"{run.folder.name}: decoys instead of proposals, as its locator {name} is missing")
-    return None
+    return locator
 
 
 def predict_series(ensemble: Ensemble, uid: str, scan: Scan, num_views: int) -> tuple[np.ndarray, dict]:
@@ -340,14 +323,14 @@ class Deadline:
     num_members: int
     full_views: int  # of all members, and of their mirror images
     last: float  # when the latest series was answered; at first when the first one begins
-    totals: np.ndarray  # series, their seconds, the models' seconds, views: all 0 at first
+    totals: tuple = (0, 0, 0, 0)  # series, their seconds, the models' seconds, views
     slowest_s: float = 0.0
 
     def observe(self, now: float, forward_s: float, num_views: int) -> None:
         """A series was answered now."""
         series_s, self.last = now - self.last, now
         self.slowest_s = max(self.slowest_s, series_s)
-        self.totals += [1, series_s, forward_s, num_views]
+        self.totals = np.add(self.totals, (1, series_s, forward_s, num_views))
 
     def plan_views(self, now: float, num_left: int) -> int:
         """How many views all remaining series can have: full_views, or one of each of the first members."""
@@ -361,7 +344,7 @@ class Deadline:
         affordable = (left_s / num_left - beside_s) * num_views / forward_s
         if affordable >= self.full_views:
             return self.full_views
-        return max(1, min(self.num_members, int(affordable)))
+        return int(np.clip(affordable, 1, self.num_members))
 
 
 @dataclass
@@ -369,6 +352,7 @@ class Answer:
     uid: str
     probs: np.ndarray  # (14,)
     reason: str = ""  # why it is the prior
+    patient: str = ""
     findings: list[dict] = field(default_factory=list)  # with --explain
 
     @property
@@ -378,12 +362,7 @@ class Answer:
 
 
 def answer_all(
-    ensemble: Ensemble,
-    source: Source,
-    uids: list[str],
-    args: Namespace,
-    save: Callable = lambda answer: None,
-    num_later: int = 0,
+    ensemble: Ensemble, source: Source, uids: list[str], args: Namespace, save=None, num_later: int = 0
 ) -> list[Answer]:
     """An answer for each of uids, saved as soon as it is known; num_later series come in other calls."""
     deadline, answers = ensemble.deadline, []
@@ -399,7 +378,8 @@ def answer_all(
                 break
             if item:
                 answers.append(answer_series(ensemble, item, num_views, args))
-                save(answers[-1])
+                if save:
+                    save(answers[-1])
                 bar.update()
     left = sorted(set(uids) - {answer.uid for answer in answers})
     if left:
@@ -418,14 +398,14 @@ def answer_series(ensemble: Ensemble, item: tuple, num_views: int, args: Namespa
     try:
         probs, outputs = predict_series(ensemble, uid, scan, num_views)
     except Exception as error:  # out of memory, logits that are not finite: this row alone
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        text = " ".join(repr(error).split())[:200]
         if "CUDA error" in text and "out of memory" not in text:  # every later call would fail as well
             raise OSError(5, f"{text}; run again (with --out it goes on where it stopped)", uid) from error
         return answer_prior(ensemble, uid, text)
     now = monotonic()
     ensemble.deadline.observe(now, now - started, num_views)
-    answer = Answer(uid, probs)
-    if args.explain and answer.present >= args.explain_from:
+    answer = Answer(uid, probs, patient=scan.patient)
+    if args.explain:
         explain_series(answer, ensemble, scan, outputs, args.explain)
     return answer
 
@@ -457,39 +437,30 @@ def open_rows(path: Path) -> tuple[dict[str, Answer], Callable]:
 
 def explain_series(answer: Answer, ensemble: Ensemble, scan: Scan, outputs: dict, folder: Path) -> None:
     """List places in the mean map of the first kind of locator, draw <uid>.png, say the answer in words."""
-    maps = {}  # of locators of one kind: they see the same volume at the same stride
-    for model in ensemble.models:
-        cfg = model.run.cfg
-        if cfg.task == "locate" and model in outputs:
-            maps.setdefault((cfg.volume, cfg.locator_stride), (cfg, []))[1].append(outputs[model].maps)
-    if not maps:
+    locators = [model for model in outputs if model.run.cfg.task == "locate"]
+    if not locators:
         log_once("--explain: no locator among the members that ran, so no picture and no findings")
         return
-    cfg, maps = next(iter(maps.values()))
+    cfg, maps = locators[0].run.cfg, []
+    for model in locators:  # of one kind: they see the same volume at the same stride
+        other = model.run.cfg
+        if (other.volume, other.locator_stride) == (cfg.volume, cfg.locator_stride):
+            maps.append(outputs[model].maps)
     volume, maps = scan.volumes[cfg.volume], np.mean(maps, axis=0)
-    points = [point for member in ensemble.members for point in member.run.meta.get("operating_points", [])]
-    if points:
-        means = pd.DataFrame(points).groupby("specificity", as_index=False).mean().round(3)
-        points = means.drop_duplicates("threshold", keep="last").to_dict("records")
-    passed = [point for point in points if answer.present >= point["threshold"]]
-    facts = {
-        UID: answer.uid,
-        LABELS[AP]: round(answer.present, 4),
-        "operating_point": passed[-1] if passed else None,
-    }
+    passed = [point for point in ensemble.points if answer.present >= point["threshold"]]
+    facts = {UID: answer.uid, LABELS[AP]: round(answer.present, 4)}
+    facts["operating_point"] = passed[-1] if passed else None
     for *voxel, score, label in propose(maps, volume.spacing_mm, cfg).tolist():
         place = {"artery": LABELS[int(label)], "score": round(score, 4), "voxel": voxel}
-        point_mm = to_lps(voxel, volume.affine)[0]
+        (point_mm,) = to_lps(voxel, volume.affine)
+        place["lps_mm"] = point_mm.round(2).tolist()
         image = find_image(point_mm, scan.series) if scan.series else {}
         if image is not None:
-            place["lps_mm"] = point_mm.round(2).tolist()
             answer.findings.append(facts | place | image)
     if answer.findings:
-        # cv2 wants (W, H)
-        heat = np.stack([cv2.resize(slab, volume.voxels.shape[:0:-1]) for slab in maps.sum(0)])
         path = folder / f"{safe_uid(answer.uid)}.png"
-        common.write_atomic(path, draw_findings(volume, heat, answer))
-    log_any(describe_answer(answer, points))
+        common.write_atomic(path, draw_findings(volume, maps.sum(0), answer))
+    log_any(describe_answer(answer, ensemble.points))
 
 
 def find_image(point_mm: np.ndarray, series: Series) -> dict | None:
@@ -500,7 +471,8 @@ def find_image(point_mm: np.ndarray, series: Series) -> dict | None:
     if away_mm.min() > half_gap_mm or away_mm.max() < -half_gap_mm:
         return None
     frame = series.frames[np.abs(away_mm).argmin()]
-    offset_mm, (row_mm, col_mm) = point_mm - frame.position, frame.spacing_mm
+    offset_mm = point_mm - frame.position
+    row_mm, col_mm = frame.spacing_mm
     return {
         "SOPInstanceUID": frame.sop_uid,
         "frame": frame.index,
@@ -510,7 +482,7 @@ def find_image(point_mm: np.ndarray, series: Series) -> dict | None:
 
 
 def describe_answer(answer: Answer, points: list[dict]) -> str:
-    """The answer to a series for people: presence, which operating points it passes, arteries, places."""
+    """The answer to a series for people: presence, which operating points it passes, likeliest arteries."""
     lines = [f"{answer.uid}: {LABELS[AP]} {answer.present:.3f}"]
     for point in points:
         side = "above" if answer.present >= point["threshold"] else "below"
@@ -518,17 +490,11 @@ def describe_answer(answer: Answer, points: list[dict]) -> str:
         lines.append(f"  {side} {text}, sensitivity {point['sensitivity']:.2f}")
     for k in np.argsort(-answer.probs[:AP])[:3]:
         lines.append(f"  {LABELS[k]} {answer.probs[k]:.3f}")
-    for row in answer.findings:
-        text = f"  place {row['score']:.3f}: {row['artery']}, LPS {row['lps_mm']} mm"
-        if "row" in row:
-            text += f", image {row['SOPInstanceUID']}, frame {row['frame']}"
-            text += f", column {row['column']:.0f}, row {row['row']:.0f}"
-        lines.append(text)
     return "\n".join(lines)
 
 
 def draw_findings(volume: Volume, heat: np.ndarray, answer: Answer) -> bytes:
-    """A PNG with a row per finding: its slab plain, and under the heat (Z, H, W; absolute) with a cross."""
+    """A PNG with a row per finding: its slab plain, and under the heat (Z, h, w; absolute) with a cross."""
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
@@ -540,15 +506,23 @@ def draw_findings(volume: Volume, heat: np.ndarray, answer: Answer) -> bytes:
         slab = round(z)
         for axes in (plain, overlay):
             # the lower half is lifted, where CT has its contrast-filled arteries
-            axes.imshow(volume.voxels[slab], "gray", PowerNorm(0.6, 0, 255))
+            grey = axes.imshow(volume.voxels[slab], "gray", PowerNorm(0.6, 0, 255))
             axes.set_title("R", loc="left")  # of the patient
             axes.set_title("L", loc="right")
             axes.set_axis_off()
-        image = overlay.imshow(heat[slab], cmap="inferno", vmin=0, vmax=1, alpha=0.6 * heat[slab])
+        image = overlay.imshow(
+            heat[slab],
+            cmap="inferno",
+            vmin=0,
+            vmax=1,
+            alpha=0.6 * heat[slab],
+            extent=grey.get_extent(),
+            interpolation="bilinear",
+        )
         overlay.plot(x, y, "c+", markersize=14)
         overlay.set_title(f"{finding['artery']} {finding['score']:.3f}", fontsize=8)
         plain.set_title(f"slab {slab} (0 to {len(heat) - 1})")
-        left, bottom = 3, heat.shape[1] - 3
+        left, bottom = 3, len(volume.voxels[slab]) - 3
         plain.hlines(bottom, left, left + 20 / volume.spacing_mm[2], color="white")
         plain.text(left, bottom, "20 mm", color="white", va="bottom")
     figure.colorbar(image, ax=panels, shrink=0.5, label="probability of an aneurysm at this place")
@@ -558,14 +532,14 @@ def draw_findings(volume: Volume, heat: np.ndarray, answer: Answer) -> bytes:
     return png.getvalue()
 
 
-def describe_score(answers: list[Answer], labels: pd.DataFrame, members: list[Member], source: Source) -> str:
+def describe_score(answers: list[Answer], labels: pd.DataFrame, members: list[Member]) -> str:
     """The score for people. Warns of series that may have trained a member."""
-    probs = {safe_uid(answer.uid): answer.probs for answer in answers}
-    table = labels[labels[UID].isin(probs)].assign(plane="", Modality="")
+    by_uid = {safe_uid(answer.uid): answer for answer in answers}
+    table = labels[labels[UID].isin(by_uid)].assign(plane="", Modality="")
     if table.empty:
         raise ValueError(f"--labels: none of the {len(answers)} predicted series is among them")
-    table["patient"] = [read_patient(source, uid) for uid in table[UID]]
-    result = common.score(table, np.stack([probs[uid] for uid in table[UID]]))
+    table["patient"] = [by_uid[uid].patient or uid for uid in table[UID]]
+    result = common.score(table, np.stack([by_uid[uid].probs for uid in table[UID]]))
     text = pd.DataFrame.from_dict(result["per_label"], "index").to_string(float_format="%.3f")
     text += (
         f"\nwAUC {result['wauc']:.4f} (95 % interval {result['low']:.4f} to {result['high']:.4f}, "
@@ -588,8 +562,8 @@ def serve(args: Namespace) -> list[Answer]:
     """Answer the gateway: the hidden one, or outside of a submission the local one."""
     from kaggle_evaluation.rsna_inference_server import RSNAInferenceServer
 
-    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
-    ensemble, answers = load_ensemble(args, devices), []
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    ensemble, answers = load_ensemble(args, devices or [torch.device("cpu")]), []
     args.is_main, args.explain = False, None  # one bar for all series instead of one for each
     bar = common.progress(args.num_series, "series")
 
@@ -601,7 +575,7 @@ def serve(args: Namespace) -> list[Answer]:
         try:
             (answer,) = answer_all(ensemble, source, [folder.name], args, num_later=num_later)
         except Exception as error:
-            answer = answer_prior(ensemble, folder.name, f"{type(error).__name__}: {error}")
+            answer = answer_prior(ensemble, folder.name, repr(error))
         answers.append(answer)
         bar.update()
         shutil.rmtree(SHARED, ignore_errors=True)  # what stays in it fills the disk
@@ -626,7 +600,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     counts = {"limit": None, "workers": readers, "series-timeout": 300, "memory-gb": 4, "num-series": 2500}
     for name, default in counts.items():
         add(f"--{name}", type=positive_int, default=default)
-    add("--outputs", default="outputs")
+    add("--outputs", type=Path, default="outputs")
     add("--tta", action="store_true")
     add("--precision", choices=("fp16", "bf16", "no"))
     add("--budget-hours", type=float, default=math.inf)
@@ -651,7 +625,6 @@ def predict_table(args: Namespace, stdout: io.TextIOBase) -> list[Answer]:
     uids = choose_series(source, args.series_list)[: args.limit]
     if args.explain:
         args.explain.mkdir(parents=True, exist_ok=True)
-        args.explain_from = 0.0 if args.series_list or len(uids) == 1 else SUSPICIOUS
     ensemble = load_ensemble(args, [state.device], source.settings)
     log(f"{len(uids)} series, {len(ensemble.members)} members, {state.num_processes} processes")
     answers = answer_share(ensemble, source, uids, args, state)
@@ -667,26 +640,21 @@ def predict_table(args: Namespace, stdout: io.TextIOBase) -> list[Answer]:
         with stdout:  # a closed file is not flushed again as Python ends
             stdout.write(text)
     if args.explain:
-        readable = [answer for answer in answers if not answer.reason]
-        if len(readable) == 1 and not readable[0].findings:  # a scan beside a scout
-            args.explain_from = 0.0
-            (again,) = answer_all(ensemble, source, [readable[0].uid], args)
-            readable[0].findings = again.findings
         findings = [row for answer in answers for row in answer.findings]
         common.write_atomic(args.explain / "findings.json", json.dumps(findings, indent=1).encode())
         log(f"{args.explain}: pictures, and {len(findings)} places in findings.json")
     if args.labels:
-        log(describe_score(answers, labels, ensemble.members, source))
+        log(describe_score(answers, labels, ensemble.members))
     return answers
 
 
 def answer_share(
     ensemble: Ensemble, source: Source, uids: list[str], args: Namespace, state: PartialState
 ) -> list[Answer]:
-    """This process's answers, with --out (unless they are to be explained) those of an earlier run too. All
+    """This process's answers, with --out those of an earlier run too (unless more than rows is wanted). All
     that rows depend on names their file, so that rows of other members or settings are never mixed in."""
     uids = uids[state.process_index :: state.num_processes]
-    if args.explain or not args.out:
+    if args.explain or args.labels or not args.out:
         return answer_all(ensemble, source, uids, args)
     facts = [args.src.resolve(), args.tta, args.precision, state.process_index, state.num_processes]
     for model in ensemble.models:
@@ -695,9 +663,8 @@ def answer_share(
     done, save = open_rows(path)
     left = [uid for uid in uids if uid not in done]
     if done:
-        log_any(
-            f"{args.out}: {len(uids) - len(left)} of {len(uids)} rows are complete; delete {path} to repeat"
-        )
+        count = f"{len(uids) - len(left)} of {len(uids)}"
+        log_any(f"{args.out}: {count} rows are complete; delete {path} to repeat")
     return [*done.values(), *answer_all(ensemble, source, left, args, save)]
 
 

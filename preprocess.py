@@ -13,14 +13,12 @@ Run it again at any time: finished series are kept, failed and changed ones are 
 rebuilt from the folder. A series counts as changed by the names, sizes and samples of its files (12 kB of
 each), not by their place or date. Several machines share one destination: torchrun, accelerate launch and
 Slurm arrays from 0 are recognised by their environment, --shard 0/4 ... 3/4 works everywhere. A series that
-crashes a decoder, hangs (--timeout) or needs too much memory (--memory-gb) costs only itself. --verify
+crashes a decoder, hangs (--timeout, in seconds) or needs too much memory (--memory-gb) costs only itself.
+--workers N processes share the work; --limit N takes only the first N series. --verify (instead of --src)
 compares volumes, index and labels with what they should be; running again heals what it finds.
 
-exit code  0  all well
-           1  nothing could be done, or the disk refused to take more
-           2  wrong usage: an unknown option, a count that is not a whole number above 0
-           3  finished, some series failed: named on stderr and in index.csv; 0 under torchrun and accelerate,
-              which would stop the other processes
+exit 0 all well, 1 nothing could be done or the disk is full, 2 wrong usage, 3 some series failed: named on
+stderr and in index.csv (0 under torchrun and accelerate, which would stop the other processes).
 """
 
 import argparse
@@ -157,9 +155,7 @@ def hide_folders(text: str, files: list[Path]) -> str:
     return text
 
 
-def place_points(
-    series: Series, affine: np.ndarray, points: list[list]
-) -> tuple[np.ndarray, list[int], list[str]]:
+def place_points(series: Series, affine: np.ndarray, points: list[list]) -> tuple:
     """Annotated points as voxels (P, 3) of the volume, their labels (P,), and a note for each point whose
     image is missing or does not reach so far."""
     places, labels, problems = [], [], []
@@ -254,8 +250,9 @@ def record_outcome(job: dict, reason: str | None) -> None:
         record.unlink(missing_ok=True)
 
 
-def build_index(dst: Path, cached: dict[str, dict]) -> pd.DataFrame:
-    """The index in the order of UIDs, from the folder's failures and the metadata of its volumes alone."""
+def build_index(dst: Path, cached: dict[str, dict]) -> tuple[pd.DataFrame, bytes]:
+    """The index in the order of UIDs, from the folder's failures and the metadata of its volumes alone; and
+    its CSV, where what is not UTF-8 in a file's name comes out as an escape such as \\udce4."""
     rows = {}
     for path in dst.glob("*.failed.txt"):
         with contextlib.suppress(FileNotFoundError):  # another process succeeded meanwhile
@@ -266,12 +263,8 @@ def build_index(dst: Path, cached: dict[str, dict]) -> pd.DataFrame:
         status = "doubtful" if reason else "ok"
         rows[uid] = meta | {"status": status, "reason": reason, "notes": notes}
     index = pd.DataFrame.from_dict(rows, orient="index", dtype=object).sort_index()
-    return index.reindex(columns=INDEX_COLUMNS.split()).rename_axis(UID)
-
-
-def render_index(index: pd.DataFrame) -> bytes:
-    """The index as CSV; what is not UTF-8 in a file's name comes out as an escape such as \\udce4."""
-    return index.to_csv(lineterminator="\n").encode(errors="backslashreplace")
+    index = index.reindex(columns=INDEX_COLUMNS.split()).rename_axis(UID)
+    return index, index.to_csv(lineterminator="\n").encode(errors="backslashreplace")
 
 
 def write_index(dst: Path) -> pd.DataFrame:
@@ -279,8 +272,8 @@ def write_index(dst: Path) -> pd.DataFrame:
     cached, faults = read_cache(dst)
     for fault in faults:
         log_shard(f"counts as missing: {fault}")
-    index = build_index(dst, cached)
-    write_atomic(dst / INDEX, render_index(index))
+    index, text = build_index(dst, cached)
+    write_atomic(dst / INDEX, text)
     return index
 
 
@@ -291,7 +284,8 @@ def sha256(data: bytes) -> str:
 def verify(dst: Path) -> int:
     """Compare every volume, the index and the label table with what they should be; exit code."""
     cached, faults = read_cache(dst, names=None)
-    sums = {dst / INDEX: sha256(render_index(build_index(dst, cached)))}
+    _, text = build_index(dst, cached)
+    sums = {dst / INDEX: sha256(text)}
     if (dst / LABEL_SUM).is_file():
         sums[dst / LABEL_TABLE] = (dst / LABEL_SUM).read_text(errors="replace")
     for path, expected in sums.items():
@@ -309,15 +303,15 @@ def verify(dst: Path) -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = common.make_parser(__doc__, has_config=True, listed=[VolumeSettings])
     task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--src", type=Path, metavar="DIR", help="tree of DICOM files")
-    task.add_argument("--verify", action="store_true", help="only compare what is in --dst with its sums")
-    add, count = parser.add_argument, common.positive_int
-    add("--dst", type=Path, required=True, metavar="DIR", help="the cache's folder; made if missing")
-    add("--workers", type=count, default=common.usable_cores(), help="processes (default: %(default)s)")
-    add("--timeout", type=count, default=600, help="seconds per series (default: %(default)s)")
-    add("--memory-gb", type=count, default=4, help="per process (default: %(default)s)")
-    add("--shard", type=parse_shard, default=shard_of(os.environ), metavar="I/N", help="every Nth series")
-    add("--limit", type=count, metavar="N", help="take only the first N series")
+    task.add_argument("--src", type=Path, metavar="DIR")
+    task.add_argument("--verify", action="store_true")
+    parser.add_argument("--dst", type=Path, metavar="DIR", required=True)
+    parser.add_argument("--shard", type=parse_shard, metavar="I/N", default=shard_of(os.environ))
+    counts = {"workers": common.usable_cores(), "timeout": 600, "memory-gb": 4, "limit": None}
+    for name, default in counts.items():
+        parser.add_argument(
+            f"--{name}", type=common.positive_int, metavar="N", default=default, help="default: %(default)s"
+        )
     return parser.parse_args()
 
 
@@ -357,11 +351,10 @@ def check_cache(args: argparse.Namespace, settings: dict, uids: list[str], point
             f"{args.dst}: {len(others)} volumes have other settings: {difference}. Choose another --dst, or "
             f"delete these volumes to make them again"
         )
-    annotated = [uid for uid in uids if uid in cached and cached[uid]["num_points"]]
-    if annotated and not points:
+    if not points and any(cached[uid]["num_points"] for uid in uids if uid in cached):
         raise ValueError(
-            f"{volume_path(args.dst, annotated[0])}: has annotated points, but there is no {POINT_TABLE} in "
-            f"{args.src} or above it; expected it there, or the points would be lost"
+            f"{args.dst}: has annotated points, but there is no {POINT_TABLE} in {args.src} or above it; "
+            f"expected it there, or the points would be lost"
         )
 
 
@@ -391,9 +384,8 @@ def preprocess(args: argparse.Namespace) -> int:
     finally:
         index = write_index(args.dst)
     summarise(index[index.index.isin(uids)])
-    name = f"shard {shard} of {num_shards}: " if num_shards > 1 else ""
     counts = f"{outcomes['cached']} cached, {outcomes['kept']} kept, {outcomes['failed']} failed"
-    log_shard(f"{args.dst}: {name}{len(uids)} series, {counts}")
+    log_shard(f"{args.dst}: shard {shard} of {num_shards}: {len(uids)} series, {counts}")
     if not outcomes["failed"] or "RANK" in os.environ:
         return 0
     return 3 if outcomes["failed"] < len(jobs) else 1
@@ -425,8 +417,7 @@ def summarise(index: pd.DataFrame) -> None:
     notes = index["notes"].str.split("; ").explode().dropna()
     kinds = {
         "annotated points left out": notes[notes.str.startswith(LEFT_OUT)],
-        "doubtful series": index.loc[index["status"] == "doubtful", "reason"],
-        "notes on repairs and assumptions": notes[notes != ""],
+        "doubtful series": index.query("status == 'doubtful'")["reason"],
     }
     for kind, texts in kinds.items():
         if len(texts):

@@ -41,7 +41,7 @@ def write_cached_series(folder: Path, uid: str, cfg: Config, points: list, seed:
     spacing_mm = [4.0, pixel_mm, pixel_mm]
     affine = np.eye(4)  # (z, y, x) -> LPS mm
     affine[:3, :3] = np.diag(spacing_mm)[::-1]
-    meta = {"uid": uid, "spacing_mm": spacing_mm, "affine": affine.tolist(), "doubts": []}
+    meta = {"uid": uid, "spacing_mm": spacing_mm, "affine": affine.tolist(), "doubts": [], "patient": ""}
     meta["settings"] = common.volume_settings(cfg)
     path, labels = common.volume_path(folder, uid), points[:, 0].astype(np.int64)
     common.save_volume(path, volume, points[:, 1:], labels, meta, sop_uids=[f"{uid}.1"])

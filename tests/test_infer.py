@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -33,7 +34,7 @@ BASE = Config(model_name="test_efficientnet", pretrained=False, volume=VOLUME, d
 PRIOR = np.linspace(0.1, 0.4, 14)
 POINTS = [
     {"specificity": specificity, "threshold": threshold, "sensitivity": 0.7}
-    for specificity, threshold in ((0.9, 0.2), (0.95, 0.2002), (0.99, 0.999))
+    for specificity, threshold in ((0.9, 0.1), (0.95, 0.2), (0.99, 0.999))
 ]
 PATCHED = """
 import os, signal, sys
@@ -47,7 +48,6 @@ def noisy(*args):
         os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
     return answer_series(*args)
 infer.answer_series = noisy
-infer.SUSPICIOUS = float(os.environ.get("SUSPICIOUS", 0.5))
 sys.exit(infer.main())
 """
 
@@ -110,8 +110,7 @@ def arguments(work: Path, *more: str) -> argparse.Namespace:
     return args
 
 
-def load(work: Path, *more: str, devices: tuple = ("cpu",)) -> infer.Ensemble:
-    devices = [torch.device(name) for name in devices]
+def load(work: Path, *more: str, devices: tuple = (torch.device("cpu"),)) -> infer.Ensemble:
     return infer.load_ensemble(arguments(work, *more), devices, common.volume_settings(BASE))
 
 
@@ -164,7 +163,7 @@ def test_rows_are_the_weighted_mean_of_what_validation_computes(work, reference)
     assert np.abs(total / weights - reference.loc[uid].to_numpy()).max() < 1e-5
 
 
-def test_dicom_gives_the_cache_rows_and_patients_also_when_killed_beside_broken_series(work, reference):
+def test_dicom_gives_the_rows_of_the_cache_also_when_killed_beside_broken_series(work, reference):
     tree, out = work / "tree", work / "out[1].csv"
     shutil.copytree(work / "dicoms" / "series", tree)
     for uid, content in (("1.2.3", b"not DICOM"), ("1.2.4", b"")):
@@ -172,7 +171,6 @@ def test_dicom_gives_the_cache_rows_and_patients_also_when_killed_beside_broken_
         (tree / uid / "a.dcm").write_bytes(content)
     (work / "list.csv").write_text("\n".join([UID, "1.2.5", *reference.index[::-1], "1.2.3", "1.2.4"]))
     options = ["--src", "tree", "--tta", "--out", out.name, "--series-list", "list.csv"]
-    options += ["--labels", "cache/train.csv"]
     run(work, str(ROOT), *options, start=("-c", PATCHED), code=-signal.SIGKILL, SIGNAL="SIGKILL")
     (rows,) = (path for path in work.iterdir() if path.name.startswith(".out[1].csv."))
     assert not out.exists() and len(rows.read_text().splitlines()) == 4
@@ -180,7 +178,6 @@ def test_dicom_gives_the_cache_rows_and_patients_also_when_killed_beside_broken_
 
     stdout, stderr = run(work, *options, code=3)
     assert stdout == "" and "4 of 13 rows are complete" in stderr  # the fifth was the prior of 1.2.5
-    assert "10 series of 9 patients" in stderr
     again = run(work, *options, code=3)[1]
     assert "10 of 13 rows are complete" in again and again.count("answered by the prior") == 3
     table = read_table(out)
@@ -205,15 +202,13 @@ def test_a_gateway_gets_the_same_rows_from_the_25_tags_of_the_hidden_test_or_the
     dataset.save_as(work / "hidden" / "0.1" / "a.dcm")
     start = (str(ROOT / "tests" / "gateway.py"), "--data", "hidden", "--out", "answers.csv", "--strip")
     serve = ("--", str(ROOT / "infer.py"), "--serve", "--tta")
-    stdout, stderr = run(work, *serve, start=start, code=3, KAGGLE_SHARED=str(work / "shared"))
+    options = {"start": start, "code": 3, "KAGGLE_SHARED": str(work / "shared")}
+    stdout, stderr = run(work, *serve, **options)
     assert stdout == "" and "11 rows, 1 of them the prior" in stderr
     table = read_table(work / "answers.csv")
     pd.testing.assert_frame_equal(table.iloc[1:], reference, rtol=0, atol=1e-6)
     assert np.allclose(table.loc["0.1"], PRIOR)
-    late = (*serve, "--budget-hours", "1e-9")
-    assert (
-        "11 rows, 11 of them" in run(work, *late, start=start, code=3, KAGGLE_SHARED=str(work / "shared"))[1]
-    )
+    assert "11 rows, 11 of them" in run(work, *serve, "--budget-hours", "1e-9", **options)[1]
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
@@ -228,8 +223,9 @@ def test_a_signal_ends_with_one_line_and_its_code(work, name, code):
         "--limit 1 > /dev/full -> infer.py: stdout: No space left on device",
         "--limit 1 >&- -> stdout or stderr is closed",
         "--limit 1 --out missing/a.csv -> missing",
+        "--outputs cache -> infer.py: --outputs cache: no run of train.py",
         "--serve -> infer.py: No module named 'kaggle_evaluation'",
-        "--src nothing -> infer.py: --src nothing: no such folder",
+        "--src nothing -> infer.py: --src nothing: no DICOM image",
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_place(work, mistake):
@@ -240,15 +236,15 @@ def test_a_mistake_is_one_line_that_names_the_place(work, mistake):
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
-def test_wrong_usage_has_code_2(capsys):
-    for words in ("--limit 0", "--workers 1.5", "--series-timeout -1", "--budget-hours 0", "--lim 1"):
-        with pytest.raises(SystemExit, match="2"):
-            infer.parse_arguments(words.split())
-        assert words.split()[0] in capsys.readouterr().err.splitlines()[-1]
+@pytest.mark.parametrize("words", ["--limit 0", "--workers 1.5", "--budget-hours 0", "--lim 1"])
+def test_wrong_usage_has_code_2(words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        infer.parse_arguments(words.split())
+    assert words.split()[0] in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_heaviest_members_stand_first_and_lie_beside_the_locator_that_their_run_names(work):
-    alone, spread = load(work), load(work, devices=("cpu", "cpu:1"))
+    alone, spread = load(work), load(work, devices=(torch.device("cpu"), torch.device("cpu:1")))
     assert [member.run.cfg.ensemble_weight for member in alone.members] == [1.0, 1.0, 1.0, 0.5, 0.5]
     devices = [str(member.device) for member in spread.members]
     assert set(devices) == {"cpu", "cpu:1"} and 2 <= devices.count("cpu") <= 3
@@ -259,18 +255,6 @@ def test_the_heaviest_members_stand_first_and_lie_beside_the_locator_that_their_
             assert member.device == member.locator.device
     probs = [infer.predict_series(ensemble, "1.2", blank_scan(), 5)[0] for ensemble in (alone, spread)]
     assert np.array_equal(*probs)
-
-
-def test_runs_are_a_folder_of_runs_a_run_or_a_glob_also_with_brackets_in_its_name(work, tmp_path, capsys):
-    outputs = tmp_path / "heads [a]"
-    shutil.copytree(work / "outputs", outputs)
-    assert len(infer.find_runs(str(outputs))) == 5
-    assert "without best_ema.safetensors: unfinished_seed0_fold0" in capsys.readouterr().err
-    single = outputs / "test_resnet_seed0_fold0"
-    assert infer.find_runs(str(single)) == [single]
-    assert len(infer.find_runs(str(work / "outputs" / "locator_*"))) == 2
-    with pytest.raises(ValueError, match=r"no run of train\.py"):
-        infer.find_runs("nothing/*")
 
 
 def test_members_without_their_locator_or_with_other_volumes_are_named(work, tmp_path, capsys):
@@ -290,10 +274,8 @@ def test_a_bad_checkpoint_never_spoils_the_good_ones(work, tmp_path, capsys):
     shutil.copytree(work / "outputs" / "test_resnet_seed0_fold0", tmp_path / "good")
     good = common.load_run(tmp_path / "good")
     state = {name: value.contiguous() for name, value in good.model.state_dict().items()}
-    config, inf = common.config_to_dict(good.cfg), float("inf")
-    changes = [{"config": config | change} for change in ({"ensemble_weight": inf}, {"img_size": 10**9})]
-    changes += [{"prior": None}, {"decoys": [[0.5, inf, 0.5]]}, {"config": "maxvit"}]
-    changes += [{"operating_points": "often"}]
+    config = common.config_to_dict(good.cfg) | {"img_size": 10**9}
+    changes = [{"config": config}, {"prior": None}, {"decoys": [[0.5, float("inf"), 0.5]]}]
     bad = {f"bad{i}": good.meta | change for i, change in enumerate(changes)} | {"list": [1, 2]}
     for name, meta in bad.items():
         (tmp_path / name).mkdir()
@@ -319,27 +301,24 @@ def test_proposals_reach_a_classifier_of_another_volume_in_millimetres(work, mon
 
 
 def test_a_member_that_is_not_finite_is_left_out_and_a_row_without_members_is_the_prior(work, capsys):
-    ensemble = load(work)
+    ensemble, rows = load(work), []
     first, *_, last = ensemble.members
     with torch.no_grad():
         next(first.run.model.parameters()).fill_(float("nan"))
-    rows = {}
-    for name, members in (("good", [last]), ("both", [first, last]), ("bad", [first])):
+    for members in ([last], [first, last], [first]):
         ensemble.members = members
-        rows[name] = answer(ensemble, work).probs
-    assert np.array_equal(rows["both"], rows["good"]) and not np.array_equal(rows["good"], ensemble.prior)
-    assert np.array_equal(rows["bad"], ensemble.prior)
+        rows.append(answer(ensemble, work).probs)
+    assert np.array_equal(rows[0], rows[1]) and not np.array_equal(rows[0], ensemble.prior)
+    assert np.array_equal(rows[2], ensemble.prior)
     text = capsys.readouterr().err
     assert "1.2.3: doubtful, but used: air is bright" in text
     assert "NaN or infinite" in text and "no member gave finite logits" in text
 
 
-def test_a_gpu_that_is_gone_stops_the_run_instead_of_giving_priors(work, monkeypatch):
-    def broken(*_):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    monkeypatch.setattr(infer, "predict_series", broken)
-    with pytest.raises(OSError, match=r"RuntimeError: CUDA error: an illegal memory access.*1\.2\.3"):
+def test_a_gpu_that_is_gone_stops_the_run_instead_of_giving_priors(work):
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    broken = mock.patch.object(infer, "predict_series", side_effect=error)
+    with broken, pytest.raises(OSError, match=r"CUDA error: an illegal memory.*1\.2\.3"):
         answer(load(work), work)
 
 
@@ -351,7 +330,7 @@ def simulate(hours: float, seed: int, hard_last: bool = False, num: int = 2500) 
     reads_s = size * (1 + 20 * (rng.random(num) < 0.01))  # one in a hundred stalls
     forwards_s = np.array([1.2, 1.2, 1.2, 1.2, 1.2, 0.3])
     clock = is_read = 60.0
-    deadline, plans = infer.Deadline(0.0, hours * 3600, 6, 12, clock, np.zeros(4)), []
+    deadline, plans = infer.Deadline(0.0, hours * 3600, 6, 12, clock), []
     for i in range(num):
         plans.append(deadline.plan_views(clock, num - i))
         if plans[-1] == 0:
@@ -366,21 +345,17 @@ def simulate(hours: float, seed: int, hard_last: bool = False, num: int = 2500) 
 
 
 @pytest.mark.parametrize("hard_last", [False, True])
-@pytest.mark.parametrize("hours", [0.3, 1, 2, 3, 4, 5, 6, 7])
-def test_2500_uneven_series_never_end_late_and_use_the_time(hours, hard_last):
+@pytest.mark.parametrize("hours", [0.3, 1, 2, 3, 4, 5, 6, 7, 8.5, 9, 12])
+def test_2500_uneven_series_never_end_late_and_nothing_is_cut_where_there_is_time(hours, hard_last):
     clock, plans, everything_s = simulate(hours, seed=int(10 * hours), hard_last=hard_last)
-    assert everything_s > hours * 3600
-    assert 0.9 * hours * 3600 < clock < hours * 3600
-    assert hours < 2 or plans[-1] > 0 or len(plans) > 2400
-    if hours >= 5 and not hard_last:
+    assert clock < hours * 3600
+    if hours < 8:
+        assert everything_s > hours * 3600 and clock > 0.9 * hours * 3600  # the time is used
+        assert hours < 2 or plans[-1] > 0 or len(plans) > 2400
+    if 5 <= hours < 8 and not hard_last:
         assert set(plans) == {6, 12}  # the mirrored view goes before members do
-
-
-@pytest.mark.parametrize(("hours", "seed"), [(8.5, 0), (9, 1), (12, 2)])
-def test_nothing_is_cut_when_there_is_time(hours, seed):
-    clock, plans, everything_s = simulate(hours, seed)
-    assert 0.6 < everything_s / (hours * 3600) < 0.97
-    assert set(plans) == {12} and clock < hours * 3600
+    if hours > 8 and not hard_last:
+        assert everything_s < 0.97 * hours * 3600 and set(plans) == {12}
 
 
 def test_when_the_time_is_over_the_rest_is_the_prior_and_a_started_series_is_finished(work, capsys):
@@ -400,8 +375,7 @@ def test_damaged_and_foreign_volumes_of_a_cache_cost_only_themselves(work, tmp_p
     shutil.copy(good, tmp_path)
     (tmp_path / "9.2.safetensors").write_bytes(good.read_bytes()[:5000])
     write_cached_series(tmp_path, "9.3", replace(BASE, volume=replace(VOLUME, roi_mm=150.0)), [])
-    index = f"{UID},status,reason,patient\n1.4,failed,no slices,\n1.5,ok,,p\n"
-    (tmp_path / "index.csv").write_text(index)
+    (tmp_path / "index.csv").write_text(f"{UID},status,reason\n1.4,failed,no slices\n1.5,ok,\n")
     uids = ["9.2", "9.3", "1.4", "1.5", good.stem]
     scans = infer.read_scans(infer.find_source(tmp_path), uids, {VOLUME}, arguments(work))
     reasons = {uid: reason for (uid, _), _, reason in scans}
@@ -414,14 +388,13 @@ def test_other_programs_files_do_not_make_a_dicom_tree_a_cache(work, tmp_path):
     shutil.copytree(work / "dicoms" / "series" / uid, tmp_path / uid)
     (tmp_path / "index.csv").write_text("name;size\na;1\n")
     save_file({"weights": torch.zeros(9)}, tmp_path / "weights.safetensors")
-    source = infer.find_source(tmp_path)
-    assert not source.is_cache and list(source.series) == [uid]
+    assert list(infer.find_source(tmp_path).series) == [uid]
 
 
 def test_a_list_of_series_is_read_with_marks_semicolons_blanks_and_empty_lines(tmp_path):
     path, source = tmp_path / "list.csv", infer.Source(False, {}, {})
     texts = ["\ufeff1.2\r\n1.3\r\n", f"{UID};Left\n1.2;0\n\n1.3;1\n1.2;0\n", " 1.2 \n\n 1.3\n"]
-    for text in [*texts, f'Modality,"{UID}"\nCTA,"1.2"\nMRA,"1.3"\n']:
+    for text in (*texts, f'Modality,"{UID}"\nCTA,"1.2"\nMRA,"1.3"\n'):
         path.write_text(text, encoding="utf-8")
         assert infer.choose_series(source, path) == ["1.2", "1.3"]
     path.write_text(f"\n{UID}\n")
@@ -442,15 +415,15 @@ def test_a_place_is_the_one_that_series_point_gives_back_and_none_beyond_half_a_
     folder = next((work / "dicoms" / "series").iterdir())
     series = read_series(folder, folder.name)
     volume, coarse = make_volume(series, VOLUME), replace(VOLUME, base_slices=6, img_size=32)
-    both = infer.read_dicom((folder.name, sorted(folder.iterdir())), {VOLUME, coarse}).volumes  # decoded once
+    scan = infer.read_dicom((folder.name, sorted(folder.iterdir())), {VOLUME, coarse})  # decoded once
+    both = scan.volumes
+    assert scan.patient.startswith("patient ")
     assert np.array_equal(both[VOLUME].voxels, volume.voxels)
     assert np.array_equal(both[coarse].voxels, make_volume(series, coarse).voxels)
-    for voxel in ([3, 20.0, 40.0], [5, 33.3, 7.1]):
-        point_mm = to_lps(voxel, volume.affine)[0]
+    for point_mm in to_lps([[3, 20.0, 40.0], [5, 33.3, 7.1]], volume.affine):
         place = infer.find_image(point_mm, series)
-        away_mm = point_mm - series.point(
-            place["SOPInstanceUID"], place["column"], place["row"], place["frame"]
-        )
+        names = ("SOPInstanceUID", "column", "row", "frame")
+        away_mm = point_mm - series.point(*(place[name] for name in names))
         along_mm = away_mm @ series.normal
         assert abs(along_mm) <= series.spacing_mm[0] / 2 + 1e-6  # the nearest image
         assert np.linalg.norm(away_mm - along_mm * series.normal) < 0.05
@@ -462,31 +435,23 @@ def test_a_place_is_the_one_that_series_point_gives_back_and_none_beyond_half_a_
 
 def test_one_scan_is_answered_in_words_with_a_picture_and_where_to_look(work):
     folder, pictures = next((work / "dicoms" / "series").iterdir()), work / "pictures"
-    shutil.copytree(folder, work / "study" / folder.name)
-    (work / "study" / "1.2.3").mkdir()
-    (work / "study" / "1.2.3" / "a.dcm").write_bytes(b"not a volume")
-    options = (str(ROOT), "--src", "study", "--explain", "pictures")
-    _, stderr = run(work, *options, start=("-c", PATCHED), code=3, SUSPICIOUS="2")
+    _, stderr = run(work, "--src", str(folder), "--explain", "pictures")
     assert f"{folder.name}: Aneurysm Present 0." in stderr
     assert "above 0.200, the threshold of specificity 0.95, sensitivity 0.70" in stderr
-    assert "below 0.999, the threshold of specificity 0.99" in stderr and "specificity 0.90" not in stderr
+    assert "below 0.999, the threshold of specificity 0.99" in stderr
     assert cv2.imread(str(pictures / f"{folder.name}.png")).shape[0] > 300
     findings = json.loads((pictures / "findings.json").read_text())
     assert 1 <= len(findings) <= 3 and findings[0]["score"] == max(row["score"] for row in findings)
     for row in findings:
         assert 0.2 < row[LABELS[AP]] < 0.999 and row["operating_point"]["threshold"] == 0.2
         assert row["artery"] in LABELS[:AP]
-    in_image = {"SOPInstanceUID", "frame", "column", "row"}
     known = {UID, LABELS[AP], "operating_point", "artery", "score", "voxel", "lps_mm"}
-    assert set(findings[0]) == known | in_image
+    assert set(findings[0]) == known | {"SOPInstanceUID", "frame", "column", "row"}
     run(work, "--explain", "pictures", "--limit", "1")
     assert set(json.loads((pictures / "findings.json").read_text())[0]) == known  # from the cache
-
-
-def test_an_ensemble_without_a_locator_says_that_it_has_no_explanation(work):
-    outputs = "outputs/test_resnet_seed0_fold0"
-    _, stderr = run(work, "--outputs", outputs, "--limit", "1", "--explain", "none")
-    assert "no locator among the members" in stderr and not list((work / "none").glob("*.png"))
+    options = ("--outputs", "outputs/test_resnet_seed0_fold0", "--limit", "1", "--explain", "none")
+    assert "no locator among the members" in run(work, *options)[1]
+    assert [path.name for path in (work / "none").iterdir()] == ["findings.json"]
 
 
 def test_low_heat_does_not_glow_and_high_heat_does():
