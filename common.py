@@ -376,6 +376,12 @@ def write_atomic(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path: Path, value: object) -> None:
+    """Write JSON, which has no NaN: it becomes null."""
+    value = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    write_atomic(path, json.dumps(value, indent=1).encode())
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete temporary files of write_atomic whose process is gone; those of other machines after a day."""
     for path in folder.glob(".*.tmp"):
@@ -648,9 +654,10 @@ def percentile_interval(values: ndarray) -> list[float]:
 
 
 def summarise_draws(values: ndarray) -> dict:
-    """The 95 % interval of drawn values, and how many of them are defined."""
-    low, high = percentile_interval(values)
-    return {"low": low, "high": high, "draws_used": int(np.isfinite(values).sum())}
+    """The 95 % interval of drawn values, NaN if less than a tenth is defined; and how many are."""
+    used = values[np.isfinite(values)]
+    low, high = percentile_interval(used) if len(used) > 0.1 * len(values) else (np.nan, np.nan)
+    return {"low": low, "high": high, "draws_used": len(used)}
 
 
 def score(table: pd.DataFrame, probs: ndarray, draws: int = 2000) -> dict:

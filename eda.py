@@ -564,8 +564,14 @@ def main() -> int:
         common.log(f"eda.py: nothing to report on: no {index}, no folder {args.outputs}")
         return 1
     stdout = common.reserve_stdout()
-    with matplotlib.rc_context(CHART_STYLE), stdout:
-        stdout.write(make_page(**vars(args)))
+    with matplotlib.rc_context(CHART_STYLE):
+        page = make_page(**vars(args))
+    try:
+        with stdout:
+            stdout.write(page)
+    except OSError as error:  # a full disk, or a reader such as `head` that has gone
+        common.log(f"eda.py: stdout: {error.strerror}")
+        return 1
     return 0
 
 

@@ -187,6 +187,12 @@ def find_runs(outputs: Path) -> list[Path]:
     others = [path.name for path in folders if path not in runs]
     if others:
         log(f"passed over, without {CHECKPOINT}: {', '.join(others)}")
+    for path in runs:
+        metrics = path / "metrics.json"
+        if metrics.is_file() and json.loads(metrics.read_text()).get("is_nearly_constant"):
+            log(f"{path}: its predictions are nearly the same for all series")
+        elif not metrics.is_file() and (path / "last").is_dir():
+            log(f"{path}: this run of train.py is not finished, its best epoch so far is used")
     return runs
 
 
@@ -560,7 +566,10 @@ def describe_score(answers: list[Answer], labels: pd.DataFrame, members: list[Me
 
 def serve(args: Namespace) -> list[Answer]:
     """Answer the gateway: the hidden one, or outside of a submission the local one."""
-    from kaggle_evaluation.rsna_inference_server import RSNAInferenceServer
+    try:
+        from kaggle_evaluation.rsna_inference_server import RSNAInferenceServer
+    except ImportError as error:
+        raise ValueError(f"--serve: {error}; put the competition's data folder on PYTHONPATH") from error
 
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     ensemble, answers = load_ensemble(args, devices or [torch.device("cpu")]), []
@@ -608,6 +617,8 @@ def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     args = parser.parse_args(arguments)
     if not args.budget_hours > 0:
         parser.error("--budget-hours: expected more than 0")
+    if args.out and (args.out.is_dir() or not args.out.parent.is_dir()):
+        parser.error(f"--out {args.out}: expected a file in a folder that exists")
     args.started = monotonic()
     return args
 
@@ -641,8 +652,9 @@ def predict_table(args: Namespace, stdout: io.TextIOBase) -> list[Answer]:
             stdout.write(text)
     if args.explain:
         findings = [row for answer in answers for row in answer.findings]
-        common.write_atomic(args.explain / "findings.json", json.dumps(findings, indent=1).encode())
-        log(f"{args.explain}: pictures, and {len(findings)} places in findings.json")
+        common.write_json(args.explain / "findings.json", findings)
+        num_shown = len({row[UID] for row in findings})
+        log(f"{args.explain}: pictures of {num_shown} series, {len(findings)} places in findings.json")
     if args.labels:
         log(describe_score(answers, labels, ensemble.members))
     return answers
@@ -683,9 +695,9 @@ def main() -> int:
         log(f"{len(answers)} rows, {num_prior} of them the prior; {monotonic() - args.started:.1f} s")
         return 3 if num_prior else 0
     except KeyboardInterrupt as stop:
-        log(f"stopped by {signal.Signals(stop.args[0]).name}")
+        log(f"infer.py: stopped by {signal.Signals(stop.args[0]).name}; with --out a second start goes on")
         return 128 + stop.args[0]
-    except (ImportError, ValueError) as error:
+    except ValueError as error:
         log_any(f"infer.py: {error}")
     except OSError as error:  # a write to a full disk does not say where
         log_any(f"infer.py: {error.filename or args.out or 'stdout'}: {error.strerror or error}")

@@ -40,7 +40,7 @@ import pandas as pd
 
 import common
 import dicom
-from common import LOCATIONS, UID, load_volume, log, volume_path, volume_settings, write_atomic
+from common import AP, LABELS, LOCATIONS, UID, load_volume, log, volume_path, volume_settings, write_atomic
 from dicom import Series, VolumeSettings, safe_uid
 
 LABEL_TABLE = "train.csv"
@@ -86,6 +86,17 @@ def read_points(path: Path) -> dict[str, list[list]]:
             f"locations, and coordinates in pixels such as {{'x': 258.4, 'y': 261.4}}"
         )
     return points
+
+
+def read_labels(path: Path) -> dict[str, dict]:
+    """The label table by UID. Says how many rows contradict themselves."""
+    table = common.read_label_table(path).set_index(UID)
+    is_odd = table[list(LOCATIONS)].any(axis=1) != table[LABELS[AP]].astype(bool)
+    if is_odd.any():
+        log_shard(
+            f"{path}: in {is_odd.sum()} rows {LABELS[AP]} and the arteries disagree, as in {is_odd.idxmax()}"
+        )
+    return table.to_dict("index")
 
 
 def parse_coordinates(text: str) -> tuple[float, float, int | None]:
@@ -332,6 +343,8 @@ def shard_of(environment: dict) -> str:
 
 def list_series(src: Path, dst: Path) -> dict[str, list[Path]]:
     """uid -> files below src; logs how many other files there are, and the first of them."""
+    if src.resolve() == dst.resolve():
+        raise ValueError(f"--dst {dst}: it is --src; expected a folder of its own for the volumes")
     series, strays = dicom.find_series(src, skip=dst) if src.is_dir() else ({}, [])
     if not series:
         raise ValueError(f"{src}: found no DICOM series; expected a folder with DICOM files at any depth")
@@ -363,11 +376,13 @@ def preprocess(args: argparse.Namespace) -> int:
     (disk) for main."""
     cfg = common.load_config(args.config, args.set)
     labels_path, points_path = (find_table(args.src, name) for name in (LABEL_TABLE, POINT_TABLE))
-    labels = common.read_label_table(labels_path).set_index(UID).to_dict("index") if labels_path else {}
+    labels = read_labels(labels_path) if labels_path else {}
     points = read_points(points_path) if points_path else {}
     series = list_series(args.src, args.dst)
     shard, num_shards = args.shard
     uids = sorted(series)[: args.limit][shard::num_shards]
+    if labels and not labels.keys() & series.keys():
+        log_shard(f"none of the {len(series)} series is in {labels_path}: nothing to train on")
     args.dst.mkdir(parents=True, exist_ok=True)
     check_cache(args, volume_settings(cfg), uids, points)
     if labels_path:
@@ -413,7 +428,7 @@ def summarise(index: pd.DataFrame) -> None:
     """Log what the index says of these series: how many of each kind, and the first."""
     inside, total = index["points_inside"].sum(), index["num_points"].sum()
     if total:
-        log_shard(f"{inside} of {total} annotated points lie inside the volumes")
+        log_shard(f"{inside:.0f} of {total:.0f} annotated points lie inside the volumes")
     notes = index["notes"].str.split("; ").explode().dropna()
     kinds = {
         "annotated points left out": notes[notes.str.startswith(LEFT_OUT)],

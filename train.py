@@ -24,7 +24,6 @@ import fcntl
 import glob
 import hashlib
 import io
-import json
 import math
 import multiprocessing
 import os
@@ -87,7 +86,10 @@ def load_table(cfg: Config, limit: int | None = None) -> pd.DataFrame:
     table = table.join(read_points(cfg, table[UID]))
     num_patients = table["patient"].nunique()
     if num_patients < cfg.num_folds:
-        raise ValueError(f"{cfg.cache}: {num_patients} patients for {cfg.num_folds} folds; lower num_folds")
+        raise ValueError(
+            f"{cfg.cache}: {num_patients} patients with labels and a volume for {cfg.num_folds} folds; lower "
+            f"num_folds, or see that train.csv names the series of index.csv"
+        )
     return table.assign(fold=make_folds(table, cfg.num_folds, cfg.fold_seed))
 
 
@@ -537,8 +539,7 @@ def finish(folder: Path, accelerator: Accelerator, progress: Progress) -> None:
             f"{folder}: PREDICTIONS ARE NEARLY THE SAME FOR ALL SERIES, 90 % of them within {MIN_SPREAD}: "
             f"they tell nothing, whatever they score; train longer, or change lr or pretrained"
         )
-    metrics = json.loads(json.dumps(metrics), parse_constant=lambda _: None)  # JSON has no NaN
-    common.write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
+    common.write_json(folder / "metrics.json", metrics)
 
 
 # --- checkpoints for --resume -------------------------------------------------------------------------------
@@ -548,7 +549,8 @@ def describe_run(cfg: Config, table: pd.DataFrame, accelerator: Accelerator) -> 
     """What a resumed run must share with the run that it goes on with."""
     settings = common.config_to_dict(replace(cfg, cache="", outputs="", workers=0, ensemble_weight=1.0))
     labels = common.text_sum(table[[UID, "fold", *LABELS]].to_csv())
-    return settings | {"processes": accelerator.num_processes, "series and labels": labels}
+    settings |= {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
+    return settings | {"series and labels": labels[:8]}
 
 
 def save_last(folder: Path, state: TrainState) -> None:
@@ -775,6 +777,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, stop)
     try:
         cfg = fit_workers(common.load_config(args.config, args.set))
+        if args.limit:  # a quick look takes no folder of a run
+            cfg = replace(cfg, tag=f"{cfg.tag}limit{args.limit}")
         if args.print_config:
             print(yaml.safe_dump(common.config_to_dict(cfg), sort_keys=False), end="")
             return 0
