@@ -36,6 +36,9 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own exception is lost in some of the imports
+
 import cv2
 import numpy as np
 import pandas as pd

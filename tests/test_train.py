@@ -317,19 +317,16 @@ def test_no_more_loaders_than_dev_shm_has_room_for(megabytes, workers, monkeypat
 
 
 def test_sensitivity_has_its_threshold_and_from_5_positives_an_interval():
-    scores = [0.95, 0.9, 0.85, 0.2, 0.1]
-
-    def measure(num: int) -> list[dict]:
-        allowed, negatives = {0.9: 1.0, 0.95: 0.5}, np.arange(10) / 10
-        return train.measure_sensitivity("specificity", allowed, scores[:num], range(num), negatives, 200)
-
-    ninety, ninety_five = measure(5)
+    scores, allowed, negatives = [0.95, 0.9, 0.85, 0.2, 0.1], {0.9: 1.0, 0.95: 0.5}, np.arange(10) / 10
+    (ninety, ninety_five), (fewer, _), (none, _) = (
+        train.measure_sensitivity("specificity", allowed, scores[:num], range(num), negatives, 200)
+        for num in (5, 4, 0)
+    )
     # 1 of 10 negatives may pass: the threshold is the second highest, 0.8; of 5 % none may
     assert ninety["threshold"] == 0.8 and ninety["sensitivity"] == 3 / 5
     assert ninety_five["threshold"] == 0.9 and ninety_five["sensitivity"] == 1 / 5
     assert 0 <= ninety["low"] < 3 / 5 < ninety["high"] <= 1 and ninety["specificity"] == 0.9
     assert ninety["positives"] == 5 and ninety["draws_used"] == 200
-    fewer, none = measure(4)[0], measure(0)[0]
     assert fewer["sensitivity"] == 3 / 4 and fewer["positives"] == 4
     assert math.isnan(fewer["low"]) and math.isnan(fewer["high"]) and fewer["draws_used"] == 0
     assert math.isnan(none["sensitivity"]) and none["threshold"] == 0.8
@@ -345,7 +342,6 @@ def test_froc_counts_points_found_and_places_far_from_all_points():
     # false places score 0.7, 0.4, 0.3 in 4 scans; one may pass at 0.25 a scan, so the threshold is 0.4
     froc = [(p["false_per_scan"], p["threshold"], p["sensitivity"]) for p in metrics["froc"]]
     assert froc == [(0.25, 0.4, 1.0), (0.5, 0.3, 1.0), (1.0, 0.0, 1.0), (2.0, 0.0, 1.0)]
-    assert {p["positives"] for p in metrics["froc"]} == {2}
     peaks[1][0, 3] = 0.35  # now below the threshold at 0.25 a scan
     assert [p["sensitivity"] for p in train.score_proposals(table, peaks, 50)["froc"]] == [0.5, 1, 1, 1]
 
@@ -414,14 +410,15 @@ def test_a_killed_run_resumes_to_the_same_bits(undisturbed, cache, tmp_path, mon
 def test_a_stopped_run_ends_with_one_line_and_the_code_of_its_signal(cache, tmp_path):
     """The signal goes to the process group, as a scheduler or a terminal sends it: also to the loader."""
     cfg = change(QUICK, cache=str(cache), workers=1, epochs=1000)
-    for epoch, (number, code) in enumerate(((signal.SIGTERM, 143), (signal.SIGINT, 130))):
-        process = start_train(tmp_path, cfg, *["--resume"] * epoch)
-        folder = wait_for_checkpoint(tmp_path, process, 1 + epoch)
+    epoch = 0
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        process = start_train(tmp_path, cfg, "--resume")
+        folder = wait_for_checkpoint(tmp_path, process, epoch + 1)
         os.killpg(process.pid, number)
         _, err = process.communicate(timeout=60)
         assert process.returncode == code and "Traceback" not in err, err
-        last = err.strip().splitlines()[-1]
-        assert last.endswith(f"stopped by {number.name}; --resume goes on after the last epoch")
+        assert err.endswith(f"\ntrain.py: stopped by {number.name}; --resume goes on after the last epoch\n")
+        epoch = max(int(path.stem) for path in folder.glob("last/*.pt"))
     assert not (folder / "metrics.json").exists() and not list(folder.glob("**/*.tmp"))
 
 
@@ -441,8 +438,7 @@ def test_a_damaged_checkpoint_is_passed_over(undisturbed, cache, tmp_path):
 def test_a_used_folder_is_refused_and_nothing_in_it_changes(undisturbed, cache, tmp_path, monkeypatch):
     cfg = change(QUICK, cache=str(cache))
     folder = shutil.copytree(undisturbed, tmp_path / "outputs" / NAME)
-    err = run(tmp_path, cfg, code=1)
-    assert "holds a run; --resume goes on with it, another tag, seed or fold gets another folder" in err
+    assert "holds a run; --resume goes on with it, another tag, seed or fold" in run(tmp_path, cfg, code=1)
     table = random_table(32)
     table.loc[0, LABELS[3]] = 1 - table.loc[0, LABELS[3]]
     write_cache(tmp_path / "relabelled", table, cfg)
@@ -493,21 +489,23 @@ train.main()""")
     return folder / "outputs"
 
 
-def assert_same_log(ours: Path, theirs: Path) -> None:
-    ours, theirs = pd.read_csv(ours / "log.csv"), pd.read_csv(theirs / "log.csv")
-    assert ours["lr"].tolist() == theirs["lr"].tolist()
-    for name in ("train_loss", "val_loss"):
-        assert ours[name].to_numpy() == pytest.approx(theirs[name].to_numpy(), abs=1e-4)
-
-
 def test_two_processes_and_accumulated_batches_follow_one_large_batch(pair, cache, tmp_path):
     """Updates of 5 of the 24 training series end with one of 4: also that one weighs right."""
     cfg, outputs = change(BATCHES, cache=str(cache)), tmp_path / "outputs"
     run(tmp_path, cfg)
-    assert_same_log(pair / "test_vit_half_seed0_fold0", outputs / "test_vit_seed0_fold0")
     run(tmp_path, change(cfg, epochs=2, batch_size=5, tag="large"))
     run(tmp_path, change(cfg, epochs=2, batch_size=1, accumulation=5, tag="parts"))
-    assert_same_log(outputs / "test_vit_parts_seed0_fold0", outputs / "test_vit_large_seed0_fold0")
+    names = [
+        pair / "test_vit_half",
+        outputs / "test_vit",
+        outputs / "test_vit_parts",
+        outputs / "test_vit_large",
+    ]
+    half, single, parts, large = (pd.read_csv(f"{name}_seed0_fold0/log.csv") for name in names)
+    for ours, theirs in ((half, single), (parts, large)):
+        assert ours["lr"].tolist() == theirs["lr"].tolist()
+        for name in ("train_loss", "val_loss"):
+            assert ours[name].to_numpy() == pytest.approx(theirs[name].to_numpy(), abs=1e-4)
 
 
 def test_two_processes_with_batchnorm_resume_to_the_same_bits_after_a_kill(pair, cache, tmp_path):
@@ -532,20 +530,16 @@ def test_a_locator_writes_proposals_and_a_classifier_of_other_volumes_uses_them(
         run(tmp_path, change(locator, fold=fold))
     folder = tmp_path / "outputs" / f"locator_{NAME}"
     rows = pd.read_csv(folder / "proposals.csv", dtype={UID: str})
-    metrics = read_metrics(folder)
     assert rows[UID].unique().tolist() == common.load_run(folder).meta["val_uids"]
-    assert rows.groupby(UID).size().max() == 3
-    value, low, high = metrics["recall_10mm"]
-    assert 0 <= low <= high <= 1 and 0 <= value <= 1 and len(metrics["froc"]) == 4
+    assert rows.groupby(UID).size().max() == 3 and len(read_metrics(folder)["froc"]) == 4
     proposals = str(tmp_path / "outputs" / "locator_*_seed0_fold*")
     classifier = change(QUICK, cache=str(cache), epochs=1, num_folds=2, proposals=proposals)
     run(tmp_path, classifier)
     assert common.load_run(tmp_path / "outputs" / NAME).meta["locator"] == folder.name
-    table = train.load_table(classifier)
-    places, _ = train.load_proposals(classifier, table)
-    assert sorted(places) == sorted(table[UID])
-    for uid in rows[UID].unique():
-        assert np.array_equal(places[uid], rows.loc[rows[UID] == uid, ["x_mm", "y_mm", "z_mm"]])
+    places, _ = train.load_proposals(classifier, train.load_table(classifier))
+    assert len(places) == 32
+    for uid, peaks in rows.groupby(UID):
+        assert np.array_equal(places[uid], peaks[["x_mm", "y_mm", "z_mm"]])
     other = change(classifier, seed=1)
     twin = shutil.copytree(folder, folder.with_name("locator_test_efficientnet_seed1_fold0"))
     both = change(other, proposals=str(tmp_path / "outputs" / "locator_*"))
@@ -568,9 +562,7 @@ def test_a_loss_or_a_prediction_that_is_not_finite_stops_the_run(cache, tmp_path
 
 
 @pytest.mark.parametrize(("spread", "is_constant"), [(0.02, True), (0.2, False)])
-def test_predictions_that_hardly_differ_are_said_to_at_the_end(
-    cache, tmp_path, monkeypatch, spread, is_constant
-):
+def test_predictions_that_hardly_differ_are_called_so(cache, tmp_path, monkeypatch, spread, is_constant):
     """Around probability 0.5 a logit counts a quarter: 90 % of these lie within 0.01 and 0.1."""
     logits = np.linspace(-spread, spread, 9, dtype=np.float32)[:, None].repeat(14, axis=1)
     monkeypatch.setattr(train, "train_epoch", lambda *_: (0.0, 0.0))
