@@ -224,7 +224,7 @@ def test_a_signal_ends_with_one_line_and_its_code(work, name, code):
         "--limit 1 >&- -> stdout or stderr is closed",
         "--limit 1 --out missing/a.csv -> missing",
         "--outputs cache -> infer.py: --outputs cache: no run of train.py",
-        "--serve -> infer.py: No module named 'kaggle_evaluation'",
+        "--serve -> infer.py: --serve: No module named 'kaggle_evaluation'",
         "--src nothing -> infer.py: --src nothing: no DICOM image",
     ],
 )
