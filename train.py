@@ -614,7 +614,8 @@ def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> No
         f"update, lr {cfg.lr:g}; {accelerator.device.type}, precision {accelerator.mixed_precision}"
     )
     accelerator.init_trackers("aneurysm", {key: str(value) for key, value in progress.identity.items()})
-    while progress.epoch < cfg.epochs:
+    best_epoch = max(progress.history, key=quality, default={"epoch": 0})["epoch"]
+    while progress.epoch < min(cfg.epochs, best_epoch + (cfg.patience or cfg.epochs)):
         clock = time.perf_counter()
         loss_sum, waited = train_epoch(cfg, accelerator, state, train_set)
         logits, proposed = predict(run.model, val_set, accelerator)
@@ -637,11 +638,12 @@ def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> No
         common.log(
             f"epoch {progress.epoch}/{cfg.epochs}: loss {row['train_loss']:.4f}, validation "
             f"{row['val_loss']:.4f}, wAUC {row['wauc']:.4f} ({row['low']:.3f} to {row['high']:.3f}), "
-            f"{seconds:.0f} s"
+            f"{seconds:.0f} s; {seconds * (cfg.epochs - progress.epoch) / 60:.0f} min left"
         )
         accelerator.log(row, step=progress.epoch)
+        best_epoch = max(progress.history, key=quality)["epoch"]
         if is_main:
-            if max(progress.history, key=quality) is row:
+            if best_epoch == progress.epoch:
                 progress.metrics = metrics | write_best(run, row, val_table, logits, proposed)
             write_table(folder / "log.csv", pd.DataFrame(progress.history))
             save_last(folder, state)

@@ -572,6 +572,12 @@ def test_predictions_that_hardly_differ_are_called_so(cache, tmp_path, monkeypat
     assert read_metrics(tmp_path / "outputs" / NAME)["is_nearly_constant"] == is_constant
 
 
+def test_patience_ends_a_run_that_does_not_get_better(cache, tmp_path):
+    run(tmp_path, change(QUICK, cache=str(cache), lr=1e-9, epochs=9, patience=1))
+    metrics = read_metrics(tmp_path / "outputs" / NAME)
+    assert metrics["epochs"] == metrics["best_epoch"] + 1 < 9
+
+
 def test_out_of_memory_says_which_settings_to_lower(monkeypatch, tmp_path):
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     monkeypatch.setattr(train, "make_accelerator", Mock(side_effect=error))
