@@ -364,7 +364,8 @@ def test_a_run_leaves_what_users_expect(undisturbed, cache):
     assert oof[UID].tolist() == val_table[UID].tolist() and 0 < len(oof) < 32
     truth, probs = val_table[list(LABELS)].to_numpy(float), oof[list(LABELS)].to_numpy()
     assert metrics["wauc"] == pytest.approx(common.weighted_auc(truth, probs)["wauc"])
-    assert 0 < metrics["low"] < metrics["high"] <= 1 and metrics["precision"] == "no"
+    assert metrics["low"] is None and metrics["draws_used"] <= 5  # of 50: no interval
+    assert metrics["precision"] == "no"
     log, meta = pd.read_csv(undisturbed / "log.csv"), common.load_run(undisturbed).meta
     assert log["epoch"].tolist() == [1, 2, 3, 4] and log["wauc"].max() == metrics["wauc"] == meta["wauc"]
     assert log["epoch"][log["wauc"].argmax()] == metrics["best_epoch"] == meta["epoch"]
