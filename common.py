@@ -90,9 +90,10 @@ def read_label_table(path: Path) -> pd.DataFrame:
     table[UID] = table[UID].astype(str).map(safe_uid)
     repeated = table[UID][table[UID].duplicated()].unique()
     faults = [f"series {uid} has several rows" for uid in repeated[:5]]
-    for name in LABELS:
-        odd = set(table[name]) - {0, 1}
-        faults += [f"{name} holds {value!r} (expected 0 or 1)" for value in list(odd)[:3]]
+    allowed = dict.fromkeys(LABELS, (0, 1)) | {"Modality": MODALITIES}
+    for name in table.columns.intersection(list(allowed)):
+        odd = list(set(table[name]) - set(allowed[name]))
+        faults += [f"{name} holds {value!r} (expected one of {allowed[name]})" for value in odd[:3]]
     if faults:
         raise ValueError(f"{path}: {'; '.join(faults)}")
     return table

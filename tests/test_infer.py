@@ -222,7 +222,6 @@ def test_a_signal_ends_with_one_line_and_its_code(work, name, code):
     [
         "--limit 1 > /dev/full -> infer.py: stdout: No space left on device",
         "--limit 1 >&- -> stdout or stderr is closed",
-        "--limit 1 --out missing/a.csv -> missing",
         "--outputs cache -> infer.py: --outputs cache: no run of train.py",
         "--serve -> infer.py: --serve: No module named 'kaggle_evaluation'",
         "--src nothing -> infer.py: --src nothing: no DICOM image",
@@ -236,7 +235,9 @@ def test_a_mistake_is_one_line_that_names_the_place(work, mistake):
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
-@pytest.mark.parametrize("words", ["--limit 0", "--workers 1.5", "--budget-hours 0", "--lim 1"])
+@pytest.mark.parametrize(
+    "words", ["--limit 0", "--workers 1.5", "--budget-hours 0", "--lim 1", "--out missing/a.csv", "--out /"]
+)
 def test_wrong_usage_has_code_2(words, capsys):
     with pytest.raises(SystemExit, match="2"):
         infer.parse_arguments(words.split())

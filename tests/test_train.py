@@ -600,7 +600,7 @@ MISTAKES = {
     "lrr=1": "the nearest is 'lr'",
     "cache=nowhere": "nowhere/train.csv: no such file; expected the labels in the cache",
     "pretrained=gone.safetensors": "gone.safetensors: no such file",
-    "num_folds=100": "21 patients for 100 folds; lower num_folds",
+    "num_folds=100": "21 patients with labels and a volume for 100 folds; lower num_folds",
 }
 
 
