@@ -1106,8 +1106,10 @@ def load_window(grid: Grid, box: Box, limits: tuple[float, float], k: int) -> tu
     image = crop_image(grid, k, box)
     rows, columns = image.shape
     top, left = box.starts[k]
-    window = np.full(box.window, dark, np.float32)
+    window = np.empty(box.window, np.float32)
     inside = window[max(-top, 0) :, max(-left, 0) :][:rows, :columns]
+    if inside.shape != window.shape:
+        window[:] = dark
     np.clip(image, low, high, out=inside)
     if frame.padding:
         inside[is_padding(image, frame.padding)] = dark
@@ -1180,7 +1182,8 @@ def doubt_voxels(
 ) -> list[str]:
     """What makes voxels implausible, of what was scanned in the box: every slab, every third pixel."""
     scanned = [is_scanned(grid, box, axis) for axis in range(3)]
-    slabs = np.moveaxis(voxels[np.ix_(*scanned)], grid.through, 0)[:, ::3, ::3]
+    region = tuple(slice(part.argmax(), part.argmax() + part.sum()) for part in scanned)
+    slabs = np.moveaxis(voxels[region], grid.through, 0)[:, ::3, ::3]
     if slabs.size == 0:
         return []
     slabs = slabs.reshape(len(slabs), -1)
