@@ -214,15 +214,24 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     return config_from_dict(values, str(path or "settings"))
 
 
-def read_yaml(path: Path) -> dict:
-    """Flat values of a config file over those of the file that its `base:` names (beside it), and so on."""
+def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
+    """Flat values of a config file over those of the file that its `base:` names (beside it), and so on.
+    ValueError where one cannot be read, repeats a setting, or leads back to one of the files above it."""
+    path = path.resolve()
+    if path in above:
+        raise ValueError(f"{path}: its `base:` leads back to this file; expected another one")
     try:
-        values = dict(yaml.safe_load(path.read_text()) or {})
+        text = path.read_text()
+        values = dict(yaml.safe_load(text) or {})
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         reason = textwrap.shorten(str(error), 300)
         raise ValueError(f"{path}: expected a config of lines `key: value`; {reason}") from None
+    keys = re.findall(r"^(\w+) *:", text, flags=re.MULTILINE)
+    repeated = {key for key in keys if keys.count(key) > 1}
+    if repeated:
+        raise ValueError(f"{path}: {', '.join(repeated)} stands there twice; expected each setting once")
     base = values.pop("base", None)
-    return read_yaml(path.parent / str(base)) | values if base else values
+    return read_yaml(path.parent / str(base), (*above, path)) | values if base else values
 
 
 def config_from_dict(values: dict, source: str = "checkpoint") -> Config:
@@ -1068,8 +1077,9 @@ def load_run(folder: Path) -> Run:
         decoys = np.reshape(meta["decoys"], (-1, 3))
         shares = np.array([*meta["prior"], *decoys.ravel()], float)
         is_labelled = tuple(meta["labels"]) == LABELS and len(meta["prior"]) == len(LABELS)
-        if not is_labelled or not ((shares >= 0) & (shares <= 1)).all():
-            raise ValueError("expected 14 labels and their prior, decoys from 0 to 1")
+        is_typed = isinstance(meta["val_uids"], list) and isinstance(meta["locator"], str)
+        if not is_labelled or not is_typed or not ((shares >= 0) & (shares <= 1)).all():
+            raise ValueError("expected 14 labels, their prior, decoys from 0 to 1, val_uids, locator")
         columns = ["specificity", "threshold", "sensitivity"]
         pd.DataFrame(meta.get("operating_points", []), columns=columns, dtype=float)  # raises if malformed
         model = build_model(cfg)

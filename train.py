@@ -29,6 +29,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -773,6 +774,7 @@ def make_accelerator(cfg: Config) -> Accelerator:
 
 
 def main() -> int:
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  started with 2>&-
     parser = common.make_parser(__doc__, has_config=True)
     parser.add_argument("--print-config", action="store_true", help="print the settings as YAML and end")
     parser.add_argument("--limit", type=common.positive_int, metavar="N", help="a quick look: N series alone")

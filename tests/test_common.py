@@ -63,6 +63,8 @@ WRONG_CONFIGS = {
     "fold: 5": "expected 0 to 4",
     "- fold": "expected a config of lines",
     "base: gone.yaml": "gone.yaml: expected a config of lines",
+    "base: c.yaml": "leads back to this file",
+    "seed: 1\nseed: 2": "seed stands there twice",
 }
 
 
