@@ -257,7 +257,7 @@ def test_decimal_commas_are_read_as_points_and_noted_once(tmp_path):
         path.write_bytes(header + mark + pixels)
     series = read_series(tmp_path)
     assert series.spacing_mm == (4.5, 1.75, 1.75) and offsets(series) == [4.5 * i for i in range(24)]
-    assert len(series.notes) == 6  # one of each attribute
+    assert len(series.notes) == 6 and series.doubts == []  # one of each attribute
     assert all("decimal commas read as points (24 of 24 images)" in note for note in series.notes)
 
 
