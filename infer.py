@@ -529,8 +529,8 @@ def draw_findings(volume: Volume, heat: np.ndarray, answer: Answer) -> bytes:
         overlay.set_title(f"{finding['artery']} {finding['score']:.3f}", fontsize=8)
         plain.set_title(f"slab {slab} (0 to {len(heat) - 1})")
         left, bottom = 3, len(volume.voxels[slab]) - 3
-        plain.hlines(bottom, left, left + 20 / volume.spacing_mm[2], color="yellow")
-        plain.text(left, bottom, "20 mm", color="yellow", va="bottom")
+        plain.hlines(bottom, left, left + 20 / volume.spacing_mm[2], color="gray")
+        plain.text(left, bottom, "20 mm", color="gray", va="bottom")
     figure.colorbar(image, ax=panels, shrink=0.5, label="probability of an aneurysm at this place")
     figure.suptitle(f"{answer.uid}\n{LABELS[AP]} {answer.present:.3f}. Not for diagnosis.")
     png = io.BytesIO()
