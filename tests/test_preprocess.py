@@ -396,6 +396,18 @@ def test_faulty_tables_stop_the_run_before_work(src, tmp_path):
     assert volumes(tmp_path / "cache") == {}
 
 
+def test_labels_that_contradict_themselves_are_counted_and_the_source_is_no_cache(src, tmp_path):
+    table = pd.read_csv(src / "train.csv", dtype={UID: str})
+    is_present = table["Aneurysm Present"] == 1
+    table["Aneurysm Present"] = 1 - table["Aneurysm Present"]
+    table.to_csv(src / "train.csv", index=False)
+    assert is_present.any() and not is_present.all()
+    code, err = run_on(src, tmp_path / "cache")
+    assert code == 0 and f"in {len(table)} rows Aneurysm Present and the arteries disagree" in err
+    code, err = run_on(src, src)
+    assert code == 1 and "expected a folder of its own" in err.splitlines()[-1] and volumes(src) == {}
+
+
 def test_points_outside_of_their_image_or_without_one_are_counted_and_the_first_is_named(src, tmp_path):
     path = src / "train_localizers.csv"
     table = pd.read_csv(path, dtype=str).sort_values(UID)
