@@ -53,6 +53,7 @@ class VolumeSettings:
     img_size: int = 384  # rows and columns of a volume and of a crop
     roi_mm: float = 200.0  # side of the square box, centred on the head
     roi_top_mm: float = 160.0  # depth of the box below the top of the head
+    roi_skip_mm: float = 0.0  # the box begins so far below the top, where air above the head shows the top
     ct_window: tuple[float, float] = (0.0, 600.0)  # HU; -125..225 would saturate contrast-filled arteries
     mr_percentiles: tuple[float, float] = (1.0, 99.8)  # of the series' own region
 
@@ -1030,8 +1031,9 @@ def make_volume(series: Series, settings: VolumeSettings) -> Volume:
 
 
 def place_box(grid: Grid, settings: VolumeSettings, notes: list[str]) -> Box:
-    """The box under the head. Along the image axes its edge is moved to the nearest pixel edge of the middle
-    slice, so that resizing is exact."""
+    """The box under the head, without its upper roi_skip_mm where the scan shows the top and twice as much.
+    Along the image axes its edge is moved to the nearest pixel edge of the middle slice, so that resizing is
+    exact."""
     bottom, covered = grid.extent_mm(0)
     head = find_head(grid)
     if head is None:
@@ -1040,7 +1042,11 @@ def place_box(grid: Grid, settings: VolumeSettings, notes: list[str]) -> Box:
     side_mm, num_pixels = settings.roi_mm, settings.img_size
     low = np.array(head) - side_mm / 2
     low[0] = max(head[0] - settings.roi_top_mm, bottom)
-    size_mm = np.array([head[0] - low[0], side_mm, side_mm])
+    depth_mm = head[0] - low[0]
+    is_top_shown = covered - head[0] > 2
+    if is_top_shown and depth_mm > 2 * settings.roi_skip_mm:
+        depth_mm -= settings.roi_skip_mm
+    size_mm = np.array([depth_mm, side_mm, side_mm])
     shape = np.array([settings.base_slices, num_pixels, num_pixels])
     axes = grid.image_axes
     middle = grid.edges[len(grid.edges) // 2]

@@ -170,6 +170,27 @@ def test_the_box_starts_at_the_top_of_the_head_and_is_centred_on_it(name, modali
         assert middle[2] == pytest.approx(top[2], abs=5)
 
 
+@pytest.mark.parametrize("name", ["axial", "sagittal"])
+def test_what_is_skipped_below_the_top_is_cut_off_where_the_scan_shows_the_top(name):
+    skip = replace(SETTINGS, base_slices=12, roi_skip_mm=40.0)  # slabs stay 10 mm thick
+    for rows, is_cut in (
+        (100, True),
+        (40, False),
+    ):  # of 2.6 mm along z: the head ends in air, or beyond the scan
+        shape = (rows, 100, 100) if name == "axial" else (100, rows, 100)
+        series = scan(head, *ORIENTATIONS[name], shape, (2.6, 2.6, 2.6))
+        full, lower = (make_volume(series, settings) for settings in (SETTINGS, skip))
+        if is_cut:
+            np.testing.assert_array_equal(lower.voxels, full.voxels[:12])
+        else:
+            assert lower.spacing_mm[0] * 12 == pytest.approx(full.spacing_mm[0] * 16) == pytest.approx(104)
+        np.testing.assert_allclose(
+            lower.affine[:3, 3] - full.affine[:3, 3],
+            (lower.spacing_mm[0] - full.spacing_mm[0]) / 2 * S,
+            atol=1e-6,
+        )
+
+
 def on_a_table(points):
     x, y = points[..., 0], points[..., 1]
     table = (np.abs(y - 115) < 3) & (np.abs(x) < 120)  # reaches above the head
