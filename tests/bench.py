@@ -17,7 +17,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -108,47 +108,18 @@ def run_notebook(folder: Path) -> np.ndarray:
     return (volume[below] * (1 - share) + volume[below + 1] * share).astype(np.uint8)
 
 
-def average_slabs(folder: Path) -> np.ndarray:
-    """Means of 32 slabs, every file parsed by pydicom."""
-    datasets, slabs = read_all(folder), []
-    low = CTA_LOW - float(datasets[0].RescaleIntercept)  # as stored
-    high = low + CTA_HIGH - CTA_LOW
-    for part in np.array_split(np.arange(len(datasets)), 32):
-        total = np.zeros((SIZE, SIZE), np.float32)
-        for i in part:
-            total += np.clip(datasets[i].pixel_array, int(low), int(high))
-        mean = (total / len(part) - low) * (255 / (high - low))
-        slabs.append(cv2.resize(mean, (384, 384), interpolation=cv2.INTER_AREA).astype(np.uint8))
-    return np.stack(slabs)
-
-
 def measure_peak(job: Callable) -> int:
     """Do a job in a worker -> its peak memory in MiB; ru_maxrss would be the parent's at the fork."""
     job()
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024
 
 
-def spin(steps: int) -> float:
-    """A worker's job without memory or disk: what a second process can gain at best."""
-    return sum(i * 1e-9 for i in range(steps))
-
-
-def run_workers(jobs: list[Callable], workers: int = 1) -> Iterator[int]:
-    """Do jobs in worker processes -> the peak memory of each in MiB."""
-    for _, peak_mib, reason in run_isolated(
-        measure_peak, jobs, workers=workers, timeout_s=36000, memory_gb=100
-    ):
-        if reason:
-            raise RuntimeError(reason)
-        yield peak_mib
-
-
-def time_workers(job: Callable, workers: int) -> float:
-    """Seconds per job over nine for each process; the first of each, with its imports, is left out."""
-    for number, _ in enumerate(run_workers([job] * 9 * workers, workers), start=1):
-        if number == workers:
-            start = time.perf_counter()
-    return (time.perf_counter() - start) / (8 * workers)
+def find_peak(job: Callable) -> int:
+    """Peak memory in MiB of a worker process that does a job."""
+    ((_, peak_mib, reason),) = run_isolated(measure_peak, [job], workers=1, timeout_s=36000, memory_gb=100)
+    if reason:
+        raise RuntimeError(reason)
+    return peak_mib
 
 
 def bench_packed(root: Path, args: argparse.Namespace) -> None:
@@ -174,17 +145,12 @@ def bench_preprocess(args: argparse.Namespace, root: Path) -> None:
         candidates = {
             "notebook method": partial(run_notebook, folder),
             "this project": partial(make_voxels, folder),
-            "slab means through pydicom": partial(average_slabs, folder),
             "reading all bytes": lambda folder=folder: [path.read_bytes() for path in folder.iterdir()],
         }
         title = f"{SLICES} x {SIZE} x {SIZE} int16, {share} of the slices inside the region"
         compare(title, args.repeats, candidates)
     bench_packed(root, args)
-    for name, job in (("volume", partial(make_voxels, folder)), ("computation", partial(spin, 3_000_000))):
-        candidates = {f"{num} process(es)": partial(time_workers, job, num) for num in (1, 2)}
-        compare(f"{name}, an item", args.repeats, candidates)
-    (peak_mib,) = run_workers([partial(make_voxels, folder)])
-    print(f"\nPeak memory of a worker, imports included: {peak_mib} MiB")
+    print(f"\nPeak memory of a worker, imports included: {find_peak(partial(make_voxels, folder))} MiB")
 
 
 def load_members(outputs: Path, num: int, model: str, img_size: int) -> tuple:
@@ -278,7 +244,7 @@ def make_loop(name: str, cache: Path, args: argparse.Namespace, waits: list[floa
     write_cache(cache, table, cfg)
     dataset = common.SeriesDataset(cfg, table, "train", np.full((1, 3), 0.5))
     if name == "ours":
-        state = train.begin(cache / "run", cfg, accelerator, {}, argparse.Namespace(resume=0, overwrite=0))
+        state = train.begin(cache / "run", cfg, accelerator, {}, argparse.Namespace(resume=False))
         state.model, state.optimizer = accelerator.prepare(state.raw, state.optimizer)
 
         def run_ours() -> None:
@@ -320,8 +286,7 @@ def bench_train(args: argparse.Namespace, root: Path) -> None:
     title = f"an update of {args.model}, {args.img_size} px, batch 2"
     compare(title, args.repeats, loops, per=math.ceil(args.series / 2))
     for name in loops:
-        (peak_mib,) = run_workers([partial(run_epochs, name, args)])
-        print(f"\nPeak memory of {name}: {peak_mib} MiB")
+        print(f"\nPeak memory of {name}: {find_peak(partial(run_epochs, name, args))} MiB")
     print(f"\nours: an epoch of train.py, of which {spread(waits)} waits for data")
 
 
