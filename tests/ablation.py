@@ -1,11 +1,12 @@
-"""Train the rows of the ablation on phantoms and print their table: do localizer crops help a new patient?
+"""Train the rows of the ablation on phantoms and print their table: what helps to find more?
 
-in   configs/ablation/*.yaml; phantoms and cache are made in ablation/ where they are missing
-out  stdout: Markdown tables; ablation/<row>/...: the runs. Finished runs are kept, so it can be run again.
-run  python tests/ablation.py --seeds 3 --jobs 2
+in   configs/ablation/*.yaml; phantoms and caches are made in ablation/ where they are missing
+out  stdout: a Markdown table; ablation/<row>/...: the runs. Finished runs are kept, so it can be run again.
+run  python tests/ablation.py --series 1600 --seeds 3 --jobs 2     (hours; --table prints what is finished)
 """
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -20,15 +21,27 @@ import common
 from common import AP, LABELS, UID
 
 ROOT = Path(__file__).parents[1]
-ROWS = {
-    "a_slabs": "(a) 32 slabs alone",
-    "b_crops": "(b) + localizer crops",
-    "c_regularised": "(c) + drop-out and off-switch",
-    "d_proposals": "(d) + the locator's proposals as crops",
-    "e_locator": "(e) the locator alone",
-    "f_combined": "(f) mean of (d) and (e)",
+CLASSIFY = "task=classify epochs=8 "
+ROWS = {  # what it is, config, settings
+    "slabs": (
+        "35 channels from scratch, no crops",
+        "base",
+        CLASSIFY + "max_localizer_crops=0 pretrained=false",
+    ),
+    "weights": ("+ ImageNet weights", "base", CLASSIFY + "max_localizer_crops=0"),
+    "crops": ("+ annotated crops", "base", CLASSIFY + "p_localizer_dropout=0 p_global_localizer_off=0"),
+    "regularised": ("+ drop-out and off-switch of crops", "base", CLASSIFY),
+    "proposals": (
+        "+ the locator's proposals as crops",
+        "base",
+        CLASSIFY + "proposals=ablation/locator/*_seed0_*",
+    ),
+    "scratch": ("locator from scratch, 32 slabs", "base", "pretrained=false"),
+    "locator": ("+ ImageNet weights", "base", ""),
+    "locator32": ("+ box from 30 mm below the top", "slabs32", ""),
+    "locator64": ("+ 64 slabs", "slabs64", ""),
+    "locator96": ("+ 96 slabs", "slabs96", ""),
 }
-PAIRS = ("ba", "cb", "da", "de", "fe")  # the first less the second
 
 
 def call(*command: str, **environment: str) -> None:
@@ -36,69 +49,75 @@ def call(*command: str, **environment: str) -> None:
     subprocess.run([sys.executable, *command], cwd=ROOT, env=os.environ | environment, check=True)
 
 
-def train_all(seeds: int, num_jobs: int) -> None:
-    """Phantoms, cache, and every run that is not finished, num_jobs at a time."""
+def train_all(series: int, seeds: int, num_jobs: int) -> None:
+    """Phantoms, caches, and every run that is not finished, num_jobs at a time."""
     if not (ROOT / "ablation/dicoms/train.csv").exists():
-        options = ["--matrix", "128", "--modality", "CTA", "--plane", "axial", "--plain"]
-        call("tests/phantom.py", "--dst", "ablation/dicoms", "--series", "1600", "--seed", "0", *options)
-    folders = ["--src", "ablation/dicoms", "--dst", "ablation/cache"]
-    call("preprocess.py", *folders, "--config", "configs/ablation/base.yaml")  # skips finished series
+        options = ["--series", str(series), "--matrix", "128", "--plain"]
+        call("tests/phantom.py", "--dst", "ablation/dicoms", *options)
+    configs = sorted({f"configs/ablation/{config}.yaml" for _, config, _ in ROWS.values()})
+    caches = [common.load_config(ROOT / config).cache for config in configs]
+    call("preprocess.py", "--src", "ablation/dicoms", "--dst", *caches, "--config", *configs)
     threads = str(max(1, common.usable_cores() // num_jobs))
 
     def train(row: str, seed: int, fold: int) -> None:  # refuses to go on with a run of other settings
-        settings = ["--set", f"seed={seed}", "--set", f"fold={fold}", "--resume"]
-        call("train.py", "--config", f"configs/ablation/{row}.yaml", *settings, OMP_NUM_THREADS=threads)
+        _, config, settings = ROWS[row]
+        pairs = [f"seed={seed}", f"fold={fold}", f"outputs=ablation/{row}", *settings.split()]
+        options = itertools.chain.from_iterable(("--set", pair) for pair in pairs)
+        call(
+            "train.py",
+            "--config",
+            f"configs/ablation/{config}.yaml",
+            *options,
+            "--resume",
+            OMP_NUM_THREADS=threads,
+        )
 
     # seed 0 of the locator needs both folds: each proposes for the series that it did not train on
-    locators = [("e_locator", seed, 0) for seed in range(seeds)] + [("e_locator", 0, 1)]
-    classifiers = [(row, seed, 0) for row in ROWS if row[0] in "abcd" for seed in range(seeds)]
-    for jobs in (locators, classifiers):
+    runs = [("locator", 0, 1), *itertools.product(ROWS, range(seeds), [0])]
+    for is_classifier in (False, True):
+        jobs = [run for run in runs if ROWS[run[0]][2].startswith(CLASSIFY) == is_classifier]
         with ThreadPoolExecutor(num_jobs) as pool:
             list(pool.map(train, *zip(*jobs, strict=True)))
 
 
-def read_oof(row: str, seeds: int) -> list[pd.DataFrame]:
+def read_oof(row: str) -> list[pd.DataFrame]:
     """Out-of-fold predictions of the finished runs of a row, a table per seed, all in the same order."""
-    runs = [f for seed in range(seeds) for f in ROOT.glob(f"ablation/{row}/*_seed{seed}_fold0/metrics.json")]
+    runs = sorted(ROOT.glob(f"ablation/{row}/*_fold0/metrics.json"))
     tables = [pd.read_csv(path.with_name("oof.csv"), dtype={UID: str, "patient": str}) for path in runs]
     return [table.sort_values(UID, ignore_index=True) for table in tables]
 
 
 def main() -> None:
     parser = common.make_parser(__doc__)
-    parser.add_argument("--seeds", type=common.positive_int, default=3)
-    parser.add_argument("--jobs", type=common.positive_int, default=2, help="runs at a time")
+    for name, default in {"series": 1600, "seeds": 3, "jobs": 2}.items():
+        parser.add_argument(f"--{name}", type=common.positive_int, default=default)
     parser.add_argument("--table", action="store_true", help="train nothing, print what is finished")
     args = parser.parse_args()
     if not args.table:
-        train_all(args.seeds, args.jobs)
-    oof = {row: read_oof(row, args.seeds) for row in ROWS}
+        train_all(args.series, args.seeds, args.jobs)
+    oof = {row: tables for row in ROWS if (tables := read_oof(row))}
     table, *others = itertools.chain(*oof.values())
     assert all(other[UID].equals(table[UID]) for other in others)
-    probs = {row: [table[list(LABELS)].to_numpy() for table in tables] for row, tables in oof.items()}
-    for pair in zip(probs["d_proposals"], probs["e_locator"], strict=False):
-        probs["f_combined"].append(np.mean(pair, axis=0))
     truth = table[[f"label {label}" for label in LABELS]].to_numpy(float)
     print(f"{len(truth)} validation series of {table['patient'].nunique()} patients.\n")
-    print("| row | seeds | wAUC, mean (range) | of their mean (95 %) | AUC presence |\n|---|---|---|---|---|")
-    means, draws = {}, {}  # by letter; the draws of patients are the same for all rows
-    for row in filter(probs.get, ROWS):
-        mean = np.mean(probs[row], axis=0)
+    print("| row | seeds | wAUC, mean (range) | of their mean (95 %) | AUC presence | less the row above |")
+    print("|---|---|---|---|---|---|")
+    wauc, draws = math.nan, math.nan  # of the row above; all rows draw the same patients
+    for row, (text, *_) in ROWS.items():
+        probs = [table[list(LABELS)].to_numpy() for table in oof.get(row, [])]
+        if not probs:
+            wauc = draws = math.nan
+            continue
+        mean = np.mean(probs, axis=0)
         score = common.weighted_auc(truth, mean)
-        means[row[0]] = score["wauc"]
         aucs = common.bootstrap_aucs(truth, mean, table["patient"], 2000)
-        draws[row[0]] = common.combine_aucs(aucs, truth)
-        low, high = common.percentile_interval(draws[row[0]])
-        waucs = [common.weighted_auc(truth, p)["wauc"] for p in probs[row]]
+        above, above_draws, wauc, draws = wauc, draws, score["wauc"], common.combine_aucs(aucs, truth)
+        waucs = [common.weighted_auc(truth, p)["wauc"] for p in probs]
         seeds = f"{len(waucs)} | {np.mean(waucs):.3f} ({min(waucs):.3f} to {max(waucs):.3f})"
-        interval = f"{score['wauc']:.3f} ({low:.3f} to {high:.3f})"
-        print(f"| {ROWS[row]} | {seeds} | {interval} | {score['auc'][AP]:.3f} |")
-    print("\n| difference in wAUC, mean predictions | 95 % |\n|---|---|")
-    for first, second in PAIRS:
-        if first in means and second in means:
-            low, high = common.percentile_interval(draws[first] - draws[second])
-            name = f"{first} less {second}: {means[first] - means[second]:+.3f}"
-            print(f"| {name} | {low:+.3f} to {high:+.3f} |")
+        interval = "{:.3f} to {:.3f}".format(*common.percentile_interval(draws))
+        gain = "{:+.3f} to {:+.3f}".format(*common.percentile_interval(draws - above_draws))
+        gain = f"{wauc - above:+.3f} ({gain})" if text.startswith("+") else ""
+        print(f"| {text} | {seeds} | {wauc:.3f} ({interval}) | {score['auc'][AP]:.3f} | {gain} |")
 
 
 if __name__ == "__main__":

@@ -211,25 +211,6 @@ def bench_infer(args: argparse.Namespace, root: Path) -> None:
     write_ct(root / "small", 40, 160)
     _, memory = answer_many(*tiny, root / "small", 200)
     print(f"\nMiB of the parent after 20, 100 and 200 series: {memory[19]}, {memory[99]}, {memory[199]}")
-    bench_locator(args.repeats)  # last, for its MaxViT-B stays in memory
-
-
-def bench_locator(repeats: int) -> None:
-    """What a small locator adds to one MaxViT-B member: forward passes at 384 px, and peaks of its maps."""
-    root = Path(__file__).resolve().parents[1] / "configs"
-    # the backbone of locator.yaml is made for a GPU
-    cfg = common.load_config(root / "locator.yaml", ["model_name=mobilenetv4_conv_small_050"])
-    member_cfg = common.load_config(root / "fold0.yaml")
-    locator, member = (common.build_model(each).eval() for each in (cfg, member_cfg))
-    image = torch.rand(1, member_cfg.in_chans, 384, 384)
-
-    def locate() -> None:
-        maps = locator(image[:, : cfg.in_chans]).maps[0].sigmoid().numpy()
-        common.propose(maps, np.array([5.0, 0.5, 0.5]), cfg)
-
-    with torch.inference_mode():
-        candidates = {"member": lambda: member(image), "locator": locate}
-        compare("a locator beside a member, 384 px", repeats, candidates)
 
 
 def make_loop(name: str, cache: Path, args: argparse.Namespace, waits: list[float]) -> Callable[[], None]:
