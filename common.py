@@ -1,7 +1,6 @@
 """What the scripts share: labels, settings, cache, worker pool, metric, dataset, models, checkpoints.
 
-Reads top to bottom in that order; `dicom.py` leads from DICOM files to voxels. Importing this file does no
-work: no seeding, no logging set-up, no device probe, no download.
+Reads top to bottom in that order. Importing it does no work: no seeding, no logging, no device probe.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import multiprocessing.resource_tracker
 import os
 import re
 import signal
-import socket
 import sys
 import textwrap
 import threading
@@ -71,7 +69,7 @@ MODALITIES = ("CTA", "MRA", "MRI T2", "MRI T1post")
 UID = "SeriesInstanceUID"
 
 
-def read_csv(path: Path, columns: Sequence[str], **options) -> pd.DataFrame:
+def read_csv(path: Path, columns: Sequence, **options) -> pd.DataFrame:
     """A CSV file with at least these columns; options are those of pandas. ValueError where it is not one."""
     try:
         table = pd.read_csv(path, **options)
@@ -97,14 +95,6 @@ def read_label_table(path: Path) -> pd.DataFrame:
     if faults:
         raise ValueError(f"{path}: {'; '.join(faults)}")
     return table
-
-
-def parse_age(text: str) -> float:
-    """Years of (0010,1010) PatientAge (`086Y`, `018M`; PS3.5 6.2, AS) or of a plain number; nan otherwise."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([DWMY]?)", str(text).strip())
-    if match is None:
-        return math.nan
-    return float(match[1]) / {"D": 365.25, "W": 52.18, "M": 12}.get(match[2], 1)
 
 
 # --- config -------------------------------------------------------------------------------------------------
@@ -201,20 +191,21 @@ LIMITS = {  # smallest and largest value of numbers; of all others 0 and 1e9
 RANGES = {name: limits for names, limits in LIMITS.items() for name in names.split()}
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | None = None, overrides: Sequence = ()) -> Config:
     """Config from a YAML file (its `base:` is read first) and `key=value` strings (values are YAML too).
     Raises ValueError for an unknown key (naming the nearest), a wrong type, or a value outside its range."""
     values = read_yaml(Path(path)) if path else {}
     for text in overrides:
         try:
-            values |= yaml.safe_load(text.replace("=", ": ", 1))
+            override = dict(yaml.safe_load(text.replace("=", ": ", 1)))
         except (yaml.YAMLError, ValueError, TypeError):
             example = "lr=1.0e-4 or 'proposals=\"*_seed0\"'"
             raise ValueError(f"--set {text}: expected key=value, such as {example}") from None
-    return config_from_dict(values, str(path or "settings"))
+        values |= check_settings(override, f"--set {text}")
+    return config_from_dict(values, " ".join([str(path or "settings"), *overrides]))
 
 
-def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
+def read_yaml(path: Path, above: tuple = ()) -> dict:
     """Flat values of a config file over those of the file that its `base:` names (beside it), and so on.
     ValueError where one cannot be read, repeats a setting, or leads back to one of the files above it."""
     path = path.resolve()
@@ -236,6 +227,18 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
 
 def config_from_dict(values: dict, source: str = "checkpoint") -> Config:
     """Config from flat values, as `config_to_dict` gives them; a ValueError begins with `source`."""
+    checked = check_settings(values, source)
+    volume = {key: checked.pop(key) for key in asdict(VolumeSettings()) if key in checked}
+    cfg = Config(volume=VolumeSettings(**volume), **checked)
+    if not cfg.fold < cfg.num_folds:
+        raise ValueError(f"{source}: fold is {cfg.fold}, expected 0 to {cfg.num_folds - 1} (num_folds - 1)")
+    if cfg.task == "locate" and cfg.proposals:
+        raise ValueError(f"{source}: proposals are for task classify; a locator makes them")
+    return cfg
+
+
+def check_settings(values: dict, source: str) -> dict:
+    """Flat values of known settings, each as its setting's type."""
     types = get_type_hints(VolumeSettings) | get_type_hints(Config)
     del types["volume"]
     checked = {}
@@ -244,13 +247,7 @@ def config_from_dict(values: dict, source: str = "checkpoint") -> Config:
             nearest = difflib.get_close_matches(str(key), types, n=1, cutoff=0.0)[0]
             raise ValueError(f"{source}: unknown setting {key!r}; the nearest is {nearest!r}")
         checked[key] = convert_setting(key, value, types[key], source)
-    volume = {key: checked.pop(key) for key in asdict(VolumeSettings()) if key in checked}
-    cfg = Config(volume=VolumeSettings(**volume), **checked)
-    if not cfg.fold < cfg.num_folds:
-        raise ValueError(f"{source}: fold is {cfg.fold}, expected 0 to {cfg.num_folds - 1} (num_folds - 1)")
-    if cfg.task == "locate" and cfg.proposals:
-        raise ValueError(f"{source}: proposals are for task classify; a locator makes them")
-    return cfg
+    return checked
 
 
 def convert_setting(key: str, value: Any, kind: Any, source: str) -> Any:
@@ -294,31 +291,28 @@ def volume_settings(cfg: Config) -> dict:
     return json.loads(json.dumps(asdict(cfg.volume) | {"volume_version": VOLUME_VERSION}))
 
 
-def describe_difference(found: dict, expected: dict) -> str:
+def describe_difference(values: dict, expected: dict) -> str:
     """What differs between two dictionaries of settings, as text; "" where nothing does."""
     return ", ".join(
-        f"{key} {found.get(key)!r:.60} (expected {value!r:.60})"
+        f"{key} {values.get(key)!r:.60} (expected {value!r:.60})"
         for key, value in expected.items()
-        if found.get(key) != value
+        if values.get(key) != value
     )
 
 
 # --- the command line ---------------------------------------------------------------------------------------
 
 
-def make_parser(
-    doc: str, has_config: bool = False, listed: Sequence[type] = (VolumeSettings, Config)
-) -> argparse.ArgumentParser:
-    """A parser whose help is the script's docstring; with --config and --set where the script takes settings.
-    The help then lists the settings of the `listed` dataclasses with their defaults."""
+def make_parser(doc: str, *listed: type) -> argparse.ArgumentParser:
+    """A parser whose help is the script's docstring; with `listed` dataclasses of settings it has --set, and
+    its help lists them with their defaults."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    if has_config:
+    if listed:
         source = "".join(map(inspect.getsource, listed))
         settings = re.findall(r"^    (?:\w+: .* = (?!field)|# ).*$", source, flags=re.MULTILINE)
         parser.epilog = "\n".join(["settings, with their defaults:", *settings])
-        parser.add_argument("--config", metavar="YAML", help="settings; without it their defaults")
         parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override one")
     return parser
 
@@ -342,9 +336,10 @@ def log(text: str, everywhere: bool = False) -> None:
 
 
 def progress(total: int, desc: str, show: bool = True) -> tqdm:
-    """A progress bar on stderr; without a terminal a line every half a minute."""
+    """A progress bar on the main process's stderr; without a terminal a line every half a minute."""
     interval_s = 0.5 if sys.stderr.isatty() else 30.0
-    return tqdm(total=total, desc=desc, disable=not show, file=sys.stderr, mininterval=interval_s)
+    is_hidden = not show or os.environ.get("RANK", "0") != "0"
+    return tqdm(total=total, desc=desc, disable=is_hidden, file=sys.stderr, mininterval=interval_s)
 
 
 def reserve_stdout() -> TextIO:
@@ -404,7 +399,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def host_name() -> str:
     """This machine's name, in letters that fit a file name."""
-    return socket.gethostname().replace(".", "-")
+    return os.uname().nodename.replace(".", "-")
 
 
 def is_running(pid: int) -> bool:
@@ -456,7 +451,7 @@ def save_volume(
     write_atomic(path, save(tensors, metadata={"record": json.dumps(record, sort_keys=True)}))
 
 
-def load_volume(path: Path, names: Sequence[str] | None = None) -> tuple[dict, dict]:
+def load_volume(path: Path, names: Sequence | None = None) -> tuple:
     """(tensors, metadata) of a cached series; with names only these tensors (the others are not read).
     Raises FileNotFoundError, or ValueError naming the file where what was read differs from its sum."""
     tensors, record = read_safetensors(path, "volume; run preprocess.py again", "np", "record", names)
@@ -468,8 +463,8 @@ def load_volume(path: Path, names: Sequence[str] | None = None) -> tuple[dict, d
 
 
 def read_safetensors(
-    path: Path, kind: str, framework: str = "pt", key: str = "run", names: Sequence[str] | None = None
-) -> tuple[dict, dict]:
+    path: Path, kind: str, framework: str = "pt", key: str = "run", names: Sequence | None = None
+) -> tuple:
     """(tensors, metadata) of a file: all tensors or those of these names, and the JSON text under key, or
     {}. FileNotFoundError and ValueError name the file and the kind that was expected."""
     from safetensors import SafetensorError, safe_open
@@ -485,7 +480,7 @@ def read_safetensors(
         raise ValueError(f"{path}: not a readable {kind} ({error})") from error
 
 
-def is_inside(points: ndarray, shape: Sequence[int]) -> ndarray:
+def is_inside(points: ndarray, shape: Sequence) -> ndarray:
     """(P,) bool: which points (P, 3), in voxels, lie in a volume of that shape."""
     return ((points >= -0.5) & (points <= np.array(shape) - 0.5)).all(axis=1)
 
@@ -494,7 +489,7 @@ def is_inside(points: ndarray, shape: Sequence[int]) -> ndarray:
 
 
 def run_isolated(
-    function: Callable, items: Iterable, *, workers: int, timeout_s: float, memory_gb: float, tick_s=None
+    function: Callable, items: Iterable, workers: int, timeout_s: float, memory_gb: float, tick_s=None
 ) -> Iterator[tuple | None]:
     """Yield (item, function(item), None), or (item, None, reason) where it failed, as they are completed.
     Each item runs in one of `workers` processes, so that a crash of a decoder, a bomb of memory (over
@@ -527,7 +522,7 @@ def start_forkserver() -> multiprocessing.context.BaseContext:
     would stand in for ours: PYTHONSAFEPATH (Python 3.11) leaves it out."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["common"])
-    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    before = {name: os.environ.get(name, "") for name in ("PYTHONPATH", "PYTHONSAFEPATH")}  # "": not set
     paths = [str(Path(__file__).resolve().parent), before["PYTHONPATH"]]
     os.environ |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}
     multiprocessing.resource_tracker.ensure_running()  # its start would unblock the signal
@@ -536,10 +531,9 @@ def start_forkserver() -> multiprocessing.context.BaseContext:
         multiprocessing.forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
+        os.environ |= before
+    # Waits for the imports: a worker whose start is interrupted meanwhile would end with a traceback.
+    context.Process(target=int).start()
     return context
 
 
@@ -658,7 +652,7 @@ def bootstrap_aucs(labels: ndarray, probs: ndarray, patients: Sequence, draws: i
     return np.concatenate(blocks)
 
 
-def percentile_interval(values: ndarray) -> list[float]:
+def percentile_interval(values: ndarray) -> list:
     """The 95 % percentile interval [low, high] of the values that are defined."""
     return pd.Series(values).quantile([0.025, 0.975]).tolist()
 
@@ -685,6 +679,8 @@ def score(table: pd.DataFrame, probs: ndarray, draws: int = 2000) -> dict:
         "num_patients": table["patient"].nunique(),
         "undefined": overall["undefined"],
         "per_label": {},
+        "per_modality": {},
+        "per_plane": {},
     }
     for k, name in enumerate(LABELS):
         positives = int(labels[:, k].sum())
@@ -692,11 +688,10 @@ def score(table: pd.DataFrame, probs: ndarray, draws: int = 2000) -> dict:
         summary = {"auc": overall["auc"][k], **summarise_draws(drawn), "positives": positives}
         result["per_label"][name] = summary
     for column in ("Modality", "plane"):
-        groups = result[f"per_{column.lower()}"] = {}
         for value, rows in table.groupby(column):
             part = weighted_auc(labels[rows.index], probs[rows.index])
             group = {"wauc": part["wauc"], "auc_present": part["auc"][AP], "num_series": len(rows)}
-            groups[str(value)] = group
+            result[f"per_{column.lower()}"][str(value)] = group
     return result
 
 
@@ -756,8 +751,7 @@ def make_crops(
         chosen = np.where(rng.random((len(chosen), 1)) < 0.5, mirrored, chosen)
         places = np.concatenate([places, chosen * volume.shape - 0.5])
     jitter_mm = rng.uniform(-cfg.crop_jitter_mm, cfg.crop_jitter_mm, places.shape)
-    size = cfg.volume.img_size
-    crops = np.zeros((cfg.num_crops, size, size), np.uint8)
+    crops = np.zeros((cfg.num_crops, *volume.shape[1:]), np.uint8)
     for k, place in enumerate(places + jitter_mm / spacing_mm):
         crops[k] = cut_crop(volume, place, spacing_mm, cfg)
     return crops
@@ -897,7 +891,7 @@ class Locator(nn.Module):
         size = (height // self.stride, width // self.stride)
         images = (images - 0.5) / 0.5
         padded = torch.cat([images[:, :1], images, images[:, -1:]], dim=1)
-        triples = torch.stack([padded[:, :-2], images, padded[:, 2:]], dim=2)  # (B, Z, 3, H, W)
+        triples = torch.stack([padded[:, i : i + slabs] for i in range(3)], dim=2)  # (B, Z, 3, H, W)
         merged = self.merge_features(triples.flatten(0, 1), size)  # (B Z, D, h, w)
         merged = merged.unflatten(0, (batch, slabs)).transpose(1, 2)  # (B, D, Z, h, w)
         axes = [torch.linspace(-1, 1, n, device=images.device, dtype=merged.dtype) for n in (slabs, *size)]
@@ -911,7 +905,7 @@ class Locator(nn.Module):
         all_logits = torch.cat([maps, find_logits], dim=1)
         return Output(all_logits.flatten(2).amax(-1), maps)
 
-    def merge_features(self, slabs: Tensor, size: tuple[int, int]) -> Tensor:
+    def merge_features(self, slabs: Tensor, size: tuple) -> Tensor:
         """(N, D, *size) sum of the backbone's features of N slabs (N, 3, H, W), each brought to that size."""
         is_cpu = slabs.device.type == "cpu"
         num = 4 if is_cpu and not self.training else len(slabs)  # 4 slabs fit a CPU's cache: 1.5 x faster

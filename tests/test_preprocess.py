@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -73,8 +74,8 @@ def index(folder: Path) -> dict[str, dict]:
 def cache_alone(uid: str, files: list[Path], dst: Path, cfg: Config, points: list = ()) -> Path:
     """The volume that cache_series makes of these files."""
     dst.mkdir(exist_ok=True)
-    job = {"uid": uid, "files": files, "points": list(points), "labels": {}}
-    assert preprocess.cache_series(job | {"cfg": cfg, "dst": dst, "key": KEY}) == "cached"
+    (dst / ".patient_key").write_bytes(KEY)
+    assert preprocess.cache_series(preprocess.Job(uid, files, list(points), {}, {dst: cfg})) == ["cached"]
     return dst / f"{uid}.safetensors"
 
 
@@ -215,6 +216,50 @@ def test_other_settings_and_a_run_that_would_lose_points_are_refused_and_change_
     assert volumes(cache) == before
 
 
+def test_folders_filled_in_one_pass_equal_those_filled_alone(src, tmp_path):
+    """Also one that was begun before, and a series that cannot be read."""
+    for path in sorted((src / "series").iterdir())[0].iterdir():
+        path.write_bytes(b"this is not a DICOM file" * 100)
+    configs, alone, together = ([tmp_path / f"{name}{i}" for i in range(2)] for name in ("c", "alone", "dst"))
+    for config, dst, roi_mm in zip(configs, alone, (200.0, 180.0), strict=True):
+        config.write_text(f"roi_mm: {roi_mm}")
+        assert run_on(src, dst, "--config", config)[0] == 3
+    shutil.copytree(alone[1], together[1])
+    for path in sorted(together[1].glob("*.safetensors"))[:2]:
+        path.unlink()
+    options = map(str, ["--dst", *together, "--config", *configs])
+    code, err = run(*arguments_for(src, together[0]), *options)
+    assert code == 3 and "Traceback" not in err
+    for dst, counts in zip(together, ("5 cached, 0 kept", "2 cached, 3 kept"), strict=True):
+        assert f"{dst}: shard 0 of 1: 6 series, {counts}, 1 failed" in err
+    for dst, expected in zip(together, alone, strict=True):
+        assert {p.name: p.read_bytes() for p in dst.iterdir()} == {
+            p.name: p.read_bytes() for p in expected.iterdir()
+        }
+
+
+def test_a_pass_reads_and_decodes_each_series_once_and_only_where_a_folder_needs_it(
+    phantoms, tmp_path, monkeypatch
+):
+    files = sorted(next((phantoms / "series").iterdir()).iterdir())
+    counts = Counter()
+    for name in ("read_series", "decode"):
+        function = getattr(dicom, name)
+        monkeypatch.setattr(dicom, name, lambda *a, f=function: counts.update([str(a[0])]) or f(*a))
+    folders = [tmp_path / name for name in "ab"]
+    configs = [Config(volume=VolumeSettings(8, 48, roi_mm)) for roi_mm in (200.0, 180.0)]
+    for folder in folders:
+        folder.mkdir()
+    job = preprocess.Job("1.2", files, [], {}, dict(zip(folders, configs, strict=True)))
+    assert preprocess.cache_series(job) == ["cached", "cached"]
+    assert len(counts) > 2 and set(counts.values()) == {1}
+    (folders[0] / "1.2.safetensors").unlink()
+    counts.clear()
+    assert preprocess.cache_series(job) == ["cached", "kept"] and set(counts.values()) == {1}
+    counts.clear()
+    assert preprocess.cache_series(job) == ["kept", "kept"] and not counts
+
+
 def test_shards_and_runs_that_meet_on_one_cache_make_the_same(phantoms, cached, tmp_path):
     command = arguments_for(phantoms, tmp_path / "cache", "--workers", 1)
     rank = start(*command, RANK="1", WORLD_SIZE="2")
@@ -346,20 +391,24 @@ DAMAGE = {  # what --verify says -> damage to the volumes a and b, the index and
 def test_verify_names_what_is_damaged_and_the_next_run_heals_it(complaint, phantoms, cached, cache):
     assert run("--verify", "--dst", str(cache))[0] == 0
     DAMAGE[complaint](cache, *sorted(cache.glob("*.safetensors"))[:2])
-    code, err = run("--verify", "--dst", str(cache))
+    code, err = run("--verify", "--dst", str(cached), str(cache))
     assert code == 3 and complaint in err
-    assert run_on(phantoms, cache)[0] == 0
-    assert run("--verify", "--dst", str(cache))[0] == 0
+    assert run_on(phantoms, cache)[0] == run("--verify", "--dst", str(cache))[0] == 0
     assert volumes(cache) == volumes(cached)
     assert (cache / "train.csv").read_bytes() == (cached / "train.csv").read_bytes()
 
 
 MISTAKES = {  # options -> exit code and last line
-    "--dst {tmp}/c": (2, "--src --verify is required"),
+    "--scr {tmp} --dst {tmp}/c": (2, "unrecognized arguments: --scr {tmp}"),
+    "--dst {tmp}/c": (2, "--src DIR (or --verify) is missing"),
+    "--src {tmp}": (2, "the following arguments are required: --dst"),
+    "--src {tmp} --dst {tmp}/c {tmp}/d": (2, "1 --config for 2 --dst: expected one for each folder"),
+    "--src {tmp} --dst {tmp}/c {tmp}/c --config a b": (2, "2 --config for 2 --dst: expected one for each"),
     "--src {tmp} --dst {tmp}/c --shard 4/4": (2, "'4/4': expected I/N"),
     "--src {tmp} --dst {tmp}/c --limit 0": (2, "expected a whole number above 0"),
     "--src {tmp}/absent --dst {tmp}/c": (1, "preprocess.py: {tmp}/absent: found no DICOM series"),
-    "--src {tmp} --dst {tmp}/c --set bas_slices=3": (1, "'base_slices'"),
+    "--src {tmp} --dst {tmp}/c --set bas_slices=3": (1, "--set bas_slices=3: unknown setting 'bas_slices'"),
+    "--verify --dst {tmp}/absent": (1, "{tmp}/absent: no such folder; expected a cache"),
     "--verify --dst {tmp}": (3, "0 volumes agree with their sums; 1 faults"),
 }
 
@@ -388,24 +437,28 @@ def test_bad_points_are_one_line_with_their_number_in_bounded_time(tmp_path):
         assert len(str(error.value)) < 300 + len(str(path)) and "\n" not in str(error.value)
 
 
-def test_faulty_tables_stop_the_run_before_work(src, tmp_path):
-    table = pd.read_csv(src / "train.csv", dtype=str)
+def test_faulty_tables_stop_the_run_before_work_and_odd_labels_are_counted(src, tmp_path):
+    table = pd.read_csv(src / "train.csv", dtype={UID: str})
     table.assign(Modality="Left Knee").to_csv(src / "train.csv", index=False)
     code, err = run_on(src, tmp_path / "cache")
     assert code == 1 and f"{src}/train.csv" in err.splitlines()[-1] and "'Left Knee'" in err.splitlines()[-1]
     assert volumes(tmp_path / "cache") == {}
-
-
-def test_labels_that_contradict_themselves_are_counted_and_the_source_is_no_cache(src, tmp_path):
-    table = pd.read_csv(src / "train.csv", dtype={UID: str})
     is_present = table["Aneurysm Present"] == 1
-    table["Aneurysm Present"] = 1 - table["Aneurysm Present"]
-    table.to_csv(src / "train.csv", index=False)
     assert is_present.any() and not is_present.all()
+    contradictory = table.assign(**{UID: "1.2.9", "Aneurysm Present": 1 - table["Aneurysm Present"]})
+    contradictory[UID] += table.index.astype(str)
+    contradictory.to_csv(src / "train.csv", index=False)
     code, err = run_on(src, tmp_path / "cache")
     assert code == 0 and f"in {len(table)} rows Aneurysm Present and the arteries disagree" in err
+    assert f"none of the {len(table)} series is in {src}/train.csv: nothing to train on" in err
     code, err = run_on(src, src)
     assert code == 1 and "expected a folder of its own" in err.splitlines()[-1] and volumes(src) == {}
+
+
+def test_ages_are_read_in_all_their_units():
+    ages = [preprocess.parse_age(text) for text in ("086Y", "86", "86.0", "018M", "052W", "")]
+    assert ages[:3] == [86, 86, 86] and ages[3:5] == pytest.approx([1.5, 1.0], abs=0.01)
+    assert np.isnan(ages[5])
 
 
 def test_points_outside_of_their_image_or_without_one_are_counted_and_the_first_is_named(src, tmp_path):
