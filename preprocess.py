@@ -26,7 +26,6 @@ stderr and in index.csv (0 under torchrun and accelerate, which would stop the o
 
 import argparse
 import ast
-import contextlib
 import functools
 import hashlib
 import hmac
@@ -38,6 +37,7 @@ import signal
 import sys
 import time
 from collections import Counter, defaultdict
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -149,7 +149,7 @@ def cache_series(job: Job) -> list | OSError:
         key = read_patient_key(dst)
         source = hmac.digest(key, samples, "sha256").hex()[:16]
         made_from = {"source": source, "settings": common.volume_settings(cfg)}
-        with contextlib.suppress(FileNotFoundError, ValueError):
+        with suppress(FileNotFoundError, ValueError):
             _, meta = common.load_volume(path)
             if meta == meta | made_from:
                 outcomes.append("kept")
@@ -246,7 +246,7 @@ def parse_age(text: str) -> float:
 def read_patient_key(dst: Path) -> bytes:
     """The random key of a cache, the same for all its shards: made by the first that comes."""
     path = dst / ".patient_key"
-    with contextlib.suppress(FileExistsError), open(path, "xb") as file:
+    with suppress(FileExistsError), open(path, "xb") as file:
         file.write(secrets.token_bytes(32))
     for _ in range(50):  # the process that made it may not have written it yet
         if len(key := path.read_bytes()) == 32:
@@ -291,7 +291,7 @@ def build_index(dst: Path, cached: dict) -> tuple[pd.DataFrame, bytes]:
     its CSV, where what is not UTF-8 in a file's name comes out as an escape such as \\udce4."""
     rows = {}
     for path in dst.glob("*.failed.txt"):
-        with contextlib.suppress(FileNotFoundError):  # another process succeeded meanwhile
+        with suppress(FileNotFoundError):  # another process succeeded meanwhile
             reason = path.read_text(errors="replace")
             rows[path.name.removesuffix(".failed.txt")] = {"status": "failed", "reason": reason}
     for uid, meta in cached.items():
@@ -313,21 +313,17 @@ def write_index(dst: Path) -> pd.DataFrame:
     return index
 
 
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 def verify(dst: Path) -> int:
     """Compare every volume, the index and the label table with what they should be; exit code."""
     if not dst.is_dir():
         raise ValueError(f"{dst}: no such folder; expected a cache that preprocess.py has filled")
     cached, faults = read_cache(dst, names=None)
     _, text = build_index(dst, cached)
-    sums = {dst / INDEX: sha256(text)}
+    sums = {dst / INDEX: hashlib.sha256(text).hexdigest()}
     if (dst / LABEL_SUM).is_file():
         sums[dst / LABEL_TABLE] = (dst / LABEL_SUM).read_text(errors="replace")
     for path, expected in sums.items():
-        if not path.is_file() or sha256(path.read_bytes()) != expected:
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
             faults.append(f"{path}: missing, or differs from the folder; run preprocess.py again")
     for fault in faults:
         log(fault)
@@ -428,7 +424,7 @@ def preprocess(args: argparse.Namespace) -> int:
         if labels_path:
             data = labels_path.read_bytes()
             write_atomic(dst / LABEL_TABLE, data)
-            write_atomic(dst / LABEL_SUM, sha256(data).encode())
+            write_atomic(dst / LABEL_SUM, hashlib.sha256(data).hexdigest().encode())
     jobs = [Job(uid, series[uid], points.get(uid, []), labels.get(uid, {}), caches) for uid in uids]
     try:
         outcomes = run_jobs(jobs, args)
@@ -453,7 +449,7 @@ def run_jobs(jobs: list, args: argparse.Namespace) -> Counter:
         results = common.run_isolated(cache_series, jobs, args.workers, args.timeout, args.memory_gb)
         bar = common.progress(len(jobs), desc="preprocess")
         jobs = []
-        with bar, contextlib.closing(results):
+        with bar, closing(results):
             for job, outcomes, reason in results:
                 bar.update()
                 if isinstance(outcomes, OSError):
@@ -484,12 +480,8 @@ def summarise(index: pd.DataFrame) -> None:
 
 def main() -> int:
     args = parse_arguments()
-
-    def stop(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         return max(map(verify, args.dst)) if args.verify else preprocess(args)
     except (ValueError, OSError) as error:

@@ -23,7 +23,7 @@ from test_find_series import write_slice
 
 import dicom
 import preprocess
-from common import LABELS, UID, Config, host_name, load_volume, remove_leftovers, run_isolated
+from common import HOST, LABELS, UID, Config, load_volume, remove_leftovers, run_isolated
 from dicom import VolumeSettings
 
 SCRIPT = Path(preprocess.__file__)
@@ -505,7 +505,7 @@ def test_a_bad_item_costs_only_itself():
 def test_leftovers_of_the_dead_go_and_of_the_living_stay(tmp_path):
     child = subprocess.Popen(["true"])
     child.wait()
-    dead, alive = (f".1.{pid}.safetensors.{host_name()}.{pid}.tmp" for pid in (child.pid, os.getpid()))
+    dead, alive = (f".1.{pid}.safetensors.{HOST}.{pid}.tmp" for pid in (child.pid, os.getpid()))
     foreign, old = (f".1.{k}.safetensors.elsewhere.1.tmp" for k in (1, 2))
     for name in (dead, alive, foreign, old):
         (tmp_path / name).write_bytes(b"half")
