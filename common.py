@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import hashlib
 import inspect
 import itertools
 import json
 import math
 import multiprocessing
-import multiprocessing.forkserver
-import multiprocessing.resource_tracker
 import os
 import re
 import signal
@@ -27,6 +24,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 from contextlib import chdir, suppress
 from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TextIO, get_args, get_origin, get_type_hints
 
@@ -38,6 +38,7 @@ import torch
 import yaml
 from numpy import ndarray
 from numpy.random import Generator, default_rng
+from pandas import DataFrame
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -69,7 +70,7 @@ MODALITIES = ("CTA", "MRA", "MRI T2", "MRI T1post")
 UID = "SeriesInstanceUID"
 
 
-def read_csv(path: Path, columns: Sequence, **options) -> pd.DataFrame:
+def read_csv(path: Path, columns: Sequence, **options) -> DataFrame:
     """A CSV file with at least these columns; options are those of pandas. ValueError where it is not one."""
     try:
         table = pd.read_csv(path, **options)
@@ -81,7 +82,7 @@ def read_csv(path: Path, columns: Sequence, **options) -> pd.DataFrame:
     return table
 
 
-def read_label_table(path: Path) -> pd.DataFrame:
+def read_label_table(path: Path) -> DataFrame:
     """A label table such as train.csv: SeriesInstanceUID as text in the form of the cache's file names, the
     14 labels as 0 or 1, and its other columns. Raises ValueError that names every fault."""
     table = read_csv(path, [UID, *LABELS], dtype={UID: str})
@@ -420,13 +421,13 @@ def content_sums(tensors: dict, meta: dict) -> dict:
     sums = {"meta": text_sum(meta)}
     for name, tensor in tensors.items():
         head = f"{name} {tensor.dtype} {tensor.shape}"
-        sums[name] = hashlib.sha256(head.encode() + tensor.tobytes()).hexdigest()
+        sums[name] = sha256(head.encode() + tensor.tobytes()).hexdigest()
     return sums
 
 
 def text_sum(meta: dict) -> str:
     """SHA-256 of JSON-ready metadata."""
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+    return sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def save_volume(
@@ -438,7 +439,7 @@ def save_volume(
     several would be written in random order. Atomic; equal input gives equal bytes."""
     from safetensors.numpy import save
 
-    digests = [hashlib.sha256(uid.encode()).digest() for uid in set(sop_uids)]
+    digests = [sha256(uid.encode()).digest() for uid in set(sop_uids)]
     hashes = [int.from_bytes(digest[:8], "big", signed=True) for digest in digests]
     tensors = {
         "volume": np.ascontiguousarray(volume, np.uint8),
@@ -524,17 +525,17 @@ def run_isolated(
         pool.join()
 
 
-def start_forkserver() -> multiprocessing.context.BaseContext:
+def start_forkserver() -> BaseContext:
     """The context whose processes are forked from one that has imported this module (torch, pydicom) once. It
     starts in the folder of our files: Python looks for modules in its working directory first, where a file
     called common.py or pandas.py would stand in for ours."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["common"])
-    multiprocessing.resource_tracker.ensure_running()  # its start would unblock the signal
+    resource_tracker.ensure_running()  # its start would unblock the signal
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C while it imports is for the parent
     try:
         with chdir(Path(__file__).parent):
-            multiprocessing.forkserver.ensure_running()
+            forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     # Waits for the imports: a worker whose start is interrupted meanwhile would end with a traceback.
@@ -657,7 +658,7 @@ def summarise_draws(values: ndarray) -> dict:
     return {"low": low, "high": high, "draws_used": len(used)}
 
 
-def score(table: pd.DataFrame, probs: ndarray, draws: int = 2000) -> dict:
+def score(table: DataFrame, probs: ndarray, draws: int = 2000) -> dict:
     """Everything said of predictions: wAUC with its interval over patients, per label, and wAUC per modality
     and plane. A label of fewer than MIN_POSITIVES positive series has no interval. table: rows aligned with
     probs (N, 14); columns patient, Modality, plane and the 14 labels."""
@@ -769,7 +770,7 @@ class SeriesDataset(torch.utils.data.Dataset):
     read. Everything random is a pure function of (seed, epoch, index)."""
 
     cfg: Config
-    table: pd.DataFrame
+    table: DataFrame
     mode: Literal["train", "deploy"]
     decoys: ndarray
     proposals: dict | None = None
@@ -1061,7 +1062,7 @@ def load_run(folder: Path) -> Run:
         if not is_labelled or not is_typed or not ((shares >= 0) & (shares <= 1)).all():
             raise ValueError("expected 14 labels, their prior, decoys from 0 to 1, val_uids, locator")
         columns = ["specificity", "threshold", "sensitivity"]
-        pd.DataFrame(meta.get("operating_points", []), columns=columns, dtype=float)  # raises if malformed
+        DataFrame(meta.get("operating_points", []), columns=columns, dtype=float)  # raises if malformed
         model = build_model(cfg)
         model.load_state_dict(state)
     except Exception as error:  # a checkpoint can hold anything

@@ -24,10 +24,8 @@ exit 0 all well, 1 nothing could be done or the disk is full, 2 wrong usage, 3 s
 stderr and in index.csv (0 under torchrun and accelerate, which would stop the other processes).
 """
 
-import argparse
 import ast
 import functools
-import hashlib
 import hmac
 import math
 import os
@@ -36,9 +34,11 @@ import secrets
 import signal
 import sys
 import time
+from argparse import ArgumentTypeError, Namespace
 from collections import Counter, defaultdict
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -319,11 +319,11 @@ def verify(dst: Path) -> int:
         raise ValueError(f"{dst}: no such folder; expected a cache that preprocess.py has filled")
     cached, faults = read_cache(dst, names=None)
     _, text = build_index(dst, cached)
-    sums = {dst / INDEX: hashlib.sha256(text).hexdigest()}
+    sums = {dst / INDEX: sha256(text).hexdigest()}
     if (dst / LABEL_SUM).is_file():
         sums[dst / LABEL_TABLE] = (dst / LABEL_SUM).read_text(errors="replace")
     for path, expected in sums.items():
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+        if not path.is_file() or sha256(path.read_bytes()).hexdigest() != expected:
             faults.append(f"{path}: missing, or differs from the folder; run preprocess.py again")
     for fault in faults:
         log(fault)
@@ -334,7 +334,7 @@ def verify(dst: Path) -> int:
 # --- the command --------------------------------------------------------------------------------------------
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments() -> Namespace:
     parser = common.make_parser(__doc__, VolumeSettings)
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--src", type=Path, metavar="DIR")
@@ -359,7 +359,7 @@ def parse_shard(text: str) -> tuple:
     index, _, count = text.partition("/")
     if index.isdecimal() and count.isdecimal() and int(index) < int(count):
         return int(index), int(count)
-    raise argparse.ArgumentTypeError(f"{text!r}: expected I/N with I from 0 to N-1, for example 0/4")
+    raise ArgumentTypeError(f"{text!r}: expected I/N with I from 0 to N-1, for example 0/4")
 
 
 def shard_of(environment: dict) -> str:
@@ -403,7 +403,7 @@ def check_cache(dst: Path, cfg: Config, uids: list, points: dict) -> None:
         )
 
 
-def preprocess(args: argparse.Namespace) -> int:
+def preprocess(args: Namespace) -> int:
     """The run from tables to summary; exit code. Raises ValueError (input that cannot be right) and OSError
     (disk) for main."""
     configs = [common.load_config(path, args.set) for path in args.config]
@@ -424,7 +424,7 @@ def preprocess(args: argparse.Namespace) -> int:
         if labels_path:
             data = labels_path.read_bytes()
             write_atomic(dst / LABEL_TABLE, data)
-            write_atomic(dst / LABEL_SUM, hashlib.sha256(data).hexdigest().encode())
+            write_atomic(dst / LABEL_SUM, sha256(data).hexdigest().encode())
     jobs = [Job(uid, series[uid], points.get(uid, []), labels.get(uid, {}), caches) for uid in uids]
     try:
         outcomes = run_jobs(jobs, args)
@@ -440,7 +440,7 @@ def preprocess(args: argparse.Namespace) -> int:
     return 3 if num_failed < outcomes.total() else 1
 
 
-def run_jobs(jobs: list, args: argparse.Namespace) -> Counter:
+def run_jobs(jobs: list, args: Namespace) -> Counter:
     """Do all jobs in worker processes; how many ended as (folder, "cached", "kept" or "failed"). A series
     that fails is tried again for each folder alone, so that each ends as if it were the only one. OSError if
     the disk is full."""

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import fcntl
 import glob
-import hashlib
 import io
 import math
 import multiprocessing
@@ -28,15 +27,16 @@ import os
 import shutil
 import signal
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
+from time import perf_counter
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own exception is lost in some of the imports
@@ -49,6 +49,7 @@ import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast, gather_object
 from numpy import ndarray
+from numpy.random import SeedSequence, default_rng
 from pandas import DataFrame
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -137,7 +138,7 @@ def make_folds(table: DataFrame, num_folds: int, seed: int) -> pd.Series:
     counts = per_patient.to_numpy(float)  # (patients, columns)
     total = np.maximum(counts.sum(0), 1)
     rarity = np.where(counts > 0, total, np.inf).min(1)
-    shuffled = np.random.default_rng([seed, 1]).permutation(len(counts))
+    shuffled = default_rng([seed, 1]).permutation(len(counts))
     filled = np.zeros((num_folds, counts.shape[1]))
     folds = pd.Series(0, index=per_patient.index)
     for i in shuffled[np.argsort(rarity[shuffled], kind="stable")]:
@@ -313,15 +314,15 @@ def train_epoch(cfg: Config, accelerator: Accelerator, state: TrainState, datase
     for number, update in enumerate(plan):
         # Drop path draws from torch's generator. Seeded by the place in the run alone, it repeats after a
         # resume, whatever the process has drawn before.
-        seeds = np.random.SeedSequence([cfg.seed, progress.epoch, number, rank])
+        seeds = SeedSequence([cfg.seed, progress.epoch, number, rank])
         torch.manual_seed(int(seeds.generate_state(1)[0]))
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(progress.updates, len(plan), cfg)
         losses = []
         for _, weight in update:
-            clock = time.perf_counter()
+            clock = perf_counter()
             batch = next(batches)
-            waited += time.perf_counter() - clock
+            waited += perf_counter() - clock
             images, labels, points = augment(batch, cfg)
             with accelerator.autocast():
                 output = state.model(images)
@@ -361,7 +362,7 @@ def plan_epoch(num: int, cfg: Config, epoch: int, rank: int, world: int) -> list
     gradient. Over all ranks every sample comes once. The order depends on (seed, epoch) alone, so two
     processes of half the batch see in every update what one process sees. A rank that gets nothing of the
     last one works along on sample 0 with weight 0, since the others wait for its gradients."""
-    order = np.random.default_rng([cfg.seed, epoch]).permutation(num)
+    order = default_rng([cfg.seed, epoch]).permutation(num)
     size = cfg.batch_size * world
     plan = []
     for group in np.split(order, range(size * cfg.accumulation, num, size * cfg.accumulation)):
@@ -542,8 +543,11 @@ def describe_run(cfg: Config, table: DataFrame, accelerator: Accelerator) -> dic
     """What a resumed run must share with the run that it goes on with."""
     settings = common.config_to_dict(replace(cfg, cache="", outputs="", workers=0, ensemble_weight=1.0))
     labels = common.text_sum(table[[UID, "fold", *LABELS]].to_csv())
-    settings |= {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
-    return settings | {"series and labels": labels[:8]}
+    return settings | {
+        "processes": accelerator.num_processes,
+        "precision": accelerator.mixed_precision,
+        "series and labels": labels[:8],
+    }
 
 
 def save_last(folder: Path, state: TrainState) -> None:
@@ -551,7 +555,7 @@ def save_last(folder: Path, state: TrainState) -> None:
     states = {name: part.state_dict() for name, part in state.parts.items()}
     buffer = io.BytesIO()
     torch.save(states | {"progress": asdict(state.progress)}, buffer)
-    buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
+    buffer.write(sha256(buffer.getbuffer()).digest())
     last = folder / "last"
     write_atomic(last / f"{state.progress.epoch:04d}.pt", buffer.getbuffer())
     common.remove_leftovers(last)
@@ -564,7 +568,7 @@ def load_last(folder: Path) -> dict | None:
     for path in sorted((folder / "last").glob("*.pt"), reverse=True):
         data = memoryview(path.read_bytes())
         states, digest = data[:-32], data[-32:]
-        if hashlib.sha256(states).digest() == digest:
+        if sha256(states).digest() == digest:
             return torch.load(io.BytesIO(states), map_location="cpu", weights_only=True)
         log(f"{path}: differs from its sum; falling back to the one before")
     return None
@@ -606,10 +610,10 @@ def train(cfg: Config, accelerator: Accelerator, args: Namespace) -> None:
     accelerator.init_trackers("aneurysm", {key: str(value) for key, value in progress.identity.items()})
     best_epoch = max(progress.history, key=quality, default={"epoch": 0})["epoch"]
     while progress.epoch < min(cfg.epochs, best_epoch + (cfg.patience or cfg.epochs)):
-        clock = time.perf_counter()
+        clock = perf_counter()
         loss_sum, waited = train_epoch(cfg, accelerator, state, train_set)
         logits, proposed = predict(run.model, val_set, accelerator)
-        seconds = time.perf_counter() - clock
+        seconds = perf_counter() - clock
         progress.epoch += 1
         metrics = common.score(val_table, logits, cfg.bootstrap)
         val_losses = label_loss(torch.tensor(logits), torch.tensor(val_set.labels), cfg.label_smoothing)

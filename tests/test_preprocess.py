@@ -41,8 +41,8 @@ def arguments_for(src: Path, dst: Path, *arguments: object) -> list[str]:
 def start(*command: str, **environment: str) -> subprocess.Popen:
     """The script as a process of its own, in a group with its workers."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    command = [sys.executable, str(SCRIPT), *command]
-    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, **pipes)
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen([sys.executable, str(SCRIPT), *command], env=env, **pipes)
 
 
 def run(*command: str, **environment: str) -> tuple[int, str]:
@@ -52,10 +52,9 @@ def run(*command: str, **environment: str) -> tuple[int, str]:
     ranks = mock.patch.dict(os.environ, environment)
     with argv, ranks, mock.patch.object(signal, "signal"), contextlib.redirect_stderr(err):
         try:
-            code = preprocess.main()
+            return preprocess.main(), err.getvalue()
         except SystemExit as error:
-            code = error.code
-    return code, err.getvalue()
+            return error.code, err.getvalue()
 
 
 def run_on(src: Path, dst: Path, *arguments: object, **environment: str) -> tuple[int, str]:
@@ -233,31 +232,32 @@ def test_folders_filled_in_one_pass_equal_those_filled_alone(src, tmp_path):
     for dst, counts in zip(together, ("5 cached, 0 kept", "2 cached, 3 kept"), strict=True):
         assert f"{dst}: shard 0 of 1: 6 series, {counts}, 1 failed" in err
     for dst, expected in zip(together, alone, strict=True):
-        assert {p.name: p.read_bytes() for p in dst.iterdir()} == {
-            p.name: p.read_bytes() for p in expected.iterdir()
-        }
+        ours, theirs = ({path.name: path.read_bytes() for path in x.iterdir()} for x in (dst, expected))
+        assert ours == theirs
 
 
-def test_a_pass_reads_and_decodes_each_series_once_and_only_where_a_folder_needs_it(
+def test_a_pass_reads_and_decodes_a_series_once_and_only_if_a_folder_needs_it(
     phantoms, tmp_path, monkeypatch
 ):
-    files = sorted(next((phantoms / "series").iterdir()).iterdir())
     counts = Counter()
     for name in ("read_series", "decode"):
         function = getattr(dicom, name)
         monkeypatch.setattr(dicom, name, lambda *a, f=function: counts.update([str(a[0])]) or f(*a))
-    folders = [tmp_path / name for name in "ab"]
-    configs = [Config(volume=VolumeSettings(8, 48, roi_mm)) for roi_mm in (200.0, 180.0)]
-    for folder in folders:
+    caches = {
+        tmp_path / name: Config(volume=VolumeSettings(8, 48, roi_mm=90.0 + 90 * i))
+        for i, name in enumerate("ab")
+    }
+    for folder in caches:
         folder.mkdir()
-    job = preprocess.Job("1.2", files, [], {}, dict(zip(folders, configs, strict=True)))
-    assert preprocess.cache_series(job) == ["cached", "cached"]
-    assert len(counts) > 2 and set(counts.values()) == {1}
-    (folders[0] / "1.2.safetensors").unlink()
-    counts.clear()
-    assert preprocess.cache_series(job) == ["cached", "kept"] and set(counts.values()) == {1}
-    counts.clear()
-    assert preprocess.cache_series(job) == ["kept", "kept"] and not counts
+    files = sorted(next((phantoms / "series").iterdir()).iterdir())
+    job = preprocess.Job("1.2", files, [], {}, caches)
+    for expected in (["cached", "cached"], ["cached", "kept"], ["kept", "kept"]):
+        counts.clear()
+        assert preprocess.cache_series(job) == expected
+        assert set(counts.values()) == ({1} if "cached" in expected else set())
+        if expected[1] == "cached":
+            assert len(counts) > 2
+            (tmp_path / "a" / "1.2.safetensors").unlink()
 
 
 def test_shards_and_runs_that_meet_on_one_cache_make_the_same(phantoms, cached, tmp_path):
@@ -482,13 +482,10 @@ def misbehave(item: str) -> str:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     while item == "hangs":
         pass
-    if item == "eats":
-        return str(len(np.ones(3 * 2**30, np.uint8)))
-    if item == "raises":
-        raise ValueError("two\n  lines")
-    if item == "panics":
-        raise BaseException("not an Exception")
-    return item.upper()
+    errors = {"raises": ValueError("two\n  lines"), "panics": BaseException("not an Exception")}
+    if item in errors:
+        raise errors[item]
+    return str(len(np.ones(3 * 2**30, np.uint8))) if item == "eats" else item.upper()
 
 
 def test_a_bad_item_costs_only_itself():
