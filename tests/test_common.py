@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 from conftest import TINY, change, random_table, write_cached_series
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
 
 import common
@@ -116,15 +116,12 @@ def test_a_label_table_names_all_its_faults_in_one_line(tmp_path):
     assert common.read_label_table(path)[UID].tolist() == table[UID].tolist()
     table.loc[1, LABELS[2]], table.loc[3, UID] = 2, table[UID][0]
     faults = f"series 1.2.0 has several rows; {LABELS[2]} holds 2"
-    texts = {faults: table.to_csv(index=False)}
+    texts = {faults: table.to_csv(index=False), "not a readable CSV": "\xff\xfe\0"}
     texts[f"columns missing: '{LABELS[0]}'"] = table.drop(columns=LABELS[0]).to_csv(index=False)
     for complaint, text in texts.items():
-        path.write_text(text)
+        path.write_text(text, encoding="latin-1")
         with pytest.raises(ValueError, match=f"{path}: {complaint}"):
             common.read_label_table(path)
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=f"{path}: not a readable CSV"):
-        common.read_label_table(path)
 
 
 def test_auc_with_weights_and_ties_agrees_with_scikit_learn():
@@ -137,7 +134,7 @@ def test_auc_with_weights_and_ties_agrees_with_scikit_learn():
     assert ours == pytest.approx(np.array(theirs), abs=1e-12)
 
 
-def test_wauc_is_half_presence_and_half_the_mean_of_the_defined_locations():
+def test_wauc_is_half_presence_and_half_the_mean_of_the_defined_locations_or_undefined():
     labels, probs = np.zeros((4, 14)), np.full((4, 14), 0.5)
     labels[:2, 13], probs[:, 13] = 1, [0.9, 0.2, 0.3, 0.1]  # 3 of 4 pairs right
     labels[0, 0], probs[:, 0] = 1, [0.9, 0.1, 0.1, 0.1]  # perfect
@@ -145,15 +142,11 @@ def test_wauc_is_half_presence_and_half_the_mean_of_the_defined_locations():
     result = common.weighted_auc(labels, probs)
     assert result["wauc"] == pytest.approx((0.75 + (1 + 0.5) / 2) / 2)
     assert len(result["undefined"]) == 11
-
-
-def test_what_has_no_score_says_so():
-    probs = np.random.default_rng(0).random((14, 14))
-    result = common.weighted_auc(np.zeros((14, 14)), probs)
+    result = common.weighted_auc(np.zeros((4, 14)), probs)
     assert np.isnan(result["wauc"]) and result["undefined"] == list(LABELS)
     probs[3, 5] = np.nan
-    with pytest.raises(ValueError, match="1 of 196 predictions are NaN or infinite"):
-        common.weighted_auc(np.eye(14), probs)
+    with pytest.raises(ValueError, match="1 of 56 predictions are NaN or infinite"):
+        common.weighted_auc(labels, probs)
 
 
 def scored(labels: np.ndarray, probs: np.ndarray, patients) -> dict:
@@ -161,7 +154,7 @@ def scored(labels: np.ndarray, probs: np.ndarray, patients) -> dict:
     return common.score(table.assign(patient=list(patients), Modality="CTA", plane="axial"), probs)
 
 
-def test_bootstrap_draws_patients_not_rows():
+def test_bootstrap_draws_patients_not_rows_and_says_how_many_draws_lost_a_class():
     rng = np.random.default_rng(0)
     labels = np.tile((rng.random((40, 1)) < 0.5).astype(float), (1, 14))
     probs = labels * 0.2 + rng.random((40, 14))
@@ -170,12 +163,9 @@ def test_bootstrap_draws_patients_not_rows():
     assert 0 < alone["low"] < common.weighted_auc(labels, probs)["wauc"] < alone["high"] < 1
     assert copied["high"] - copied["low"] == pytest.approx(alone["high"] - alone["low"], rel=0.1)
     assert copied["per_modality"]["CTA"]["wauc"] == pytest.approx(alone["wauc"])
-
-
-def test_bootstrap_says_how_many_draws_lost_a_class():
     labels = np.zeros((6, 14))
     labels[0] = 1  # a draw without the first patient (1/3 of all) has no positive
-    result = scored(labels, np.random.default_rng(0).random((6, 14)), range(6))
+    result = scored(labels, rng.random((6, 14)), range(6))
     assert result["draws_used"] == pytest.approx(2000 * (1 - (5 / 6) ** 6), rel=0.1)
 
 
@@ -376,25 +366,14 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, task):
     refused("no such file")
     path.write_text("version https://git-lfs.github.com/spec/v1")
     refused("not a readable file of weights")
-    save_weights(path, "test_resnet")
-    refused("could not be loaded")
-    save_weights(path)
-    state = load_file(path)
+    state = dict(save_weights(path).state_dict())
     save_file({name: state[name] for name in list(state)[: len(state) // 2]}, path)
+    refused("could not be loaded")
+    save_weights(path, "test_resnet")
     refused("could not be loaded")
     other = replace(cfg, model_name="test_resnet")
     common.save_checkpoint(path, common.build_model(other), other, META)
     refused("a run of test_resnet; expected a run of test_efficientnet")
-
-
-def test_a_refusal_of_the_hub_says_in_one_line_what_to_do(monkeypatch):
-    def refuse(*_, **options) -> None:
-        raise OSError("cannot reach\n  the hub")
-
-    monkeypatch.setattr(timm, "create_model", refuse)
-    advice = r"could not be loaded\. Give a local .* or pretrained: false\. OSError: cannot reach the hub$"
-    with pytest.raises(ValueError, match=f"^pretrained weights of test_efficientnet {advice}"):
-        common.read_pretrained(TINY)
 
 
 def test_a_run_of_train_py_can_begin_another_of_either_task(tmp_path):
@@ -417,16 +396,15 @@ def test_imagenet_weights_of_the_package_fill_the_backbone():
         common.build_model(replace(cfg, model_name="resnet10t"), pretrained=True)
 
 
-@pytest.mark.parametrize("name", ["maxvit_base_384", "maxvit_base_tf_384.in21k"])
-def test_an_unknown_model_is_refused_with_near_names(name):
-    with pytest.raises(ValueError, match=f"'{name}' is not a timm model; near ones: .*maxvit_base_tf_384"):
-        common.build_model(replace(TINY, model_name=name))
-
-
-@pytest.mark.parametrize("name", ["test_resnet", "densenet121"])  # the latter knows no drop_path_rate
-def test_networks_that_lack_a_setting_are_built_without_it(name):
-    model = common.build_model(replace(TINY, model_name=name))
-    assert model(torch.rand(2, 11, 32, 32)).logits.shape == (2, 14)
+def test_networks_that_lack_a_setting_are_built_and_unknown_ones_refused_with_near_names():
+    for name in ("test_resnet", "densenet121"):  # the latter knows no drop_path_rate
+        model = common.build_model(replace(TINY, model_name=name))
+        assert model(torch.rand(2, 11, 32, 32)).logits.shape == (2, 14)
+    for name in ("maxvit_base_384", "maxvit_base_tf_384.in21k"):
+        with pytest.raises(
+            ValueError, match=f"'{name}' is not a timm model; near ones: .*maxvit_base_tf_384"
+        ):
+            common.build_model(replace(TINY, model_name=name))
 
 
 @pytest.mark.parametrize("task", ["classify", "locate"])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -21,6 +22,7 @@ from phantom import make_set
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 from test_find_series import write_slice
 
+import common
 import dicom
 import preprocess
 from common import HOST, LABELS, UID, Config, load_volume, remove_leftovers, run_isolated
@@ -215,10 +217,23 @@ def test_other_settings_and_a_run_that_would_lose_points_are_refused_and_change_
     assert volumes(cache) == before
 
 
-def test_folders_filled_in_one_pass_equal_those_filled_alone(src, tmp_path):
-    """Also one that was begun before, and a series that cannot be read."""
-    for path in sorted((src / "series").iterdir())[0].iterdir():
+def test_folders_filled_in_one_pass_equal_those_filled_alone_and_share_the_reading(
+    src, tmp_path, monkeypatch
+):
+    """Also a folder that was begun before, and a series that cannot be read. Jobs run in this process, where
+    readings of series and decoded slices are counted."""
+    broken = min((src / "series").iterdir())
+    for path in broken.iterdir():
         path.write_bytes(b"this is not a DICOM file" * 100)
+    counts = Counter()
+    for name in ("read_series", "decode"):
+        function = getattr(dicom, name)
+        monkeypatch.setattr(dicom, name, lambda *a, f=function: counts.update([f"{f} {a[0]}"]) or f(*a))
+
+    def run_here(function: Callable, jobs: list, *_: object) -> Iterator[tuple]:
+        return ((job, *common.call_safely(function, 4, job)) for job in jobs)
+
+    monkeypatch.setattr(common, "run_isolated", run_here)
     configs, alone, together = ([tmp_path / f"{name}{i}" for i in range(2)] for name in ("c", "alone", "dst"))
     for config, dst, roi_mm in zip(configs, alone, (200.0, 180.0), strict=True):
         config.write_text(f"roi_mm: {roi_mm}")
@@ -226,41 +241,21 @@ def test_folders_filled_in_one_pass_equal_those_filled_alone(src, tmp_path):
     shutil.copytree(alone[1], together[1])
     for path in sorted(together[1].glob("*.safetensors"))[:2]:
         path.unlink()
-    options = map(str, ["--dst", *together, "--config", *configs])
-    code, err = run(*arguments_for(src, together[0]), *options)
-    assert code == 3 and "Traceback" not in err
-    for dst, counts in zip(together, ("5 cached, 0 kept", "2 cached, 3 kept"), strict=True):
-        assert f"{dst}: shard 0 of 1: 6 series, {counts}, 1 failed" in err
-    for dst, expected in zip(together, alone, strict=True):
-        ours, theirs = ({path.name: path.read_bytes() for path in x.iterdir()} for x in (dst, expected))
-        assert ours == theirs
-
-
-def test_a_pass_reads_and_decodes_a_series_once_and_only_if_a_folder_needs_it(
-    phantoms, tmp_path, monkeypatch
-):
-    counts = Counter()
-    for name in ("read_series", "decode"):
-        function = getattr(dicom, name)
-        monkeypatch.setattr(dicom, name, lambda *a, f=function: counts.update([str(a[0])]) or f(*a))
-    caches = {
-        tmp_path / name: Config(volume=VolumeSettings(8, 48, roi_mm=90.0 + 90 * i))
-        for i, name in enumerate("ab")
-    }
-    for folder in caches:
-        folder.mkdir()
-    files = sorted(next((phantoms / "series").iterdir()).iterdir())
-    job = preprocess.Job("1.2", files, [], {}, caches)
-    for expected in (["cached", "cached"], ["cached", "kept"], ["kept", "kept"]):
+    command = [*arguments_for(src, together[0]), *map(str, ["--dst", *together, "--config", *configs])]
+    for outcomes in (["5 cached, 0 kept", "2 cached, 3 kept"], ["0 cached, 5 kept"] * 2):
         counts.clear()
-        assert preprocess.cache_series(job) == expected
-        assert set(counts.values()) == ({1} if "cached" in expected else set())
-        if expected[1] == "cached":
-            assert len(counts) > 2
-            (tmp_path / "a" / "1.2.safetensors").unlink()
+        code, err = run(*command)
+        readable = Counter({call: num for call, num in counts.items() if broken.name not in call})
+        assert code == 3 and set(readable.values()) == ({1} if "5 cached" in outcomes[0] else set())
+        for dst, expected, numbers in zip(together, alone, outcomes, strict=True):
+            assert f"{dst}: shard 0 of 1: 6 series, {numbers}, 1 failed" in err
+            ours, theirs = ({path.name: path.read_bytes() for path in x.iterdir()} for x in (dst, expected))
+            assert ours == theirs
 
 
 def test_shards_and_runs_that_meet_on_one_cache_make_the_same(phantoms, cached, tmp_path):
+    slurm = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "3"}
+    assert preprocess.shard_of({}) == "0/1" and preprocess.shard_of(slurm) == "2/3"
     command = arguments_for(phantoms, tmp_path / "cache", "--workers", 1)
     rank = start(*command, RANK="1", WORLD_SIZE="2")
     processes = [start(*command, "--shard", "0/2"), rank, start(*command)]
@@ -276,12 +271,6 @@ def test_a_limited_run_takes_the_first_series_and_says_that_labels_are_missing(p
     code, err = run_on(src, tmp_path / "cache", "--limit", 2)
     assert code == 0 and f"no train.csv in {src} or above it" in err
     assert set(index(tmp_path / "cache")) == set(sorted(os.listdir(src))[:2])
-
-
-def test_ranks_come_from_the_environment():
-    slurm = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "3"}
-    assert preprocess.shard_of({}) == "0/1" and preprocess.shard_of(slurm) == "2/3"
-    assert preprocess.shard_of({"RANK": "2", "WORLD_SIZE": "4"}) == "2/4"
 
 
 def test_kills_leave_no_trace(phantoms, cached, tmp_path):
