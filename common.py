@@ -845,12 +845,12 @@ class Classifier(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        options = {"in_chans": cfg.in_chans, "num_classes": len(LABELS), "drop_rate": cfg.drop_rate}
-        self.net = create_backbone(cfg, **options)
+        self.net = create_backbone(
+            cfg, in_chans=cfg.in_chans, num_classes=len(LABELS), drop_rate=cfg.drop_rate
+        )
 
     def forward(self, images: Tensor) -> Output:
-        logits = self.net((images - 0.5) / 0.5)
-        return Output(logits, None)
+        return Output(self.net((images - 0.5) / 0.5), None)
 
 
 class Locator(nn.Module):
@@ -909,7 +909,7 @@ class Locator(nn.Module):
             features = conv(torch.cat(level_parts))
             if features.shape[-1] > size[-1]:
                 features = F.adaptive_max_pool2d(features, size)
-            elif features.shape[-1] < size[-1]:
+            else:
                 features = F.interpolate(features, size=size, mode="bilinear")
             merged = merged + features
         return merged

@@ -137,10 +137,8 @@ def sample_files(job: Job) -> bytes:
 
 
 def cache_series(job: Job) -> list | OSError:
-    """Read a series once, write its volume into each cache that lacks it from the same files and settings.
-
-    Runs in a worker. Returns "cached" or "kept" for each cache, or the error with which the disk refused one.
-    """
+    """Read a series once, in a worker, and write its volume into each cache that has none from these files and
+    settings. Returns "cached" or "kept" for each cache, or the error with which the disk refused a volume."""
     samples = sample_files(job)
     series = None
     outcomes = []
@@ -196,11 +194,10 @@ def place_points(series: Series, affine: np.ndarray, points: list) -> tuple:
             image = series.geometry[sop_uid, frame or 0]
             if not (0 <= x <= image.cols and 0 <= y <= image.rows):
                 raise ValueError(f"({x:g}, {y:g}) lies outside of image {sop_uid}")
-        except ValueError as error:
-            problems.append(f"{LEFT_OUT}: {error}")
-        else:
             places.append(place)
             labels.append(label)
+        except ValueError as error:
+            problems.append(f"{LEFT_OUT}: {error}")
     return dicom.to_voxel(np.array(places).reshape(-1, 3), affine), labels, problems
 
 
