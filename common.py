@@ -366,7 +366,6 @@ def exit_rank(code: int) -> NoReturn:
 
 # --- cache --------------------------------------------------------------------------------------------------
 
-
 HOST = os.uname().nodename.replace(".", "-")  # joins the names of temporary files
 
 
@@ -631,19 +630,17 @@ def weighted_auc(labels: ndarray, probs: ndarray) -> dict:
     }
 
 
-def patient_weights(patients: Sequence, draws: int) -> Iterator[ndarray]:
-    """How often each row counts (D, N) when patients are drawn with replacement, in small blocks."""
+def patient_weights(patients: Sequence, draws: int) -> ndarray:
+    """(draws, N) how often each row counts when the patients are drawn with replacement; always the same."""
     names, rows = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
-    num, rng = len(names), default_rng(0)
-    for start in range(0, draws, 250):
-        counts = rng.multinomial(num, np.full(num, 1 / num), size=min(250, draws - start))
-        yield counts[:, rows].astype(float)
+    num = len(names)
+    counts = default_rng(0).multinomial(num, np.full(num, 1 / num), size=draws)
+    return counts[:, rows].astype(float)
 
 
 def bootstrap_aucs(labels: ndarray, probs: ndarray, patients: Sequence, draws: int) -> ndarray:
     """(draws, 14) AUCs of samples of the patients with replacement, the same in every call."""
-    blocks = [column_aucs(labels, probs, weights) for weights in patient_weights(patients, draws)]
-    return np.concatenate(blocks)
+    return column_aucs(labels, probs, patient_weights(patients, draws))
 
 
 def percentile_interval(values: ndarray) -> list:

@@ -503,7 +503,7 @@ def measure_sensitivity(
         is_above = pd.Series(scores, dtype=float) > threshold
         drawn = np.empty(0)
         if len(scores) >= common.MIN_POSITIVES:
-            weights = np.concatenate(list(common.patient_weights(patients, draws)))
+            weights = common.patient_weights(patients, draws)
             drawn = weights @ is_above.to_numpy() / weights.sum(1)
         point = {"threshold": threshold, "sensitivity": float(is_above.mean()), "positives": len(scores)}
         points.append({name: value} | point | common.summarise_draws(drawn))

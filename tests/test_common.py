@@ -218,14 +218,6 @@ def test_switches_of_the_crops_do_what_their_names_say(tmp_path):
     assert not crops(1.0, 0.0)[8:].any()
 
 
-def test_deployment_sees_no_annotated_point(tmp_path):
-    with_points = dataset(tmp_path / "with", [(2, 3, 10, 12)], "deploy", num=4)
-    without = dataset(tmp_path / "without", [], "deploy", num=4)
-    for i in range(4):
-        assert torch.equal(with_points[i]["image"], without[i]["image"])
-        assert with_points[i]["image"][8:].any() and (with_points[i]["points"] == -1).all()
-
-
 def test_proposals_in_lps_mm_stand_where_decoys_would(tmp_path):
     voxels = np.array([[2.0, 8.0, 8.0], [5.0, 20.0, 16.0]])  # LPS is x, y, z
     proposals = {"1.2.0": np.array([[40.0, 40.0, 8.0], [80.0, 100.0, 20.0]])}
