@@ -732,10 +732,8 @@ def fit_workers(cfg: Config) -> Config:
 def stop(number: int, _frame: object) -> None:
     """End at once at a signal (an exception could be lost in a destructor); finished epochs are saved."""
     if os.environ.get("RANK", "0") == "0":
-        text = (
-            f"\ntrain.py: stopped by {signal.Signals(number).name}; --resume goes on after the last epoch\n"
-        )
-        os.write(2, text.encode())
+        name = signal.Signals(number).name
+        os.write(2, f"\ntrain.py: stopped by {name}; --resume goes on after the last epoch\n".encode())
     for loader in multiprocessing.active_children():
         loader.kill()
     os._exit(128 + number)
@@ -773,7 +771,7 @@ def main() -> int:
         if args.limit:  # a quick look takes no folder of a run
             cfg = replace(cfg, tag=f"{cfg.tag}limit{args.limit}")
         if args.print_config:
-            print(yaml.safe_dump(common.config_to_dict(cfg), sort_keys=False), end="")
+            yaml.safe_dump(common.config_to_dict(cfg), sys.stdout, sort_keys=False)
             return 0
         if cfg.tracker and not find_spec(cfg.tracker):
             raise ValueError(f"tracker: {cfg.tracker} is not installed; install it, or set tracker to ''")
