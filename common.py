@@ -222,7 +222,7 @@ def read_yaml(path: Path, above: tuple = ()) -> dict:
     keys = re.findall(r"^(\w+) *:", text, flags=re.MULTILINE)
     repeated = {key for key in keys if keys.count(key) > 1}
     if repeated:
-        raise ValueError(f"{path}: {', '.join(repeated)} stands there twice; expected each setting once")
+        raise ValueError(f"{path}: {', '.join(repeated)} stands in it twice; expected each setting once")
     base = values.pop("base", None)
     return read_yaml(path.parent / str(base), (*above, path)) | values if base else values
 

@@ -137,8 +137,8 @@ def sample_files(job: Job) -> bytes:
 
 
 def cache_series(job: Job) -> list | OSError:
-    """Read a series once, in a worker; write its volume into each cache that has none of these files and
-    settings. Returns "cached" or "kept" for each cache, or the error with which the disk refused a volume."""
+    """Read a series once, in a worker, and write its volume into each cache that lacks it, or has it from other
+    files or settings. Returns "cached" or "kept" for each, or the error with which the disk refused one."""
     samples = sample_files(job)
     series = None
     outcomes = []

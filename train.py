@@ -434,8 +434,10 @@ def predict(model: nn.Module, dataset: SeriesDataset, accelerator: Accelerator) 
             rows = []
             if output.maps is not None:
                 maps = output.maps[i].float().sigmoid().cpu().numpy()
-                peaks = common.propose(maps, batch["spacing_mm"][i].cpu().numpy(), dataset.cfg)
-                peaks[:, :3] = to_lps(peaks[:, :3], batch["affine"][i].cpu().numpy())
+                spacing_mm = batch["spacing_mm"][i].cpu().numpy()
+                affine = batch["affine"][i].cpu().numpy()
+                peaks = common.propose(maps, spacing_mm, dataset.cfg)
+                peaks[:, :3] = to_lps(peaks[:, :3], affine)
                 rows = [[dataset.uids[index], *peak] for peak in peaks.tolist()]
             answers.append((index, logits[i], rows))
     _, logits, rows = zip(*sorted(gather_object(answers)), strict=True)

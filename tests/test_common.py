@@ -65,7 +65,7 @@ WRONG_CONFIGS = {
     "- fold": "expected a config of lines",
     "base: gone.yaml": "gone.yaml: expected a config of lines",
     "base: c.yaml": "leads back to this file",
-    "seed: 1\nseed: 2": "seed stands there twice",
+    "seed: 1\nseed: 2": "seed stands in it twice",
 }
 
 
@@ -103,11 +103,11 @@ def test_the_help_of_a_script_lists_the_settings_that_matter_to_it():
         assert (f"\n    {name}: " in volume_only) == (name in asdict(VolumeSettings())), name
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "1.5", "", "five", "²"])
-def test_a_count_on_the_command_line_is_a_whole_number_above_0(text):
+def test_a_count_on_the_command_line_is_a_whole_number_above_0():
     assert common.positive_int("12") == 12
-    with pytest.raises(argparse.ArgumentTypeError, match=f"expected a whole number above 0, found {text!r}"):
-        common.positive_int(text)
+    for text in ("0", "-1", "1.5", "", "five", "²"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"a whole number above 0, found {text!r}"):
+            common.positive_int(text)
 
 
 def test_a_label_table_names_all_its_faults_in_one_line(tmp_path):
