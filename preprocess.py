@@ -137,8 +137,8 @@ def sample_files(job: Job) -> bytes:
 
 
 def cache_series(job: Job) -> list | OSError:
-    """Read a series once, in a worker, and write its volume into each cache that lacks it, or has it from other
-    files or settings. Returns "cached" or "kept" for each, or the error with which the disk refused one."""
+    """Read a series once, in a worker, and write its volume into each cache that lacks it, or has it from
+    other files or settings. Returns "cached" or "kept" for each, or the error of a disk that refuses it."""
     samples = sample_files(job)
     series = None
     outcomes = []
