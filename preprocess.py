@@ -8,39 +8,48 @@ out  --dst DIR    <SeriesInstanceUID>.safetensors: volume uint8 (Z, H, W), annot
                   <uid>.failed.txt: what the index is rebuilt from besides the volumes; .patient_key: with
                   which the index hides each PatientID
 run  python preprocess.py --src dicoms --dst cache
+     python preprocess.py --src dicoms --dst cache thin --config configs/fold0.yaml configs/locator.yaml
+     python preprocess.py --verify --dst cache
 
-Run it again at any time: finished series are kept, failed and changed ones are done (again), the index is
-rebuilt from the folder. A series counts as changed by the names, sizes and samples of its files (12 kB of
-each), not by their place or date. Several machines share one destination: torchrun, accelerate launch and
-Slurm arrays from 0 are recognised by their environment, --shard 0/4 ... 3/4 works everywhere. A series that
-crashes a decoder, hangs (--timeout, in seconds) or needs too much memory (--memory-gb) costs only itself.
---workers N processes share the work; --limit N takes only the first N series. --verify (instead of --src)
-compares volumes, index and labels with what they should be; running again heals what it finds.
+Several folders, each with a config of its own, are filled in one pass that reads each series once. Run it
+again at any time: finished series are kept, failed and changed ones are done (again), the index is rebuilt
+from the folder. A series counts as changed by the names, sizes and samples of its files (12 kB of each), not
+by their place or date. Several machines share one destination: torchrun, accelerate launch and Slurm arrays
+from 0 are recognised by their environment, --shard 0/4 ... 3/4 works everywhere. A series that crashes a
+decoder, hangs (--timeout, in seconds) or needs too much memory (--memory-gb) costs only itself. --workers N
+processes share the work; --limit N takes only the first N series. --verify compares volumes, index and labels
+with what they should be; running again heals what it finds.
 
 exit 0 all well, 1 nothing could be done or the disk is full, 2 wrong usage, 3 some series failed: named on
 stderr and in index.csv (0 under torchrun and accelerate, which would stop the other processes).
 """
 
-import argparse
 import ast
-import contextlib
 import functools
-import hashlib
 import hmac
+import math
 import os
+import re
 import secrets
 import signal
 import sys
 import time
+from argparse import ArgumentTypeError, Namespace
 from collections import Counter, defaultdict
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports needs no traceback
 
 import numpy as np
 import pandas as pd
 
 import common
 import dicom
-from common import AP, LABELS, LOCATIONS, UID, load_volume, log, volume_path, volume_settings, write_atomic
+from common import AP, LABELS, LOCATIONS, UID, Config, log, volume_path, write_atomic
 from dicom import Series, VolumeSettings, safe_uid
 
 LABEL_TABLE = "train.csv"
@@ -58,8 +67,7 @@ log_shard = functools.partial(log, everywhere=True)  # what concerns one shard a
 
 
 def find_table(src: Path, name: str) -> Path | None:
-    """The CSV in --src or in the folder above it (--src may be the `series` folder itself);
-    logs its absence."""
+    """The CSV in src or in the folder above it (src may be the `series` folder itself); logs its absence."""
     for folder in (src, src.absolute().parent):
         if (folder / name).is_file():
             return folder / name
@@ -67,7 +75,7 @@ def find_table(src: Path, name: str) -> Path | None:
     return None
 
 
-def read_points(path: Path) -> dict[str, list[list]]:
+def read_points(path: Path) -> dict[str, list]:
     """train_localizers.csv as {uid: [[SOPInstanceUID, x, y, frame or None, label], ...]}, x and y
     in pixels of that image, frames counted from 0. Raises ValueError naming the first faulty lines."""
     columns = [UID, "SOPInstanceUID", "coordinates", "location"]
@@ -75,11 +83,12 @@ def read_points(path: Path) -> dict[str, list[list]]:
     points, faults = defaultdict(list), []
     for line, (uid, sop_uid, coordinates, location) in enumerate(rows, start=2):
         try:
-            point = [sop_uid, *parse_coordinates(coordinates), LOCATIONS.index(location)]
+            place = ast.literal_eval(coordinates if len(coordinates) <= 200 else "")
+            x, y, frame = float(place["x"]), float(place["y"]), place.get("f")
+            frame = None if frame is None else int(frame)
+            points[safe_uid(str(uid))].append([sop_uid, x, y, frame, LOCATIONS.index(location)])
         except Exception:  # literal_eval raises many kinds
             faults.append(f"line {line} has {location!r:.60}, {coordinates!r:.60}")
-        else:
-            points[safe_uid(str(uid))].append(point)
     if faults:
         raise ValueError(
             f"{path}: {len(faults)} faults: {'; '.join(faults[:5])}; expected one of the {len(LOCATIONS)} "
@@ -88,7 +97,7 @@ def read_points(path: Path) -> dict[str, list[list]]:
     return points
 
 
-def read_labels(path: Path) -> dict[str, dict]:
+def read_labels(path: Path) -> dict:
     """The label table by UID. Says how many rows contradict themselves."""
     table = common.read_label_table(path).set_index(UID)
     is_odd = table[list(LOCATIONS)].any(axis=1) != table[LABELS[AP]].astype(bool)
@@ -99,74 +108,83 @@ def read_labels(path: Path) -> dict[str, dict]:
     return table.to_dict("index")
 
 
-def parse_coordinates(text: str) -> tuple[float, float, int | None]:
-    """(x, y, frame or None) of `{'x': 258.4, 'y': 261.4, 'f': 12}`; any Exception for other text."""
-    place = ast.literal_eval(text if len(text) <= 200 else "")
-    frame = place.get("f")
-    return float(place["x"]), float(place["y"]), None if frame is None else int(frame)
-
-
 # --- one series ---------------------------------------------------------------------------------------------
 
 
-def fingerprint(job: dict) -> str:
-    """What a volume was made from: name, size and samples (start, middle and end) of each file, the annotated
-    points, and the key of its patient. 0.03 s for 1,000 files in memory, nothing where reading follows."""
-    digest = hmac.new(job["key"], str(job["points"]).encode(), "sha256")
-    for path in sorted(job["files"]):
+@dataclass(frozen=True)
+class Job:
+    """A series, and the folders that are to hold its volume, each with the config of its volumes."""
+
+    uid: str
+    files: list[Path]
+    points: list  # the annotated ones, as read_points gives them
+    labels: dict  # its row of the label table
+    caches: dict[Path, Config]
+
+
+def sample_files(job: Job) -> bytes:
+    """What a volume is made from: the annotated points, and name, size and samples (start, middle and end) of
+    each file. 0.03 s for 1,000 files in memory, nothing where reading follows."""
+    samples = [str(job.points).encode()]
+    for path in sorted(job.files):
         with open(path, "rb", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
-            digest.update(f"{path.name} {size} ".encode(errors="surrogateescape"))
+            samples.append(f"{path.name} {size} ".encode(errors="surrogateescape"))
             for start in (0, size // 2, max(0, size - 4096)):
                 file.seek(start)
-                digest.update(file.read(4096))
-    return digest.hexdigest()[:16]
+                samples.append(file.read(4096))
+    return b"".join(samples)
 
 
-def cache_series(job: dict) -> str | OSError:
-    """Read one series and write its volume, unless the cache has it from the same files and settings.
+def cache_series(job: Job) -> list | OSError:
+    """Read a series once, in a worker, and write its volume into each cache that lacks it, or has it from
+    other files or settings. Returns "cached" or "kept" for each, or the error of a disk that refuses it."""
+    samples = sample_files(job)
+    series = None
+    outcomes = []
+    for dst, cfg in job.caches.items():
+        path = volume_path(dst, job.uid)
+        key = read_patient_key(dst)
+        source = hmac.digest(key, samples, "sha256").hex()[:16]
+        made_from = {"source": source, "settings": common.volume_settings(cfg)}
+        with suppress(FileNotFoundError, ValueError):
+            _, meta = common.load_volume(path)
+            if meta == meta | made_from:
+                outcomes.append("kept")
+                continue
+        series = series or dicom.read_series(job.files, job.uid)
+        if len(job.caches) > 1:
+            series.forget = lambda *_: None  # decoded slices stay for the next volume
+        volume = dicom.make_volume(series, cfg.volume)
+        notes = [*series.notes, *volume.notes]
+        for file, reason in series.skipped[:1]:
+            notes.append(f"{len(series.skipped)} of {len(job.files)} files left out: {file.name}: {reason}")
+        points, point_labels, problems = place_points(series, volume.affine, job.points)
+        meta = describe_series(series, job, key) | {
+            **made_from,
+            "affine": volume.affine.tolist(),
+            "spacing_mm": volume.spacing_mm,
+            "points_inside": int(common.is_inside(points, volume.voxels.shape).sum()),
+            "notes": [hide_folders(note, job.files) for note in notes + problems],
+            "doubts": volume.doubts,
+        }
+        sop_uids = {sop_uid for sop_uid, _ in series.geometry}
+        try:
+            common.save_volume(path, volume.voxels, points, point_labels, meta, sop_uids)
+        except OSError as error:
+            return error
+        outcomes.append("cached")
+    return outcomes
 
-    Runs in a worker. Returns "cached" or "kept", or the error with which the disk refused the volume.
-    """
-    uid, files, cfg = job["uid"], job["files"], job["cfg"]
-    path = volume_path(job["dst"], uid)
-    made_from = {"source": fingerprint(job), "settings": volume_settings(cfg)}
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        _, meta = load_volume(path)
-        if meta == meta | made_from:
-            return "kept"
-    series = dicom.read_series(files, uid)
-    volume = dicom.make_volume(series, cfg.volume)
-    notes = [*series.notes, *volume.notes]
-    for file, reason in series.skipped[:1]:
-        notes.append(f"{len(series.skipped)} of {len(files)} files left out: {file.name}: {reason}")
-    points, point_labels, problems = place_points(series, volume.affine, job["points"])
-    meta = describe_series(series, job) | {
-        **made_from,
-        "uid": uid,
-        "affine": volume.affine.tolist(),
-        "spacing_mm": volume.spacing_mm,
-        "num_points": len(job["points"]),
-        "points_inside": int(common.is_inside(points, volume.voxels.shape).sum()),
-        "notes": [hide_folders(note, files) for note in notes + problems],
-        "doubts": volume.doubts,
-    }
-    sop_uids = {sop_uid for sop_uid, _ in series.geometry}
-    try:
-        common.save_volume(path, volume.voxels, points, point_labels, meta, sop_uids)
-    except OSError as error:
-        return error
-    return "cached"
 
-
-def hide_folders(text: str, files: list[Path]) -> str:
+def hide_folders(text: str, files: list) -> str:
     """The text with the names of files, but not with where these lie: that may name a patient."""
     for folder in {path.parent for path in files}:
         text = text.replace(f"{folder}{os.sep}", "")
     return text
 
 
-def place_points(series: Series, affine: np.ndarray, points: list[list]) -> tuple:
+def place_points(series: Series, affine: np.ndarray, points: list) -> tuple:
     """Annotated points as voxels (P, 3) of the volume, their labels (P,), and a note for each point whose
     image is missing or does not reach so far."""
     places, labels, problems = [], [], []
@@ -174,32 +192,29 @@ def place_points(series: Series, affine: np.ndarray, points: list[list]) -> tupl
         try:
             place = series.point(sop_uid, x, y, frame)
             image = series.geometry[sop_uid, frame or 0]
-            is_in_image = 0 <= x <= image.cols and 0 <= y <= image.rows
-            if not is_in_image:
+            if not (0 <= x <= image.cols and 0 <= y <= image.rows):
                 raise ValueError(f"({x:g}, {y:g}) lies outside of image {sop_uid}")
-        except ValueError as error:
-            problems.append(f"{LEFT_OUT}: {error}")
-        else:
             places.append(place)
             labels.append(label)
+        except ValueError as error:
+            problems.append(f"{LEFT_OUT}: {error}")
     return dicom.to_voxel(np.array(places).reshape(-1, 3), affine), labels, problems
 
 
-def describe_series(series: Series, job: dict) -> dict:
-    """The index's columns that follow from the series; age and sex are the label table's where the files have
-    none."""
+def describe_series(series: Series, job: Job, key: bytes) -> dict:
+    """What a volume says of its series; age and sex are the label table's where the files have none."""
     frame = series.frames[0]
     low, high = dicom.canonical_grid(series).extent_mm(0)
     slice_mm, row_mm, col_mm = (round(float(length), 4) for length in series.spacing_mm)
-    years = common.parse_age(series.age or job["labels"].get("PatientAge"))
-    sex = series.sex or str(job["labels"].get("PatientSex"))[:1]
-    patient = ""
-    if series.patient:
-        patient = hmac.digest(job["key"], series.patient.encode(errors="surrogatepass"), "sha256").hex()[:12]
+    years = parse_age(series.age or job.labels.get("PatientAge"))
+    sex = series.sex or str(job.labels.get("PatientSex"))[:1]
+    patient = series.patient.encode(errors="surrogatepass")
     return {
+        "uid": job.uid,
+        "num_points": len(job.points),
         "modality": series.modality,
         "plane": series.plane,
-        "patient": patient,
+        "patient": hmac.digest(key, patient, "sha256").hex()[:12] if patient else "",
         "age": "" if pd.isna(years) else int(years),
         "sex": sex if sex in ("F", "M") else "",
         "num_slices": len(series.frames),
@@ -214,13 +229,21 @@ def describe_series(series: Series, job: dict) -> dict:
     }
 
 
+def parse_age(text: str) -> float:
+    """Years of (0010,1010) PatientAge (`086Y`, `018M`; PS3.5 6.2, AS) or of a plain number; nan otherwise."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([DWMY]?)", str(text).strip())
+    if match is None:
+        return math.nan
+    return float(match[1]) / {"D": 365.25, "W": 52.18, "M": 12}.get(match[2], 1)
+
+
 # --- the cache's folder -------------------------------------------------------------------------------------
 
 
 def read_patient_key(dst: Path) -> bytes:
     """The random key of a cache, the same for all its shards: made by the first that comes."""
     path = dst / ".patient_key"
-    with contextlib.suppress(FileExistsError), open(path, "xb") as file:
+    with suppress(FileExistsError), open(path, "xb") as file:
         file.write(secrets.token_bytes(32))
     for _ in range(50):  # the process that made it may not have written it yet
         if len(key := path.read_bytes()) == 32:
@@ -229,7 +252,7 @@ def read_patient_key(dst: Path) -> bytes:
     raise ValueError(f"{path}: found {len(key)} bytes, expected 32; delete it and run again")
 
 
-def read_cache(dst: Path, names: tuple | None = ()) -> tuple[dict[str, dict], list[str]]:
+def read_cache(dst: Path, names: tuple | None = ()) -> tuple[dict, list]:
     """(uid -> metadata of the volumes in dst, a fault for each that differs from its sum or is of another
     series). The sums of tensors are checked where names is None."""
     cached, faults = {}, []
@@ -237,7 +260,7 @@ def read_cache(dst: Path, names: tuple | None = ()) -> tuple[dict[str, dict], li
     with common.progress(len(paths), desc="verify", show=names is None) as bar:
         for path in paths:
             try:
-                _, meta = load_volume(path, names)
+                _, meta = common.load_volume(path, names)
                 if meta["uid"] != path.stem:
                     raise ValueError(f"{path}: holds series {meta['uid']}; run preprocess.py again")
                 cached[path.stem] = meta
@@ -247,26 +270,25 @@ def read_cache(dst: Path, names: tuple | None = ()) -> tuple[dict[str, dict], li
     return cached, faults
 
 
-def record_outcome(job: dict, reason: str | None) -> None:
+def record_outcome(job: Job, dst: Path, reason: str | None) -> None:
     """Log and write down why a series failed; a volume made from other files or with other settings goes.
     Without a reason the record of an earlier failure goes."""
-    uid, dst = job["uid"], job["dst"]
-    record = dst / f"{uid}.failed.txt"
+    record = dst / f"{job.uid}.failed.txt"
     if reason:
-        reason = hide_folders(reason, job["files"])
-        log_shard(f"{uid}: failed: {reason}")
+        reason = hide_folders(reason, job.files)
+        log_shard(f"{job.uid}: failed: {reason}")
         write_atomic(record, reason.encode(errors="backslashreplace"))
-        volume_path(dst, uid).unlink(missing_ok=True)
+        volume_path(dst, job.uid).unlink(missing_ok=True)
     else:
         record.unlink(missing_ok=True)
 
 
-def build_index(dst: Path, cached: dict[str, dict]) -> tuple[pd.DataFrame, bytes]:
+def build_index(dst: Path, cached: dict) -> tuple[pd.DataFrame, bytes]:
     """The index in the order of UIDs, from the folder's failures and the metadata of its volumes alone; and
     its CSV, where what is not UTF-8 in a file's name comes out as an escape such as \\udce4."""
     rows = {}
     for path in dst.glob("*.failed.txt"):
-        with contextlib.suppress(FileNotFoundError):  # another process succeeded meanwhile
+        with suppress(FileNotFoundError):  # another process succeeded meanwhile
             reason = path.read_text(errors="replace")
             rows[path.name.removesuffix(".failed.txt")] = {"status": "failed", "reason": reason}
     for uid, meta in cached.items():
@@ -288,19 +310,17 @@ def write_index(dst: Path) -> pd.DataFrame:
     return index
 
 
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 def verify(dst: Path) -> int:
     """Compare every volume, the index and the label table with what they should be; exit code."""
+    if not dst.is_dir():
+        raise ValueError(f"{dst}: no such folder; expected a cache that preprocess.py has filled")
     cached, faults = read_cache(dst, names=None)
     _, text = build_index(dst, cached)
-    sums = {dst / INDEX: sha256(text)}
+    sums = {dst / INDEX: sha256(text).hexdigest()}
     if (dst / LABEL_SUM).is_file():
         sums[dst / LABEL_TABLE] = (dst / LABEL_SUM).read_text(errors="replace")
     for path, expected in sums.items():
-        if not path.is_file() or sha256(path.read_bytes()) != expected:
+        if not path.is_file() or sha256(path.read_bytes()).hexdigest() != expected:
             faults.append(f"{path}: missing, or differs from the folder; run preprocess.py again")
     for fault in faults:
         log(fault)
@@ -311,26 +331,32 @@ def verify(dst: Path) -> int:
 # --- the command --------------------------------------------------------------------------------------------
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = common.make_parser(__doc__, has_config=True, listed=[VolumeSettings])
-    task = parser.add_mutually_exclusive_group(required=True)
+def parse_arguments() -> Namespace:
+    parser = common.make_parser(__doc__, VolumeSettings)
+    task = parser.add_mutually_exclusive_group()
     task.add_argument("--src", type=Path, metavar="DIR")
     task.add_argument("--verify", action="store_true")
-    parser.add_argument("--dst", type=Path, metavar="DIR", required=True)
+    parser.add_argument("--dst", type=Path, metavar="DIR", nargs="+", required=True)
+    parser.add_argument("--config", metavar="YAML", nargs="+", default=[None], help="settings of each --dst")
     parser.add_argument("--shard", type=parse_shard, metavar="I/N", default=shard_of(os.environ))
     counts = {"workers": common.usable_cores(), "timeout": 600, "memory-gb": 4, "limit": None}
     for name, default in counts.items():
         parser.add_argument(
             f"--{name}", type=common.positive_int, metavar="N", default=default, help="default: %(default)s"
         )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.src and not args.verify:
+        parser.error("--src DIR (or --verify) is missing")
+    if args.src and len({*args.dst}) != len(args.config):
+        parser.error(f"{len(args.config)} --config for {len(args.dst)} --dst: expected one for each folder")
+    return args
 
 
-def parse_shard(text: str) -> tuple[int, int]:
+def parse_shard(text: str) -> tuple:
     index, _, count = text.partition("/")
     if index.isdecimal() and count.isdecimal() and int(index) < int(count):
         return int(index), int(count)
-    raise argparse.ArgumentTypeError(f"{text!r}: expected I/N with I from 0 to N-1, for example 0/4")
+    raise ArgumentTypeError(f"{text!r}: expected I/N with I from 0 to N-1, for example 0/4")
 
 
 def shard_of(environment: dict) -> str:
@@ -341,40 +367,44 @@ def shard_of(environment: dict) -> str:
     return "0/1"
 
 
-def list_series(src: Path, dst: Path) -> dict[str, list[Path]]:
-    """uid -> files below src; logs how many other files there are, and the first of them."""
-    if src.resolve() == dst.resolve():
-        raise ValueError(f"--dst {dst}: it is --src; expected a folder of its own for the volumes")
-    series, strays = dicom.find_series(src, skip=dst) if src.is_dir() else ({}, [])
+def list_series(src: Path, folders: list) -> dict[str, list]:
+    """uid -> files below src; logs how many other files lie outside of the caches' folders, and the first."""
+    folders = [folder.resolve() for folder in folders]
+    if src.resolve() in folders:
+        raise ValueError(f"--dst {src}: it is --src; expected a folder of its own for the volumes")
+    series, strays = dicom.find_series(src) if src.is_dir() else ({}, [])
     if not series:
         raise ValueError(f"{src}: found no DICOM series; expected a folder with DICOM files at any depth")
-    strays = [stray for stray in strays if stray[0].suffix != ".csv"]
-    for path, reason in strays[:1]:
-        log(f"{len(strays)} files left out; first {path}: {reason}")
+    strays = [stray for stray in strays if stray[0].parent.resolve() not in folders]
+    strays = [f"{path}: {reason}" for path, reason in strays if path.suffix != ".csv"]
+    if strays:
+        log(f"{len(strays)} files left out; first {strays[0]}")
     return series
 
 
-def check_cache(args: argparse.Namespace, settings: dict, uids: list[str], points: dict) -> None:
+def check_cache(dst: Path, cfg: Config, uids: list, points: dict) -> None:
     """Raises ValueError where this run would spoil what an earlier one made."""
-    cached, _ = read_cache(args.dst)
+    cached, _ = read_cache(dst)
+    settings = common.volume_settings(cfg)
     others = [meta["settings"] for meta in cached.values() if meta["settings"] != settings]
     if others:
         difference = common.describe_difference(others[0], settings)
         raise ValueError(
-            f"{args.dst}: {len(others)} volumes have other settings: {difference}. Choose another --dst, or "
+            f"{dst}: {len(others)} volumes have other settings: {difference}. Choose another --dst, or "
             f"delete these volumes to make them again"
         )
     if not points and any(cached[uid]["num_points"] for uid in uids if uid in cached):
         raise ValueError(
-            f"{args.dst}: has annotated points, but there is no {POINT_TABLE} in {args.src} or above it; "
-            f"expected it there, or the points would be lost"
+            f"{dst}: has annotated points, but there is no {POINT_TABLE} in --src or above it; expected it "
+            f"there, or the points would be lost"
         )
 
 
-def preprocess(args: argparse.Namespace) -> int:
+def preprocess(args: Namespace) -> int:
     """The run from tables to summary; exit code. Raises ValueError (input that cannot be right) and OSError
     (disk) for main."""
-    cfg = common.load_config(args.config, args.set)
+    configs = [common.load_config(path, args.set) for path in args.config]
+    caches = dict(zip(args.dst, configs, strict=False))
     labels_path, points_path = (find_table(args.src, name) for name in (LABEL_TABLE, POINT_TABLE))
     labels = read_labels(labels_path) if labels_path else {}
     points = read_points(points_path) if points_path else {}
@@ -383,45 +413,51 @@ def preprocess(args: argparse.Namespace) -> int:
     uids = sorted(series)[: args.limit][shard::num_shards]
     if labels and not labels.keys() & series.keys():
         log_shard(f"none of the {len(series)} series is in {labels_path}: nothing to train on")
-    args.dst.mkdir(parents=True, exist_ok=True)
-    check_cache(args, volume_settings(cfg), uids, points)
-    if labels_path:
-        data = labels_path.read_bytes()
-        write_atomic(args.dst / LABEL_TABLE, data)
-        write_atomic(args.dst / LABEL_SUM, sha256(data).encode())
-    shared = {"cfg": cfg, "dst": args.dst, "key": read_patient_key(args.dst)}
-    jobs = [
-        dict(shared, uid=uid, files=series[uid], points=points.get(uid, []), labels=labels.get(uid, {}))
-        for uid in uids
-    ]
+    for dst, cfg in caches.items():
+        check_cache(dst, cfg, uids, points)
+    for dst in caches:
+        dst.mkdir(parents=True, exist_ok=True)
+        read_patient_key(dst)
+        if labels_path:
+            data = labels_path.read_bytes()
+            write_atomic(dst / LABEL_TABLE, data)
+            write_atomic(dst / LABEL_SUM, sha256(data).hexdigest().encode())
+    jobs = [Job(uid, series[uid], points.get(uid, []), labels.get(uid, {}), caches) for uid in uids]
     try:
         outcomes = run_jobs(jobs, args)
     finally:
-        index = write_index(args.dst)
-    summarise(index[index.index.isin(uids)])
-    counts = f"{outcomes['cached']} cached, {outcomes['kept']} kept, {outcomes['failed']} failed"
-    log_shard(f"{args.dst}: shard {shard} of {num_shards}: {len(uids)} series, {counts}")
-    if not outcomes["failed"] or "RANK" in os.environ:
+        indexes = {dst: write_index(dst) for dst in caches}
+    for dst, index in indexes.items():
+        summarise(index[index.index.isin(uids)])
+        counts = ", ".join(f"{outcomes[dst, kind]} {kind}" for kind in ("cached", "kept", "failed"))
+        log_shard(f"{dst}: shard {shard} of {num_shards}: {len(uids)} series, {counts}")
+    num_failed = sum(outcomes[dst, "failed"] for dst in caches)
+    if not num_failed or "RANK" in os.environ:
         return 0
-    return 3 if outcomes["failed"] < len(jobs) else 1
+    return 3 if num_failed < outcomes.total() else 1
 
 
-def run_jobs(jobs: list[dict], args: argparse.Namespace) -> Counter:
-    """Do all jobs in worker processes; how many ended as cached, kept or failed. OSError if the disk is
-    full."""
-    results = common.run_isolated(
-        cache_series, jobs, workers=args.workers, timeout_s=args.timeout, memory_gb=args.memory_gb
-    )
-    outcomes = Counter()
-    bar = common.progress(len(jobs), desc="preprocess", show=os.environ.get("RANK", "0") == "0")
-    with bar, contextlib.closing(results):
-        for job, outcome, reason in results:
-            if isinstance(outcome, OSError):
-                raise outcome
-            record_outcome(job, reason)
-            outcomes[outcome or "failed"] += 1
-            bar.update()
-    return outcomes
+def run_jobs(jobs: list, args: Namespace) -> Counter:
+    """Do all jobs in worker processes; how many ended as (folder, "cached", "kept" or "failed"). A series
+    that fails is tried again for each folder alone, so that each ends as if it were the only one. OSError if
+    the disk is full."""
+    counts = Counter()
+    while jobs:
+        results = common.run_isolated(cache_series, jobs, args.workers, args.timeout, args.memory_gb)
+        bar = common.progress(len(jobs), desc="preprocess")
+        jobs = []
+        with bar, closing(results):
+            for job, outcomes, reason in results:
+                bar.update()
+                if isinstance(outcomes, OSError):
+                    raise outcomes
+                if reason and len(job.caches) > 1:
+                    jobs += [replace(job, caches={dst: cfg}) for dst, cfg in job.caches.items()]
+                    continue
+                for dst, outcome in zip(job.caches, outcomes or ["failed"], strict=True):
+                    record_outcome(job, dst, reason)
+                    counts[dst, outcome] += 1
+    return counts
 
 
 def summarise(index: pd.DataFrame) -> None:
@@ -441,14 +477,10 @@ def summarise(index: pd.DataFrame) -> None:
 
 def main() -> int:
     args = parse_arguments()
-
-    def stop(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
-        return verify(args.dst) if args.verify else preprocess(args)
+        return max(map(verify, args.dst)) if args.verify else preprocess(args)
     except (ValueError, OSError) as error:
         log_shard(f"preprocess.py: {error}")
         return 1
@@ -456,7 +488,8 @@ def main() -> int:
         log_shard("preprocess.py: interrupted; what is finished is kept, run it again to go on")
         return error.code
     finally:
-        common.remove_leftovers(args.dst)
+        for dst in args.dst:
+            common.remove_leftovers(dst)
 
 
 if __name__ == "__main__":

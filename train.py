@@ -18,11 +18,8 @@ exit 0 trained, 1 refused or failed (one line says why), 2 wrong usage, 130 or 1
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import fcntl
 import glob
-import hashlib
 import io
 import math
 import multiprocessing
@@ -30,12 +27,16 @@ import os
 import shutil
 import signal
 import sys
-import time
+from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
+from time import perf_counter
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own exception is lost in some of the imports
@@ -47,13 +48,16 @@ import torch
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast, gather_object
+from numpy import ndarray
+from numpy.random import SeedSequence, default_rng
+from pandas import DataFrame
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader
 
 import common
-from common import AP, LABELS, SWAP, UID, Config, SeriesDataset
-from dicom import to_lps
+from common import AP, LABELS, SWAP, UID, Config, Run, SeriesDataset, log, read_csv, write_atomic
+from dicom import VolumeSettings, to_lps
 
 SPECIFICITIES = (0.90, 0.95)  # of `Aneurysm Present`
 FALSE_PER_SCAN = (0.25, 0.5, 1.0, 2.0)  # proposals away from every annotated point
@@ -66,7 +70,7 @@ MIN_SPREAD = 0.02  # of 90 % of the predicted probabilities; below it they do no
 # --- the series to train on ---------------------------------------------------------------------------------
 
 
-def load_table(cfg: Config, limit: int | None = None) -> pd.DataFrame:
+def load_table(cfg: Config, limit: int | None = None) -> DataFrame:
     """A row per labelled series with a volume, at most `limit`: UID, patient, Modality, plane, the 14 labels,
     fold, points, points_mm. Says how many it leaves out; ValueError lists faults of labels or of volumes."""
     path = Path(cfg.cache, "train.csv")
@@ -75,17 +79,17 @@ def load_table(cfg: Config, limit: int | None = None) -> pd.DataFrame:
             f"{path}: no such file; expected the labels in the cache: put train.csv beside the series and "
             f"run python preprocess.py --src dicoms --dst {cfg.cache}"
         )
-    common.read_csv(path, ["Modality"])  # folds are balanced over it
+    read_csv(path, ["Modality"])  # folds are balanced over it
     labels = common.read_label_table(path)
     columns = [UID, "status", "patient", "plane"]
-    index = common.read_csv(path.with_name("index.csv"), columns, dtype=str)
-    table = labels.merge(index[columns], on=UID, how="left")
+    index = read_csv(path.with_name("index.csv"), columns, dtype=str)[columns]
+    table = labels.merge(index, on=UID, how="left")
     table["patient"] = table["patient"].fillna(table[UID])
     status = table["status"].fillna("not in the cache")
     is_usable = status.isin(["ok", "doubtful"] if cfg.use_doubtful else ["ok"])
     if not is_usable.all():
         left_out = status[~is_usable].value_counts().to_dict()
-        common.log(f"{cfg.cache}: {is_usable.sum()} series; left out, with their number: {left_out}")
+        log(f"{cfg.cache}: {is_usable.sum()} series; left out, with their number: {left_out}")
     table = table[is_usable].sort_values(UID, ignore_index=True)[:limit]
     table = table.join(read_points(cfg, table[UID]))
     num_patients = table["patient"].nunique()
@@ -97,7 +101,7 @@ def load_table(cfg: Config, limit: int | None = None) -> pd.DataFrame:
     return table.assign(fold=make_folds(table, cfg.num_folds, cfg.fold_seed))
 
 
-def read_points(cfg: Config, uids: pd.Series) -> pd.DataFrame:
+def read_points(cfg: Config, uids: pd.Series) -> DataFrame:
     """Annotated points (P, 3) of every series: `points` in voxels, `points_mm` in LPS. Raises ValueError that
     counts the volumes which cannot be read, have other settings, or share images, and names the first ten."""
     rows = []
@@ -119,10 +123,10 @@ def read_points(cfg: Config, uids: pd.Series) -> pd.DataFrame:
         rows.append({"points": points, "points_mm": to_lps(points, np.array(meta["affine"]))})
     if faults:
         raise ValueError(f"{cfg.cache}: cannot train, {len(faults)} faults: {'; '.join(faults[:10])}")
-    return pd.DataFrame(rows)
+    return DataFrame(rows)
 
 
-def make_folds(table: pd.DataFrame, num_folds: int, seed: int) -> pd.Series:
+def make_folds(table: DataFrame, num_folds: int, seed: int) -> pd.Series:
     """Fold of every row; a patient's series share one. Neither the order of the rows matters nor the names of
     the patients, which each cache hides by another key. Patients come rarest positive location first; each
     goes to the fold that it leaves most even: the least growth of sum((count / total)^2) over the columns, so
@@ -134,7 +138,7 @@ def make_folds(table: pd.DataFrame, num_folds: int, seed: int) -> pd.Series:
     counts = per_patient.to_numpy(float)  # (patients, columns)
     total = np.maximum(counts.sum(0), 1)
     rarity = np.where(counts > 0, total, np.inf).min(1)
-    shuffled = np.random.default_rng([seed, 1]).permutation(len(counts))
+    shuffled = default_rng([seed, 1]).permutation(len(counts))
     filled = np.zeros((num_folds, counts.shape[1]))
     folds = pd.Series(0, index=per_patient.index)
     for i in shuffled[np.argsort(rarity[shuffled], kind="stable")]:
@@ -146,7 +150,7 @@ def make_folds(table: pd.DataFrame, num_folds: int, seed: int) -> pd.Series:
     return patients.map(folds)
 
 
-def collect_decoys(cfg: Config, train_table: pd.DataFrame) -> np.ndarray:
+def collect_decoys(cfg: Config, train_table: DataFrame) -> ndarray:
     """(M, 3) annotated places of the training series as fractions (z, y, x) of the volume. Raises ValueError
     where a locator has none to learn from."""
     shape = (cfg.volume.base_slices, cfg.volume.img_size, cfg.volume.img_size)
@@ -160,7 +164,7 @@ def collect_decoys(cfg: Config, train_table: pd.DataFrame) -> np.ndarray:
     return ((points + 0.5) / shape).round(4)
 
 
-def load_proposals(cfg: Config, table: pd.DataFrame) -> tuple[dict | None, str]:
+def load_proposals(cfg: Config, table: DataFrame) -> tuple:
     """(n, 3) places in LPS mm by series, best first, from the locator that did not train on it (None without
     `proposals`), and the locator of this fold. ValueError unless it is one, and every series has places."""
     if not cfg.proposals:
@@ -170,7 +174,7 @@ def load_proposals(cfg: Config, table: pd.DataFrame) -> tuple[dict | None, str]:
     val_uids = table[UID][table["fold"] == cfg.fold]
     for path in sorted(glob.glob(f"{cfg.proposals}/metrics.json")):  # of finished runs
         folder = Path(path).parent
-        rows = common.read_csv(folder / "proposals.csv", PROPOSAL_COLUMNS, dtype={UID: str})
+        rows = read_csv(folder / "proposals.csv", PROPOSAL_COLUMNS, dtype={UID: str})
         for uid, peaks in rows.groupby(UID):
             places[uid] = peaks[PLACE].to_numpy()
         if rows[UID].isin(val_uids).any():
@@ -188,7 +192,7 @@ def load_proposals(cfg: Config, table: pd.DataFrame) -> tuple[dict | None, str]:
 # --- the batch ----------------------------------------------------------------------------------------------
 
 
-def augment(batch: dict, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
+def augment(batch: dict, cfg: Config) -> tuple:
     """Apply each sample's drawn augmentation on the device: -> images (B, C, H, W) in [0, 1], labels, points.
 
     Flip (all channels, labels swapped), slab shift and drop-out, rotation, scale and shift in plane (slabs
@@ -296,9 +300,7 @@ class TrainState:
     parts: dict  # what has a state_dict to be saved, by name
 
 
-def train_epoch(
-    cfg: Config, accelerator: Accelerator, state: TrainState, dataset: SeriesDataset
-) -> tuple[float, float]:
+def train_epoch(cfg: Config, accelerator: Accelerator, state: TrainState, dataset: SeriesDataset) -> tuple:
     """One epoch -> (this rank's losses added up, seconds it waited for data); ValueError at a NaN loss."""
     progress = state.progress
     rank = accelerator.process_index
@@ -307,20 +309,20 @@ def train_epoch(
     dataset.epoch = progress.epoch
     indices = [indices for update in plan for indices, _ in update]
     batches = load_batches(dataset, indices, accelerator.device)
-    bar = common.progress(len(plan), f"epoch {progress.epoch + 1}", accelerator.is_main_process)
+    bar = common.progress(len(plan), f"epoch {progress.epoch + 1}")
     state.model.train()
     for number, update in enumerate(plan):
         # Drop path draws from torch's generator. Seeded by the place in the run alone, it repeats after a
         # resume, whatever the process has drawn before.
-        seeds = np.random.SeedSequence([cfg.seed, progress.epoch, number, rank])
+        seeds = SeedSequence([cfg.seed, progress.epoch, number, rank])
         torch.manual_seed(int(seeds.generate_state(1)[0]))
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(progress.updates, len(plan), cfg)
         losses = []
         for _, weight in update:
-            clock = time.perf_counter()
+            clock = perf_counter()
             batch = next(batches)
-            waited += time.perf_counter() - clock
+            waited += perf_counter() - clock
             images, labels, points = augment(batch, cfg)
             with accelerator.autocast():
                 output = state.model(images)
@@ -355,12 +357,12 @@ def train_epoch(
     return loss_sum, waited
 
 
-def plan_epoch(num: int, cfg: Config, epoch: int, rank: int, world: int) -> list[list[tuple]]:
+def plan_epoch(num: int, cfg: Config, epoch: int, rank: int, world: int) -> list:
     """The batches that a rank sees, by update: sample indices, and the weight of their losses in the
     gradient. Over all ranks every sample comes once. The order depends on (seed, epoch) alone, so two
     processes of half the batch see in every update what one process sees. A rank that gets nothing of the
     last one works along on sample 0 with weight 0, since the others wait for its gradients."""
-    order = np.random.default_rng([cfg.seed, epoch]).permutation(num)
+    order = default_rng([cfg.seed, epoch]).permutation(num)
     size = cfg.batch_size * world
     plan = []
     for group in np.split(order, range(size * cfg.accumulation, num, size * cfg.accumulation)):
@@ -418,10 +420,8 @@ def start_worker(_: int) -> None:
 # --- validation and metrics ---------------------------------------------------------------------------------
 
 
-def predict(
-    model: nn.Module, dataset: SeriesDataset, accelerator: Accelerator
-) -> tuple[np.ndarray, Sequence]:
-    """On every rank: logits (N, 14), and by item proposals (n, 5: LPS mm, score, label) or None."""
+def predict(model: nn.Module, dataset: SeriesDataset, accelerator: Accelerator) -> tuple:
+    """On every rank: logits (N, 14), and a locator's proposals, the rows of proposals.csv."""
     model.eval()
     order = range(accelerator.process_index, len(dataset), accelerator.num_processes)
     batches = BatchSampler(order, dataset.cfg.batch_size, drop_last=False)
@@ -430,22 +430,21 @@ def predict(
         with torch.inference_mode(), accelerator.autocast():
             output = model(batch["image"].float() / 255)
         logits = output.logits.float().cpu().numpy()
-        spacings_mm = batch["spacing_mm"].cpu().numpy()
-        affines = batch["affine"].cpu().numpy()
         for i, index in enumerate(batch["index"].tolist()):
-            peaks = None
+            rows = []
             if output.maps is not None:
                 maps = output.maps[i].float().sigmoid().cpu().numpy()
-                peaks = common.propose(maps, spacings_mm[i], dataset.cfg)
-                peaks[:, :3] = to_lps(peaks[:, :3], affines[i])
-            answers.append((index, logits[i], peaks))
-    _, logits, proposals = zip(*sorted(gather_object(answers)), strict=True)
-    return np.stack(logits), proposals
+                spacing_mm = batch["spacing_mm"][i].cpu().numpy()
+                affine = batch["affine"][i].cpu().numpy()
+                peaks = common.propose(maps, spacing_mm, dataset.cfg)
+                peaks[:, :3] = to_lps(peaks[:, :3], affine)
+                rows = [[dataset.uids[index], *peak] for peak in peaks.tolist()]
+            answers.append((index, logits[i], rows))
+    _, logits, rows = zip(*sorted(gather_object(answers)), strict=True)
+    return np.stack(logits), DataFrame(chain(*rows), columns=PROPOSAL_COLUMNS)
 
 
-def write_best(
-    run: common.Run, row: dict, val_table: pd.DataFrame, logits: np.ndarray, proposals: Sequence
-) -> dict:
+def write_best(run: Run, row: dict, val_table: DataFrame, logits: ndarray, proposals: DataFrame) -> dict:
     """Weights, oof.csv and a locator's proposals.csv, atomic -> what metrics.json says beside its scores."""
     labels = list(LABELS)
     draws = run.cfg.bootstrap
@@ -460,33 +459,31 @@ def write_best(
     points = measure_sensitivity(
         "specificity", allowed, presence[is_present], oof["patient"][is_present], negatives, draws
     )
-    metrics = {"operating_points": points, "is_nearly_constant": bool(high - low < MIN_SPREAD)}
+    metrics = {"best_epoch": row["epoch"], "operating_points": points}
+    metrics["is_nearly_constant"] = bool(high - low < MIN_SPREAD)
     run.meta |= {"epoch": row["epoch"], "wauc": row["wauc"], "operating_points": points}
     if run.cfg.task == "locate":
-        rows = []
-        for uid, peaks in zip(val_table[UID], proposals, strict=True):
-            rows += [[uid, *peak] for peak in peaks.tolist()]
-        table = pd.DataFrame(rows, columns=PROPOSAL_COLUMNS).astype({"label": int})
-        write_table(run.folder / "proposals.csv", table)
+        write_table(run.folder / "proposals.csv", proposals.astype({"label": int}))
         metrics |= score_proposals(val_table, proposals, draws)
     common.save_checkpoint(run.folder / common.CHECKPOINT, run.model, run.cfg, run.meta)
-    return metrics | {"best_epoch": row["epoch"]}
+    return metrics
 
 
-def write_table(path: Path, table: pd.DataFrame) -> None:
-    common.write_atomic(path, table.to_csv(index=False, float_format="%.12g").encode())
+def write_table(path: Path, table: DataFrame) -> None:
+    write_atomic(path, table.to_csv(index=False, float_format="%.12g").encode())
 
 
-def score_proposals(val_table: pd.DataFrame, proposals: Sequence, draws: int) -> dict:
-    """How many annotated points a locator's proposals, (n, 5) per series, find: all of them (recall_10mm:
-    value, low, high), and those above a threshold that lets FALSE_PER_SCAN others pass (froc)."""
+def score_proposals(val_table: DataFrame, proposals: DataFrame, draws: int) -> dict:
+    """How many annotated points a locator's proposals find: all of them (recall_10mm: value, low, high), and
+    those above a threshold that lets FALSE_PER_SCAN others pass (froc)."""
     hits = []  # of each point the best score of a proposal near it, or 0
     patients = []  # of each point
     misses = []  # scores of proposals away from all points
-    for row, peaks in zip(val_table.itertuples(), proposals, strict=True):
-        away_mm = np.linalg.norm(row.points_mm[:, None] - peaks[:, :3], axis=2)
+    for row in val_table.itertuples():
+        peaks = proposals[proposals[UID] == row.SeriesInstanceUID]
+        away_mm = np.linalg.norm(row.points_mm[:, None] - peaks[PLACE].to_numpy(), axis=2)
         is_near = away_mm <= REACH_MM  # (points, proposals)
-        scores = peaks[:, 3]
+        scores = peaks["score"].to_numpy(np.float32)
         hits.extend((is_near * scores).max(axis=1, initial=0))
         patients.extend([row.patient] * len(is_near))
         misses.extend(scores[~is_near.any(axis=0)])
@@ -496,13 +493,8 @@ def score_proposals(val_table: pd.DataFrame, proposals: Sequence, draws: int) ->
 
 
 def measure_sensitivity(
-    name: str,
-    allowed: dict,
-    scores: Sequence,
-    patients: Sequence,
-    negatives: Sequence,
-    draws: int,
-) -> list[dict]:
+    name: str, allowed: dict, scores: Sequence, patients: Sequence, negatives: Sequence, draws: int
+) -> list:
     """For each value of `name` the share of scores above the lowest threshold that at most the allowed number
     of negatives exceed, with its 95 % interval over the patients; fewer than MIN_POSITIVES have none."""
     ranked = [*sorted(negatives, reverse=True), 0.0]
@@ -513,7 +505,7 @@ def measure_sensitivity(
         is_above = pd.Series(scores, dtype=float) > threshold
         drawn = np.empty(0)
         if len(scores) >= common.MIN_POSITIVES:
-            weights = np.concatenate(list(common.patient_weights(patients, draws)))
+            weights = common.patient_weights(patients, draws)
             drawn = weights @ is_above.to_numpy() / weights.sum(1)
         point = {"threshold": threshold, "sensitivity": float(is_above.mean()), "positives": len(scores)}
         points.append({name: value} | point | common.summarise_draws(drawn))
@@ -533,13 +525,13 @@ def finish(folder: Path, accelerator: Accelerator, progress: Progress) -> None:
         "num_processes": accelerator.num_processes,
         "versions": {name: version(name) for name in modules},
     }
-    common.log(
+    log(
         f"{folder}: best epoch {metrics['best_epoch']}, wAUC {metrics['wauc']:.4f} (95 % interval "
         f"{metrics['low']:.4f} to {metrics['high']:.4f}: {metrics['draws_used']} draws of "
         f"{metrics['num_patients']} patients), {len(metrics['undefined'])} labels of one class without an AUC"
     )
     if metrics["is_nearly_constant"]:
-        common.log(
+        log(
             f"{folder}: PREDICTIONS ARE NEARLY THE SAME FOR ALL SERIES, 90 % of them within {MIN_SPREAD}: "
             f"they tell nothing, whatever they score; train longer, or change lr or pretrained"
         )
@@ -549,12 +541,15 @@ def finish(folder: Path, accelerator: Accelerator, progress: Progress) -> None:
 # --- checkpoints for --resume -------------------------------------------------------------------------------
 
 
-def describe_run(cfg: Config, table: pd.DataFrame, accelerator: Accelerator) -> dict:
+def describe_run(cfg: Config, table: DataFrame, accelerator: Accelerator) -> dict:
     """What a resumed run must share with the run that it goes on with."""
     settings = common.config_to_dict(replace(cfg, cache="", outputs="", workers=0, ensemble_weight=1.0))
     labels = common.text_sum(table[[UID, "fold", *LABELS]].to_csv())
-    settings |= {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
-    return settings | {"series and labels": labels[:8]}
+    return settings | {
+        "processes": accelerator.num_processes,
+        "precision": accelerator.mixed_precision,
+        "series and labels": labels[:8],
+    }
 
 
 def save_last(folder: Path, state: TrainState) -> None:
@@ -562,9 +557,9 @@ def save_last(folder: Path, state: TrainState) -> None:
     states = {name: part.state_dict() for name, part in state.parts.items()}
     buffer = io.BytesIO()
     torch.save(states | {"progress": asdict(state.progress)}, buffer)
-    buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
+    buffer.write(sha256(buffer.getbuffer()).digest())
     last = folder / "last"
-    common.write_atomic(last / f"{state.progress.epoch:04d}.pt", buffer.getbuffer())
+    write_atomic(last / f"{state.progress.epoch:04d}.pt", buffer.getbuffer())
     common.remove_leftovers(last)
     for old in sorted(last.glob("*.pt"))[:-2]:  # the newest, and one to fall back to, stay
         old.unlink()
@@ -575,16 +570,16 @@ def load_last(folder: Path) -> dict | None:
     for path in sorted((folder / "last").glob("*.pt"), reverse=True):
         data = memoryview(path.read_bytes())
         states, digest = data[:-32], data[-32:]
-        if hashlib.sha256(states).digest() == digest:
+        if sha256(states).digest() == digest:
             return torch.load(io.BytesIO(states), map_location="cpu", weights_only=True)
-        common.log(f"{path}: differs from its sum; falling back to the one before")
+        log(f"{path}: differs from its sum; falling back to the one before")
     return None
 
 
 # --- the command --------------------------------------------------------------------------------------------
 
 
-def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> None:
+def train(cfg: Config, accelerator: Accelerator, args: Namespace) -> None:
     """Everything from an empty run folder to metrics.json; see the top of the file."""
     folder = Path(cfg.outputs) / cfg.run_name
     is_main = accelerator.is_main_process
@@ -605,10 +600,10 @@ def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> No
         "val_uids": val_set.uids,
         "locator": locator,
     }
-    run = common.Run(folder, state.ema.module, cfg, meta)
+    run = Run(folder, state.ema.module, cfg, meta)
     progress = state.progress
     state.model, state.optimizer = accelerator.prepare(state.raw, state.optimizer)
-    common.log(
+    log(
         f"{folder}: {len(train_set)} series with {len(decoys)} annotated points train, {len(val_set)} "
         f"validate; batch {cfg.batch_size} x {accelerator.num_processes} processes x accumulation "
         f"{cfg.accumulation} = {cfg.batch_size * accelerator.num_processes * cfg.accumulation} series per "
@@ -617,10 +612,10 @@ def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> No
     accelerator.init_trackers("aneurysm", {key: str(value) for key, value in progress.identity.items()})
     best_epoch = max(progress.history, key=quality, default={"epoch": 0})["epoch"]
     while progress.epoch < min(cfg.epochs, best_epoch + (cfg.patience or cfg.epochs)):
-        clock = time.perf_counter()
+        clock = perf_counter()
         loss_sum, waited = train_epoch(cfg, accelerator, state, train_set)
         logits, proposed = predict(run.model, val_set, accelerator)
-        seconds = time.perf_counter() - clock
+        seconds = perf_counter() - clock
         progress.epoch += 1
         metrics = common.score(val_table, logits, cfg.bootstrap)
         val_losses = label_loss(torch.tensor(logits), torch.tensor(val_set.labels), cfg.label_smoothing)
@@ -629,14 +624,12 @@ def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> No
             "lr": state.optimizer.param_groups[0]["lr"],
             "train_loss": sum(gather_object([loss_sum])) / len(train_set),
             "val_loss": val_losses.mean().item(),
-            "wauc": metrics["wauc"],
-            "low": metrics["low"],
-            "high": metrics["high"],
+            **{name: metrics[name] for name in ("wauc", "low", "high")},
             "seconds": seconds,
             "data_wait": waited / seconds,
         }
         progress.history.append(row)
-        common.log(
+        log(
             f"epoch {progress.epoch}/{cfg.epochs}: loss {row['train_loss']:.4f}, validation "
             f"{row['val_loss']:.4f}, wAUC {row['wauc']:.4f} ({row['low']:.3f} to {row['high']:.3f}), "
             f"{seconds:.0f} s; {seconds * (cfg.epochs - progress.epoch) / 60:.0f} min left"
@@ -646,20 +639,14 @@ def train(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) -> No
         if is_main:
             if best_epoch == progress.epoch:
                 progress.metrics = metrics | write_best(run, row, val_table, logits, proposed)
-            write_table(folder / "log.csv", pd.DataFrame(progress.history))
+            write_table(folder / "log.csv", DataFrame(progress.history))
             save_last(folder, state)
     if is_main:
         finish(folder, accelerator, progress)
     accelerator.end_training()
 
 
-def begin(
-    folder: Path,
-    cfg: Config,
-    accelerator: Accelerator,
-    identity: dict,
-    args: argparse.Namespace,
-) -> TrainState:
+def begin(folder: Path, cfg: Config, accelerator: Accelerator, identity: dict, args: Namespace) -> TrainState:
     """Model, EMA and optimizer, new or from the last checkpoint. ValueError where they would spoil a run."""
     from timm.optim import create_optimizer_v2
     from timm.utils import ModelEmaV3
@@ -687,7 +674,7 @@ def begin(
     if last:
         for name, part in parts.items():
             part.load_state_dict(last[name])
-        common.log(f"resumed after epoch {progress.epoch}")
+        log(f"resumed after epoch {progress.epoch}")
     return TrainState(model, model, ema, optimizer, progress, parts)
 
 
@@ -696,7 +683,7 @@ def quality(row: dict) -> float:
     return -row["val_loss"] if math.isnan(row["wauc"]) else row["wauc"]
 
 
-@contextlib.contextmanager
+@contextmanager
 def fail_together(accelerator: Accelerator) -> Iterator[None]:
     """What fails in this block on one rank ends all of them, with one line and exit code 1."""
     error = ""
@@ -706,7 +693,7 @@ def fail_together(accelerator: Accelerator) -> Iterator[None]:
         error = str(raised)
     error = max(gather_object([error]))  # "" where no rank has one
     if error:
-        common.log(f"train.py: {error}")
+        log(f"train.py: {error}")
         common.exit_rank(1)
 
 
@@ -720,10 +707,10 @@ def claim_folder(folder: Path, cfg: Config) -> None:
     except BlockingIOError:
         raise ValueError(f"{folder}: another run is writing here; change tag, seed or fold") from None
     except OSError as error:
-        common.log(f"{folder}: not locked ({error.strerror}); let no second run write here")
+        log(f"{folder}: not locked ({error.strerror}); let no second run write here")
     common.remove_leftovers(folder)
     text = yaml.safe_dump(common.config_to_dict(cfg), sort_keys=False)
-    common.write_atomic(folder / "config.yaml", text.encode())
+    write_atomic(folder / "config.yaml", text.encode())
 
 
 def fit_workers(cfg: Config) -> Config:
@@ -737,7 +724,7 @@ def fit_workers(cfg: Config) -> Config:
     # a loader works two batches ahead; another one is in use, and one on its way
     workers = min(cfg.workers, max(0, (num_batches - 2) // 2))
     if workers < cfg.workers:
-        common.log(
+        log(
             f"/dev/shm has room for {num_batches} batches: workers {workers}, not {cfg.workers}; docker run "
             f"--shm-size=1g makes more"
         )
@@ -747,10 +734,8 @@ def fit_workers(cfg: Config) -> Config:
 def stop(number: int, _frame: object) -> None:
     """End at once at a signal (an exception could be lost in a destructor); finished epochs are saved."""
     if os.environ.get("RANK", "0") == "0":
-        text = (
-            f"\ntrain.py: stopped by {signal.Signals(number).name}; --resume goes on after the last epoch\n"
-        )
-        os.write(2, text.encode())
+        name = signal.Signals(number).name
+        os.write(2, f"\ntrain.py: stopped by {name}; --resume goes on after the last epoch\n".encode())
     for loader in multiprocessing.active_children():
         loader.kill()
     os._exit(128 + number)
@@ -760,7 +745,7 @@ def make_accelerator(cfg: Config) -> Accelerator:
     """Accelerate's object, in a precision that the device has."""
     precision = cfg.precision
     if precision == "fp16" and PartialState().device.type == "cpu":
-        common.log("precision fp16 needs a GPU: this run has no mixed precision")
+        log("precision fp16 needs a GPU: this run has no mixed precision")
         precision = "no"
     accelerator = Accelerator(
         mixed_precision=precision,
@@ -775,7 +760,8 @@ def make_accelerator(cfg: Config) -> Accelerator:
 
 def main() -> int:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  started with 2>&-
-    parser = common.make_parser(__doc__, has_config=True)
+    parser = common.make_parser(__doc__, VolumeSettings, Config)
+    parser.add_argument("--config", metavar="YAML", help="settings; without it their defaults")
     parser.add_argument("--print-config", action="store_true", help="print the settings as YAML and end")
     parser.add_argument("--limit", type=common.positive_int, metavar="N", help="a quick look: N series alone")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder, if any")
@@ -787,7 +773,7 @@ def main() -> int:
         if args.limit:  # a quick look takes no folder of a run
             cfg = replace(cfg, tag=f"{cfg.tag}limit{args.limit}")
         if args.print_config:
-            print(yaml.safe_dump(common.config_to_dict(cfg), sort_keys=False), end="")
+            yaml.safe_dump(common.config_to_dict(cfg), sys.stdout, sort_keys=False)
             return 0
         if cfg.tracker and not find_spec(cfg.tracker):
             raise ValueError(f"tracker: {cfg.tracker} is not installed; install it, or set tracker to ''")
@@ -799,7 +785,7 @@ def main() -> int:
         elif isinstance(error, RuntimeError) and "Connection" not in reason:  # to a process that has failed
             raise
         # before the ranks are joined all fail alike, and the main one tells
-        common.log(f"train.py: {reason}", everywhere=torch.distributed.is_initialized())
+        log(f"train.py: {reason}", everywhere=torch.distributed.is_initialized())
         return 1
     return 0
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 import timm
 import torch
 from conftest import TINY, change, random_table, write_cached_series
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
 
 import common
@@ -64,7 +65,7 @@ WRONG_CONFIGS = {
     "- fold": "expected a config of lines",
     "base: gone.yaml": "gone.yaml: expected a config of lines",
     "base: c.yaml": "leads back to this file",
-    "seed: 1\nseed: 2": "seed stands there twice",
+    "seed: 1\nseed: 2": "seed stands in it twice",
 }
 
 
@@ -76,23 +77,25 @@ def test_a_wrong_config_is_refused_with_the_reason(tmp_path, text):
 
 
 def test_set_overrides_yaml_and_yaml_its_base(tmp_path):
+    path = tmp_path / "c.yaml"
     (tmp_path / "base.yaml").write_text("lr: 1.0e-3\nepochs: 5\nseed: 1")
-    (tmp_path / "own.yaml").write_text("base: base.yaml\nepochs: 6\nseed: 2")
-    overrides = ["seed=3", "ct_window=[0, 500]", "pretrained=w.safetensors"]
-    cfg = common.load_config(tmp_path / "own.yaml", overrides)
+    path.write_text("base: base.yaml\nepochs: 6\nseed: 2")
+    cfg = common.load_config(path, ["seed=3", "ct_window=[0, 500]", "pretrained=w.safetensors"])
     assert (cfg.lr, cfg.epochs, cfg.seed, cfg.volume.ct_window) == (1e-3, 6, 3, (0.0, 500.0))
     assert cfg.pretrained == "w.safetensors" and cfg.batch_size == Config().batch_size
     # YAML takes 1e-4 for a text and an unquoted no for False
     cfg = common.load_config(None, ["lr=1e-4", "precision=no", "epochs=3", "tracker="])
     assert (cfg.lr, cfg.precision, cfg.epochs, cfg.tracker) == (1e-4, "no", 3, "")
-    for text in ("proposals=*_seed0", "lr"):
-        with pytest.raises(ValueError, match=rf"--set {text.replace('*', '.')}: expected key=value"):
-            common.load_config(None, [text])
+    wrong = {"proposals=*_seed0": "expected key=value", "lr": "expected key=value"}
+    wrong |= {"epoch=1": "unknown setting 'epoch'; the nearest is 'epochs'", "lr=fast": "lr is 'fast'"}
+    for text, complaint in wrong.items():  # the file is not to blame
+        with pytest.raises(ValueError, match=f"^{re.escape(f'--set {text}: {complaint}')}"):
+            common.load_config(path, [text])
 
 
 def test_the_help_of_a_script_lists_the_settings_that_matter_to_it():
-    everything = common.make_parser("What it does.", has_config=True).format_help()
-    volume_only = common.make_parser("", has_config=True, listed=[VolumeSettings]).format_help()
+    everything = common.make_parser("What it does.", VolumeSettings, Config).format_help()
+    volume_only = common.make_parser("", VolumeSettings).format_help()
     assert everything.count("What it does.") == 1
     assert "\n    img_size: int = 384  # rows and columns" in everything
     for name in common.config_to_dict(Config()):
@@ -100,11 +103,11 @@ def test_the_help_of_a_script_lists_the_settings_that_matter_to_it():
         assert (f"\n    {name}: " in volume_only) == (name in asdict(VolumeSettings())), name
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "1.5", "", "five", "²"])
-def test_a_count_on_the_command_line_is_a_whole_number_above_0(text):
+def test_a_count_on_the_command_line_is_a_whole_number_above_0():
     assert common.positive_int("12") == 12
-    with pytest.raises(argparse.ArgumentTypeError, match=f"expected a whole number above 0, found {text!r}"):
-        common.positive_int(text)
+    for text in ("0", "-1", "1.5", "", "five", "²"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"a whole number above 0, found {text!r}"):
+            common.positive_int(text)
 
 
 def test_a_label_table_names_all_its_faults_in_one_line(tmp_path):
@@ -113,37 +116,25 @@ def test_a_label_table_names_all_its_faults_in_one_line(tmp_path):
     assert common.read_label_table(path)[UID].tolist() == table[UID].tolist()
     table.loc[1, LABELS[2]], table.loc[3, UID] = 2, table[UID][0]
     faults = f"series 1.2.0 has several rows; {LABELS[2]} holds 2"
-    texts = {faults: table.to_csv(index=False)}
+    texts = {faults: table.to_csv(index=False), "not a readable CSV": "\xff\xfe\0"}
     texts[f"columns missing: '{LABELS[0]}'"] = table.drop(columns=LABELS[0]).to_csv(index=False)
     for complaint, text in texts.items():
-        path.write_text(text)
+        path.write_text(text, encoding="latin-1")
         with pytest.raises(ValueError, match=f"{path}: {complaint}"):
             common.read_label_table(path)
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=f"{path}: not a readable CSV"):
-        common.read_label_table(path)
-
-
-def test_ages_are_read_in_all_their_units():
-    ages = [common.parse_age(text) for text in ("086Y", "86", "86.0", "018M", "052W", "")]
-    assert ages[:3] == [86, 86, 86] and ages[3:5] == pytest.approx([1.5, 1.0], abs=0.01)
-    assert np.isnan(ages[5])
 
 
 def test_auc_with_weights_and_ties_agrees_with_scikit_learn():
     rng = np.random.default_rng(0)
-    truth, scores, weights = (
-        rng.random((80, 2)) < 0.3,
-        rng.random((80, 2)).round(1),
-        rng.integers(0, 4, (5, 80)),
-    )
+    truth, scores = rng.random((80, 2)) < 0.3, rng.random((80, 2)).round(1)
+    weights = rng.integers(0, 4, (5, 80))
     assert len(np.unique(scores)) < 80  # ties are there
     ours = common.column_aucs(truth, scores, weights)
     theirs = [roc_auc_score(truth, scores, average=None, sample_weight=w) for w in weights]
     assert ours == pytest.approx(np.array(theirs), abs=1e-12)
 
 
-def test_wauc_is_half_presence_and_half_the_mean_of_the_defined_locations():
+def test_wauc_is_half_presence_and_half_the_mean_of_the_defined_locations_or_undefined():
     labels, probs = np.zeros((4, 14)), np.full((4, 14), 0.5)
     labels[:2, 13], probs[:, 13] = 1, [0.9, 0.2, 0.3, 0.1]  # 3 of 4 pairs right
     labels[0, 0], probs[:, 0] = 1, [0.9, 0.1, 0.1, 0.1]  # perfect
@@ -151,15 +142,11 @@ def test_wauc_is_half_presence_and_half_the_mean_of_the_defined_locations():
     result = common.weighted_auc(labels, probs)
     assert result["wauc"] == pytest.approx((0.75 + (1 + 0.5) / 2) / 2)
     assert len(result["undefined"]) == 11
-
-
-def test_what_has_no_score_says_so():
-    probs = np.random.default_rng(0).random((14, 14))
-    result = common.weighted_auc(np.zeros((14, 14)), probs)
+    result = common.weighted_auc(np.zeros((4, 14)), probs)
     assert np.isnan(result["wauc"]) and result["undefined"] == list(LABELS)
     probs[3, 5] = np.nan
-    with pytest.raises(ValueError, match="1 of 196 predictions are NaN or infinite"):
-        common.weighted_auc(np.eye(14), probs)
+    with pytest.raises(ValueError, match="1 of 56 predictions are NaN or infinite"):
+        common.weighted_auc(labels, probs)
 
 
 def scored(labels: np.ndarray, probs: np.ndarray, patients) -> dict:
@@ -167,7 +154,7 @@ def scored(labels: np.ndarray, probs: np.ndarray, patients) -> dict:
     return common.score(table.assign(patient=list(patients), Modality="CTA", plane="axial"), probs)
 
 
-def test_bootstrap_draws_patients_not_rows():
+def test_bootstrap_draws_patients_not_rows_and_says_how_many_draws_lost_a_class():
     rng = np.random.default_rng(0)
     labels = np.tile((rng.random((40, 1)) < 0.5).astype(float), (1, 14))
     probs = labels * 0.2 + rng.random((40, 14))
@@ -176,12 +163,9 @@ def test_bootstrap_draws_patients_not_rows():
     assert 0 < alone["low"] < common.weighted_auc(labels, probs)["wauc"] < alone["high"] < 1
     assert copied["high"] - copied["low"] == pytest.approx(alone["high"] - alone["low"], rel=0.1)
     assert copied["per_modality"]["CTA"]["wauc"] == pytest.approx(alone["wauc"])
-
-
-def test_bootstrap_says_how_many_draws_lost_a_class():
     labels = np.zeros((6, 14))
     labels[0] = 1  # a draw without the first patient (1/3 of all) has no positive
-    result = scored(labels, np.random.default_rng(0).random((6, 14)), range(6))
+    result = scored(labels, rng.random((6, 14)), range(6))
     assert result["draws_used"] == pytest.approx(2000 * (1 - (5 / 6) ** 6), rel=0.1)
 
 
@@ -232,14 +216,6 @@ def test_switches_of_the_crops_do_what_their_names_say(tmp_path):
     assert (plain[8] == annotated).all() and plain[9].any() and (plain[9] == plain[10]).all()
     assert (dropped[8] == plain[9]).all()  # a decoy stands where the annotated crop was
     assert not crops(1.0, 0.0)[8:].any()
-
-
-def test_deployment_sees_no_annotated_point(tmp_path):
-    with_points = dataset(tmp_path / "with", [(2, 3, 10, 12)], "deploy", num=4)
-    without = dataset(tmp_path / "without", [], "deploy", num=4)
-    for i in range(4):
-        assert torch.equal(with_points[i]["image"], without[i]["image"])
-        assert with_points[i]["image"][8:].any() and (with_points[i]["points"] == -1).all()
 
 
 def test_proposals_in_lps_mm_stand_where_decoys_would(tmp_path):
@@ -335,15 +311,11 @@ def test_a_checkpoint_rebuilds_its_model(tmp_path, task):
     assert run.cfg == cfg and run.meta["val_uids"] == ["1.2"]
 
 
-BROKEN = [
-    {"prior": [0.1] * 13},
-    {"decoys": [[0.1, 0.2, float("inf")]]},
-    {"labels": ["a"]},
-    {"config": "text"},
-]
+BROKEN = [{"prior": [0.1] * 13}, {"decoys": [[0.1, 0.2, float("inf")]]}, {"labels": ["a"]}]
+BROKEN += [{"config": "text"}, {"config": {"ensemble_weight": float("inf")}}]
 
 
-@pytest.mark.parametrize("change_meta", [*BROKEN, {"config": {"ensemble_weight": float("inf")}}], ids=str)
+@pytest.mark.parametrize("change_meta", BROKEN, ids=str)
 def test_a_broken_checkpoint_is_named(tmp_path, change_meta):
     path = tmp_path / "best_ema.safetensors"
     with pytest.raises(FileNotFoundError, match=f"{path}: no such checkpoint"):
@@ -386,27 +358,14 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, task):
     refused("no such file")
     path.write_text("version https://git-lfs.github.com/spec/v1")
     refused("not a readable file of weights")
-    save_weights(path, "test_resnet")
-    refused("could not be loaded")
-    save_weights(path)
-    state = load_file(path)
+    state = dict(save_weights(path).state_dict())
     save_file({name: state[name] for name in list(state)[: len(state) // 2]}, path)
+    refused("could not be loaded")
+    save_weights(path, "test_resnet")
     refused("could not be loaded")
     other = replace(cfg, model_name="test_resnet")
     common.save_checkpoint(path, common.build_model(other), other, META)
     refused("a run of test_resnet; expected a run of test_efficientnet")
-
-
-def test_a_refusal_of_the_hub_says_in_one_line_what_to_do(monkeypatch):
-    def refuse(*_, **options) -> None:
-        raise OSError("cannot reach\n  the hub")
-
-    monkeypatch.setattr(timm, "create_model", refuse)
-    advice = (
-        r"could not be loaded\. Give a local file .* or pretrained: false\. OSError: cannot reach the hub$"
-    )
-    with pytest.raises(ValueError, match=f"^pretrained weights of test_efficientnet {advice}"):
-        common.read_pretrained(TINY)
 
 
 def test_a_run_of_train_py_can_begin_another_of_either_task(tmp_path):
@@ -429,16 +388,15 @@ def test_imagenet_weights_of_the_package_fill_the_backbone():
         common.build_model(replace(cfg, model_name="resnet10t"), pretrained=True)
 
 
-@pytest.mark.parametrize("name", ["maxvit_base_384", "maxvit_base_tf_384.in21k"])
-def test_an_unknown_model_is_refused_with_near_names(name):
-    with pytest.raises(ValueError, match=f"'{name}' is not a timm model; near ones: .*maxvit_base_tf_384"):
-        common.build_model(replace(TINY, model_name=name))
-
-
-@pytest.mark.parametrize("name", ["test_resnet", "densenet121"])  # the latter knows no drop_path_rate
-def test_networks_that_lack_a_setting_are_built_without_it(name):
-    model = common.build_model(replace(TINY, model_name=name))
-    assert model(torch.rand(2, 11, 32, 32)).logits.shape == (2, 14)
+def test_networks_that_lack_a_setting_are_built_and_unknown_ones_refused_with_near_names():
+    for name in ("test_resnet", "densenet121"):  # the latter knows no drop_path_rate
+        model = common.build_model(replace(TINY, model_name=name))
+        assert model(torch.rand(2, 11, 32, 32)).logits.shape == (2, 14)
+    for name in ("maxvit_base_384", "maxvit_base_tf_384.in21k"):
+        with pytest.raises(
+            ValueError, match=f"'{name}' is not a timm model; near ones: .*maxvit_base_tf_384"
+        ):
+            common.build_model(replace(TINY, model_name=name))
 
 
 @pytest.mark.parametrize("task", ["classify", "locate"])
@@ -449,9 +407,8 @@ def test_gradient_checkpointing_changes_memory_not_gradients(task):
     images, sizes, gradients = torch.rand(2, 8, 32, 32), [], []
     for model in (plain, frugal):
         saved = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda x, saved=saved: saved.append(x) or x, lambda x: x
-        ):
+        hooks = lambda x, saved=saved: saved.append(x) or x, lambda x: x
+        with torch.autograd.graph.saved_tensors_hooks(*hooks):
             output = model.train()(images)
         sizes.append(sum(tensor.numel() for tensor in saved))
         output.logits.sum().backward()

@@ -59,8 +59,9 @@ def test_the_documented_train_command_says_in_one_line_what_it_lacks_without_a_h
     command = ("python", "train.py", "--config", "configs/fold0.yaml")
     text = run(tmp_path, *command, code=1, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "empty"))
     last = text.strip().splitlines()[-1]
-    assert "pretrained weights of maxvit_base_tf_384.in21k_ft_in1k could not be loaded" in last
-    assert "pretrained: PATH.safetensors" in last and "Traceback" not in text
+    assert "pretrained weights of maxvit_base_tf_384.in21k_ft_in1k could not be loaded. Give a local" in last
+    assert "pretrained: PATH.safetensors" in last and "or pretrained: false" in last
+    assert "Traceback" not in text
 
 
 def readme_commands() -> list[str]:

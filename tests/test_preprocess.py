@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -20,9 +22,10 @@ from phantom import make_set
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 from test_find_series import write_slice
 
+import common
 import dicom
 import preprocess
-from common import LABELS, UID, Config, host_name, load_volume, remove_leftovers, run_isolated
+from common import HOST, LABELS, UID, Config, load_volume, remove_leftovers, run_isolated
 from dicom import VolumeSettings
 
 SCRIPT = Path(preprocess.__file__)
@@ -40,8 +43,8 @@ def arguments_for(src: Path, dst: Path, *arguments: object) -> list[str]:
 def start(*command: str, **environment: str) -> subprocess.Popen:
     """The script as a process of its own, in a group with its workers."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    command = [sys.executable, str(SCRIPT), *command]
-    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, **pipes)
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen([sys.executable, str(SCRIPT), *command], env=env, **pipes)
 
 
 def run(*command: str, **environment: str) -> tuple[int, str]:
@@ -51,10 +54,9 @@ def run(*command: str, **environment: str) -> tuple[int, str]:
     ranks = mock.patch.dict(os.environ, environment)
     with argv, ranks, mock.patch.object(signal, "signal"), contextlib.redirect_stderr(err):
         try:
-            code = preprocess.main()
+            return preprocess.main(), err.getvalue()
         except SystemExit as error:
-            code = error.code
-    return code, err.getvalue()
+            return error.code, err.getvalue()
 
 
 def run_on(src: Path, dst: Path, *arguments: object, **environment: str) -> tuple[int, str]:
@@ -73,8 +75,8 @@ def index(folder: Path) -> dict[str, dict]:
 def cache_alone(uid: str, files: list[Path], dst: Path, cfg: Config, points: list = ()) -> Path:
     """The volume that cache_series makes of these files."""
     dst.mkdir(exist_ok=True)
-    job = {"uid": uid, "files": files, "points": list(points), "labels": {}}
-    assert preprocess.cache_series(job | {"cfg": cfg, "dst": dst, "key": KEY}) == "cached"
+    (dst / ".patient_key").write_bytes(KEY)
+    assert preprocess.cache_series(preprocess.Job(uid, files, list(points), {}, {dst: cfg})) == ["cached"]
     return dst / f"{uid}.safetensors"
 
 
@@ -215,7 +217,45 @@ def test_other_settings_and_a_run_that_would_lose_points_are_refused_and_change_
     assert volumes(cache) == before
 
 
+def test_folders_filled_in_one_pass_equal_those_filled_alone_and_share_the_reading(
+    src, tmp_path, monkeypatch
+):
+    """Also a folder that was begun before, and a series that cannot be read. Jobs run in this process, where
+    readings of series and decoded slices are counted."""
+    broken = min((src / "series").iterdir())
+    for path in broken.iterdir():
+        path.write_bytes(b"this is not a DICOM file" * 100)
+    counts = Counter()
+    for name in ("read_series", "decode"):
+        function = getattr(dicom, name)
+        monkeypatch.setattr(dicom, name, lambda *a, f=function: counts.update([f"{f} {a[0]}"]) or f(*a))
+
+    def run_here(function: Callable, jobs: list, *_: object) -> Iterator[tuple]:
+        return ((job, *common.call_safely(function, 4, job)) for job in jobs)
+
+    monkeypatch.setattr(common, "run_isolated", run_here)
+    configs, alone, together = ([tmp_path / f"{name}{i}" for i in range(2)] for name in ("c", "alone", "dst"))
+    for config, dst, roi_mm in zip(configs, alone, (200.0, 180.0), strict=True):
+        config.write_text(f"roi_mm: {roi_mm}")
+        assert run_on(src, dst, "--config", config)[0] == 3
+    shutil.copytree(alone[1], together[1])
+    for path in sorted(together[1].glob("*.safetensors"))[:2]:
+        path.unlink()
+    command = [*arguments_for(src, together[0]), *map(str, ["--dst", *together, "--config", *configs])]
+    for outcomes in (["5 cached, 0 kept", "2 cached, 3 kept"], ["0 cached, 5 kept"] * 2):
+        counts.clear()
+        code, err = run(*command)
+        readable = Counter({call: num for call, num in counts.items() if broken.name not in call})
+        assert code == 3 and set(readable.values()) == ({1} if "5 cached" in outcomes[0] else set())
+        for dst, expected, numbers in zip(together, alone, outcomes, strict=True):
+            assert f"{dst}: shard 0 of 1: 6 series, {numbers}, 1 failed" in err
+            ours, theirs = ({path.name: path.read_bytes() for path in x.iterdir()} for x in (dst, expected))
+            assert ours == theirs
+
+
 def test_shards_and_runs_that_meet_on_one_cache_make_the_same(phantoms, cached, tmp_path):
+    slurm = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "3"}
+    assert preprocess.shard_of({}) == "0/1" and preprocess.shard_of(slurm) == "2/3"
     command = arguments_for(phantoms, tmp_path / "cache", "--workers", 1)
     rank = start(*command, RANK="1", WORLD_SIZE="2")
     processes = [start(*command, "--shard", "0/2"), rank, start(*command)]
@@ -231,12 +271,6 @@ def test_a_limited_run_takes_the_first_series_and_says_that_labels_are_missing(p
     code, err = run_on(src, tmp_path / "cache", "--limit", 2)
     assert code == 0 and f"no train.csv in {src} or above it" in err
     assert set(index(tmp_path / "cache")) == set(sorted(os.listdir(src))[:2])
-
-
-def test_ranks_come_from_the_environment():
-    slurm = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "3"}
-    assert preprocess.shard_of({}) == "0/1" and preprocess.shard_of(slurm) == "2/3"
-    assert preprocess.shard_of({"RANK": "2", "WORLD_SIZE": "4"}) == "2/4"
 
 
 def test_kills_leave_no_trace(phantoms, cached, tmp_path):
@@ -346,20 +380,24 @@ DAMAGE = {  # what --verify says -> damage to the volumes a and b, the index and
 def test_verify_names_what_is_damaged_and_the_next_run_heals_it(complaint, phantoms, cached, cache):
     assert run("--verify", "--dst", str(cache))[0] == 0
     DAMAGE[complaint](cache, *sorted(cache.glob("*.safetensors"))[:2])
-    code, err = run("--verify", "--dst", str(cache))
+    code, err = run("--verify", "--dst", str(cached), str(cache))
     assert code == 3 and complaint in err
-    assert run_on(phantoms, cache)[0] == 0
-    assert run("--verify", "--dst", str(cache))[0] == 0
+    assert run_on(phantoms, cache)[0] == run("--verify", "--dst", str(cache))[0] == 0
     assert volumes(cache) == volumes(cached)
     assert (cache / "train.csv").read_bytes() == (cached / "train.csv").read_bytes()
 
 
 MISTAKES = {  # options -> exit code and last line
-    "--dst {tmp}/c": (2, "--src --verify is required"),
+    "--scr {tmp} --dst {tmp}/c": (2, "unrecognized arguments: --scr {tmp}"),
+    "--dst {tmp}/c": (2, "--src DIR (or --verify) is missing"),
+    "--src {tmp}": (2, "the following arguments are required: --dst"),
+    "--src {tmp} --dst {tmp}/c {tmp}/d": (2, "1 --config for 2 --dst: expected one for each folder"),
+    "--src {tmp} --dst {tmp}/c {tmp}/c --config a b": (2, "2 --config for 2 --dst: expected one for each"),
     "--src {tmp} --dst {tmp}/c --shard 4/4": (2, "'4/4': expected I/N"),
     "--src {tmp} --dst {tmp}/c --limit 0": (2, "expected a whole number above 0"),
     "--src {tmp}/absent --dst {tmp}/c": (1, "preprocess.py: {tmp}/absent: found no DICOM series"),
-    "--src {tmp} --dst {tmp}/c --set bas_slices=3": (1, "'base_slices'"),
+    "--src {tmp} --dst {tmp}/c --set bas_slices=3": (1, "--set bas_slices=3: unknown setting 'bas_slices'"),
+    "--verify --dst {tmp}/absent": (1, "{tmp}/absent: no such folder; expected a cache"),
     "--verify --dst {tmp}": (3, "0 volumes agree with their sums; 1 faults"),
 }
 
@@ -388,24 +426,28 @@ def test_bad_points_are_one_line_with_their_number_in_bounded_time(tmp_path):
         assert len(str(error.value)) < 300 + len(str(path)) and "\n" not in str(error.value)
 
 
-def test_faulty_tables_stop_the_run_before_work(src, tmp_path):
-    table = pd.read_csv(src / "train.csv", dtype=str)
+def test_faulty_tables_stop_the_run_before_work_and_odd_labels_are_counted(src, tmp_path):
+    table = pd.read_csv(src / "train.csv", dtype={UID: str})
     table.assign(Modality="Left Knee").to_csv(src / "train.csv", index=False)
     code, err = run_on(src, tmp_path / "cache")
     assert code == 1 and f"{src}/train.csv" in err.splitlines()[-1] and "'Left Knee'" in err.splitlines()[-1]
     assert volumes(tmp_path / "cache") == {}
-
-
-def test_labels_that_contradict_themselves_are_counted_and_the_source_is_no_cache(src, tmp_path):
-    table = pd.read_csv(src / "train.csv", dtype={UID: str})
     is_present = table["Aneurysm Present"] == 1
-    table["Aneurysm Present"] = 1 - table["Aneurysm Present"]
-    table.to_csv(src / "train.csv", index=False)
     assert is_present.any() and not is_present.all()
+    contradictory = table.assign(**{UID: "1.2.9", "Aneurysm Present": 1 - table["Aneurysm Present"]})
+    contradictory[UID] += table.index.astype(str)
+    contradictory.to_csv(src / "train.csv", index=False)
     code, err = run_on(src, tmp_path / "cache")
     assert code == 0 and f"in {len(table)} rows Aneurysm Present and the arteries disagree" in err
+    assert f"none of the {len(table)} series is in {src}/train.csv: nothing to train on" in err
     code, err = run_on(src, src)
     assert code == 1 and "expected a folder of its own" in err.splitlines()[-1] and volumes(src) == {}
+
+
+def test_ages_are_read_in_all_their_units():
+    ages = [preprocess.parse_age(text) for text in ("086Y", "86", "86.0", "018M", "052W", "")]
+    assert ages[:3] == [86, 86, 86] and ages[3:5] == pytest.approx([1.5, 1.0], abs=0.01)
+    assert np.isnan(ages[5])
 
 
 def test_points_outside_of_their_image_or_without_one_are_counted_and_the_first_is_named(src, tmp_path):
@@ -429,13 +471,10 @@ def misbehave(item: str) -> str:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     while item == "hangs":
         pass
-    if item == "eats":
-        return str(len(np.ones(3 * 2**30, np.uint8)))
-    if item == "raises":
-        raise ValueError("two\n  lines")
-    if item == "panics":
-        raise BaseException("not an Exception")
-    return item.upper()
+    errors = {"raises": ValueError("two\n  lines"), "panics": BaseException("not an Exception")}
+    if item in errors:
+        raise errors[item]
+    return str(len(np.ones(3 * 2**30, np.uint8))) if item == "eats" else item.upper()
 
 
 def test_a_bad_item_costs_only_itself():
@@ -452,7 +491,7 @@ def test_a_bad_item_costs_only_itself():
 def test_leftovers_of_the_dead_go_and_of_the_living_stay(tmp_path):
     child = subprocess.Popen(["true"])
     child.wait()
-    dead, alive = (f".1.{pid}.safetensors.{host_name()}.{pid}.tmp" for pid in (child.pid, os.getpid()))
+    dead, alive = (f".1.{pid}.safetensors.{HOST}.{pid}.tmp" for pid in (child.pid, os.getpid()))
     foreign, old = (f".1.{k}.safetensors.elsewhere.1.tmp" for k in (1, 2))
     for name in (dead, alive, foreign, old):
         (tmp_path / name).write_bytes(b"half")

@@ -204,9 +204,8 @@ def test_points_go_where_augmentation_takes_their_place(changes):
 
 
 def test_intensity_and_slab_dropout_reach_the_slabs_they_name():
-    batch = make_batch(
-        [2.0, 3.0, 10.0, 12.0], v5=1.2, v6=0.1, v15=0.0
-    )  # gain, offset, the last slab is blanked
+    changes = {"v5": 1.2, "v6": 0.1, "v15": 0.0}  # gain, offset, the last slab is blanked
+    batch = make_batch([2.0, 3.0, 10.0, 12.0], **changes)
     batch["image"][:] = 100
     images, _, _ = train.augment(batch, TINY)
     assert images[0, :7].numpy() == pytest.approx(100 / 255 * 1.2 + 0.1, abs=1e-5)
@@ -334,15 +333,17 @@ def test_sensitivity_has_its_threshold_and_from_5_positives_an_interval():
 
 def test_froc_counts_points_found_and_places_far_from_all_points():
     points_mm = [np.array([[100.0, 60, 8]])] * 2 + [np.zeros((0, 3))] * 2
-    table = pd.DataFrame({"patient": list("abcd"), "points_mm": points_mm})
-    peaks = [[[95, 60, 8, 0.9, 4], [0, 0, 0, 0.3, 4]], [[100, 69, 8, 0.5, 1]], [[0, 0, 0, 0.7, 2]]]
-    peaks = [np.array(rows, float) for rows in [*peaks, [[100, 60, 8, 0.4, 2]]]]
+    table = pd.DataFrame({UID: list("0123"), "patient": list("abcd"), "points_mm": points_mm})
+    rows = [["0", 95, 60, 8, 0.9, 4], ["0", 0, 0, 0, 0.3, 4], ["1", 100, 69, 8, 0.5, 1]]
+    rows += [["2", 0, 0, 0, 0.7, 2], ["3", 100, 60, 8, 0.4, 2]]
+    peaks = pd.DataFrame(rows, columns=train.PROPOSAL_COLUMNS)
     metrics = train.score_proposals(table, peaks, draws=50)
     assert metrics["recall_10mm"][0] == 1.0
     # false places score 0.7, 0.4, 0.3 in 4 scans; one may pass at 0.25 a scan, so the threshold is 0.4
     froc = [(p["false_per_scan"], p["threshold"], p["sensitivity"]) for p in metrics["froc"]]
-    assert froc == [(0.25, 0.4, 1.0), (0.5, 0.3, 1.0), (1.0, 0.0, 1.0), (2.0, 0.0, 1.0)]
-    peaks[1][0, 3] = 0.35  # now below the threshold at 0.25 a scan
+    expected = [(0.25, 0.4, 1.0), (0.5, 0.3, 1.0), (1.0, 0.0, 1.0), (2.0, 0.0, 1.0)]
+    assert np.array(froc) == pytest.approx(np.array(expected), abs=2e-6)  # scores are float32
+    peaks.loc[2, "score"] = 0.35  # now below the threshold at 0.25 a scan
     assert [p["sensitivity"] for p in train.score_proposals(table, peaks, 50)["froc"]] == [0.5, 1, 1, 1]
 
 
@@ -496,12 +497,7 @@ def test_two_processes_and_accumulated_batches_follow_one_large_batch(pair, cach
     run(tmp_path, cfg)
     run(tmp_path, change(cfg, epochs=2, batch_size=5, tag="large"))
     run(tmp_path, change(cfg, epochs=2, batch_size=1, accumulation=5, tag="parts"))
-    names = [
-        pair / "test_vit_half",
-        outputs / "test_vit",
-        outputs / "test_vit_parts",
-        outputs / "test_vit_large",
-    ]
+    names = [pair / "test_vit_half", *(outputs / f"test_vit{tag}" for tag in ("", "_parts", "_large"))]
     half, single, parts, large = (pd.read_csv(f"{name}_seed0_fold0/log.csv") for name in names)
     for ours, theirs in ((half, single), (parts, large)):
         assert ours["lr"].tolist() == theirs["lr"].tolist()
