@@ -1,9 +1,9 @@
 """Show the data, what went wrong and the results on one page that a radiologist and an engineer both read.
 
-in   --cache DIR    (cache) what preprocess.py wrote: index.csv, volumes, train.csv where there are labels
-     --src DIR      (dicoms) the DICOM tree, to show the head around the volume
-     --outputs DIR  (outputs) finished runs of train.py, at any depth
-     --limit N      only the first N series of index.csv, for a quick look; the results are of all series
+in   --cache DIR    what preprocess.py wrote: index.csv, volumes, perhaps train.csv (default: cache)
+     --src DIR      the DICOM tree, to show the head around the volume (default: dicoms)
+     --outputs DIR  finished runs of train.py, at any depth (default: outputs)
+     --limit N      only the first N series of index.csv, for a quick look (default: all); results are of all
 out  one HTML page on stdout that needs no other file and no network; progress goes to stderr
 run  python eda.py > report.html
 
@@ -18,6 +18,7 @@ import json
 import re
 import sys
 import time
+from argparse import SUPPRESS
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from html import escape
@@ -30,10 +31,12 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from numpy import ndarray
+from pandas import DataFrame
 from sklearn.metrics import roc_curve
 
 import common
-from common import AP, LABELS, UID
+from common import AP, LABELS, UID, load_volume, log, read_csv, score, volume_path
 from dicom import VolumeSettings, find_series, make_volume, read_series, to_lps, to_voxel
 
 MEASURES = {  # columns of index.csv, with name and meaning
@@ -44,118 +47,103 @@ MEASURES = {  # columns of index.csv, with name and meaning
     "row_mm": ("Pixel size (mm)", "Pixels finer than the volume's lose detail."),
     "coverage_mm": ("Height of the scan (mm)", "The volume shows the part of it that lies in the box."),
 }
-TEXT = dict.fromkeys((UID, "patient", "plane", "reason", "notes"), str)  # columns, even if all are empty
-X = "mm from the right side of the box"  # columns of points
-Y = "mm from the front of the box"
-DEPTH = "mm below the top of the box"
-VIEWS = {
-    "From below": (X, Y),
-    "From the front": (X, DEPTH),
-    "From the left": (Y, DEPTH),
-}
+TEXT = dict.fromkeys(
+    (UID, "patient", "plane", "reason", "notes", "sex"), str
+)  # columns, even if all are empty
+SIDES = ["mm from the right", "mm from the front", "mm below the top"]  # of the box; columns of points
 NAMES = list(LABELS)  # columns of the truth
 PROBS = [f"probability of {name}" for name in LABELS]  # columns of out-of-fold predictions
 PRESENT, PROB_PRESENT = NAMES[AP], PROBS[AP]
 PLACE = ["x_mm", "y_mm", "z_mm"]  # columns of proposals.csv, LPS
 WHOLE_HEAD = VolumeSettings(base_slices=256, img_size=256, roi_mm=280.0, roi_top_mm=600.0)
 REACH_MM, NEAR_MM = 20.0, 8.0  # half of a projection; points shown on a slab
-RING = {"markersize": 10, "fillstyle": "none", "color": "yellow"}
-MAX_CASES, MAX_ROWS = 6, 200  # bounds that keep the page small
+MAX_CASES = 6
+INTERVALS = "with 95 % intervals over draws of patients"
+UNDEFINED = f"–: fewer than {common.MIN_POSITIVES} positives, or a class is missing."
 list_series = functools.cache(find_series)
 
 # --- what there is ------------------------------------------------------------------------------------------
 
 
-def read_cache(cache: Path, limit: int | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
+def read_cache(cache: Path, limit: int | None = None) -> tuple[DataFrame, DataFrame]:
     """A row per series: index.csv, its labels (nan where there are none), and the settings of its volume or
     why it is unreadable; and a row per annotated point. ValueError for a broken table."""
     columns = [*TEXT, *MEASURES, "status", "modality", "num_points", "points_inside"]
-    table = common.read_csv(cache / "index.csv", columns, dtype=TEXT, nrows=limit)
-    labels = pd.DataFrame(columns=[UID, "Modality", *NAMES])
+    table = read_csv(cache / "index.csv", columns, dtype=TEXT, nrows=limit)
+    labels = DataFrame(columns=[UID])
     if (cache / "train.csv").is_file():
         labels = common.read_label_table(cache / "train.csv")
+    labels = labels.reindex(columns=[UID, "Modality", "PatientAge", "PatientSex", *NAMES])
     table = table.merge(labels, on=UID, how="left")
     table["modality"] = table["Modality"].fillna(table["modality"])  # the label table tells CTA from CT
     table = table.fillna({"modality": "unknown", "plane": "unknown", "reason": "", "notes": ""})
-    settings, faults = {}, {}
-    points = []
+    settings, faults, points = {}, {}, []
     for uid in table.loc[table["status"] != "failed", UID]:
-        path = common.volume_path(cache, uid)
         try:
-            tensors, meta = common.load_volume(path, ["points", "point_labels"])
+            tensors, meta = load_volume(volume_path(cache, uid), ["points", "point_labels"])
         except (OSError, ValueError) as error:
             faults[uid] = hide_folders(error)
             continue
         settings[uid] = json.dumps(meta["settings"])
-        height_mm = meta["settings"]["roi_top_mm"]
+        height_mm = meta["settings"]["base_slices"] * meta["spacing_mm"][0]
         places_mm = (tensors["points"] + 0.5) * meta["spacing_mm"]
         for label, (z, y, x) in zip(tensors["point_labels"], places_mm, strict=True):
-            depth_mm = height_mm - z
-            points.append((uid, LABELS[label], x, y, depth_mm))
-    points = pd.DataFrame(points, columns=[UID, "label", X, Y, DEPTH])
+            points.append((uid, LABELS[label], x, y, height_mm - z))
     table["settings"] = table[UID].map(settings)
     table["unreadable"] = table[UID].map(faults)
-    return table, points
+    return table, DataFrame(points, columns=[UID, "label", *SIDES])
 
 
-def read_runs(outputs: Path) -> tuple[dict[str, pd.DataFrame], list[str]]:
-    """The tables of `read_run` over all runs below a folder ({} without one), with the run's name in column
-    `run`; and a line for each run that is unfinished or cannot be read."""
+def read_runs(outputs: Path) -> tuple[dict[str, DataFrame], list[str]]:
+    """Tables of all runs below a folder ({} without one), with the run's name in column `run`: oof (truth,
+    PROBS, weight), log, lists of metrics.json, of locators also proposals. The runs of a `group` differ in
+    seed and fold alone. And a line for each run that is unfinished or cannot be read."""
     tables, faults = defaultdict(list), []
+    truth = [f"label {name}" for name in NAMES]
     for path in sorted(outputs.rglob("config.yaml")):
-        run = path.parent.name
+        folder = path.parent
+        group = re.sub(r"_seed\d+_fold\d+$", "", folder.name)
         try:
-            parts = read_run(path.parent)
+            cfg = common.load_config(path)
+            metrics = json.loads((folder / "metrics.json").read_text())
+            oof = read_csv(folder / "oof.csv", [UID, "patient", "plane", "modality", *truth], dtype=TEXT)
+            oof[PROBS] = oof[NAMES]
+            oof[NAMES] = oof[truth]
+            oof["Modality"] = oof["modality"]  # as common.score wants it
+            oof["weight"] = max(cfg.ensemble_weight, 1e-9)  # 0: a locator that only proposes
+            parts = {
+                "oof": oof.assign(group=group, is_constant=metrics["is_nearly_constant"]),
+                "log": pd.read_csv(folder / "log.csv").assign(group=group),
+                "operating_points": DataFrame(metrics["operating_points"], dtype=float),
+            }
+            if cfg.task == "locate":
+                proposals = read_csv(folder / "proposals.csv", [UID, *PLACE, "score"], dtype=TEXT)
+                parts["proposals"] = proposals.assign(folder=folder)
+                parts["froc"] = DataFrame(metrics["froc"], dtype=float)
         except (OSError, ValueError, KeyError) as error:
-            faults.append(f"run {run} is left out: {hide_folders(error)}")
+            faults.append(f"run {folder.name} is left out: {hide_folders(error)}")
             continue
         for name, table in parts.items():
-            table.insert(0, "run", run)
+            table.insert(0, "run", folder.name)
             tables[name].append(table)
     return {name: pd.concat(parts) for name, parts in tables.items()}, faults
 
 
-def read_run(folder: Path) -> dict[str, pd.DataFrame]:
-    """Tables of a run: oof (truth, PROBS, weight, group), log (group), proposals, lists of metrics.json. The
-    runs of a group differ in seed and fold alone."""
-    cfg = common.load_config(folder / "config.yaml")
-    weight = max(cfg.ensemble_weight, 1e-9)  # 0: a locator that only proposes
-    group = re.sub(r"_seed\d+_fold\d+$", "", folder.name)
-    metrics = json.loads((folder / "metrics.json").read_text())
-    truth = [f"label {name}" for name in NAMES]
-    columns = [UID, "patient", "plane", "modality", *NAMES, *truth]
-    oof = common.read_csv(folder / "oof.csv", columns, dtype=TEXT)
-    oof[PROBS] = oof[NAMES]
-    oof[NAMES] = oof[truth]
-    oof["Modality"] = oof["modality"]  # as common.score wants it
-    proposals = pd.DataFrame(columns=[UID, *PLACE, "score"])
-    if (folder / "proposals.csv").is_file():
-        proposals = common.read_csv(folder / "proposals.csv", list(proposals), dtype=TEXT)
-    return {
-        "oof": oof.assign(weight=weight, group=group, is_constant=metrics["is_nearly_constant"]),
-        "log": pd.read_csv(folder / "log.csv").assign(group=group),
-        "proposals": proposals.assign(folder=folder),
-        "operating_points": pd.DataFrame(metrics["operating_points"]),
-        "froc": pd.DataFrame(metrics.get("froc")),  # of a locator
-    }
-
-
-def pool_oof(rows: pd.DataFrame) -> pd.DataFrame:
+def pool_oof(rows: DataFrame) -> DataFrame:
     """A row per series: labels and the mean out-of-fold probabilities over runs, weighted as in infer.py."""
-    pooled = rows.groupby(UID).first()
-    weighted = rows[PROBS].mul(rows["weight"], axis=0)
-    sums = weighted.groupby(rows[UID]).sum()
-    weights = rows.groupby(UID)["weight"].sum()
-    pooled[PROBS] = sums.div(weights, axis=0)
+    rows = rows.copy()
+    rows[PROBS] = rows[PROBS].mul(rows["weight"], axis=0)
+    series = rows.groupby(UID)
+    pooled = series.first()
+    pooled[PROBS] = series[PROBS].sum().div(series["weight"].sum(), axis=0)
     return pooled.reset_index()
 
 
 # --- sections: the data, the images, where the aneurysms are ------------------------------------------------
 
 
-def data_section(table: pd.DataFrame) -> str:
-    settings = table["settings"].dropna().unique()
-    settings = pd.DataFrame(map(json.loads, settings))
+def data_section(table: DataFrame) -> str:
+    settings = table["settings"].value_counts().reset_index(name="series")
     planes = pd.crosstab(table["plane"], table["modality"], margins=True)
     positives = table.groupby("modality")[NAMES].sum().T
     labelled = f"Positive series of {table[PRESENT].count()} with labels in train.csv."
@@ -173,44 +161,41 @@ def data_section(table: pd.DataFrame) -> str:
 class Scan:
     """What is drawn of a series. Points and corners are LPS mm."""
 
-    voxels: np.ndarray  # uint8 (z, y, x)
-    affine: np.ndarray  # to LPS mm
-    points: np.ndarray  # (P, 3) annotated
-    box: np.ndarray  # (2, 3) corners of what the model sees
-    place: np.ndarray  # (3,) the first annotated point, else the middle of the box
+    voxels: ndarray  # uint8 (z, y, x)
+    affine: ndarray  # to LPS mm
+    points: ndarray  # (P, 3) annotated
+    box: ndarray  # (2, 3) corners of what the model sees
+    place: ndarray  # (3,) the first annotated point, else the middle of the box
     settings: dict
 
 
 def read_scan(uid: str, cache: Path) -> Scan:
     """The cached volume of a series."""
-    tensors, meta = common.load_volume(common.volume_path(cache, uid))
-    voxels = tensors["volume"]
-    affine = np.array(meta["affine"])
+    tensors, meta = load_volume(volume_path(cache, uid))
+    voxels, affine = tensors["volume"], np.array(meta["affine"])
     points = to_lps(tensors["points"], affine)
-    edges = np.array([[0, 0, 0], voxels.shape]) - 0.5
-    box = to_lps(edges, affine)
+    box = to_lps([[-0.5] * 3, np.array(voxels.shape) - 0.5], affine)
     place = points[0] if len(points) else box.mean(0)
     return Scan(voxels, affine, points, box, place, meta["settings"])
 
 
 def read_whole_head(scan: Scan, uid: str, src: Path) -> Scan:
     """The same series read again from DICOM: a volume over a larger box."""
-    files = sorted((src / "series" / uid).glob("*"))
-    if not files:
-        series, _ = list_series(src)
-        files = series.get(uid, [])
+    files = src / "series" / uid
+    if not files.is_dir():
+        files = list_series(src)[0].get(uid, [])
     volume = make_volume(read_series(files, uid), WHOLE_HEAD)
     return replace(scan, voxels=volume.voxels, affine=volume.affine)
 
 
-def images_section(table: pd.DataFrame, cache: Path, src: Path) -> str:
+def images_section(table: DataFrame, cache: Path, src: Path) -> str:
     """An example per modality and plane, with an annotated point where there is one."""
     kinds = ["modality", "plane"]
     cached = table.dropna(subset="settings").sort_values([*kinds, "points_inside", "num_slices"])
     chosen = cached.drop_duplicates(kinds, keep="last")
     examples = []
     for row in chosen.to_dict("records"):
-        common.log(f"example: {row['modality']}, {row['plane']}")
+        log(f"example: {row['modality']}, {row['plane']}")
         examples.append(show_example(row, read_scan(row[UID], cache), src))
     return f"""<section id="images"><h2>The images</h2>
         <p>A series per modality and plane, with an annotated aneurysm where there is one (ring). R and L are
@@ -238,18 +223,12 @@ def show_example(row: dict, scan: Scan, src: Path) -> str:
         {show_plane("After: in the volume", scan, axis, scan.place)}</div>"""
 
 
-def points_section(points: pd.DataFrame) -> str:
-    """All annotated points in the frame of the box, from three sides; their depth below its top."""
-    artery = points["label"].str.replace("^(Left|Right) ", "", regex=True)
-    points = points.assign(artery=artery)
-    figures = [draw_histogram("Depth (mm)", "Below the top of the box.", points, DEPTH, "artery")]
-    for view, (x, y) in VIEWS.items():
-        axes = new_chart(x, y, 5.0)
-        for name, rows in points.groupby("artery"):
-            axes.scatter(rows[x], rows[y], s=9, label=name)
-        axes.set_aspect("equal")
-        axes.invert_yaxis()
-        figures.append(show_chart(view, "All annotated points, in the box that the model sees.", axes))
+def points_section(points: DataFrame) -> str:
+    """All annotated points in the frame of the box, along its three sides."""
+    points = points.assign(artery=points["label"].str.replace("^(Left|Right) ", "", regex=True))
+    figures = []
+    for side in SIDES:
+        figures.append(draw_histogram(side, "All annotated points.", points, side, "artery"))
     return f"""<section id="points"><h2>Where the aneurysms are</h2>
         <div class="grid">{"".join(figures) if len(points) else absent("No annotated points in the cache.")}
         </div></section>"""
@@ -258,11 +237,14 @@ def points_section(points: pd.DataFrame) -> str:
 # --- section: what went wrong -------------------------------------------------------------------------------
 
 
-def find_troubles(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def find_troubles(table: DataFrame) -> dict[str, DataFrame]:
     """Title -> a row per case; notes that differ in numbers only are of one kind."""
     failed = table.query("status == 'failed'")
     doubtful = table.query("status == 'doubtful'")
     outside = table.query("points_inside < num_points")
+    years = table["PatientAge"].map(common.parse_age)
+    sexes = table["sex"] + table["PatientSex"].astype(str).str[0]
+    is_other = (abs(table["age"] - years) >= 1) | sexes.isin(["FM", "MF"])
     notes = table["notes"].str.split("; ").explode()
     notes = notes[notes != ""].str.replace(r"(?<!\w)[-+]?\d[\d.]*(?![\w,]*\))", "n", regex=True)
     return {
@@ -270,6 +252,7 @@ def find_troubles(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
         "Doubtful volumes": doubtful[[UID, "reason", "notes"]],
         "Unreadable volumes": table.dropna(subset="unreadable")[[UID, "unreadable"]],
         "Points outside the box": outside[[UID, "num_points", "points_inside"]],
+        "Age or sex unlike train.csv": table.loc[is_other, [UID, "age", "PatientAge", "sex", "PatientSex"]],
         "Kinds of repairs and assumptions": notes.value_counts().reset_index(name="series"),
     }
 
@@ -283,50 +266,43 @@ CURVES = {  # columns of log.csv, with their meaning
 }
 
 
-def results_section(runs: dict[str, pd.DataFrame], result: dict) -> str:
+def results_section(runs: dict[str, DataFrame], result: dict) -> str:
     """Groups of runs beside each other, all runs last and on top; result: common.score of all."""
-    scores, parts = [], []
-    roc = new_chart("false alarms: share of negatives", "sensitivity: share of positives")
-    for group, rows in [*runs["oof"].groupby("group"), ("all runs", runs["oof"])]:
-        table = pool_oof(rows)
-        score = common.score(table, table[PROBS].to_numpy(), 500)
-        scores.append({"runs": group, "wAUC": interval(score, "wauc")})
-        false_alarms, sensitivity, _ = roc_curve(table[PRESENT], table[PROB_PRESENT])
-        roc.plot(false_alarms, sensitivity, label=group)
-    for name in ("label", "modality", "plane"):
-        rows = pd.DataFrame(result[f"per_{name}"]).T
-        rows = rows.drop(columns="undefined", errors="ignore").reset_index(names=name)
-        parts.append(show_table(rows, f"The pooled predictions by {name}."))
-    return f"""<section id="results"><h2>The results</h2>
-        {show_table(pd.DataFrame(scores), "Runs compared, on patients held back.")}
-        {show_table(runs["operating_points"], "Operating points with 95 % intervals over draws of patients.")}
-        {show_table(runs["froc"], "FROC with 95 % intervals over draws of patients.")}
-        <div class="grid">{"".join(training_figures(runs["log"]))}
-        {show_chart("ROC of Aneurysm Present", "Chance is the diagonal.", roc)}</div>
-        {"".join(parts)}</section>"""
-
-
-def training_figures(logs: pd.DataFrame) -> list[str]:
-    """Losses and validation wAUC by epoch, the mean over the runs of a group."""
-    means = logs.groupby(["epoch", "group"])[list(CURVES)].mean()
-    figures = []
+    scores, figures, parts = [], [], []
+    means = runs["log"].groupby(["epoch", "group"])[list(CURVES)].mean()  # over the runs of a group
     for column, caption in CURVES.items():
         axes = new_chart("epoch", column)
         means[column].unstack().plot(ax=axes, style=".-", legend=False)
         figures.append(show_chart(column, caption, axes))
-    return figures
+    axes = new_chart("false alarms: share of negatives", "sensitivity: share of positives")
+    for group, rows in [*runs["oof"].groupby("group"), ("all runs", runs["oof"])]:
+        table = pool_oof(rows)
+        wauc = interval(score(table, table[PROBS].to_numpy(), 500), "wauc")
+        scores.append({"runs": group, "wAUC": wauc, "nearly constant": rows["is_constant"].any()})
+        curve = roc_curve(table[PRESENT], table[PROB_PRESENT])
+        axes.plot(*curve[:2], label=group)
+    figures.append(show_chart("ROC of Aneurysm Present", "Chance is the diagonal.", axes))
+    for name in ("label", "modality", "plane"):
+        rows = DataFrame(result[f"per_{name}"]).T.reset_index(names=name)
+        parts.append(show_table(rows, f"The pooled predictions by {name}. {UNDEFINED}"))
+    return f"""<section id="results"><h2>The results</h2>
+        {show_table(DataFrame(scores), "Runs compared, on patients held back.")}
+        {show_table(runs["operating_points"], f"Operating points, {INTERVALS}. {UNDEFINED}")}
+        {show_table(runs.get("froc", DataFrame()), f"FROC, {INTERVALS}. {UNDEFINED}")}
+        <div class="grid">{"".join(figures)}</div>{"".join(parts)}</section>"""
 
 
-def cases_section(proposals: pd.DataFrame, pooled: pd.DataFrame, cache: Path) -> str:
+def cases_section(runs: dict[str, DataFrame], pooled: DataFrame, cache: Path) -> str:
     """The predictions that are most wrong, of positives and of negatives."""
     errors = abs(pooled[PRESENT] - pooled[PROB_PRESENT]).sort_values(ascending=False)
     hardest = pooled.loc[errors.index].groupby(PRESENT).head(MAX_CASES)
+    proposals = runs.get("proposals", DataFrame(columns=[UID]))
     cases = []
     for row in hardest.to_dict("records"):
-        common.log(f"hard case: {row[UID]}")
-        places = proposals[proposals[UID] == row[UID]]
+        log(f"hard case: {row[UID]}")
         try:
-            cases.append(show_case(row, places, read_scan(row[UID], cache)))
+            scan = read_scan(row[UID], cache)
+            cases.append(show_case(row, proposals[proposals[UID] == row[UID]], scan))
         except (OSError, ValueError) as error:
             cases.append(absent(f"{row[UID]}: {hide_folders(error)}"))
     return f"""<section id="cases"><h2>The hardest cases</h2>
@@ -335,31 +311,25 @@ def cases_section(proposals: pd.DataFrame, pooled: pd.DataFrame, cache: Path) ->
         {"".join(cases)}</section>"""
 
 
-def show_case(row: dict, places: pd.DataFrame, scan: Scan) -> str:
-    """A slab and, where a locator has places (rows of proposals), its heat map."""
+def show_case(row: dict, places: DataFrame, scan: Scan) -> str:
+    """A slab and, where a locator has places (rows of proposals), its heat map: (Z, h, w) its probability of
+    an aneurysm at a place, the sum of its 13 maps. ValueError if the locator takes other volumes."""
     place, heat = scan.place, None
     if len(places):
         best = places.sort_values("score").iloc[-1]
         place = best[PLACE].to_numpy(float)
-        heat = compute_heat(scan, best["folder"])
+        run = common.load_run(best["folder"])
+        if scan.settings != common.volume_settings(run.cfg):
+            raise ValueError(f"{run.folder.name}: its volumes have other settings than those of the cache")
+        with torch.inference_mode():
+            images = torch.from_numpy(scan.voxels)[None].float() / 255
+            heat = run.model(images).maps[0].sigmoid().sum(0).numpy()
     truth = [name for name in NAMES if row[name]]
     return f"""<h3>{escape(row["Modality"])} …{escape(row[UID][-8:])}</h3>
         {absent(f"Predicted {row[PROB_PRESENT]:.2f}, truth: {', '.join(truth) or 'no aneurysm'}.")}
         <div class="grid panes">
         {show_plane("Slab", scan, 0, place)}
         {show_plane("Heat map", scan, 0, place, heat=heat) if len(places) else ""}</div>"""
-
-
-def compute_heat(scan: Scan, folder: Path) -> np.ndarray:
-    """(Z, h, w) a locator's probability of an aneurysm at a place, the sum of its 13 maps. ValueError if the
-    locator takes other volumes."""
-    run = common.load_run(folder)
-    if scan.settings != common.volume_settings(run.cfg):
-        raise ValueError(f"{folder.name}: its volumes have other settings than those of the cache")
-    with torch.inference_mode():
-        images = torch.from_numpy(scan.voxels)[None].float() / 255
-        maps = run.model(images).maps[0]
-    return maps.sigmoid().sum(0).numpy()
 
 
 # --- charts, pictures, tables -------------------------------------------------------------------------------
@@ -376,10 +346,10 @@ def new_chart(x_name: str, y_name: str, height: float = 2.6) -> Axes:
 def show_chart(title: str, caption: str, axes: Axes) -> str:
     if len(axes.get_legend_handles_labels()[1]) > 1:
         axes.figure.legend(loc="outside upper left")
-    return show_picture(title, caption, axes.figure, "white")
+    return show_picture(title, caption, axes.figure)
 
 
-def draw_histogram(title: str, caption: str, table: pd.DataFrame, column: str, kind: str) -> str:
+def draw_histogram(title: str, caption: str, table: DataFrame, column: str, kind: str) -> str:
     """How often a column has which value, stacked by another column."""
     table = table.dropna(subset=column).reset_index()
     if table.empty:
@@ -391,68 +361,53 @@ def draw_histogram(title: str, caption: str, table: pd.DataFrame, column: str, k
 
 
 def show_plane(
-    title: str,
-    scan: Scan,
-    axis: int,
-    place: np.ndarray,
-    reach_mm: float = 0.0,
-    heat: np.ndarray | None = None,
+    title: str, scan: Scan, axis: int, place: ndarray, reach_mm: float = 0.0, heat: ndarray | None = None
 ) -> str:
     """The plane through a place, or the maximum within reach of it, head up: with directions, a ring around
     each point near it, the box, and a heat map (Z, h, w) on a scale from 0 to 1."""
-    figure = Figure(figsize=(3.4, 3.6), layout="constrained")
-    axes = figure.subplots()
-    down, across = (a for a in range(3) if a != axis)
+    axes = new_chart("", "", 3.6)
     spacing_mm = np.linalg.norm(scan.affine[:3, :3], axis=0)
     planes = np.moveaxis(scan.voxels, axis, 0)
-    last_index = len(planes) - 1
-    middle = round(to_voxel(place, scan.affine)[0, axis])
-    middle = min(max(middle, 0), last_index)
+    centre, first, last, *points = to_voxel([place, *scan.box, *scan.points], scan.affine)
+    middle = np.clip(round(centre[axis]), 0, len(planes) - 1)
     reach = round(reach_mm / spacing_mm[axis])
     image = planes[max(middle - reach, 0) : middle + reach + 1].max(0)
-    plain = axes.imshow(image, vmin=0, vmax=255)
+    extent = axes.imshow(image, vmin=0, vmax=255).get_extent()
     if heat is not None:
         slab = heat[middle]
-        extent = plain.get_extent()
         axes.imshow(slab, "inferno", vmin=0, vmax=1, alpha=slab, extent=extent)
+    down, across = np.delete([0, 1, 2], axis)
     axes.set_aspect(spacing_mm[down] / spacing_mm[across])
-    first, last = to_voxel(scan.box, scan.affine)[:, [across, down]]
-    width, height = last - first
-    axes.add_patch(Rectangle(first, width, height, fill=False, color="C0"))
-    for point in to_voxel(scan.points, scan.affine):
-        away_mm = abs(point[axis] - middle) * spacing_mm[axis]
-        if away_mm <= max(reach_mm, NEAR_MM):
-            axes.plot(point[across], point[down], "o", **RING)
+    sides = [across, down]
+    width, height = (last - first)[sides]
+    axes.add_patch(Rectangle(first[sides], width, height, fill=False, color="C0"))
+    for point in points:
+        if abs(point[axis] - middle) * spacing_mm[axis] <= max(reach_mm, NEAR_MM):
+            axes.plot(point[across], point[down], "yo", markersize=10, fillstyle="none")
     if axis:
         axes.invert_yaxis()  # z grows upwards
     axes.set_axis_off()
-    axes.set_title("RRA"[axis], loc="left", color="white")
-    axes.set_title("LLP"[axis], loc="right", color="white")
-    return show_picture(f"{title}, plane {middle} of 0 to {last_index}", "", figure)
+    axes.set_title("RRA"[axis], loc="left")
+    axes.set_title("LLP"[axis], loc="right")
+    return show_picture(f"{title}, plane {middle} of 0 to {len(planes) - 1}", "", axes.figure)
 
 
-def show_picture(title: str, caption: str, figure: Figure, colour: str = "black") -> str:
+def show_picture(title: str, caption: str, figure: Figure) -> str:
     data = io.BytesIO()
-    figure.savefig(data, format="webp", dpi=150, facecolor=colour)
+    figure.savefig(data, format="webp", dpi=150)
     uri = f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
     return f"""<figure><figcaption><b>{escape(title)}.</b> {escape(caption)}</figcaption>
         <img alt="{escape(title)}" src="{uri}"></figure>"""
 
 
-def show_table(table: pd.DataFrame, caption: str = "") -> str:
-    """A table, escaped; of a long one the first and the last rows, and how many it has."""
+def show_table(table: DataFrame, caption: str = "") -> str:
+    """A table, escaped."""
     if table.empty:
         return absent(f"{caption} None.")
+    options = {"na_rep": "–", "float_format": "{:.4g}".format, "border": 0, "index": False}
     table = table.rename_axis(columns=None)
     with pd.option_context("display.max_colwidth", None):
-        body = table.to_html(
-            index=False,
-            border=0,
-            na_rep="–",
-            float_format="{:.4g}".format,
-            max_rows=MAX_ROWS,
-            show_dimensions="truncate",
-        )
+        body = table.to_html(**options)
     return f'<figure class="table"><figcaption>{escape(caption)}</figcaption>{body}</figure>'
 
 
@@ -467,7 +422,7 @@ def hide_folders(error: Exception) -> str:
 
 def interval(result: dict, name: str) -> str:
     """`0.712 (0.65 to 0.77, 1990 draws)`, or why there is no interval."""
-    if not result["draws_used"]:
+    if np.isnan(result["low"]):
         return f"{result[name]:.3f} (too few positives for an interval)"
     return f"{result[name]:.3f} ({result['low']:.2f} to {result['high']:.2f}, {result['draws_used']} draws)"
 
@@ -514,9 +469,9 @@ def make_page(cache: Path, src: Path, outputs: Path, limit: int | None = None) -
     except (OSError, ValueError) as error:
         warnings.append(f"No data, since index.csv or train.csv cannot be read: {hide_folders(error)}")
     else:
-        counts = {"series": len(table), "patients": table["patient"].nunique()}
-        counts |= table["status"].value_counts().to_dict()
-        facts.append(", ".join(f"{name}: {count}" for name, count in counts.items()))
+        counts = [f"{status}: {num}" for status, num in table["status"].value_counts().items()]
+        num_patients = table["patient"].nunique()
+        facts.append(f"series: {len(table)}, patients: {num_patients}, {', '.join(counts)}")
         troubles = find_troubles(table)
         parts = []
         for title, rows in troubles.items():
@@ -527,11 +482,11 @@ def make_page(cache: Path, src: Path, outputs: Path, limit: int | None = None) -
         sections.append(f'<section id="trouble"><h2>What went wrong</h2>{"".join(parts)}</section>')
     if runs:
         pooled = pool_oof(runs["oof"])
-        result = common.score(pooled, pooled[PROBS].to_numpy())
+        result = score(pooled, pooled[PROBS].to_numpy())
         facts.append(describe_score(result, runs["oof"]["run"].nunique()))
         for name in runs["oof"].query("is_constant")["run"].unique():
             warnings.insert(0, f"{name} PREDICTS NEARLY THE SAME FOR ALL SERIES: its score is chance.")
-        sections += [results_section(runs, result), cases_section(runs["proposals"], pooled, cache)]
+        sections += [results_section(runs, result), cases_section(runs, pooled, cache)]
     else:
         facts.append("No finished training runs.")
     names = re.findall(r'<section id="(\w+)"><h2>(.*?)</h2>', "".join(sections))
@@ -554,23 +509,20 @@ def make_page(cache: Path, src: Path, outputs: Path, limit: int | None = None) -
 
 def main() -> int:
     parser = common.make_parser(__doc__)
-    for name in ("cache", "dicoms", "outputs"):
-        option = name.replace("dicoms", "src")
-        parser.add_argument(f"--{option}", type=Path, default=name, metavar="DIR")
-    parser.add_argument("--limit", type=common.positive_int, metavar="N")
+    parser.usage = "eda.py [options]"
+    for option, default in (("--cache", "cache"), ("--src", "dicoms"), ("--outputs", "outputs")):
+        parser.add_argument(option, type=Path, default=default, help=SUPPRESS)  # the manual lists them
+    parser.add_argument("--limit", type=common.positive_int, help=SUPPRESS)
     args = parser.parse_args()
     index = args.cache / "index.csv"
     if not index.is_file() and not args.outputs.is_dir():
-        common.log(f"eda.py: nothing to report on: no {index}, no folder {args.outputs}")
+        log(f"eda.py: nothing to report on: no {index}, no folder {args.outputs}")
         return 1
-    stdout = common.reserve_stdout()
-    with matplotlib.rc_context(CHART_STYLE):
-        page = make_page(**vars(args))
     try:
-        with stdout:
-            stdout.write(page)
+        with common.reserve_stdout() as stdout, matplotlib.rc_context(CHART_STYLE):
+            stdout.write(make_page(**vars(args)))
     except OSError as error:  # a full disk, or a reader such as `head` that has gone
-        common.log(f"eda.py: stdout: {error.strerror}")
+        log(f"eda.py: {error.filename or 'stdout'}: {error.strerror or error}")
         return 1
     return 0
 

@@ -220,7 +220,7 @@ def test_series_labels_and_points_are_counted_and_placed(tmp_path):
     text = Page(eda.data_section(table)).text
     assert "plane CTA MRA MRI T2 All axial 2 2 1 5 coronal 1 0 0 1 unknown 1 0 0 1 All 4 2 1 7" in text
     assert "Left Middle Cerebral Artery 1 0 0 " in text and "Anterior Communicating Artery 2 0 0 " in text
-    places = points.set_index([UID, "label"])[[eda.X, eda.Y, eda.DEPTH]]
+    places = points.set_index([UID, "label"])[[*eda.SIDES]]
     assert places.loc[("1.2", LABELS[6])].tolist() == [80, 80, 16]  # the middle of a box of 160 x 160 x 32 mm
     # The middle of slab 4 of 8 of 4 mm lies 14 mm below the top; 50.5 columns and 30.5 rows of 2.5 mm.
     assert places.loc[("1.2", LABELS[4])].tolist() == [126.25, 76.25, 14]
