@@ -6,9 +6,8 @@ in   --src DIR           a cache of preprocess.py, or a tree of DICOM files of a
      --limit N           only the first N (default: all)
      --labels FILE       print the score against these labels (default: none)
 out  stdout              CSV: SeriesInstanceUID and the 14 labels, a row per series; messages go to stderr
-     --out FILE          the same into FILE, unless that holds series which this run leaves out. Finished rows
-                         gather in .FILE.*.rows, with which a second start of the same command goes on, or
-                         says that all is done (not with --explain, --labels)
+     --out FILE          the same into FILE, unless that holds series that this run leaves out; started again,
+                         it goes on with the rows in .FILE.*.rows (not with --explain, --labels)
      --explain DIR       a picture of each series, and findings.json: presence, the strictest operating point
                          that it passes, and of the likeliest places artery, score, LPS mm and, from DICOM,
                          image, frame (from 0), column and row; needs a locator among the runs
@@ -17,7 +16,7 @@ how  --tta               average with the mirrored view (default: off)
      --budget-hours H    answer all series within this time (default: no limit)
      --workers N         processes that read DICOM (default: a core less than there are)
      --series-timeout N  seconds in which a series must be read (default: 300)
-     --memory-gb N       memory in which it must be read (default: 4)
+     --memory-gb N       GB of memory in which it must be read (default: 4)
      --serve             answer the challenge's gateway (with its kaggle_evaluation on PYTHONPATH)
      --num-series N      how many series the gateway has, for --budget-hours (default: 2500)
 run  python infer.py --src TEST_DICOMS > submission.csv
@@ -25,8 +24,8 @@ run  python infer.py --src TEST_DICOMS > submission.csv
      accelerate launch infer.py --src TEST_DICOMS --out submission.csv     several processes share the series
 
 A series that cannot be read, or not in time, gets the prior, which is not a finding: how often each label was
-positive in training. With --budget-hours the mirrored view goes first, then members from the end of the list
-(the heaviest ensemble_weight stands first), at last the remaining series get the prior.
+positive in training. With --budget-hours the mirrored view goes first, then the lightest members, at last the
+remaining series get the prior.
 exit 0 all well, 3 some rows are the prior (named on stderr), 1 nothing done, 2 wrong usage, 130/143 stopped.
 """
 
@@ -68,7 +67,7 @@ log_once = cache(log)
 log_any = partial(log, everywhere=True)  # from any process
 
 
-# --- the series ---------------------------------------------------------------------------------------------
+# --- one series ---------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -97,9 +96,9 @@ def find_source(src: Path) -> Source:
             settings = common.load_volume(path, [])[1]["settings"]
             break
     else:
-        kind = "a file" if src.is_file() else "no DICOM image"
         series, _ = dicom.find_series(src) if src.is_dir() else ({}, [])
         if not series:
+            kind = "a file" if src.is_file() else "no DICOM image"
             raise ValueError(f"--src {src}: {kind}; expected a folder: a cache, or a tree of DICOM files")
         return Source(False, series)
     index = common.read_csv(src / "index.csv", [UID, "reason"], dtype=str).set_index(UID)
@@ -122,8 +121,7 @@ def choose_series(source: Source, path: Path | None) -> list[str]:
 
 
 def read_scans(source: Source, uids: list[str], settings: set, args: Namespace) -> Iterator[tuple | None]:
-    """((uid, path), scan, None) or ((uid, path), None, why not), in any order; each series fails alone. They
-    are read ahead while the models work; None comes after each second of waiting for them."""
+    """((uid, files), scan, None) or ((uid, files), None, why not) as they are read; None while waiting."""
     items = []
     for uid in uids:
         files = source.series.get(safe_uid(uid), f"not in {args.src}")
@@ -135,8 +133,14 @@ def read_scans(source: Source, uids: list[str], settings: set, args: Namespace) 
         read = partial(read_dicom, settings=settings)
         if source.is_cache:
             read = partial(read_cached, settings=settings, expected=source.settings)
-        limits = {"workers": args.workers, "timeout_s": args.series_timeout, "memory_gb": args.memory_gb}
-        yield from common.run_isolated(read, items, tick_s=1, **limits)
+        yield from common.run_isolated(
+            read,
+            items,
+            workers=args.workers,
+            timeout_s=args.series_timeout,
+            memory_gb=args.memory_gb,
+            tick_s=1,
+        )
 
 
 def read_cached(item: tuple, settings: set, expected: dict) -> Scan:
@@ -159,9 +163,6 @@ def read_dicom(item: tuple, settings: set) -> Scan:
     frames = [replace(frame, header={}) for frame in series.frames]  # headers are large to send
     series = replace(series, frames=frames, geometry={}, skipped=[], _stored={})
     return Scan(volumes, series.patient, series)
-
-
-# --- the ensemble -------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -236,8 +237,7 @@ def load_ensemble(args: Namespace, devices: list, cache_settings: dict | None = 
 
 
 def predict_series(ensemble: Ensemble, uid: str, scan: Scan, num_views: int) -> tuple[ndarray, dict]:
-    """probs (14,), the weighted mean of the members' means over their views, and every model's output.
-    FloatingPointError where no member gives finite logits."""
+    """probs (14,), the weighted mean of members, and all outputs. FloatingPointError if none is finite."""
     members = ensemble.members[:num_views]
     is_mirrored = num_views > len(ensemble.members)
     outputs = {}
@@ -299,17 +299,11 @@ def predict_views(member: Member, image: ndarray, is_mirrored: bool) -> Output:
     return Output(logits, maps)
 
 
-# --- all series ---------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Deadline:
-    """Plans each series so that the last is answered within `seconds` of the start. Reads no clock.
-
-    A series costs what the models take, in proportion to their views, and the time beside them, such as for
-    files. Nothing is cut in the first twentieth of the time, as the first series tell little of the others.
-    The slowest series' time stays in reserve, and a fiftieth of all for the table.
-    """
+    """Plans each series so that the last is answered within `seconds` of the start. Reads no clock. A series
+    costs what the models take, in proportion to views, and the time beside them. Nothing is cut in the first
+    twentieth of the time; the slowest series' time stays in reserve, and a fiftieth of all for the table."""
 
     started: float  # in seconds of the clock, like `now`
     seconds: float
@@ -347,11 +341,6 @@ class Answer:
     reason: str = ""  # why it is the prior
     patient: str = ""
     findings: list[dict] = field(default_factory=list)  # with --explain
-
-    @property
-    def present(self) -> float:
-        """The probability of Aneurysm Present."""
-        return self.probs[AP]
 
 
 def answer_all(
@@ -404,11 +393,8 @@ def answer_series(ensemble: Ensemble, item: tuple, num_views: int, args: Namespa
 
 
 def answer_prior(ensemble: Ensemble, uid: str, reason: str) -> Answer:
-    log_any(f"{uid}: answered by the prior: {reason}")
+    log_any(f"{uid}: answered by the prior, which is not a finding: {reason}")
     return Answer(uid, ensemble.prior, reason)
-
-
-# --- explanations -------------------------------------------------------------------------------------------
 
 
 def explain_series(answer: Answer, ensemble: Ensemble, scan: Scan, outputs: dict, folder: Path) -> None:
@@ -423,11 +409,12 @@ def explain_series(answer: Answer, ensemble: Ensemble, scan: Scan, outputs: dict
         if (other.volume, other.locator_stride) == (cfg.volume, cfg.locator_stride):
             maps.append(outputs[model].maps)
     volume, maps = scan.volumes[cfg.volume], np.mean(maps, axis=0)
-    lines = [f"{answer.uid}: {LABELS[AP]} {answer.present:.3f}"]
-    facts = {UID: answer.uid, LABELS[AP]: round(answer.present, 4), "operating_point": None}
+    present = answer.probs[AP]
+    lines = [f"{answer.uid}: {LABELS[AP]} {present:.3f}"]
+    facts = {UID: answer.uid, LABELS[AP]: round(present, 4), "operating_point": None}
     for point in ensemble.points:
         side = "below"
-        if answer.present >= point["threshold"]:
+        if present >= point["threshold"]:
             side, facts["operating_point"] = "above", point
         text = f"{point['threshold']:.3f}, the threshold of specificity {point['specificity']:.2f}"
         lines.append(f"  {side} {text}, sensitivity {point['sensitivity']:.2f}")
@@ -447,8 +434,7 @@ def explain_series(answer: Answer, ensemble: Ensemble, scan: Scan, outputs: dict
 
 
 def find_image(point_mm: ndarray, series: Series) -> dict | None:
-    """The nearest image to a point (LPS mm), and its column and row there as in train_localizers.csv. None if
-    it was not scanned: further than half a gap outside of the slices."""
+    """The nearest image to a point (LPS mm), its column and row there; None over half a gap outside."""
     away_mm = series.normal @ point_mm - series.positions_mm
     half_gap_mm = series.spacing_mm[0] / 2
     if away_mm.min() > half_gap_mm or away_mm.max() < -half_gap_mm:
@@ -490,7 +476,7 @@ def draw_findings(volume: Volume, heat: ndarray, answer: Answer) -> bytes:
         plain.hlines(bottom, 3, 3 + 20 / volume.spacing_mm[2], color="gray")
         plain.text(3, bottom, "20 mm", color="gray", va="bottom")
     figure.colorbar(image, ax=panels, shrink=0.5, label="probability of an aneurysm at this place")
-    figure.suptitle(f"{answer.uid}\n{LABELS[AP]} {answer.present:.3f}. Not for diagnosis.")
+    figure.suptitle(f"{answer.uid}\n{LABELS[AP]} {answer.probs[AP]:.3f}. Not for diagnosis.")
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=80)
     return png.getvalue()
@@ -509,17 +495,14 @@ def describe_score(answers: list[Answer], labels: DataFrame, members: list[Membe
         f"\nwAUC {result['wauc']:.4f} (95 % interval {result['low']:.4f} to {result['high']:.4f}, "
         f"{result['draws_used']} draws), {len(table)} series of {result['num_patients']} patients"
     )
-    val_uids = [member.run.meta["val_uids"] for member in members]
-    num_trained = sum(any(uid not in uids for uids in val_uids) for uid in table[UID])
+    in_all = set.intersection(*(set(member.run.meta["val_uids"]) for member in members))
+    num_trained = len(set(table[UID]) - in_all)
     if num_trained:
         text += (
             f"\n{num_trained} of {len(table)} scored series were not held out by all members: the score is "
             f"too high, unless these are new patients"
         )
     return text
-
-
-# --- Kaggle's server ----------------------------------------------------------------------------------------
 
 
 def serve(args: Namespace) -> list[Answer]:
@@ -535,8 +518,8 @@ def serve(args: Namespace) -> list[Answer]:
     bar = common.progress(args.num_series, "series")
 
     def predict(series_path: str) -> DataFrame:
-        """One row of 14 probabilities; the prior if anything goes wrong: an exception would end the run."""
-        folder = Path(str(series_path))
+        """A row of 14 probabilities; the prior if anything goes wrong: an exception would end the run."""
+        folder = Path(series_path)
         source = Source(False, {safe_uid(folder.name): folder})
         num_later = max(0, args.num_series - len(answers) - 1)
         try:
@@ -612,8 +595,7 @@ def predict_table(args: Namespace, stdout: io.TextIOBase) -> list[Answer]:
     if args.explain:
         findings = [row for answer in answers for row in answer.findings]
         common.write_json(args.explain / "findings.json", findings)
-        num_shown = len({row[UID] for row in findings})
-        log(f"{args.explain}: pictures of {num_shown} series, {len(findings)} places in findings.json")
+        log(f"{args.explain}: {len(findings)} places in findings.json, a picture of each series that has any")
     if args.labels:
         log(describe_score(answers, labels, ensemble.members))
     return answers
@@ -622,17 +604,13 @@ def predict_table(args: Namespace, stdout: io.TextIOBase) -> list[Answer]:
 def answer_share(
     ensemble: Ensemble, source: Source, uids: list[str], args: Namespace, state: PartialState
 ) -> list[Answer]:
-    """This process's answers. With --out they gather in a file, so that a kill costs only the series at work,
-    and those of an earlier run are taken from it (unless more than rows is wanted). All that rows depend on
-    names the file, so that rows of other members or settings are never mixed in. The prior is not saved, so
-    that a second start tries those series again."""
+    """This process's answers. With --out alone they gather, but for the prior, in a file for a second start;
+    all that rows depend on names it, so that rows of other members or settings are never mixed in."""
     if args.out and args.out.is_file():
         rows = args.out.read_text(errors="replace").splitlines()[1:]
-        num_others = len({row.split(",")[0] for row in rows}.difference(uids))
-        if num_others:
-            raise ValueError(
-                f"--out {args.out}: holds {num_others} series that this run leaves out; name another"
-            )
+        others = {row.split(",")[0] for row in rows}.difference(uids)
+        if others:
+            raise ValueError(f"--out {args.out}: has {len(others)} series that this run lacks; name another")
     uids = uids[state.process_index :: state.num_processes]
     if args.explain or args.labels or not args.out:
         return answer_all(ensemble, source, uids, args)
@@ -648,8 +626,7 @@ def answer_share(
     done = {uid: Answer(uid, np.array(probs, dtype=float)) for uid, *probs in rows}
     left = [uid for uid in uids if uid not in done]
     if done:
-        count = f"{len(uids) - len(left)} of {len(uids)}"
-        log_any(f"{args.out}: {count} rows are complete; delete {path} to repeat")
+        log_any(f"{args.out}: {len(uids) - len(left)} of {len(uids)} rows are complete; to repeat, rm {path}")
 
     def save(answer: Answer) -> None:
         if not answer.reason:

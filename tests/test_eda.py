@@ -28,7 +28,7 @@ CENTRE = (3.5, 31.5, 31.5)
 HOSTILE = '<script>alert(1)</script> & "quoted" <img src=x onerror=alert(2)>'
 BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), None)
 INDEX = {"modality": "CT", "plane": "axial", "age": 50, "num_slices": 160, "slice_mm": 1.0, "row_mm": 0.5}
-INDEX |= {"status": "ok", "reason": "", "notes": "", "thickness_mm": 1.0, "coverage_mm": 160.0}
+INDEX |= {"sex": "F", "status": "ok", "reason": "", "notes": "", "thickness_mm": 1.0, "coverage_mm": 160.0}
 
 
 def write_set(cache: Path, rows: list[dict]) -> None:
@@ -277,13 +277,13 @@ def test_phantoms_are_shown_from_their_files_where_the_volume_lies(tmp_path):
 
 
 def test_a_projection_is_a_maximum_near_the_place_with_sides_a_ring_and_the_box(monkeypatch):
-    monkeypatch.setattr(eda, "show_picture", lambda title, caption, figure: figure)
+    monkeypatch.setattr(eda, "show_chart", lambda caption, axes: axes)
     voxels = np.zeros((8, 64, 64), np.uint8)
     voxels[4, 30, 20], voxels[4, 60, 40] = 200, 255  # 30 rows apart: 75 mm
     box = to_lps([(-0.5, -0.5, -0.5), (7.5, 63.5, 63.5)], AFFINE)
     *points, place = to_lps([(4, 30, 20), (4, 60, 40), (4, 31, 0)], AFFINE)
     scan = eda.Scan(voxels, AFFINE, points, box, place, {})
-    (axes,) = eda.show_plane("", scan, 1, place, 20.0).axes
+    axes = eda.show_plane("", scan, 1, place, 20.0)
     image = np.asarray(axes.images[0].get_array())
     assert image[4, 20] == 200 and image.max() == 200  # the other spot lies beyond 20 mm
     (ring,) = axes.lines
