@@ -318,7 +318,7 @@ def show_case(row: dict, places: DataFrame, scan: Scan) -> str:
         {show_plane("Heat map", scan, 0, place, heat=heat) if len(places) else ""}</div>"""
 
 
-def new_chart(x_name: str, y_name: str, height: float = 2.6) -> Axes:
+def new_chart(x_name: str, y_name: str, height: float = 3.2) -> Axes:
     axes = Figure(figsize=(4.2, height), layout="constrained").subplots()
     axes.set(xlabel=x_name, ylabel=y_name)
     return axes
@@ -422,7 +422,7 @@ STYLE = """
 :root { color-scheme: light dark; --back: #fff; --fore: #1c1e21; --soft: #5c6166; --line: #d5d8db; }
 @media screen and (prefers-color-scheme: dark) {
   :root { --back: #15171a; --fore: #e6e8ea; --soft: #a3a9af; --line: #3b4046; } }
-* { box-sizing: border-box; } section { scroll-margin-top: 70px; }
+* { box-sizing: border-box; } section { scroll-margin-top: 70px; } .table { vertical-align: top; }
 body { margin: 0 auto; max-width: 1240px; padding: 0 16px 48px; background: var(--back); color: var(--fore);
   font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; } nav a { color: var(--fore); }
 nav { position: sticky; top: 0; z-index: 1; padding: 6px 0; background: var(--back); display: flex;
@@ -432,7 +432,7 @@ p, li { max-width: 85ch; } th { text-align: left; } .soft { color: var(--soft); 
   grid-template-columns: repeat(auto-fill, minmax(min(var(--width), 100%), 1fr)); } .panes { --width: 260px; }
 figure { margin: 0; break-inside: avoid; } img { width: 100%; height: auto; display: block; }
 figcaption, table { font-size: 13px; line-height: 1.4; } h3 { margin: 24px 0 6px; }
-.table { display: inline-block; overflow: auto; max-width: 100%; max-height: 500px; padding-right: 36px; }
+.table { display: inline-block; overflow: auto; max-width: 100%; max-height: 500px; padding: 8px 36px 8px 0; }
 table { border-collapse: collapse; overflow-wrap: normal; font-variant-numeric: tabular-nums; }
 th, td { border: 1px solid var(--line); padding: 2px 7px; min-width: 4em; vertical-align: top; }
 @media print { nav { display: none; } .table { overflow: visible; max-height: none; } }

@@ -4,9 +4,8 @@ in   --data DIR   a folder per series, as below `series/`, of which it keeps the
 out  --out CSV    SeriesInstanceUID and the 14 probabilities that the script under test answered
 run  python tests/gateway.py --data dicoms/series --out answers.csv -- infer.py --serve --outputs outputs
 
-It runs the script with a package `kaggle_evaluation` that exists for this process only. A series is copied
-into KAGGLE_SHARED and `predict` called from another thread, as a gRPC server does. Code 1 ends the run after
-an exception in `predict`, a wrong answer, a late start, or a folder that was not emptied and made again.
+The script gets a package `kaggle_evaluation` made here; `predict` is called from another thread, as a gRPC
+server does. Code 1 after an exception in it, a wrong answer, a late start, or a KAGGLE_SHARED left full.
 """
 
 import os

@@ -150,12 +150,11 @@ def test_the_top_says_what_was_run_what_came_out_and_what_to_look_at(everything)
     assert "Series that failed: 1; first 1.7 no slice could be decoded" in first
     assert "Doubtful volumes: 1; first 1.4 air is the brightest value" in first
     assert "Unreadable volumes: 2; first 3.1" in first
-
-
-def test_hard_cases_show_the_locators_place_and_heat_map_and_no_patient(everything):
     text, cases = Page(everything).text.split("The hardest cases")[-2:]
-    assert cases.count("Slab, plane 4 of 0 to 7") == cases.count("Heat map") == 12  # its place: z = 3.5
-    assert "safetensors" not in cases and "secret" not in everything
+    assert (
+        cases.count("Slab, plane 4 of 0 to 7") == cases.count("Heat map") == 12
+    )  # a locator's place: z = 3.5
+    assert "safetensors" not in cases and "secret" not in everything  # no patient
     assert "1.2: slices 160, 1.00 mm apart" in text and text.count("All annotated points") == 3
 
 
@@ -299,25 +298,23 @@ addEventListener("load", () => {
   const all = (selector) => [...document.querySelectorAll(selector)], box = (e) => e.getBoundingClientRect();
   const wide = all("nav, nav a, main *").filter((e) => !e.closest(".table") && box(e).right > innerWidth + 1);
   parent.postMessage({ images: all("img").length, broken: all("img").filter((e) => !e.naturalWidth).length,
-    narrow: all("img").filter((e) => box(e).width < 250).length, wide: wide.length, inner: innerWidth,
-    scroll: document.documentElement.scrollWidth,
-    back: getComputedStyle(document.body).backgroundColor }, "*");
+    narrow: all("img").filter((e) => box(e).width < 250).length, wide: wide.length, inner: innerWidth, scroll:
+    document.documentElement.scrollWidth, back: getComputedStyle(document.body).backgroundColor }, "*");
 });
 </script>"""
+FLAGS = "--headless --no-sandbox --disable-gpu --no-first-run --disable-sync --dump-dom --disable-quic "
+FLAGS += "--disable-background-networking --virtual-time-budget=60000 --window-size=1400,2100"
 
 
 def browse(page: str, folder: Path, width: int, scheme: int) -> dict:
     """What the probe sees in a frame of that width (windows are wider); scheme 0: dark, 1: light."""
-    (folder / "page.html").write_text(page.replace("</body>", f"{PROBE}</body>"))
+    (folder / "page.html").write_text(page + PROBE)
     frame = f'<iframe src="page.html" style="border:0;width:{width}px;height:2000px"></iframe>'
     listen = "onmessage = (e) => { document.querySelector('pre').textContent = JSON.stringify(e.data); }"
     (folder / "frame.html").write_text(f"<pre></pre><script>{listen}</script>{frame}")
-    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-sync --dump-dom --disable-quic "
-    flags += f"--disable-background-networking --virtual-time-budget=60000 --user-data-dir={folder}/profile "
-    flags += (
-        f"--window-size=1400,2100 --blink-settings=preferredColorScheme={scheme} file://{folder}/frame.html"
-    )
-    done = subprocess.run([BROWSER, *flags.split()], capture_output=True, text=True, timeout=180)
+    flags = [*FLAGS.split(), f"--user-data-dir={folder}/profile", f"file://{folder}/frame.html"]
+    flags.append(f"--blink-settings=preferredColorScheme={scheme}")
+    done = subprocess.run([BROWSER, *flags], capture_output=True, text=True, timeout=180)
     answer = re.search(r"<pre>(.+?)</pre>", done.stdout, flags=re.S)
     assert answer, f"the browser said nothing: {done.stderr[-500:]}"
     return json.loads(answer[1])
