@@ -77,7 +77,7 @@ def read_cache(cache: Path, limit: int | None = None) -> tuple[DataFrame, DataFr
         labels = common.read_label_table(cache / "train.csv")
     labels = labels.reindex(columns=[UID, "Modality", "PatientAge", "PatientSex", *NAMES])
     table = table.merge(labels, on=UID, how="left")
-    table["modality"] = table["Modality"].fillna(table["modality"])  # the label table tells CTA from CT
+    table["modality"] = table["Modality"].combine_first(table["modality"])  # CTA rather than CT
     table = table.fillna({"modality": "unknown", "plane": "unknown", "notes": ""})
     settings, faults, points = {}, {}, []
     for uid in table.loc[table["status"] != "failed", UID]:
