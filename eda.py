@@ -308,7 +308,7 @@ def show_case(row: dict, places: DataFrame, scan: Scan) -> str:
             raise ValueError(f"{run.folder.name}: its volumes have other settings than those of the cache")
         with torch.inference_mode():
             images = torch.from_numpy(scan.voxels)[None].float() / 255
-            maps = run.model(images).maps[0]  # (13, Z, h, w): the arteries' shares of an aneurysm there
+            maps = run.model(images).maps[0]  # (13, Z, h, w) logits; the probabilities add up
         heat = maps.sigmoid().sum(0).numpy()
     truth = [name for name in NAMES if row[name]]
     return f"""<h3>{escape(row["Modality"])} …{escape(row[UID][-8:])}</h3>

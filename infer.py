@@ -67,7 +67,7 @@ log_once = cache(log)
 log_any = partial(log, everywhere=True)  # from any process
 
 
-# --- one series ---------------------------------------------------------------------------------------------
+# --- from a series to its answer ----------------------------------------------------------------------------
 
 
 @dataclass
@@ -222,9 +222,7 @@ def load_ensemble(args: Namespace, devices: list, cache_settings: dict | None = 
     members = [load(folder.resolve()) for folder in folders]
     members = [member for member in members if member and member.run.cfg.ensemble_weight > 0]
     if not members:
-        raise ValueError(
-            f"--outputs {args.outputs}: no run of train.py that can be used; expected some there"
-        )
+        raise ValueError(f"--outputs {args.outputs}: no run of train.py to use; expected {CHECKPOINT} there")
     members.sort(key=lambda member: -member.run.cfg.ensemble_weight)
     models = list(dict.fromkeys(members + [member.locator for member in members if member.locator]))
     prior = np.mean([member.run.meta["prior"] for member in members], axis=0)
@@ -604,8 +602,8 @@ def predict_table(args: Namespace, stdout: io.TextIOBase) -> list[Answer]:
 def answer_share(
     ensemble: Ensemble, source: Source, uids: list[str], args: Namespace, state: PartialState
 ) -> list[Answer]:
-    """This process's answers. With --out alone they gather, but for the prior, in a file for a second start;
-    all that rows depend on names it, so that rows of other members or settings are never mixed in."""
+    """This process's answers. With --out alone a file keeps them, but for the prior, for a second start; it
+    is named by all that rows depend on, so that rows of other members or settings are never mixed in."""
     if args.out and args.out.is_file():
         rows = args.out.read_text(errors="replace").splitlines()[1:]
         others = {row.split(",")[0] for row in rows}.difference(uids)
