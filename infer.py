@@ -1,25 +1,31 @@
 """Predict 14 probabilities for every series: the mean of all trained runs, from a cache or from DICOM files.
 
-in   --src PATH      a cache of preprocess.py, or a tree of DICOM files of any depth (default: cache)
-     --outputs PATH  a folder of runs of train.py, or a run (default: outputs)
-out  stdout          CSV: SeriesInstanceUID and the 14 labels, a row per series; messages go to stderr
-     --out FILE      the same into FILE; finished rows gather in .FILE.*.rows, with which a second start of
-                     the same command goes on, or says that all is done (not with --explain, --labels)
-     --explain DIR   a picture of each series, and findings.json: presence, the strictest operating point that
-                     it passes, and of the likeliest places artery, score, LPS mm and, from DICOM, the image,
-                     frame (from 0), column and row; needs a locator among the runs
-with --series-list FILE, --limit N   only these (a UID per line, or a CSV with UIDs); only the first N
-     --tta, --precision P            average with the mirrored view; fp16 (default on a GPU), bf16 or no
-     --labels FILE, --budget-hours H print the score against these labels; answer all within this time
-     --workers N, --series-timeout 300, --memory-gb 4   processes that read DICOM; limits of one series
-     --serve, --num-series 2500      answer the challenge's gateway (with its kaggle_evaluation on PYTHONPATH)
+in   --src DIR           a cache of preprocess.py, or a tree of DICOM files of any depth (default: cache)
+     --outputs DIR       a folder of runs of train.py, or a run (default: outputs)
+     --series-list FILE  only these series: a UID per line, or a CSV with UIDs (default: all)
+     --limit N           only the first N (default: all)
+     --labels FILE       print the score against these labels (default: none)
+out  stdout              CSV: SeriesInstanceUID and the 14 labels, a row per series; messages go to stderr
+     --out FILE          the same into FILE, unless that holds series that this run leaves out; started again,
+                         it goes on with the rows in .FILE.*.rows (not with --explain, --labels)
+     --explain DIR       a picture of each series, and findings.json: presence, the strictest operating point
+                         that it passes, and of the likeliest places artery, score, LPS mm and, from DICOM,
+                         image, frame (from 0), column and row; needs a locator among the runs
+how  --tta               average with the mirrored view (default: off)
+     --precision P       fp16 (default on a GPU), bf16 or no (default on a CPU)
+     --budget-hours H    answer all series within this time (default: no limit)
+     --workers N         processes that read DICOM (default: a core less than there are)
+     --series-timeout N  seconds in which a series must be read (default: 300)
+     --memory-gb N       GB of memory in which it must be read (default: 4)
+     --serve             answer the challenge's gateway (with its kaggle_evaluation on PYTHONPATH)
+     --num-series N      how many series the gateway has, for --budget-hours (default: 2500)
 run  python infer.py --src TEST_DICOMS > submission.csv
      python infer.py --src FOLDER_OF_ONE_SERIES --explain pictures
      accelerate launch infer.py --src TEST_DICOMS --out submission.csv     several processes share the series
 
-A series that is unreadable, or slower than --series-timeout, gets the prior: how often each label was
-positive in training. With --budget-hours the mirrored view goes first, then members from the end of the list
-(the heaviest ensemble_weight stands first), at last the remaining series get the prior.
+A series that cannot be read, or not in time, gets the prior, which is not a finding: how often each label was
+positive in training. With --budget-hours the mirrored view goes first, then the lightest members, at last the
+remaining series get the prior.
 exit 0 all well, 3 some rows are the prior (named on stderr), 1 nothing done, 2 wrong usage, 130/143 stopped.
 """
 
@@ -28,14 +34,13 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import math
 import os
 import re
 import shutil
 import signal
 import zlib
-from argparse import Namespace
-from collections.abc import Callable, Iterator
+from argparse import SUPPRESS, Namespace
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
@@ -45,10 +50,11 @@ from pathlib import Path
 from time import monotonic
 
 import numpy as np
-import pandas as pd
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
+from numpy import ndarray
+from pandas import DataFrame
 
 import common
 import dicom
@@ -56,21 +62,21 @@ from common import AP, CHECKPOINT, LABELS, SWAP, UID, Output, Run, log, positive
 from dicom import Series, Volume, VolumeSettings, safe_uid, to_lps, to_voxel
 
 SHARED = Path(os.environ.get("KAGGLE_SHARED", "/kaggle/shared"))  # emptied after each call of --serve
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": None}  # of autocast; None: float32
 log_once = cache(log)
 log_any = partial(log, everywhere=True)  # from any process
 
 
-# --- the series ---------------------------------------------------------------------------------------------
+# --- from a series to its answer ----------------------------------------------------------------------------
 
 
 @dataclass
 class Source:
-    """The series by UID: the cached volume of each, or its DICOM files (a list or a folder)."""
+    """The series by UID: the cached volume or the DICOM files (a list or a folder) of each, or why not."""
 
     is_cache: bool
     series: dict
-    failed: dict = field(default_factory=dict)  # of a cache: why a series has no volume
-    settings: dict | None = None  # of the cache's volumes
+    settings: dict | None = None  # of a cache's volumes
 
 
 @dataclass
@@ -84,26 +90,26 @@ class Scan:
 
 def find_source(src: Path) -> Source:
     """The series of a cache or of a tree of DICOM files. Raises ValueError where there is none."""
-    paths, settings = sorted(src.glob("*.safetensors")), None
-    for path in paths:
+    volumes = {path.stem: path for path in sorted(src.glob("*.safetensors"))}
+    for path in volumes.values():
         with suppress(ValueError):  # a damaged volume's row will say so
             settings = common.load_volume(path, [])[1]["settings"]
             break
-    if settings:
-        index = common.read_csv(src / "index.csv", [UID, "reason"], dtype=str).set_index(UID)
-        failed = "in preprocessing: " + index["reason"].fillna("its volume is missing")
-        volumes = {path.stem: path for path in paths}
-        return Source(True, volumes, failed.to_dict(), settings)
-    series, _ = dicom.find_series(src) if src.is_dir() else ({}, [])
-    if not series:
-        raise ValueError(f"--src {src}: no DICOM image; expected a folder: a cache, or a tree of DICOM files")
-    return Source(False, series)
+    else:
+        series, _ = dicom.find_series(src) if src.is_dir() else ({}, [])
+        if not series:
+            kind = "a file" if src.is_file() else "no DICOM image"
+            raise ValueError(f"--src {src}: {kind}; expected a folder: a cache, or a tree of DICOM files")
+        return Source(False, series)
+    index = common.read_csv(src / "index.csv", [UID, "reason"], dtype=str).set_index(UID)
+    reasons = "in preprocessing: " + index["reason"].fillna("its volume is missing")
+    return Source(True, reasons.to_dict() | volumes, settings)
 
 
 def choose_series(source: Source, path: Path | None) -> list[str]:
     """UIDs of the rows: as listed in path (a UID per line, or a CSV), else all, sorted."""
     if path is None:
-        return sorted({*source.series, *source.failed})
+        return sorted(source.series)
     lines = path.read_text("utf-8-sig").splitlines()
     rows = [re.split(r'[ "]*[,;\t][ "]*', line.strip(' "')) for line in lines]
     column = next((row.index(UID) for row in rows if UID in row), 0)
@@ -115,21 +121,26 @@ def choose_series(source: Source, path: Path | None) -> list[str]:
 
 
 def read_scans(source: Source, uids: list[str], settings: set, args: Namespace) -> Iterator[tuple | None]:
-    """((uid, path), scan, None) or ((uid, path), None, why not), in any order; each series fails alone. They
-    are read ahead while the models work; None comes after each second of waiting for them."""
+    """((uid, files), scan, None) or ((uid, files), None, why not) as they are read; None while waiting."""
     items = []
     for uid in uids:
-        name = safe_uid(uid)
-        if name in source.series:
-            items.append((uid, source.series[name]))
+        files = source.series.get(safe_uid(uid), f"not in {args.src}")
+        if isinstance(files, str):
+            yield (uid, None), None, files
         else:
-            yield (uid, None), None, source.failed.get(name, f"not in {args.src}")
+            items.append((uid, files))
     if items:
         read = partial(read_dicom, settings=settings)
         if source.is_cache:
             read = partial(read_cached, settings=settings, expected=source.settings)
-        limits = {"timeout_s": args.series_timeout, "memory_gb": args.memory_gb}
-        yield from common.run_isolated(read, items, workers=args.workers, tick_s=1, **limits)
+        yield from common.run_isolated(
+            read,
+            items,
+            workers=args.workers,
+            timeout_s=args.series_timeout,
+            memory_gb=args.memory_gb,
+            tick_s=1,
+        )
 
 
 def read_cached(item: tuple, settings: set, expected: dict) -> Scan:
@@ -150,11 +161,8 @@ def read_dicom(item: tuple, settings: set) -> Scan:
         series.forget = lambda *_: None  # decoded slices stay for the next volume
     volumes = {each: dicom.make_volume(series, each) for each in settings}
     frames = [replace(frame, header={}) for frame in series.frames]  # headers are large to send
-    series = replace(series, frames=frames, geometry={}, skipped=[])
+    series = replace(series, frames=frames, geometry={}, skipped=[], _stored={})
     return Scan(volumes, series.patient, series)
-
-
-# --- the ensemble -------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -162,116 +170,93 @@ class Member:
     """A run with a vote, or a locator that only proposes."""
 
     run: Run
-    dtype: torch.dtype | None  # of autocast; None: float32
-    device: torch.device | None = None
-    locator: Member | None = None  # whose proposals its crops show; None: decoys
+    dtype: torch.dtype | None
+    device: torch.device
+    locator: Member | None  # whose proposals its crops show; None: decoys
 
 
 @dataclass
 class Ensemble:
     members: list[Member]  # the heaviest first: a deadline cuts from the end
     models: list[Member]  # the members, and locators that only propose
-    prior: np.ndarray  # (14,) mean share of positives in the members' training folds
+    prior: ndarray  # (14,) mean share of positives in the members' training folds
     points: list[dict]  # operating points, the mean over members, by growing specificity
     deadline: Deadline
 
 
-def find_runs(outputs: Path) -> list[Path]:
-    """Folders with a checkpoint: outputs itself, or those in it."""
-    if (outputs / CHECKPOINT).is_file():
-        return [outputs]
-    folders = sorted(filter(Path.is_dir, outputs.glob("*")))
-    runs = [path for path in folders if (path / CHECKPOINT).is_file()]
-    if not runs:
-        raise ValueError(f"--outputs {outputs}: no run of train.py; expected folders with {CHECKPOINT}")
-    others = [path.name for path in folders if path not in runs]
-    if others:
-        log(f"passed over, without {CHECKPOINT}: {', '.join(others)}")
-    for path in runs:
-        metrics = path / "metrics.json"
-        if metrics.is_file() and json.loads(metrics.read_text()).get("is_nearly_constant"):
-            log(f"{path}: its predictions are nearly the same for all series")
-        elif not metrics.is_file() and (path / "last").is_dir():
-            log(f"{path}: this run of train.py is not finished, its best epoch so far is used")
-    return runs
+def check_run(run: Run, cache_settings: dict | None) -> None:
+    """Say what speaks against a run. Raises ValueError if it takes other volumes than those of the cache."""
+    settings, metrics = common.volume_settings(run.cfg), run.folder / "metrics.json"
+    if difference := common.describe_difference(cache_settings or settings, settings):
+        raise ValueError(f"{run.folder}: the cache does not fit: {difference}")
+    if metrics.is_file() and json.loads(metrics.read_text()).get("is_nearly_constant"):
+        log(f"{run.folder}: its predictions are nearly the same for all series")
+    elif not metrics.is_file() and (run.folder / "last").is_dir():
+        log(f"{run.folder}: this run of train.py is not finished, its best epoch so far is used")
 
 
-def load_ensemble(
-    args: Namespace, devices: list[torch.device], cache_settings: dict | None = None
-) -> Ensemble:
+def load_ensemble(args: Namespace, devices: list, cache_settings: dict | None = None) -> Ensemble:
     """Every run of --outputs that can be loaded and fits the cache, if any; the others are named."""
-    precision = args.precision or ("fp16" if devices[0].type == "cuda" else "no")
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": None}[precision]
+    dtype = DTYPES[args.precision or ("fp16" if devices[0].type == "cuda" else "no")]
+    turns = itertools.cycle(devices)
 
     @cache
     def load(folder: Path) -> Member | None:
         try:
             run = common.load_run(folder)
-            settings = common.volume_settings(run.cfg)
-            if difference := common.describe_difference(cache_settings or settings, settings):
-                raise ValueError(f"{folder}: the cache does not fit: {difference}")
+            check_run(run, cache_settings)
         except Exception as error:  # a checkpoint can hold anything
             log(f"left out: {error}")
             return None
-        return Member(run, dtype)
+        name = run.meta["locator"]  # beside the run's folder
+        locator = load((folder.parent / name).resolve()) if name else None
+        if name and not locator:
+            log(f"{folder.name}: decoys instead of proposals, as its locator {name} is missing")
+        device = locator.device if locator else next(turns)  # a classifier lies beside its locator
+        run.model.to(device)
+        return Member(run, dtype, device, locator)
 
-    members = [load(folder.resolve()) for folder in find_runs(args.outputs)]
+    folders = filter(Path.is_dir, sorted(args.outputs.glob("*")))
+    if (args.outputs / CHECKPOINT).is_file():
+        folders = [args.outputs]
+    members = [load(folder.resolve()) for folder in folders]
     members = [member for member in members if member and member.run.cfg.ensemble_weight > 0]
     if not members:
-        raise ValueError(f"--outputs {args.outputs}: none of its runs can be used; see the lines above")
+        raise ValueError(f"--outputs {args.outputs}: no run of train.py to use; expected {CHECKPOINT} there")
     members.sort(key=lambda member: -member.run.cfg.ensemble_weight)
-    for member in members:
-        member.locator = find_locator(member.run, load)
-    locators = [member.locator for member in members if member.locator]
-    models = list(dict.fromkeys(members + locators))
-    turns = itertools.cycle(devices)
-    for model in models:  # each classifier beside its locator
-        locator = model.locator or model
-        locator.device = model.device = locator.device or next(turns)
-        model.run.model.to(model.device)
+    models = list(dict.fromkeys(members + [member.locator for member in members if member.locator]))
     prior = np.mean([member.run.meta["prior"] for member in members], axis=0)
     points = [point for member in members for point in member.run.meta.get("operating_points", [])]
-    table = pd.DataFrame(points, columns=["specificity", "threshold", "sensitivity"])
+    table = DataFrame(points, columns=["specificity", "threshold", "sensitivity"])
     points = table.groupby("specificity", as_index=False).mean().round(3).to_dict("records")
     num = len(members)
     deadline = Deadline(args.started, 3600 * args.budget_hours, num, num * (1 + args.tta), monotonic())
     return Ensemble(members, models, prior, points, deadline)
 
 
-def find_locator(run: Run, load: Callable) -> Member | None:
-    """The locator that a classifier was trained with, beside the run's folder."""
-    name = run.meta["locator"]
-    if not name:
-        return None
-    locator = load((run.folder.parent / name).resolve())
-    if not locator:
-        log(f"{run.folder.name}: decoys instead of proposals, as its locator {name} is missing")
-    return locator
-
-
-def predict_series(ensemble: Ensemble, uid: str, scan: Scan, num_views: int) -> tuple[np.ndarray, dict]:
-    """probs (14,), the weighted mean of the members' means over their views, and every model's output. Close
-    to the deadline no further member starts. FloatingPointError where no member gives finite logits."""
-    late = ensemble.deadline.started + 0.99 * ensemble.deadline.seconds
+def predict_series(ensemble: Ensemble, uid: str, scan: Scan, num_views: int) -> tuple[ndarray, dict]:
+    """probs (14,), the weighted mean of members, and all outputs. FloatingPointError if none is finite."""
     members = ensemble.members[:num_views]
     is_mirrored = num_views > len(ensemble.members)
     outputs = {}
 
     def run_device(device: torch.device) -> None:
         for member in members:
-            if member.device == device and (not outputs or monotonic() < late):
+            if member.device == device:
                 run_member(member, uid, scan, is_mirrored, outputs)
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(run_device, {member.device for member in members}))
-    logits = {member: outputs[member].logits for member in members if member in outputs}
-    finite = [member for member in logits if np.isfinite(logits[member]).all()]
-    for member in logits.keys() - finite:
-        log_any(f"{uid}: left out {member.run.folder}: NaN or infinite; try --precision no")
-    if not finite:
+    probs, weights = [], []
+    for member in members:
+        logits = outputs[member].logits
+        if np.isfinite(logits).all():
+            probs.append(sigmoid(logits).mean(axis=0))
+            weights.append(member.run.cfg.ensemble_weight)
+        else:
+            log_any(f"{uid}: left out {member.run.folder}: NaN or infinite; try --precision no")
+    if not probs:
         raise FloatingPointError("no member gave finite logits")
-    weights = [member.run.cfg.ensemble_weight for member in finite]
-    probs = [sigmoid(logits[member]).mean(axis=0) for member in finite]
     return np.average(probs, axis=0, weights=weights), outputs
 
 
@@ -297,7 +282,7 @@ def run_member(member: Member, uid: str, scan: Scan, is_mirrored: bool, outputs:
 
 
 @torch.inference_mode()
-def predict_views(member: Member, image: np.ndarray, is_mirrored: bool) -> Output:
+def predict_views(member: Member, image: ndarray, is_mirrored: bool) -> Output:
     """Logits (1 or 2 views, 14) of an image (C, H, W) uint8 and of its mirror image, whose labels are swapped
     back; and the first view's maps (13, Z, h, w) as probabilities."""
     images = torch.from_numpy(image.copy())[None].to(member.device).float() / 255
@@ -312,17 +297,11 @@ def predict_views(member: Member, image: np.ndarray, is_mirrored: bool) -> Outpu
     return Output(logits, maps)
 
 
-# --- all series ---------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Deadline:
-    """Plans each series so that the last is answered within `seconds` of the start. Reads no clock.
-
-    A series costs what the models take, in proportion to their views, and the time beside them, such as for
-    files. Nothing is cut in the first twentieth of the time, as the first series tell little of the others.
-    The slowest series' time stays in reserve, and a fiftieth of all for the table.
-    """
+    """Plans each series so that the last is answered within `seconds` of the start. Reads no clock. A series
+    costs what the models take, in proportion to views, and the time beside them. Nothing is cut in the first
+    twentieth of the time; the slowest series' time stays in reserve, and a fiftieth of all for the table."""
 
     started: float  # in seconds of the clock, like `now`
     seconds: float
@@ -356,15 +335,10 @@ class Deadline:
 @dataclass
 class Answer:
     uid: str
-    probs: np.ndarray  # (14,)
+    probs: ndarray  # (14,)
     reason: str = ""  # why it is the prior
     patient: str = ""
     findings: list[dict] = field(default_factory=list)  # with --explain
-
-    @property
-    def present(self) -> float:
-        """The probability of Aneurysm Present."""
-        return self.probs[AP]
 
 
 def answer_all(
@@ -373,7 +347,7 @@ def answer_all(
     """An answer for each of uids, saved as soon as it is known; num_later series come in other calls."""
     deadline, answers = ensemble.deadline, []
     settings = {model.run.cfg.volume for model in ensemble.models}
-    bar = common.progress(len(uids), "series", show=args.is_main and bool(uids))
+    bar = common.progress(len(uids), "series", show=args.is_main)
     with bar, closing(read_scans(source, uids, settings, args)) as scans:
         for item in scans:
             num_left = len(uids) - len(answers) + num_later
@@ -404,7 +378,7 @@ def answer_series(ensemble: Ensemble, item: tuple, num_views: int, args: Namespa
     try:
         probs, outputs = predict_series(ensemble, uid, scan, num_views)
     except Exception as error:  # out of memory, logits that are not finite: this row alone
-        text = " ".join(repr(error).split())[:200]
+        text = f"{error!r:.200}"
         if "CUDA error" in text and "out of memory" not in text:  # every later call would fail as well
             raise OSError(5, f"{text}; run again (with --out it goes on where it stopped)", uid) from error
         return answer_prior(ensemble, uid, text)
@@ -417,28 +391,8 @@ def answer_series(ensemble: Ensemble, item: tuple, num_views: int, args: Namespa
 
 
 def answer_prior(ensemble: Ensemble, uid: str, reason: str) -> Answer:
-    log_any(f"{uid}: answered by the prior: {reason}")
+    log_any(f"{uid}: answered by the prior, which is not a finding: {reason}")
     return Answer(uid, ensemble.prior, reason)
-
-
-def open_rows(path: Path) -> tuple[dict[str, Answer], Callable]:
-    """Answers of an earlier run, and a function that adds one, so that a kill costs only the series
-    at work. The prior is not saved, so that a second start tries those series again."""
-    path.touch()
-    text = path.read_text()
-    text = text[: text.rfind("\n") + 1]  # a kill tears the last line
-    common.write_atomic(path, text.encode())
-    file = open(path, "a", buffering=1)  # noqa: SIM115  open until the process ends
-
-    def save(answer: Answer) -> None:
-        if not answer.reason:
-            print(answer.uid, *answer.probs.tolist(), sep=",", file=file)
-
-    rows = [line.split(",") for line in text.splitlines()]
-    return {uid: Answer(uid, np.array(probs, dtype=float)) for uid, *probs in rows}, save
-
-
-# --- explanations -------------------------------------------------------------------------------------------
 
 
 def explain_series(answer: Answer, ensemble: Ensemble, scan: Scan, outputs: dict, folder: Path) -> None:
@@ -453,9 +407,18 @@ def explain_series(answer: Answer, ensemble: Ensemble, scan: Scan, outputs: dict
         if (other.volume, other.locator_stride) == (cfg.volume, cfg.locator_stride):
             maps.append(outputs[model].maps)
     volume, maps = scan.volumes[cfg.volume], np.mean(maps, axis=0)
-    passed = [point for point in ensemble.points if answer.present >= point["threshold"]]
-    facts = {UID: answer.uid, LABELS[AP]: round(answer.present, 4)}
-    facts["operating_point"] = passed[-1] if passed else None
+    present = answer.probs[AP]
+    lines = [f"{answer.uid}: {LABELS[AP]} {present:.3f}"]
+    facts = {UID: answer.uid, LABELS[AP]: round(present, 4), "operating_point": None}
+    for point in ensemble.points:
+        side = "below"
+        if present >= point["threshold"]:
+            side, facts["operating_point"] = "above", point
+        text = f"{point['threshold']:.3f}, the threshold of specificity {point['specificity']:.2f}"
+        lines.append(f"  {side} {text}, sensitivity {point['sensitivity']:.2f}")
+    for k in np.argsort(-answer.probs[:AP])[:3]:
+        lines.append(f"  {LABELS[k]} {answer.probs[k]:.3f}")
+    log_any("\n".join(lines))
     for *voxel, score, label in propose(maps, volume.spacing_mm, cfg).tolist():
         place = {"artery": LABELS[int(label)], "score": round(score, 4), "voxel": voxel}
         (point_mm,) = to_lps(voxel, volume.affine)
@@ -466,12 +429,10 @@ def explain_series(answer: Answer, ensemble: Ensemble, scan: Scan, outputs: dict
     if answer.findings:
         path = folder / f"{safe_uid(answer.uid)}.png"
         common.write_atomic(path, draw_findings(volume, maps.sum(0), answer))
-    log_any(describe_answer(answer, ensemble.points))
 
 
-def find_image(point_mm: np.ndarray, series: Series) -> dict | None:
-    """The nearest image to a point (LPS mm), and its column and row there as in train_localizers.csv. None if
-    it was not scanned: further than half a gap outside of the slices."""
+def find_image(point_mm: ndarray, series: Series) -> dict | None:
+    """The nearest image to a point (LPS mm), its column and row there; None over half a gap outside."""
     away_mm = series.normal @ point_mm - series.positions_mm
     half_gap_mm = series.spacing_mm[0] / 2
     if away_mm.min() > half_gap_mm or away_mm.max() < -half_gap_mm:
@@ -487,19 +448,7 @@ def find_image(point_mm: np.ndarray, series: Series) -> dict | None:
     }
 
 
-def describe_answer(answer: Answer, points: list[dict]) -> str:
-    """The answer to a series for people: presence, which operating points it passes, likeliest arteries."""
-    lines = [f"{answer.uid}: {LABELS[AP]} {answer.present:.3f}"]
-    for point in points:
-        side = "above" if answer.present >= point["threshold"] else "below"
-        text = f"{point['threshold']:.3f}, the threshold of specificity {point['specificity']:.2f}"
-        lines.append(f"  {side} {text}, sensitivity {point['sensitivity']:.2f}")
-    for k in np.argsort(-answer.probs[:AP])[:3]:
-        lines.append(f"  {LABELS[k]} {answer.probs[k]:.3f}")
-    return "\n".join(lines)
-
-
-def draw_findings(volume: Volume, heat: np.ndarray, answer: Answer) -> bytes:
+def draw_findings(volume: Volume, heat: ndarray, answer: Answer) -> bytes:
     """A PNG with a row per finding: its slab plain, and under the heat (Z, h, w; absolute) with a cross."""
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
@@ -516,29 +465,22 @@ def draw_findings(volume: Volume, heat: np.ndarray, answer: Answer) -> bytes:
             axes.set_title("R", loc="left")  # of the patient
             axes.set_title("L", loc="right")
             axes.set_axis_off()
-        image = overlay.imshow(
-            heat[slab],
-            cmap="inferno",
-            vmin=0,
-            vmax=1,
-            alpha=0.6 * heat[slab],
-            extent=grey.get_extent(),
-            interpolation="bilinear",
-        )
+        options = {"extent": grey.get_extent(), "interpolation": "bilinear", "vmin": 0, "vmax": 1}
+        image = overlay.imshow(heat[slab], "inferno", alpha=0.6 * heat[slab], **options)
         overlay.plot(x, y, "c+", markersize=14)
         overlay.set_title(f"{finding['artery']} {finding['score']:.3f}", fontsize=8)
         plain.set_title(f"slab {slab} (0 to {len(heat) - 1})")
-        left, bottom = 3, len(volume.voxels[slab]) - 3
-        plain.hlines(bottom, left, left + 20 / volume.spacing_mm[2], color="gray")
-        plain.text(left, bottom, "20 mm", color="gray", va="bottom")
+        bottom = len(volume.voxels[slab]) - 3
+        plain.hlines(bottom, 3, 3 + 20 / volume.spacing_mm[2], color="gray")
+        plain.text(3, bottom, "20 mm", color="gray", va="bottom")
     figure.colorbar(image, ax=panels, shrink=0.5, label="probability of an aneurysm at this place")
-    figure.suptitle(f"{answer.uid}\n{LABELS[AP]} {answer.present:.3f}. Not for diagnosis.")
+    figure.suptitle(f"{answer.uid}\n{LABELS[AP]} {answer.probs[AP]:.3f}. Not for diagnosis.")
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=80)
     return png.getvalue()
 
 
-def describe_score(answers: list[Answer], labels: pd.DataFrame, members: list[Member]) -> str:
+def describe_score(answers: list[Answer], labels: DataFrame, members: list[Member]) -> str:
     """The score for people. Warns of series that may have trained a member."""
     by_uid = {safe_uid(answer.uid): answer for answer in answers}
     table = labels[labels[UID].isin(by_uid)].assign(plane="", Modality="")
@@ -546,22 +488,19 @@ def describe_score(answers: list[Answer], labels: pd.DataFrame, members: list[Me
         raise ValueError(f"--labels: none of the {len(answers)} predicted series is among them")
     table["patient"] = [by_uid[uid].patient or uid for uid in table[UID]]
     result = common.score(table, np.stack([by_uid[uid].probs for uid in table[UID]]))
-    text = pd.DataFrame.from_dict(result["per_label"], "index").to_string(float_format="%.3f")
+    text = DataFrame.from_dict(result["per_label"], "index").to_string(float_format="%.3f")
     text += (
         f"\nwAUC {result['wauc']:.4f} (95 % interval {result['low']:.4f} to {result['high']:.4f}, "
         f"{result['draws_used']} draws), {len(table)} series of {result['num_patients']} patients"
     )
-    val_uids = [member.run.meta["val_uids"] for member in members]
-    num_trained = sum(any(uid not in uids for uids in val_uids) for uid in table[UID])
+    in_all = set.intersection(*(set(member.run.meta["val_uids"]) for member in members))
+    num_trained = len(set(table[UID]) - in_all)
     if num_trained:
         text += (
             f"\n{num_trained} of {len(table)} scored series were not held out by all members: the score is "
             f"too high, unless these are new patients"
         )
     return text
-
-
-# --- Kaggle's server ----------------------------------------------------------------------------------------
 
 
 def serve(args: Namespace) -> list[Answer]:
@@ -576,9 +515,9 @@ def serve(args: Namespace) -> list[Answer]:
     args.is_main, args.explain = False, None  # one bar for all series instead of one for each
     bar = common.progress(args.num_series, "series")
 
-    def predict(series_path: str) -> pd.DataFrame:
-        """One row of 14 probabilities; the prior if anything goes wrong: an exception would end the run."""
-        folder = Path(str(series_path))
+    def predict(series_path: str) -> DataFrame:
+        """A row of 14 probabilities; the prior if anything goes wrong: an exception would end the run."""
+        folder = Path(series_path)
         source = Source(False, {safe_uid(folder.name): folder})
         num_later = max(0, args.num_series - len(answers) - 1)
         try:
@@ -590,7 +529,7 @@ def serve(args: Namespace) -> list[Answer]:
         shutil.rmtree(SHARED, ignore_errors=True)  # what stays in it fills the disk
         with suppress(OSError):
             os.makedirs(SHARED, exist_ok=True)
-        return pd.DataFrame([answer.probs], columns=list(LABELS))
+        return DataFrame([answer.probs], columns=list(LABELS))
 
     server = RSNAInferenceServer(predict)
     (server.serve if os.environ.get("KAGGLE_IS_COMPETITION_RERUN") else server.run_local_gateway)()
@@ -603,17 +542,18 @@ def serve(args: Namespace) -> list[Answer]:
 def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     readers = max(1, common.usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
     parser = common.make_parser(__doc__)
-    add = parser.add_argument
+    parser.usage = "infer.py [options]"
+    add = partial(parser.add_argument, help=SUPPRESS)  # the manual lists them
     for name in ("--src", "--out", "--explain", "--series-list", "--labels"):
         add(name, type=Path)
     counts = {"limit": None, "workers": readers, "series-timeout": 300, "memory-gb": 4, "num-series": 2500}
     for name, default in counts.items():
         add(f"--{name}", type=positive_int, default=default)
     add("--outputs", type=Path, default="outputs")
-    add("--tta", action="store_true")
-    add("--precision", choices=("fp16", "bf16", "no"))
-    add("--budget-hours", type=float, default=math.inf)
-    add("--serve", action="store_true")
+    add("--precision", choices=DTYPES)
+    add("--budget-hours", type=float, default="inf")
+    for name in ("--tta", "--serve"):
+        add(name, action="store_true")
     args = parser.parse_args(arguments)
     if not args.budget_hours > 0:
         parser.error("--budget-hours: expected more than 0")
@@ -643,7 +583,7 @@ def predict_table(args: Namespace, stdout: io.TextIOBase) -> list[Answer]:
     if not state.is_main_process:
         return []
     answers = [by_uid[uid] for uid in uids]
-    table = pd.DataFrame({answer.uid: answer.probs for answer in answers}, index=LABELS).T
+    table = DataFrame({answer.uid: answer.probs for answer in answers}, index=LABELS).T
     text = table.to_csv(index_label=UID, float_format="%.8g")
     if args.out:
         common.write_atomic(args.out, text.encode())
@@ -653,8 +593,7 @@ def predict_table(args: Namespace, stdout: io.TextIOBase) -> list[Answer]:
     if args.explain:
         findings = [row for answer in answers for row in answer.findings]
         common.write_json(args.explain / "findings.json", findings)
-        num_shown = len({row[UID] for row in findings})
-        log(f"{args.explain}: pictures of {num_shown} series, {len(findings)} places in findings.json")
+        log(f"{args.explain}: {len(findings)} places in findings.json, a picture of each series that has any")
     if args.labels:
         log(describe_score(answers, labels, ensemble.members))
     return answers
@@ -663,8 +602,13 @@ def predict_table(args: Namespace, stdout: io.TextIOBase) -> list[Answer]:
 def answer_share(
     ensemble: Ensemble, source: Source, uids: list[str], args: Namespace, state: PartialState
 ) -> list[Answer]:
-    """This process's answers, with --out those of an earlier run too (unless more than rows is wanted). All
-    that rows depend on names their file, so that rows of other members or settings are never mixed in."""
+    """This process's answers. With --out alone a file keeps them, but for the prior, for a second start; it
+    is named by all that rows depend on, so that rows of other members or settings are never mixed in."""
+    if args.out and args.out.is_file():
+        rows = args.out.read_text(errors="replace").splitlines()[1:]
+        others = {row.split(",")[0] for row in rows}.difference(uids)
+        if others:
+            raise ValueError(f"--out {args.out}: has {len(others)} series that this run lacks; name another")
     uids = uids[state.process_index :: state.num_processes]
     if args.explain or args.labels or not args.out:
         return answer_all(ensemble, source, uids, args)
@@ -672,12 +616,22 @@ def answer_share(
     for model in ensemble.models:
         facts += [model.run.folder, (model.run.folder / CHECKPOINT).stat().st_mtime_ns]
     path = args.out.with_name(f".{args.out.name}.{zlib.crc32(str(facts).encode()):08x}.rows")
-    done, save = open_rows(path)
+    path.touch()
+    text = path.read_text()
+    text = text[: text.rfind("\n") + 1]  # a kill tears the last line
+    common.write_atomic(path, text.encode())
+    rows = [line.split(",") for line in text.splitlines()]
+    done = {uid: Answer(uid, np.array(probs, dtype=float)) for uid, *probs in rows}
     left = [uid for uid in uids if uid not in done]
     if done:
-        count = f"{len(uids) - len(left)} of {len(uids)}"
-        log_any(f"{args.out}: {count} rows are complete; delete {path} to repeat")
-    return [*done.values(), *answer_all(ensemble, source, left, args, save)]
+        log_any(f"{args.out}: {len(uids) - len(left)} of {len(uids)} rows are complete; to repeat, rm {path}")
+
+    def save(answer: Answer) -> None:
+        if not answer.reason:
+            print(answer.uid, *answer.probs.tolist(), sep=",", file=file)
+
+    with open(path, "a", buffering=1) as file:
+        return [*done.values(), *answer_all(ensemble, source, left, args, save)]
 
 
 def interrupt(number: int, _: object) -> None:

@@ -1,12 +1,11 @@
 """A stand-in for the challenge's server and gateway, as strict as the real one is described to be.
 
-in   --data DIR   a folder per series, as below `series/`; --strip keeps the 25 tags of the hidden test
+in   --data DIR   a folder per series, as below `series/`, of which it keeps the 25 tags of the hidden test
 out  --out CSV    SeriesInstanceUID and the 14 probabilities that the script under test answered
 run  python tests/gateway.py --data dicoms/series --out answers.csv -- infer.py --serve --outputs outputs
 
-It runs the script with a package `kaggle_evaluation` that exists for this process only. A series is copied
-into KAGGLE_SHARED and `predict` called from another thread, as a gRPC server does. Code 1 ends the run after
-an exception in `predict`, a wrong answer, a late start, or a folder that was not emptied and made again.
+The script gets a package `kaggle_evaluation` made here; `predict` is called from another thread, as a gRPC
+server does. Code 1 after an exception in it, a wrong answer, a late start, or a KAGGLE_SHARED left full.
 """
 
 import os
@@ -16,6 +15,7 @@ import time
 import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -43,7 +43,7 @@ def strip_tags(source: Path, target: Path) -> None:
     dataset.save_as(target)
 
 
-def play(predict: Callable, data: Path, out: Path, strip: bool, started: float) -> None:
+def play(predict: Callable, data: Path, out: Path, started: float) -> None:
     """Send every series, one at a time, and write the answers."""
     shared, rows = Path(os.environ["KAGGLE_SHARED"]), []
     if time.monotonic() - started > START_LIMIT_S:
@@ -52,7 +52,7 @@ def play(predict: Callable, data: Path, out: Path, strip: bool, started: float) 
         raise ValueError(f"the endpoint is {predict!r}; expected a plain function named predict")
     with ThreadPoolExecutor(1) as thread:
         for folder in sorted(path for path in data.iterdir() if path.is_dir()):
-            shutil.copytree(folder, shared / folder.name, copy_function=strip_tags if strip else shutil.copy)
+            shutil.copytree(folder, shared / folder.name, copy_function=strip_tags)
             limit_s = CALL_LIMIT_S if rows else None  # the first call may take longer
             answer = thread.submit(predict, str(shared / folder.name)).result(timeout=limit_s)
             is_row = isinstance(answer, pd.DataFrame) and list(answer.columns) == list(LABELS)
@@ -68,21 +68,16 @@ def main() -> None:
     parser = make_parser(__doc__)
     for name in ("--data", "--out"):
         parser.add_argument(name, type=Path, required=True)
-    parser.add_argument("--strip", action="store_true", help="keep only the hidden test's 25 tags")
     parser.add_argument("script", nargs="+", help="-- infer.py --serve ...")
     args, started = parser.parse_args(), time.monotonic()
 
-    class RSNAInferenceServer:
-        def __init__(self, *endpoints: Callable):
-            (self.predict,) = endpoints
-
-        def run_local_gateway(self) -> None:
-            play(self.predict, args.data, args.out, args.strip, started)
-
-        serve = run_local_gateway  # the real one waits for a gateway in another container
+    def start_server(predict: Callable) -> types.SimpleNamespace:
+        """A server with the real one's two ways to start (the real `serve` waits for another container)."""
+        start = partial(play, predict, args.data, args.out, started)
+        return types.SimpleNamespace(serve=start, run_local_gateway=start)
 
     module = types.ModuleType("kaggle_evaluation")
-    module.RSNAInferenceServer = RSNAInferenceServer
+    module.RSNAInferenceServer = start_server
     sys.modules |= {module.__name__: module, f"{module.__name__}.rsna_inference_server": module}
     sys.argv = args.script
     script = types.ModuleType("__main__")  # worker processes import it by its file, as if it ran alone
