@@ -74,6 +74,8 @@ def read_csv(path: Path, columns: Sequence, **options) -> DataFrame:
     """A CSV file with at least these columns; options are those of pandas. ValueError where it is not one."""
     try:
         table = pd.read_csv(path, **options)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; expected a CSV table") from None
     except (ValueError, OSError) as error:  # pandas' parser errors are ValueErrors
         raise ValueError(f"{path}: not a readable CSV: {' '.join(str(error).split())}") from None
     missing = [name for name in columns if name not in table]
