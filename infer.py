@@ -483,12 +483,16 @@ def draw_findings(volume: Volume, heat: ndarray, answer: Answer) -> bytes:
 def describe_score(answers: list[Answer], labels: DataFrame, members: list[Member]) -> str:
     """The score for people. Warns of series that may have trained a member."""
     by_uid = {safe_uid(answer.uid): answer for answer in answers}
-    table = labels[labels[UID].isin(by_uid)].assign(plane="", Modality="")
+    table = labels[labels[UID].isin(by_uid)]
+    table = table.assign(plane="", Modality=table.get("Modality", "unknown"))
     if table.empty:
         raise ValueError(f"--labels: none of the {len(answers)} predicted series is among them")
     table["patient"] = [by_uid[uid].patient or uid for uid in table[UID]]
     result = common.score(table, np.stack([by_uid[uid].probs for uid in table[UID]]))
-    text = DataFrame.from_dict(result["per_label"], "index").to_string(float_format="%.3f")
+    text = "\n".join(
+        DataFrame.from_dict(result[part], "index").to_string(float_format="%.3f")
+        for part in ("per_label", "per_modality")
+    )
     text += (
         f"\nwAUC {result['wauc']:.4f} (95 % interval {result['low']:.4f} to {result['high']:.4f}, "
         f"{result['draws_used']} draws), {len(table)} series of {result['num_patients']} patients"

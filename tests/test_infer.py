@@ -125,7 +125,13 @@ def reference(work) -> pd.DataFrame:
     assert len(stdout.splitlines()) == 11 and list(table.columns) == list(LABELS)
     assert list(table.index) == sorted(path.stem for path in (work / "cache").glob("*.safetensors"))
     assert table.to_numpy().min() >= 0 and table.to_numpy().max() <= 1 and table.std().min() > 0
-    said = ["unfinished_seed0_fold0", "so does a child", "no --src: predicting the training cache", "wAUC"]
+    said = [
+        "unfinished_seed0_fold0",
+        "auc_present",
+        "so does a child",
+        "no --src: predicting the training cache",
+        "wAUC",
+    ]
     said += ["10 rows, 0 of them the prior", "10 of 10 scored series were not held out by all members"]
     assert all(text in stderr for text in [*said, "10 series of 9 patients"]), stderr
     return table
