@@ -21,11 +21,13 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from numpy import ndarray
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.polynomial.polynomial import polyfit
 
 from frames import (
     Frame,
+    Frames,
     Stack,
     decode,
     image_kind,
@@ -80,7 +82,6 @@ UID_NAME = re.compile(r"[0-2](\.(0|[1-9][0-9]*))+")  # PS3.5 9.1, so that the da
 
 
 Rejected = list[tuple[Path, str]]  # files that are not images, or not slices, with the reason
-Groups = dict[tuple[tuple[str, str], str], list[Path]]  # (series as in `name_series`, PatientID) -> files
 
 
 def find_series(root: Path, skip: Path | None = None) -> tuple[dict[str, list[Path]], Rejected]:
@@ -88,18 +89,20 @@ def find_series(root: Path, skip: Path | None = None) -> tuple[dict[str, list[Pa
 
     A folder named by a UID is one series if its first image has the same (0020,000E) SeriesInstanceUID or
     none; its other files are not opened, so a million files take seconds. Elsewhere images are grouped by
-    SeriesInstanceUID, across folders; those without it are a series of their folder's name. Images of
-    different (0010,0020) PatientID are never one series: a name that several series claim gets a number
-    (`2024.03.01-1of2`). A damaged image that does not say where it belongs counts as one of the largest
-    series of its folder, a folder that cannot be read as a series. Folders called `segmentations` (vessel
-    masks) and the files in the folder `skip` are left out. Links are followed, each real folder once.
+    SeriesInstanceUID, across folders, or by their folder's name, and never across (0010,0020) PatientIDs: a
+    name that several series claim gets a number (`2024.03.01-1of2`). A damaged image that does not say where
+    it belongs counts as one of its folder's largest series, an unreadable folder as a series. Folders called
+    `segmentations` (vessel masks) and the files in `skip` are left out. Links are followed, folders once.
     """
     groups = defaultdict(lambda: defaultdict(list))
     rejected: Rejected = []
-    unreadable: list[OSError] = []
+
+    def add_unreadable(error: OSError) -> None:
+        groups[name_series(error.filename)][""].append(Path(error.filename))
+
     walked = set()
-    for name, subfolders, names in os.walk(root, followlinks=True, onerror=unreadable.append):
-        folder, real = Path(name), os.path.realpath(name)
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=add_unreadable):
+        real = os.path.realpath(folder)
         if real in walked:
             subfolders.clear()
             continue
@@ -107,12 +110,9 @@ def find_series(root: Path, skip: Path | None = None) -> tuple[dict[str, list[Pa
         subfolders[:] = sorted(set(subfolders) - {"segmentations"})
         if skip and real == os.path.realpath(skip):
             continue
-        files = [folder / name for name in sorted(names)]
+        files = [Path(folder, name) for name in sorted(names)]
         for (series, patient), members in group_files(folder, files, rejected).items():
             groups[series][patient] += members
-    for error in unreadable:
-        folder = Path(error.filename)
-        groups[name_series(folder)][""] = [folder]
     claims = defaultdict(list)
     for (uid, _), by_patient in groups.items():
         if len(by_patient) == 2:  # images without a PatientID join those of the only patient
@@ -127,17 +127,17 @@ def find_series(root: Path, skip: Path | None = None) -> tuple[dict[str, list[Pa
     return series, rejected
 
 
-def name_series(folder: Path) -> tuple[str, str]:
+def name_series(folder: str) -> tuple[str, str]:
     """(uid, folder where it is only the folder's name) of images without a SeriesInstanceUID."""
     name = os.path.basename(os.path.abspath(folder))
-    return safe_uid(name), "" if UID_NAME.fullmatch(name) else str(folder)
+    return safe_uid(name), "" if UID_NAME.fullmatch(name) else folder
 
 
-def group_files(folder: Path, files: list[Path], rejected: Rejected) -> Groups:
-    """The images of one folder, as `find_series` says; files that are not images go to `rejected`."""
+def group_files(folder: str, files: list[Path], rejected: Rejected) -> dict[tuple, list[Path]]:
+    """The images of a folder by (series as in `name_series`, PatientID); other files go to `rejected`."""
     by_name = uid_of_folder, distinction = name_series(folder)
     is_uid = not distinction
-    groups: Groups = defaultdict(list)
+    groups = defaultdict(list)
     damaged, strays = [], []
     for path in files:
         try:
@@ -175,10 +175,10 @@ class Series:
     patient: str  # (0010,0020) PatientID; like age and sex "" where absent
     age: str
     sex: str
-    frames: list[Frame]
-    positions_mm: np.ndarray  # (n,) along the normal
-    normal: np.ndarray  # (3,)
-    affine: np.ndarray  # (4, 4) (z, y, x) -> LPS mm; least squares where gaps are uneven; sheared if tilted
+    frames: Frames
+    positions_mm: ndarray  # (n,) along the normal
+    normal: ndarray  # (3,)
+    affine: ndarray  # (4, 4) (z, y, x) -> LPS mm; least squares where gaps are uneven; sheared if tilted
     spacing_mm: tuple[float, float, float]  # slice (median gap), row, column
     plane: str  # axial, coronal or sagittal: the nearest
     transfer_syntax: str
@@ -186,9 +186,9 @@ class Series:
     skipped: Rejected  # files that are not slices, with the reason
     geometry: dict[tuple[str, int], Frame]  # (SOPInstanceUID, frame index) -> every image, left-out ones too
     doubts: list[str]  # why the volume may be wrong
-    _stored: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+    _stored: dict[int, ndarray] = field(default_factory=dict, repr=False)
 
-    def stored(self, i: int) -> np.ndarray:
+    def stored(self, i: int) -> ndarray:
         """(rows, cols) stored values of slice `i`, integers; may be read-only. ValueError naming the file if
         it cannot be decoded; the volume can do without the slice."""
         if i not in self._stored:
@@ -206,16 +206,7 @@ class Series:
         else:
             self._stored.pop(i, None)
 
-    def padding(self, i: int) -> tuple[int, int] | None:
-        """First and last of the stored values of slice `i` that are padding, or None."""
-        return self.frames[i].padding
-
-    def values(self, i: int) -> np.ndarray:
-        """(rows, cols) float32 rescaled values of slice `i` (CT: HU). Padding: -1024 in CT, 0 in MR."""
-        values = rescale_values(self.frames[i], self.stored(i))
-        return np.nan_to_num(values, copy=False, nan=-1024 if self.modality == "CT" else 0)
-
-    def point(self, sop_uid: str, x: float, y: float, f: int | None = None) -> np.ndarray:
+    def point(self, sop_uid: str, x: float, y: float, f: int | None = None) -> ndarray:
         """(3,) LPS mm of column `x`, row `y` of an image, `f` its frame (from 0). ValueError if unknown."""
         if f is None and (sop_uid, 1) in self.geometry:
             raise ValueError(f"series {self.uid}: {sop_uid} has several frames, and no frame is named")
@@ -273,13 +264,12 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
 
 def list_files(source: Path | list[Path]) -> list[Path]:
     """The files of a folder of any depth, or those given, in their natural order."""
-    paths = source if isinstance(source, list) else [source]
-    if paths == [source] and source.is_dir():
-        paths = [Path(folder, name) for folder, _, names in os.walk(source) for name in names]
-    return sorted(paths, key=natural_key)
+    if not isinstance(source, list):
+        source = [Path(folder, name) for folder, _, names in os.walk(source) for name in names] or [source]
+    return sorted(source, key=natural_key)
 
 
-def read_frames(paths: list[Path], where: str) -> tuple[list[Frame], Rejected]:
+def read_frames(paths: list[Path], where: str) -> tuple[Frames, Rejected]:
     """(images, [(file that is not a slice, reason)]).
 
     ValueError if there is no image, if more than a tenth of the images are damaged, or if the disk fails.
@@ -293,23 +283,22 @@ def read_frames(paths: list[Path], where: str) -> tuple[list[Frame], Rejected]:
         except ValueError as error:
             skipped.append((path, str(error)))
             cause = error.__cause__
-            if isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL):
+            if getattr(cause, "errno", None) not in (None, errno.EINVAL):
                 raise ValueError(f"{path}: {error}; the disk is at fault, not the file: try again") from error
-    damaged = [(path, reason) for path, reason in skipped if reason.startswith(("truncated", "damaged"))]
-    num_images = num_intact + len(damaged)
-    if frames and len(damaged) > max(1, num_images // 10):
-        path, reason = damaged[0]
-        raise ValueError(
-            f"{where}: {len(damaged)} of {num_images} images are damaged ({path.name}: {reason}); expected "
-            f"at most a tenth. Copy the series again"
-        )
+    reasons = [f"{path.name}: {reason}" for path, reason in skipped]
     if not frames:
-        reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped[:3])
-        raise ValueError(f"{where}: no CT or MR slice in {len(paths)} files. {reasons}")
+        raise ValueError(f"{where}: no CT or MR slice in {len(paths)} files. {'; '.join(reasons[:3])}")
+    damaged = [text for text in reasons if ": truncated" in text or ": damaged" in text]
+    num_images = num_intact + len(damaged)
+    if len(damaged) > max(1, num_images // 10):
+        raise ValueError(
+            f"{where}: {len(damaged)} of {num_images} images are damaged ({damaged[0]}); expected at most a "
+            f"tenth. Copy the series again"
+        )
     return frames, skipped
 
 
-def index_images(frames: list[Frame]) -> dict[tuple[str, int], Frame]:
+def index_images(frames: Frames) -> dict[tuple[str, int], Frame]:
     """(SOPInstanceUID, frame index) -> image, without UIDs that images at several places share."""
     images = defaultdict(list)
     for frame in frames:
@@ -317,7 +306,7 @@ def index_images(frames: list[Frame]) -> dict[tuple[str, int], Frame]:
     return {key: members[0] for key, members in images.items() if count_places(members) == 1}
 
 
-def count_places(frames: list[Frame]) -> int:
+def count_places(frames: Frames) -> int:
     return len({frame.position.tobytes() for frame in frames})
 
 
@@ -371,23 +360,23 @@ def orient_frames(stack: Stack) -> None:
         frames[i] = replace(frames[i], row_dir=row_dir, col_dir=col_dir)
 
 
-def frame_points(frames: list[Frame]) -> np.ndarray:
+def frame_points(frames: Frames) -> ndarray:
     """(n, 3) positions"""
     return np.array([frame.position for frame in frames])
 
 
-def positions_along_normal(frames: list[Frame]) -> np.ndarray:
+def positions_along_normal(frames: Frames) -> ndarray:
     """(n,) mm"""
     return frame_points(frames) @ frames[0].normal
 
 
-def distinct_positions(frames: list[Frame]) -> np.ndarray:
+def distinct_positions(frames: Frames) -> ndarray:
     """Sorted mm along the normal; images closer than SAME_POSITION_MM share one."""
     positions = np.sort(positions_along_normal(frames))
     return positions[np.diff(positions, prepend=-np.inf) > SAME_POSITION_MM]
 
 
-def rank_positions(frames: list[Frame]) -> np.ndarray:
+def rank_positions(frames: Frames) -> ndarray:
     """(n,) which of the distinct positions each frame has."""
     return np.searchsorted(distinct_positions(frames), positions_along_normal(frames), side="right") - 1
 
@@ -401,7 +390,7 @@ def select_geometry(stack: Stack) -> None:
         alike[image_kind(frame.header), series, frame.rows, frame.cols].append(frame)
     groups = [(key, group) for key, frames in alike.items() for group in group_by_geometry(frames)]
 
-    def rank(group: tuple[tuple, list[Frame]]) -> tuple:
+    def rank(group: tuple[tuple, Frames]) -> tuple:
         (kind, *_), frames = group
         return kind == "slice", count_places(frames), len(frames)
 
@@ -424,7 +413,7 @@ def select_geometry(stack: Stack) -> None:
     stack.frames = best
 
 
-def group_by_geometry(frames: list[Frame]) -> list[list[Frame]]:
+def group_by_geometry(frames: Frames) -> list[Frames]:
     """Groups of equal pixel spacing (0.2 %) and orientation (0.02 from the median, because it may jitter in
     many images; 0.001 in a few)."""
     tolerance = 0.02 if len(frames) >= 8 else 0.001
@@ -458,7 +447,7 @@ def drop_slabs(stack: Stack) -> None:
         stack.leave_out(is_slab, what)
 
 
-def place_slices(stack: Stack) -> list[Frame]:
+def place_slices(stack: Stack) -> Frames:
     """Leave one image per position, sorted along +normal. Returns every image with its position.
 
     The sources of positions are tried in turn until one is plausible: of the images of one volume nearly all
@@ -501,7 +490,7 @@ def place_slices(stack: Stack) -> list[Frame]:
     return frames
 
 
-def position_sources(frames: list[Frame]) -> Iterator[tuple[str, bool, list[Frame]]]:
+def position_sources(frames: Frames) -> Iterator[tuple[str, bool, Frames]]:
     """(where positions come from, whether they are beyond doubt, frames so placed), the best source first."""
     is_known = np.isfinite(frame_points(frames)[:, 0])
     if is_known.all():
@@ -524,29 +513,28 @@ def position_sources(frames: list[Frame]) -> Iterator[tuple[str, bool, list[Fram
         yield f"the {is_known.sum()} known positions", True, list(compress(frames, is_known))
 
 
-def place_on_line(frames: list[Frame], values: np.ndarray, step_mm: float) -> tuple[list[Frame], float]:
+def place_on_line(frames: Frames, values: ndarray, step_mm: float) -> tuple[Frames, float]:
     """(frames on the line that known positions follow by `values`, the line's step), to half a millimetre,
     because positions may be rounded. Where these do not follow a line: (frames in steps of `step_mm` along
     the normal, in the direction in which known positions grow, 0)."""
     points = frame_points(frames)
     is_known = np.isfinite(points[:, 0])
     known, known_values = points[is_known], values[is_known]
-    step, line_step = step_mm * frames[0].normal, 0.0
-    start = None
+    step, line_step, start = step_mm * frames[0].normal, 0.0, np.zeros(3)
     if len(np.unique(known_values)) > 1 and np.ptp(known, axis=0).max() > SAME_POSITION_MM:
         origin, slope = polyfit(known_values, known, 1)
         errors = origin + np.outer(known_values, slope) - known
         if np.abs(errors).max() < 0.51:
-            start, step, line_step = origin, slope, float(np.linalg.norm(slope))
+            step, line_step = slope, float(np.linalg.norm(slope))
         elif slope @ frames[0].normal < 0:
             step = -step
-    if start is None:
-        start = np.median(known - np.outer(known_values, step), axis=0) if len(known) else np.zeros(3)
+    if len(known):
+        start = np.median(known - np.outer(known_values, step), axis=0)
     positions = start + np.outer(values, step)
     return [replace(f, position=position) for f, position in zip(frames, positions, strict=True)], line_step
 
 
-def is_comb(frames: list[Frame]) -> bool:
+def is_comb(frames: Frames) -> bool:
     """Whether frames lie at even positions, most of them alone, and the others repeat slices: these look like
     the slice that they share a position with, and InstanceNumbers do not run along the stack."""
     frames = sorted(frames, key=image_number)
@@ -589,7 +577,7 @@ def drop_strays(stack: Stack) -> None:
 
 
 @lru_cache(maxsize=64)
-def thumbnail(frame: Frame) -> np.ndarray:
+def thumbnail(frame: Frame) -> ndarray:
     """(32, 32) block means of the values; in CT of 0..1500 HU, so that air and metal weigh little. Zeros if
     the frame cannot be decoded, which is told when the slice is used."""
     try:
@@ -597,7 +585,7 @@ def thumbnail(frame: Frame) -> np.ndarray:
     except ValueError:
         return np.zeros((32, 32), np.float32)
     image = cv2.resize(values, (32, 32), interpolation=cv2.INTER_AREA)
-    return np.clip(image, 0, 1500) if modality_of(frame.header) == "CT" else image
+    return np.clip(image, 0, 1500) if frame.is_ct else image
 
 
 def sum_differences(pairs: Iterable[tuple[Frame, Frame]]) -> float:
@@ -605,7 +593,7 @@ def sum_differences(pairs: Iterable[tuple[Frame, Frame]]) -> float:
     return sum(float(np.abs(thumbnail(a) - thumbnail(b)).sum()) for a, b in pairs)
 
 
-def is_ordered(frames: list[Frame], num_shared: int) -> bool:
+def is_ordered(frames: Frames, num_shared: int) -> bool:
     """Whether the order of slices is plausible, given that the best source tells `num_shared` positions: each
     looks more like the next one than like one a quarter of the stack away, and than the one as far on as
     images shared a position (if these were of several contrasts, it would be the other way round). Images of
@@ -648,7 +636,7 @@ def key_value(frame: Frame, name: str) -> tuple:
     return not is_magnitude, not is_magnitude and is_phase, "DERIVED" in types, tuple(types)
 
 
-def count_sweeps(frames: list[Frame], values: list) -> np.ndarray:
+def count_sweeps(frames: Frames, values: list) -> ndarray:
     """For each frame, how often the stack was run through before it, in the order of values."""
     sweeps = np.zeros(len(frames), int)
     if len(frames) < 2:
@@ -663,7 +651,7 @@ def count_sweeps(frames: list[Frame], values: list) -> np.ndarray:
     return sweeps
 
 
-def count_visits(frames: list[Frame]) -> np.ndarray:
+def count_visits(frames: Frames) -> ndarray:
     """For each frame, how many of lower InstanceNumber share its position."""
     ranks = rank_positions(frames)
     order = np.lexsort(([image_number(frame) for frame in frames], ranks))
@@ -671,7 +659,7 @@ def count_visits(frames: list[Frame]) -> np.ndarray:
     return visits[np.argsort(order)]
 
 
-def alternate(frames: list[Frame]) -> np.ndarray:
+def alternate(frames: Frames) -> ndarray:
     """0 and 1 in turn along the normal where gaps are by turns wide and narrow, else 0."""
     gaps = np.diff(distinct_positions(frames))
     if len(gaps) < 8:
@@ -692,7 +680,7 @@ def select_volume(stack: Stack) -> None:
     select_labelled(stack, alternate(stack.frames), "alternating gaps")
 
 
-def select_labelled(stack: Stack, labels: list | np.ndarray, name: str) -> None:
+def select_labelled(stack: Stack, labels: list | ndarray, name: str) -> None:
     """Leave the frames with one label, if that makes a volume (`is_volume`): of several CT volumes the
     brightest, whose vessels are filled; else the fullest, the first of equals."""
     if len(set(labels)) == 1:
@@ -706,10 +694,10 @@ def select_labelled(stack: Stack, labels: list | np.ndarray, name: str) -> None:
     if not complete:
         return
     counts = [len(distinct_positions(volume)) for volume in complete]
-    best = complete[int(np.argmax(counts))]
-    is_full = [count >= 0.9 * max(counts) > 1 for count in counts]
-    if sum(is_full) > 1 and name != "ImageType" and modality_of(best[0].header) == "CT":
-        full = list(compress(complete, is_full))
+    most = max(counts)
+    best = complete[counts.index(most)]
+    full = [volume for volume, count in zip(complete, counts, strict=True) if count >= 0.9 * most]
+    if len(full) > 1 < most and name != "ImageType" and best[0].is_ct:
         low, high = np.median([distinct_positions(volume)[[0, -1]] for volume in full], axis=0)
         shared = low + (high - low) * np.linspace(0.2, 0.8, 6)
         best = max(full, key=lambda volume: measure_brightness(volume, shared))
@@ -717,7 +705,7 @@ def select_labelled(stack: Stack, labels: list | np.ndarray, name: str) -> None:
     stack.frames = best
 
 
-def is_volume(frames: list[Frame], places: np.ndarray, num_all: int) -> bool:
+def is_volume(frames: Frames, places: ndarray, num_all: int) -> bool:
     """Whether frames cover the `places` where `num_all` images lie.
 
     Either they lie at nearly all of them (at all, where few images share places), or between their own even
@@ -739,11 +727,11 @@ def is_volume(frames: list[Frame], places: np.ndarray, num_all: int) -> bool:
         np.percentile(gaps, 90) < 1.5 * gap
         and gap < 1.7 * thickness
         and (others < 0.6 * gap).sum() > 0.8 * len(others)
-        and (wide > 1.2 * narrow or modality_of(frames[0].header) == "CT")
+        and (wide > 1.2 * narrow or frames[0].is_ct)
     )
 
 
-def measure_brightness(frames: list[Frame], places: np.ndarray) -> float:
+def measure_brightness(frames: Frames, places: ndarray) -> float:
     """Sum of mean values at some places along the normal, interpolated between slices."""
     frames = take_one_per_position(frames)
     positions = positions_along_normal(frames)
@@ -753,7 +741,7 @@ def measure_brightness(frames: list[Frame], places: np.ndarray) -> float:
     return float(np.interp(places, positions[neighbours], means).sum())
 
 
-def take_one_per_position(frames: list[Frame]) -> list[Frame]:
+def take_one_per_position(frames: Frames) -> Frames:
     """Frames sorted along +normal; where several share a position, the one whose InstanceNumber fits those of
     the others best, else the lowest."""
     frames = [frames[i] for i in np.argsort(positions_along_normal(frames), kind="stable")]
@@ -806,8 +794,8 @@ def measure_stack(stack: Stack) -> dict:
 class Volume:
     """A series as the models see it."""
 
-    voxels: np.ndarray  # (Z, H, W) uint8
-    affine: np.ndarray  # (4, 4) from (z, y, x, 1) to LPS mm
+    voxels: ndarray  # (Z, H, W) uint8
+    affine: ndarray  # (4, 4) from (z, y, x, 1) to LPS mm
     notes: list[str]
     doubts: list[str] = field(default_factory=list)  # why it may be wrong, the series' doubts among them
 
@@ -821,17 +809,17 @@ class Volume:
 class Box:
     """The region of interest in canonical millimetres, along (z, y, x)."""
 
-    low: np.ndarray  # (3,) mm of the lower edges
-    steps: np.ndarray  # (3,) mm per voxel
-    shape: np.ndarray  # (3,) voxels
-    window: np.ndarray  # (2,) pixels along the image axes that cover the box, and one more
-    starts: np.ndarray  # (n, 2) first pixel of the window in each image: gantry tilt moves it
+    low: ndarray  # (3,) mm of the lower edges
+    steps: ndarray  # (3,) mm per voxel
+    shape: ndarray  # (3,) voxels
+    window: ndarray  # (2,) pixels along the image axes that cover the box, and one more
+    starts: ndarray  # (n, 2) first pixel of the window in each image: gantry tilt moves it
 
-    def edges(self, axis: int) -> np.ndarray:
+    def edges(self, axis: int) -> ndarray:
         """(shape + 1,) mm of the voxels' edges along an axis."""
         return self.low[axis] + self.steps[axis] * np.arange(self.shape[axis] + 1)
 
-    def middles(self, axis: int) -> np.ndarray:
+    def middles(self, axis: int) -> ndarray:
         """(shape,) mm of the voxels' middles along an axis."""
         edges = self.edges(axis)
         return (edges[:-1] + edges[1:]) / 2
@@ -849,21 +837,21 @@ class Grid:
     """
 
     series: Series
-    directions: np.ndarray  # (3, 3) a row per canonical axis: its unit vector in LPS
+    directions: ndarray  # (3, 3) a row per canonical axis: its unit vector in LPS
     through: int  # the axis across slices: 0 axial, 1 coronal, 2 sagittal
     image_axes: list[int]
     is_transposed: bool  # image[row, column] -> image[column, row]
-    flips: np.ndarray  # (2,) after that: 1, or -1 where an image axis runs backwards
-    steps: np.ndarray  # (2,) mm per pixel along the image axes
-    shape: np.ndarray  # (2,) pixels along the image axes
+    flips: ndarray  # (2,) after that: 1, or -1 where an image axis runs backwards
+    steps: ndarray  # (2,) mm per pixel along the image axes
+    shape: ndarray  # (2,) pixels along the image axes
     order: list[int]  # (n,) index into series.frames
-    frames: list[Frame]  # in this order
-    centres: np.ndarray  # (n,) mm along `through`
-    spans: np.ndarray  # (n, 2) mm that each slice stands for
-    edges: np.ndarray  # (n, 2) mm of the outer edge of each slice's first pixel
+    frames: Frames  # in this order
+    centres: ndarray  # (n,) mm along `through`
+    spans: ndarray  # (n, 2) mm that each slice stands for
+    edges: ndarray  # (n, 2) mm of the outer edge of each slice's first pixel
     faults: dict[int, str]  # index into series.frames, of those decoded so far -> "", BLANK or an error
 
-    def image(self, k: int) -> np.ndarray:
+    def image(self, k: int) -> ndarray:
         """Stored values of slice k along its canonical axes, zeros if it cannot be decoded; what is wrong
         with it goes to `faults`."""
         i = self.order[k]
@@ -933,16 +921,15 @@ def canonical_grid(series: Series, faults: dict[int, str] | None = None) -> Grid
     )
 
 
-def order_slices(positions: np.ndarray, faults: dict[int, str]) -> list[int]:
+def order_slices(positions: ndarray, faults: dict[int, str]) -> list[int]:
     """The slices by growing position, less those that cannot be decoded and the blank ones between others:
     the ends may be air."""
-    order = np.argsort(positions, kind="stable").tolist()
-    filled = [k for k, i in enumerate(order) if faults.get(i) == ""]
-    inner = order[filled[0] : filled[-1]] if filled else []
-    return [i for i in order if not faults.get(i) or (faults[i] == BLANK and i not in inner)]
+    order = [i for i in np.argsort(positions).tolist() if faults.get(i, "") in ("", BLANK)]
+    filled = [k for k, i in enumerate(order) if faults.get(i) == ""] or [0]
+    return [i for k, i in enumerate(order) if faults.get(i) != BLANK or not filled[0] < k < filled[-1]]
 
 
-def slice_spans(centres: np.ndarray, thickness_mm: float) -> np.ndarray:
+def slice_spans(centres: ndarray, thickness_mm: float) -> ndarray:
     """(n, 2): the interval that each of n growing slices stands for: to the midpoints between neighbours, but
     at most 0.75 of the median gap to either side (a missing slice leaves a hole); thickness_mm where there is
     only one."""
@@ -953,7 +940,7 @@ def slice_spans(centres: np.ndarray, thickness_mm: float) -> np.ndarray:
     return np.stack([centres - half[:-1], centres + half[1:]], axis=1)
 
 
-def slab_weights(spans: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def slab_weights(spans: ndarray, edges: ndarray) -> tuple[ndarray, ndarray]:
     """Weights (Z, n) of n slices in Z slabs, by how much of the slab each span (n, 2) covers; rows sum to 1.
 
     A slab that no span touches (missing slices) is interpolated between its neighbours; beyond all spans the
@@ -971,19 +958,19 @@ def slab_weights(spans: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.n
     return weights, covered
 
 
-def line_weights(centres: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def line_weights(centres: ndarray, targets: ndarray) -> ndarray:
     """Weights (P, n) of linear interpolation between n growing centres at P targets; the nearest beyond the
     ends."""
     weights = [np.interp(targets, centres, row) for row in np.eye(len(centres))]
     return np.stack(weights, axis=1)
 
 
-def to_voxel(points_lps: np.ndarray, affine: np.ndarray) -> np.ndarray:
+def to_voxel(points_lps: ndarray, affine: ndarray) -> ndarray:
     """LPS mm (P, 3) -> voxels (P, 3), (z, y, x); voxel centres are whole numbers."""
     return to_lps(points_lps, np.linalg.inv(affine))
 
 
-def to_lps(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
+def to_lps(voxels: ndarray, affine: ndarray) -> ndarray:
     """Voxels (P, 3), (z, y, x) -> LPS mm (P, 3)."""
     points = np.asarray(voxels, float).reshape(-1, 3)
     return points @ affine[:3, :3].T + affine[:3, 3]
@@ -1053,7 +1040,7 @@ def place_box(grid: Grid, settings: VolumeSettings, notes: list[str]) -> Box:
     return Box(low, size_mm / shape, shape, window, starts)
 
 
-def weigh_slices(grid: Grid, box: Box) -> tuple[np.ndarray, np.ndarray]:
+def weigh_slices(grid: Grid, box: Box) -> tuple[ndarray, ndarray]:
     """`slab_weights` of the voxels along `through`, zeros beside what was scanned. Coronal and sagittal:
     linear where slices lie sparser than voxels."""
     weights, covered = slab_weights(grid.spans, box.edges(grid.through))
@@ -1063,14 +1050,14 @@ def weigh_slices(grid: Grid, box: Box) -> tuple[np.ndarray, np.ndarray]:
     return weights, covered
 
 
-def is_scanned(grid: Grid, box: Box, axis: int) -> np.ndarray:
+def is_scanned(grid: Grid, box: Box, axis: int) -> ndarray:
     """Of the voxels along an axis, whether their middles lie in what was scanned."""
     low, high = grid.extent_mm(axis)
     middles = box.middles(axis)
     return (low <= middles) & (middles <= high)
 
 
-def render_box(grid: Grid, box: Box, weights: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
+def render_box(grid: Grid, box: Box, weights: ndarray, limits: tuple[float, float]) -> ndarray:
     """Voxels (Z, H, W) from the weights (voxels along `through`, slices).
 
     The slices of a slab (across a sagittal scan: of a column of voxels) are merged at their own resolution,
@@ -1096,7 +1083,7 @@ def render_box(grid: Grid, box: Box, weights: np.ndarray, limits: tuple[float, f
     return np.ascontiguousarray(np.moveaxis(slabs, 0, grid.through))
 
 
-def load_window(grid: Grid, box: Box, limits: tuple[float, float], k: int) -> tuple[np.ndarray, float, float]:
+def load_window(grid: Grid, box: Box, limits: tuple[float, float], k: int) -> tuple[ndarray, float, float]:
     """(window, gain, bias): the stored values of slice k in the box, (h, w) float32, clipped at the limits;
     outside of the image and for padding the lower one. limits -> 0..1 is gain * window + bias."""
     frame = grid.frames[k]
@@ -1118,7 +1105,7 @@ def load_window(grid: Grid, box: Box, limits: tuple[float, float], k: int) -> tu
     return window, gain, -dark * gain
 
 
-def crop_image(grid: Grid, k: int, box: Box) -> np.ndarray:
+def crop_image(grid: Grid, k: int, box: Box) -> ndarray:
     """Stored values of slice k in the box, as far as its image reaches. The slice's own position counts, to a
     whole pixel, so gantry tilt is corrected."""
     top, left = box.starts[k]
@@ -1128,7 +1115,7 @@ def crop_image(grid: Grid, k: int, box: Box) -> np.ndarray:
     return grid.image(k)[rows, columns]
 
 
-def resize_exactly(image: np.ndarray, factors: np.ndarray, shape: np.ndarray) -> np.ndarray:
+def resize_exactly(image: ndarray, factors: ndarray, shape: ndarray) -> ndarray:
     """Scale (h, w) float32 by factors per axis, its outer upper left edge staying in place, then cut to
     shape: area means along an axis that shrinks, linear along one that grows."""
     for method, (y, x) in (
@@ -1146,14 +1133,14 @@ def choose_limits(grid: Grid, box: Box, settings: VolumeSettings) -> tuple[float
     Padding counts as black air beside a magnitude image, and not at all where zero is far from all tissue."""
     edges = box.edges(grid.through)
     is_inside = (grid.spans[:, 1] > edges[0]) & (grid.spans[:, 0] < edges[-1])
-    filled, blank = [], [np.zeros(0, np.float32)]
+    samples = [np.zeros(0, np.float32)]
     for k in pick_evenly(np.flatnonzero(is_inside), 16):
         stored = crop_image(grid, k, box)
         stride = 1 + math.isqrt(stored.size // 30_000)
         values = rescale_values(grid.frames[k], stored[::stride, ::stride])
-        samples = blank if grid.faults[grid.order[k]] else filled
-        samples.append(values.ravel())
-    values = np.concatenate(filled or blank)
+        if not grid.faults[grid.order[k]]:
+            samples.append(values.ravel())
+    values = np.concatenate(samples)
     if np.isnan(values).all():
         return 0.0, 1.0
     dark, bright = np.nanpercentile(values, settings.mr_percentiles).tolist()
@@ -1162,7 +1149,7 @@ def choose_limits(grid: Grid, box: Box, settings: VolumeSettings) -> tuple[float
     return dark, bright if bright > dark else dark + 1
 
 
-def rescale_values(frame: Frame, stored: np.ndarray) -> np.ndarray:
+def rescale_values(frame: Frame, stored: ndarray) -> ndarray:
     """float32 rescaled values of an image or a part of it, NaN where it is padding."""
     values = np.multiply(stored, frame.slope, dtype=np.float32)
     values += frame.intercept
@@ -1171,52 +1158,55 @@ def rescale_values(frame: Frame, stored: np.ndarray) -> np.ndarray:
     return values
 
 
-def pick_evenly(items: np.ndarray, count: int) -> list[int]:
+def pick_evenly(items: ndarray, count: int) -> list[int]:
     """At most `count` of the items, evenly spread, first and last among them."""
     picks = np.linspace(0, len(items) - 1, min(count, len(items)))
     return items[picks.round().astype(int)].tolist()
 
 
-def doubt_voxels(
-    grid: Grid, box: Box, voxels: np.ndarray, covered: np.ndarray, notes: list[str]
-) -> list[str]:
+def doubt_voxels(grid: Grid, box: Box, voxels: ndarray, covered: ndarray, notes: list[str]) -> list[str]:
     """What makes voxels implausible, of what was scanned in the box: every slab, every third pixel."""
-    scanned = [is_scanned(grid, box, axis) for axis in range(3)]
-    region = tuple(slice(part.argmax(), part.argmax() + part.sum()) for part in scanned)
-    slabs = np.moveaxis(voxels[region], grid.through, 0)[:, ::3, ::3]
+    doubts = []
+    num_slices = len(grid.order)
+    if num_slices < 5:
+        doubts.append(f"number of slices: {num_slices}, too few for a head; expected at least 5")
+    indices = [np.flatnonzero(is_scanned(grid, box, axis)) for axis in range(3)]
+    is_covered = covered[indices[grid.through]] >= 0.5
+    for axis in grid.image_axes:
+        indices[axis] = indices[axis][::3]
+    slabs = np.moveaxis(voxels[np.ix_(*indices)], grid.through, 0)
     if slabs.size == 0:
-        return []
+        return doubts
     slabs = slabs.reshape(len(slabs), -1)
-    is_interpolated = covered[scanned[grid.through]] < 0.5
     is_empty = slabs.min(axis=1) == slabs.max(axis=1)
     if grid.through != 0:  # beside the head there may be only dark air
         is_empty &= slabs[:, 0] > 127
-    for is_poor, why in ((is_interpolated, "interpolated over missing slices"), (is_empty, "empty")):
+    for is_poor, why in ((~is_covered, "interpolated over missing slices"), (is_empty, "empty")):
         if is_poor.any():
             notes.append(f"{is_poor.mean():.0%} of the slabs ({is_poor.sum()}) are {why}")
-    shares = cv2.calcHist([slabs], [0], None, [256], [0, 256]) / slabs.size
-    doubts = []
+    if num_slices < 5:
+        return doubts
     size_mm = np.array([np.ptp(grid.extent_mm(axis)) for axis in range(3)])
     least_mm = np.full(3, 60.0)
-    least_mm[grid.through] = min(25, 0.5 * len(grid.order))  # a slab of 24 slices of 1 mm is one
-    if (size_mm < least_mm).any() and len(grid.order) >= 20:
-        doubts.append("{:.0f} x {:.0f} x {:.0f} mm were scanned: too small for a head".format(*size_mm))
-    most = shares.max()
+    least_mm[grid.through] = min(25, 0.5 * num_slices)  # a slab of 24 slices of 1 mm is one
+    if num_slices >= 20 and (size_mm < least_mm).any():
+        z, y, x = size_mm
+        doubts.append(f"{z:.0f} x {y:.0f} x {x:.0f} mm were scanned: too small for a head")
+    shares = cv2.calcHist([slabs], [0], None, [256], [0, 256]) / slabs.size
     for share, limit, what in (
-        ((is_interpolated | is_empty).mean(), 0.25, "is interpolated over missing slices, or empty"),
+        ((is_empty | ~is_covered).mean(), 0.25, "is interpolated over missing slices, or empty"),
         (shares[230:].sum(), 0.5, "is nearly white"),
-        (most, 0.95, f"has the grey value {shares.argmax()}"),
+        (shares.max(), 0.95, f"has the grey value {shares.argmax()}"),
     ):
         if share > limit:
             doubts.append(f"{share:.0%} of the volume {what}")
-    # Fewer than 5 slices are not enough of a scan to judge, unless they show nothing at all.
-    return doubts if len(grid.order) >= 5 or most == 1 else []
+    return doubts
 
 
 # --- head ---------------------------------------------------------------------------------------------------
 
 
-Masks = dict[int, np.ndarray]  # slice k -> (h, w) uint8
+Masks = dict[int, ndarray]  # slice k -> (h, w) uint8
 
 
 def find_head(grid: Grid) -> tuple[float, float, float] | None:
@@ -1239,7 +1229,7 @@ def find_head(grid: Grid) -> tuple[float, float, float] | None:
     is_ct = grid.series.modality == "CT"
     threshold = -300.0 if is_ct else choose_threshold(images)
 
-    def mask_slice(k: int) -> np.ndarray:
+    def mask_slice(k: int) -> ndarray:
         has_content = np.ptp(load(k)) > least_range  # else it shows no head, however bright
         return mask_head(load(k), threshold, is_ct) * has_content
 
@@ -1257,7 +1247,7 @@ def find_head(grid: Grid) -> tuple[float, float, float] | None:
 
 
 def find_axial_top(
-    grid: Grid, head: Masks, mask_slice: Callable[[int], np.ndarray], least_pixels: float
+    grid: Grid, head: Masks, mask_slice: Callable[[int], ndarray], least_pixels: float
 ) -> float | None:
     """mm of the top by bisection between the highest sample with a head and the next; `head` gets the slices
     with a head that it passes."""
@@ -1277,7 +1267,7 @@ def find_axial_top(
     return grid.spans[inside, 1]
 
 
-def find_sliced_top(grid: Grid, head: Masks, pixel_mm: np.ndarray, least_mm2: float) -> float | None:
+def find_sliced_top(grid: Grid, head: Masks, pixel_mm: ndarray, least_mm2: float) -> float | None:
     """mm of the top: the highest row (of z) whose pixels in all samples make up the cross-section."""
     centres = grid.centres[list(head)]
     # mm through the stack that a sample stands for
@@ -1291,7 +1281,7 @@ def find_sliced_top(grid: Grid, head: Masks, pixel_mm: np.ndarray, least_mm2: fl
     return min(bottom + pixel_mm[0] * (rows[-1] + 1), covered)
 
 
-def find_centre(grid: Grid, head: Masks, pixel_mm: np.ndarray, top: float) -> tuple[float, float]:
+def find_centre(grid: Grid, head: Masks, pixel_mm: ndarray, top: float) -> tuple[float, float]:
     """mm (y, x) of the middle of the head's bounding box over 100 mm below the top."""
     numbers, *pixels = np.nonzero(np.stack(list(head.values())))
     slices = np.array(list(head))[numbers]
@@ -1305,7 +1295,7 @@ def find_centre(grid: Grid, head: Masks, pixel_mm: np.ndarray, top: float) -> tu
     return y, x
 
 
-def shrink_slice(grid: Grid, factors: np.ndarray, k: int) -> np.ndarray:
+def shrink_slice(grid: Grid, factors: ndarray, k: int) -> ndarray:
     """Rescaled slice k as means over blocks of `factors` pixels, float32; padding as air, or as what
     is darker."""
     frame = grid.frames[k]
@@ -1318,7 +1308,7 @@ def shrink_slice(grid: Grid, factors: np.ndarray, k: int) -> np.ndarray:
     return cv2.resize(values[:rows, :columns], blocks[::-1].tolist(), interpolation=cv2.INTER_AREA)
 
 
-def choose_threshold(images: list[np.ndarray]) -> float:
+def choose_threshold(images: list[ndarray]) -> float:
     """Threshold for MR: half of Otsu's, since dark tissue is head, but at least a tenth of the range (1st to
     99th percentile), since noise is not."""
     values = np.concatenate([image.ravel() for image in images])
@@ -1329,7 +1319,7 @@ def choose_threshold(images: list[np.ndarray]) -> float:
     return low + max(0.5 * level / 255, 0.1) * (high - low)
 
 
-def mask_head(image: np.ndarray, threshold: float, is_ct: bool) -> np.ndarray:
+def mask_head(image: ndarray, threshold: float, is_ct: bool) -> ndarray:
     """Mask uint8 of what is brighter, without structures thinner than 3 pixels (table, headrest). MR: with
     its dark insides, because the skull is a dark ring there. CT: with all inside the skull, which may be
     hollow or have a defect."""
@@ -1348,7 +1338,7 @@ def mask_head(image: np.ndarray, threshold: float, is_ct: bool) -> np.ndarray:
     return cv2.morphologyEx(mask, cv2.MORPH_OPEN, kernel)
 
 
-def largest_component(mask: np.ndarray, near: np.ndarray | None = None) -> np.ndarray:
+def largest_component(mask: ndarray, near: ndarray | None = None) -> ndarray:
     """The largest connected part of a mask, or the one that shares most pixels with `near`; zeros if there is
     none."""
     _, labels = cv2.connectedComponents(mask)

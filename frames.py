@@ -7,10 +7,7 @@ series of these.
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import errno
-import functools
 import io
 import itertools
 import math
@@ -19,13 +16,17 @@ import re
 import stat
 import struct
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pydicom
+from numpy import ndarray
 from pydicom import datadict
 from pydicom.encaps import encapsulate
 from pydicom.pixels import get_decoder
@@ -93,7 +94,7 @@ def one_line_errors(function: Callable) -> Callable:
     """Whatever goes wrong inside becomes a ValueError of one line: what parsers raise on hostile bytes, and a
     decoder's own BaseException (pylibjpeg-rle: PanicException). Interrupts and exits pass through."""
 
-    @functools.wraps(function)
+    @wraps(function)
     def wrapped(*args: object) -> object:
         try:
             return function(*args)
@@ -229,7 +230,7 @@ def skip_sequence(head: bytes, position: int, explicit: bool, depth: int = 0) ->
                 position += inner
 
 
-@functools.lru_cache(maxsize=64)  # most values are those of the slice before
+@lru_cache(maxsize=64)  # most values are those of the slice before
 def parse_value(tag: int, vr: str | None, raw: bytes, order: str) -> tuple | float | str | None:
     """Text unpadded; numbers as a tuple, or the first where there should be one; None if empty.
     ValueError if malformed. `vr` is the one written, if any."""
@@ -337,7 +338,7 @@ def parse_groups(dataset: pydicom.Dataset, order: str) -> list[dict]:
     return groups
 
 
-@contextlib.contextmanager
+@contextmanager
 def open_unpacked(path: Path) -> Iterator[BinaryIO]:
     """`path` open for reading; a gzipped or deflated file is unpacked in memory."""
     with open(path, "rb") as file:
@@ -387,7 +388,7 @@ def read_identity(path: Path) -> tuple[str, str] | None:
             for limit in (2**14, HEAD_BYTES):
                 file.seek(0)
                 head = file.read(limit)
-                with contextlib.suppress(ValueError):
+                with suppress(ValueError):
                     head = unpack(head, HEAD_BYTES)
                 if not head.strip(b"\0"):
                     return None
@@ -414,7 +415,7 @@ def read_identity(path: Path) -> tuple[str, str] | None:
 
 def parse_head(head: bytes) -> dict:
     """What `read_identity` asks for, as far as the first bytes of a file tell."""
-    with contextlib.suppress(ValueError, struct.error):  # unusual, longer, or cut short
+    with suppress(ValueError, struct.error):  # unusual, longer, or cut short
         return parse_header(head)
     tags = list(tag_table("SOPClassUID SeriesInstanceUID PatientID Rows"))
     try:
@@ -448,9 +449,9 @@ class Frame:
     index: int  # in the file, from 0
     header: dict  # of the file (`read_header`), overlaid with the frame's own attributes
     sop_uid: str
-    position: np.ndarray  # (3,) centre of the pixel in row 0, column 0; NaN where unknown
-    row_dir: np.ndarray  # (3,) direction of a growing column index; NaN before `orient_frames`
-    col_dir: np.ndarray  # (3,) direction of a growing row index
+    position: ndarray  # (3,) centre of the pixel in row 0, column 0; NaN where unknown
+    row_dir: ndarray  # (3,) direction of a growing column index; NaN before `orient_frames`
+    col_dir: ndarray  # (3,) direction of a growing row index
     spacing_mm: tuple[float, float]  # between rows, between columns
     rows: int
     cols: int
@@ -460,11 +461,17 @@ class Frame:
     remarks: list[str]  # what was assumed for it
 
     @property
-    def normal(self) -> np.ndarray:
+    def is_ct(self) -> bool:
+        return modality_of(self.header) == "CT"
+
+    @property
+    def normal(self) -> ndarray:
         """(3,) unit direction across the slice"""
         normal = np.cross(self.row_dir, self.col_dir)
         return normal / np.linalg.norm(normal)
 
+
+Frames = list[Frame]
 
 PROJECTION = re.compile(r"\b(MIP|MINIP|MAXIP|MIN IP|MAX IP|PROJECTION|VOLUME RENDERED|VRT)\b")
 SCOUT = re.compile(r"\b(LOCALIZER|SCOUT|TOPOGRAM|SURVIEW)\b")
@@ -493,7 +500,7 @@ def check_is_slice(header: dict) -> None:
         raise ValueError(f"(0028,0004) PhotometricInterpretation {photometric}: a report or screenshot")
 
 
-def make_frames(path: Path, header: dict) -> list[Frame]:
+def make_frames(path: Path, header: dict) -> Frames:
     """The images of one file. ValueError if they are not CT or MR slices.
 
     Frames without positions of their own: from the file's position, else 0, along +normal in steps of
@@ -536,8 +543,8 @@ def make_frames(path: Path, header: dict) -> list[Frame]:
     return frames
 
 
-@functools.lru_cache(maxsize=256)
-def unit_directions(orientation: tuple) -> np.ndarray:
+@lru_cache(maxsize=256)
+def unit_directions(orientation: tuple) -> ndarray:
     """(2, 3) unit row and column directions; NaN if they are missing, zero or not orthogonal."""
     if len(orientation) == 6:
         directions = np.array(orientation).reshape(2, 3)
@@ -547,7 +554,7 @@ def unit_directions(orientation: tuple) -> np.ndarray:
     return np.full((2, 3), np.nan)
 
 
-def image_position(tags: dict, remarks: list[str]) -> np.ndarray:
+def image_position(tags: dict, remarks: list[str]) -> ndarray:
     """(3,) mm of the first pixel's centre; NaN where it is missing."""
     position = np.array(tags.get("ImagePositionPatient", ()))
     if position.shape == (3,) and np.abs(position).max() < 1e5:
@@ -670,7 +677,7 @@ def group_fragments(stated: int, offset: int, size: int, file: BinaryIO) -> list
 
 
 @one_line_errors
-def decode(frame: Frame) -> np.ndarray:
+def decode(frame: Frame) -> ndarray:
     """(rows, cols) stored values of a frame: decompressed, colour as luminance, masked to BitsStored."""
     header = frame.header
     data = read_pixel_bytes(frame)
@@ -700,7 +707,7 @@ def read_pixel_bytes(frame: Frame) -> bytes:
     return data
 
 
-@functools.lru_cache(maxsize=1)
+@lru_cache(maxsize=1)
 def read_unpacked(path: Path, _changed: int) -> memoryview:
     """A packed file's unpacked bytes, kept until the next one so that its frames do not unpack it again."""
     with open_unpacked(path) as file:
@@ -713,7 +720,7 @@ def stored_bits(header: dict, size: int) -> int:
     return bits if 1 <= bits <= size else size
 
 
-def mask_stored(array: np.ndarray, header: dict, high_bit: int = -1) -> np.ndarray:
+def mask_stored(array: ndarray, header: dict, high_bit: int = -1) -> ndarray:
     """BitsStored bits up to `high_bit` (the lowest ones if that makes no sense), sign-extended where the
     header says so; others (overlays, garbage) go."""
     size = array.dtype.itemsize * 8
@@ -726,7 +733,7 @@ def mask_stored(array: np.ndarray, header: dict, high_bit: int = -1) -> np.ndarr
     return np.right_shift(array, size - bits, out=array)
 
 
-def decode_with_pydicom(frame: Frame, data: bytes) -> np.ndarray:
+def decode_with_pydicom(frame: Frame, data: bytes) -> ndarray:
     """(rows, cols) of compressed or colour pixel data through pydicom and its plug-ins."""
     header, is_native = frame.header, frame.header["pixel_data"][2] != UNDEFINED
     uid = pydicom.uid.UID(EXPLICIT if is_native else header["TransferSyntaxUID"])
@@ -780,19 +787,19 @@ def check_code_stream(data: bytes, expected: tuple[int, int, int]) -> None:
 class Stack:
     """Images on their way to one volume, and what is to be said of them."""
 
-    frames: list[Frame]
+    frames: Frames
     where: str  # for errors
     notes: list[str] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
 
-    def leave_out(self, is_out: list[bool] | np.ndarray, what: str) -> None:
+    def leave_out(self, is_out: list[bool] | ndarray, what: str) -> None:
         """Drop the frames marked, if any, with a note on what they are."""
         if any(is_out):
             self.notes.append(f"{sum(is_out)} {what}")
             self.frames = list(itertools.compress(self.frames, np.logical_not(is_out)))
 
 
-def is_padding(stored: np.ndarray, padding: tuple[int, int] | None) -> np.ndarray:
+def is_padding(stored: ndarray, padding: tuple[int, int] | None) -> ndarray:
     low, high = padding or (1, 0)
     return (stored >= low) & (stored <= high)
 
@@ -806,64 +813,61 @@ MOST_FILL = 0.4  # share of an image; a round field of view leaves 0.21 over
 class Samples(NamedTuple):
     """Some stored values of a few slices."""
 
-    stored: np.ndarray  # (n,)
-    slopes: np.ndarray  # (n,)
-    corners: np.ndarray  # (m,) in the corners of the slices, where no head reaches
+    stored: ndarray  # (n,)
+    corners: ndarray  # (m,) in the corners of the slices, where no head reaches
 
 
-def repair_values(stack: Stack) -> dict[int, np.ndarray]:
-    """Values that the pixels contradict, put right by a look at five slices of each group with the same sign,
-    and in CT the same intercept. Returns what is decoded then (index of the frame -> stored values)."""
-    is_ct = modality_of(stack.frames[0].header) == "CT"
-    groups = collections.defaultdict(list)
+def repair_values(stack: Stack) -> dict[int, ndarray]:
+    """Values that the pixels contradict, put right after five slices of each group with the same sign,
+    and in CT the same rescale. Returns what is decoded then (index of the frame -> stored values)."""
+    groups = defaultdict(list)
     for i, frame in enumerate(stack.frames):
-        groups[is_signed(frame.header), is_ct and frame.intercept].append(i)
+        groups[is_signed(frame.header), frame.is_ct and (frame.slope, frame.intercept)].append(i)
     all_decoded = {}
     largest = max(groups.values(), key=len)
     for indices in groups.values():
         doubts = stack.doubts if indices is largest else []  # a few slices may be air, or blank
         part = Stack([stack.frames[i] for i in indices], stack.where, stack.notes, doubts)
-        decoded = repair_group(part, is_ct)
-        for k, i in enumerate(indices):
-            stack.frames[i] = part.frames[k]
-            if k in decoded:
-                all_decoded[i] = decoded[k]
+        decoded = repair_group(part)
+        all_decoded |= {indices[k]: pixels for k, pixels in decoded.items()}
+        for i, frame in zip(indices, part.frames, strict=True):
+            stack.frames[i] = frame
     return all_decoded
 
 
-def repair_group(stack: Stack, is_ct: bool) -> dict[int, np.ndarray]:
+def repair_group(stack: Stack) -> dict[int, ndarray]:
     """`repair_values` of a group; what is decoded is given up where the bits or the sign turn out others."""
-    header = stack.frames[0].header
-    is_inverse = header.get("PhotometricInterpretation") == "MONOCHROME1"
+    first = stack.frames[0]
     decoded = {}
     for k in (1, 2, 3, 4, 5):
         i = len(stack.frames) * k // 6
-        with contextlib.suppress(ValueError):  # told when the slice is used
+        with suppress(ValueError):  # told when the slice is used
             decoded[i] = decode(stack.frames[i])
     if not decoded:
         return decoded
     samples = sample_pixels(stack, decoded)
+    is_inverse = first.header.get("PhotometricInterpretation") == "MONOCHROME1"
     if is_inverse:
         invert_if_bright(stack, samples)
-    if is_ct:
-        choose_reading(stack, sample_pixels(stack, decoded))
+    if first.is_ct:
+        choose_reading(stack, samples)
     elif not is_inverse:
         choose_sign(stack, samples)
     samples = sample_pixels(stack, decoded)  # in the bits and sign chosen
     drop_padding(stack, samples)
     if not stack.frames[0].padding:
-        pad_fill(stack, samples, is_ct)
-    return decoded if stack.frames[0].header is header else {}
+        pad_fill(stack, samples)
+    return decoded if stack.frames[0].header is first.header else {}
 
 
-def sample_pixels(stack: Stack, decoded: dict[int, np.ndarray]) -> Samples:
-    rows = []
+def sample_pixels(stack: Stack, decoded: dict[int, ndarray]) -> Samples:
+    stored, corners = [], []
     for i, image in decoded.items():
         stride = 1 + math.isqrt(image.size // 16_000)
         pixels = mask_stored(image[::stride, ::stride], stack.frames[i].header)
-        slopes = np.full(pixels.size, stack.frames[i].slope)
-        rows.append((pixels.ravel(), slopes, pixels[[0, 0, -1, -1], [0, -1, 0, -1]]))
-    return Samples(*map(np.concatenate, zip(*rows, strict=True)))
+        stored.append(pixels.ravel())
+        corners.append(pixels[[0, 0, -1, -1], [0, -1, 0, -1]])
+    return Samples(np.concatenate(stored), np.concatenate(corners))
 
 
 def invert_if_bright(stack: Stack, samples: Samples) -> None:
@@ -894,27 +898,25 @@ def choose_reading(stack: Stack, samples: Samples) -> None:
     stated = first.header.get("RescaleIntercept", first.intercept)
     best = judge_reading(first, samples, {}, 0.0)
     intercepts = [stated] if best.is_clear else [stated, stated / 2, 0.0, -1024.0, -2048.0, 1024.0]
-    chosen: dict = {}
-    shift = 0.0
     for tags, intercept in itertools.product(signs, intercepts):
         if best.score > 0.097:
             break
         judged = judge_reading(first, samples, tags, intercept - stated)
         if judged.is_clear and judged.score > best.score + 0.003:
-            best, chosen, shift = judged, tags, intercept - stated
+            best = judged
     if max(best.air, best.tissue) < 0.02:
         stack.doubts.append("CT values: neither air near -1000 HU nor soft tissue near 0 to 100 HU")
     stored = samples.stored
     is_cut = max((stored == stored.min()).mean(), (stored == stored.max()).mean()) > 0.01
     if is_cut and best.bone < 0.002:
         stack.doubts.append(f"CT values end below {BONE_HU} HU, as in an image made for a screen")
-    if chosen or shift:
-        changes = [f"{name} {value}" for name, value in chosen.items()]
-        changes.append(f"RescaleIntercept {stated + shift:g}")
+    if best.tags or best.shift:
+        changes = [f"{name} {value}" for name, value in best.tags.items()]
+        changes.append(f"RescaleIntercept {stated + best.shift:g}")
         stack.notes.append(
             f"stored values are HU only with {', '.join(changes)}: used, air and tissue say so"
         )
-        change_tags(stack, chosen, shift)
+        change_tags(stack, best.tags, best.shift)
 
 
 def change_tags(stack: Stack, tags: dict, shift: float = 0.0) -> None:
@@ -924,8 +926,10 @@ def change_tags(stack: Stack, tags: dict, shift: float = 0.0) -> None:
 
 
 class Reading(NamedTuple):
-    """Shares of the pixels, padding aside, and what they amount to."""
+    """How CT values could be meant, and the shares of the pixels then, padding aside."""
 
+    tags: dict  # other than the header's
+    shift: float  # of the intercept
     air: float
     tissue: float
     bone: float
@@ -937,7 +941,7 @@ def judge_reading(first: Frame, samples: Samples, tags: dict, shift: float) -> R
     """Where the samples' values lie with other tags and an intercept shifted by `shift`. The corners' most
     common value is air or tissue only if it covers more than a fill does."""
     stored = samples.stored
-    hu = mask_stored(stored, first.header | tags) * samples.slopes + first.intercept + shift
+    hu = mask_stored(stored, first.header | tags) * first.slope + first.intercept + shift
     values, counts = np.unique(samples.corners, return_counts=True)
     is_fill = stored == values[counts.argmax()]
     is_image = ~is_padding(stored, first.padding)
@@ -948,7 +952,8 @@ def judge_reading(first: Frame, samples: Samples, tags: dict, shift: float) -> R
     masks = np.stack([is_air, is_tissue, hu > BONE_HU, is_beyond]) & is_image
     air, tissue, bone, beyond = masks.sum(axis=1) / max(is_image.sum(), 1)
     is_clear = min(air, tissue) >= 0.05
-    return Reading(air, tissue, bone, is_clear, min(air, 0.05) + min(tissue, 0.05) - beyond)
+    score = min(air, 0.05) + min(tissue, 0.05) - beyond
+    return Reading(tags, shift, air, tissue, bone, is_clear, score)
 
 
 def choose_sign(stack: Stack, samples: Samples) -> None:
@@ -979,15 +984,14 @@ def drop_padding(stack: Stack, samples: Samples) -> None:
     stack.frames = [replace(frame, padding=None) for frame in stack.frames]
 
 
-def pad_fill(stack: Stack, samples: Samples, is_ct: bool) -> None:
+def pad_fill(stack: Stack, samples: Samples) -> None:
     """The lowest or highest value is padding if it fills corners and lies far from all others.
 
     In MR such a fill (-2048, for example) would take the percentiles and the head's threshold. Where it
     covers more than a round field of view leaves over it may be the air itself, and has to lie farther away,
     unless it alone is negative. In CT only a fill brighter than bone matters.
     """
-    slope, intercept = stack.frames[0].slope, stack.frames[0].intercept
-    pixels = samples.stored
+    first, pixels = stack.frames[0], samples.stored
     for end in (np.min, np.max):
         fill = int(end(pixels))
         others = pixels[pixels != fill]
@@ -997,12 +1001,12 @@ def pad_fill(stack: Stack, samples: Samples, is_ct: bool) -> None:
             continue
         low, high = np.percentile(others, (5, 99))
         gap = max(low - fill, fill - high)
-        value = fill * slope + intercept
-        if is_ct:
+        value = fill * first.slope + first.intercept
+        if first.is_ct:
             is_far = fill > high and value > 1500
         else:
             least_gap = 0.5 if share < MOST_FILL else 2.0
-            is_negative = value < 0 <= low * slope + intercept
+            is_negative = value < 0 <= low * first.slope + first.intercept
             is_far = gap > least_gap * (high - low) > 0 or is_negative
         if is_far:
             stack.notes.append(f"the stored value {fill} fills corners, far from all others: it is padding")
