@@ -186,25 +186,22 @@ class Series:
     skipped: Rejected  # files that are not slices, with the reason
     geometry: dict[tuple[str, int], Frame]  # (SOPInstanceUID, frame index) -> every image, left-out ones too
     doubts: list[str]  # why the volume may be wrong
-    _stored: dict[int, ndarray] = field(default_factory=dict, repr=False)
 
     def stored(self, i: int) -> ndarray:
         """(rows, cols) stored values of slice `i`, integers; may be read-only. ValueError naming the file if
         it cannot be decoded; the volume can do without the slice."""
-        if i not in self._stored:
-            try:
-                self._stored[i] = decode(self.frames[i])
-            except ValueError as error:
-                raise ValueError(f"{self.frames[i].path}, frame {self.frames[i].index}: {error}") from error
-        return self._stored[i]
+        frame = self.frames[i]
+        try:
+            return frame.stored
+        except ValueError as error:
+            raise ValueError(f"{frame.path}, frame {frame.index}: {error}") from error
 
     def forget(self, i: int | None = None) -> None:
         """Free the stored values of slice `i`, or of all."""
+        for frame in self.frames if i is None else [self.frames[i]]:
+            vars(frame).pop("stored", None)
         if i is None:
-            self._stored.clear()
             read_unpacked.cache_clear()
-        else:
-            self._stored.pop(i, None)
 
     def point(self, sop_uid: str, x: float, y: float, f: int | None = None) -> ndarray:
         """(3,) LPS mm of column `x`, row `y` of an image, `f` its frame (from 0). ValueError if unknown."""
@@ -244,7 +241,7 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
     geometry |= index_images(place_slices(stack))
     header = stack.frames[0].header
     placement = measure_stack(stack)
-    decoded = repair_values(stack)
+    repair_values(stack)
     return Series(
         uid=safe_uid(uid or header.get("SeriesInstanceUID") or os.path.abspath(stack.frames[0].path.parent)),
         modality=modality_of(header),
@@ -257,7 +254,6 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
         skipped=skipped,
         geometry=geometry,
         doubts=stack.doubts,
-        _stored=decoded,
         **placement,
     )
 
@@ -355,9 +351,8 @@ def orient_frames(stack: Stack) -> None:
         stack.notes.append(f"{text}: {PLANES[plane]} by their positions")
     else:
         stack.doubts.append(f"{text}, nor positions: axial assumed")
-    row_dir, col_dir = USUAL_DIRECTIONS[plane]
-    for i in np.flatnonzero(is_missing):
-        frames[i] = replace(frames[i], row_dir=row_dir, col_dir=col_dir)
+    for frame in compress(frames, is_missing):
+        frame.row_dir, frame.col_dir = USUAL_DIRECTIONS[plane]
 
 
 def frame_points(frames: Frames) -> ndarray:

@@ -19,8 +19,8 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from functools import lru_cache, wraps
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache, wraps
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -441,7 +441,7 @@ def modality_of(header: dict) -> str:
 # --- frames -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Frame:
     """One image: where it lies (LPS mm), what its stored values mean, and where its pixels are."""
 
@@ -459,6 +459,11 @@ class Frame:
     intercept: float
     padding: tuple[int, int] | None  # first and last of the stored values that are not tissue
     remarks: list[str]  # what was assumed for it
+
+    @cached_property
+    def stored(self) -> ndarray:
+        """(rows, cols) stored values, kept once decoded."""
+        return decode(self)
 
     @property
     def is_ct(self) -> bool:
@@ -817,35 +822,29 @@ class Samples(NamedTuple):
     corners: ndarray  # (m,) in the corners of the slices, where no head reaches
 
 
-def repair_values(stack: Stack) -> dict[int, ndarray]:
-    """Values that the pixels contradict, put right after five slices of each group with the same sign,
-    and in CT the same rescale. Returns what is decoded then (index of the frame -> stored values)."""
+def repair_values(stack: Stack) -> None:
+    """Put right values that the pixels contradict, in groups of frames with the same sign, and in CT the same
+    rescale."""
     groups = defaultdict(list)
-    for i, frame in enumerate(stack.frames):
-        groups[is_signed(frame.header), frame.is_ct and (frame.slope, frame.intercept)].append(i)
-    all_decoded = {}
+    for frame in stack.frames:
+        groups[is_signed(frame.header), frame.is_ct and (frame.slope, frame.intercept)].append(frame)
     largest = max(groups.values(), key=len)
-    for indices in groups.values():
-        doubts = stack.doubts if indices is largest else []  # a few slices may be air, or blank
-        part = Stack([stack.frames[i] for i in indices], stack.where, stack.notes, doubts)
-        decoded = repair_group(part)
-        all_decoded |= {indices[k]: pixels for k, pixels in decoded.items()}
-        for i, frame in zip(indices, part.frames, strict=True):
-            stack.frames[i] = frame
-    return all_decoded
+    for frames in groups.values():
+        doubts = stack.doubts if frames is largest else []  # a few slices may be air, or blank
+        repair_group(Stack(frames, stack.where, stack.notes, doubts))
 
 
-def repair_group(stack: Stack) -> dict[int, ndarray]:
-    """`repair_values` of a group; what is decoded is given up where the bits or the sign turn out others."""
-    first = stack.frames[0]
-    decoded = {}
-    for k in (1, 2, 3, 4, 5):
-        i = len(stack.frames) * k // 6
+def repair_group(stack: Stack) -> None:
+    """`repair_values` of a group, by the pixels of five of its frames."""
+    first, probes = stack.frames[0], []
+    for i in {len(stack.frames) * k // 6 for k in (1, 2, 3, 4, 5)}:
+        frame = stack.frames[i]
         with suppress(ValueError):  # told when the slice is used
-            decoded[i] = decode(stack.frames[i])
-    if not decoded:
-        return decoded
-    samples = sample_pixels(stack, decoded)
+            frame.stored = decode(frame)
+            probes.append(frame)
+    if not probes:
+        return
+    samples = sample_pixels(probes)
     is_inverse = first.header.get("PhotometricInterpretation") == "MONOCHROME1"
     if is_inverse:
         invert_if_bright(stack, samples)
@@ -853,18 +852,19 @@ def repair_group(stack: Stack) -> dict[int, ndarray]:
         choose_reading(stack, samples)
     elif not is_inverse:
         choose_sign(stack, samples)
-    samples = sample_pixels(stack, decoded)  # in the bits and sign chosen
+    for frame in probes:
+        frame.stored = mask_stored(frame.stored, frame.header)  # in the bits and sign chosen
+    samples = sample_pixels(probes)
     drop_padding(stack, samples)
-    if not stack.frames[0].padding:
+    if not first.padding:
         pad_fill(stack, samples)
-    return decoded if stack.frames[0].header is first.header else {}
 
 
-def sample_pixels(stack: Stack, decoded: dict[int, ndarray]) -> Samples:
+def sample_pixels(frames: Frames) -> Samples:
     stored, corners = [], []
-    for i, image in decoded.items():
-        stride = 1 + math.isqrt(image.size // 16_000)
-        pixels = mask_stored(image[::stride, ::stride], stack.frames[i].header)
+    for frame in frames:
+        stride = 1 + math.isqrt(frame.rows * frame.cols // 16_000)
+        pixels = frame.stored[::stride, ::stride]
         stored.append(pixels.ravel())
         corners.append(pixels[[0, 0, -1, -1], [0, -1, 0, -1]])
     return Samples(np.concatenate(stored), np.concatenate(corners))
@@ -877,10 +877,9 @@ def invert_if_bright(stack: Stack, samples: Samples) -> None:
     stack.notes.append("(0028,0004) MONOCHROME1 with a bright background: inverted")
     header = stack.frames[0].header
     ends = -1 if is_signed(header) else 2 ** header.get("BitsStored", 16) - 1  # lowest plus highest value
-    stack.frames = [
-        replace(frame, slope=-frame.slope, intercept=frame.intercept + frame.slope * ends)
-        for frame in stack.frames
-    ]
+    for frame in stack.frames:
+        frame.intercept += frame.slope * ends
+        frame.slope = -frame.slope
 
 
 def choose_reading(stack: Stack, samples: Samples) -> None:
@@ -920,9 +919,11 @@ def choose_reading(stack: Stack, samples: Samples) -> None:
 
 
 def change_tags(stack: Stack, tags: dict, shift: float = 0.0) -> None:
-    for i, frame in enumerate(stack.frames):
-        changed = replace(frame, header=frame.header | tags, intercept=frame.intercept + shift)
-        stack.frames[i] = replace(changed, padding=None) if tags else changed
+    for frame in stack.frames:
+        frame.header = frame.header | tags
+        frame.intercept += shift
+        if tags:
+            frame.padding = None
 
 
 class Reading(NamedTuple):
@@ -981,7 +982,8 @@ def drop_padding(stack: Stack, samples: Samples) -> None:
         if not is_among or is_padding(samples.corners, padding).mean() > 0.25:
             return
     stack.notes.append(f"(0028,0120) PixelPaddingValue {padding[1]} would be tissue: not used")
-    stack.frames = [replace(frame, padding=None) for frame in stack.frames]
+    for frame in stack.frames:
+        frame.padding = None
 
 
 def pad_fill(stack: Stack, samples: Samples) -> None:
@@ -1011,5 +1013,6 @@ def pad_fill(stack: Stack, samples: Samples) -> None:
         if is_far:
             stack.notes.append(f"the stored value {fill} fills corners, far from all others: it is padding")
             padding = (-(2**31), int(fill + gap / 2)) if fill < low else (int(fill - gap / 8), 2**31)
-            stack.frames = [replace(frame, padding=padding) for frame in stack.frames]
+            for frame in stack.frames:
+                frame.padding = padding
             pixels = others
