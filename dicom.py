@@ -1,8 +1,7 @@
-"""DICOM files -> `Series` -> `Volume`: the one path from files to the voxels of a model.
+"""DICOM files -> `Series` -> `Volume`: the only path from files to the voxels of a model.
 
-Reads top to bottom: settings -> `find_series` -> `read_series` -> grid -> `make_volume` -> head;
-`frames.py` reads their images. Space is LPS millimetres (x to the patient's left, y to the back, z to the
-head); voxels are indexed (z, y, x). Imports neither torch nor `common`, so that worker processes start fast.
+Reads top to bottom; `frames.py` reads the images. Space is LPS millimetres (x to the patient's left, y to the
+back, z to the head); voxels are indexed (z, y, x). Imports no torch, so that worker processes start fast.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from itertools import compress
 from pathlib import Path
@@ -65,8 +64,7 @@ SAME_POSITION_MM = 0.02  # closer slices share a position
 
 
 def safe_uid(uid: str) -> str:
-    """`uid` if it is safe as a file name (a UID, or another identifier such as ID_0a1b), else one made of its
-    SHA-256."""
+    """`uid` if it is safe as a file name (a UID, or the like of ID_0a1b), else a UID made of its SHA-256."""
     if re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", uid):
         return uid
     digest = hashlib.sha256(uid.encode(errors="surrogatepass")).digest()
@@ -89,10 +87,9 @@ def find_series(root: Path, skip: Path | None = None) -> tuple[dict[str, list[Pa
 
     A folder named by a UID is one series if its first image has the same (0020,000E) SeriesInstanceUID or
     none; its other files are not opened, so a million files take seconds. Elsewhere images are grouped by
-    SeriesInstanceUID, across folders, or by their folder's name, and never across (0010,0020) PatientIDs: a
-    name that several series claim gets a number (`2024.03.01-1of2`). A damaged image that does not say where
-    it belongs counts as one of its folder's largest series, an unreadable folder as a series. Folders called
-    `segmentations` (vessel masks) and the files in `skip` are left out. Links are followed, folders once.
+    SeriesInstanceUID, or by their folder's name, and never across (0010,0020) PatientIDs: a name that several
+    series claim gets a number (`2024.03.01-1of2`). Damaged images count to their folder's largest series. The
+    folders `segmentations` (vessel masks) and files in `skip` are left out. Links are followed once.
     """
     groups = defaultdict(lambda: defaultdict(list))
     rejected: Rejected = []
@@ -184,7 +181,7 @@ class Series:
     transfer_syntax: str
     notes: list[str]  # everything that was left out, assumed or repaired
     skipped: Rejected  # files that are not slices, with the reason
-    geometry: dict[tuple[str, int], Frame]  # (SOPInstanceUID, frame index) -> every image, left-out ones too
+    geometry: dict[tuple, Frame]  # (SOPInstanceUID, frame index) -> every image, left-out ones too
     doubts: list[str]  # why the volume may be wrong
 
     def stored(self, i: int) -> ndarray:
@@ -214,17 +211,12 @@ class Series:
         return frame.position + x * col_mm * frame.row_dir + y * row_mm * frame.col_dir
 
 
-PHASE_TYPES = {"P", "PHASE", "R", "REAL", "I", "IMAGINARY", "PHASE MAP", "B0", "B0 MAP"}
-
-
 def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
     """One volume from a folder of any depth, or from a list of files.
 
-    Files are recognised by content. Images of series `uid` are used if there are any, else all. The volume is
-    one of the largest group of CT or MR images that agree in series, size, orientation and pixel spacing
-    (`select_geometry`), with one image per position (`place_slices`); scouts and projections (MIP) only where
-    nothing else is there. ValueError (one line) if there is no volume: mosaics, projections, radiographs,
-    reports.
+    Images of series `uid` are used if there are any, else all. The volume is of the largest group that agrees
+    in series, size, orientation and pixel spacing (`select_geometry`), with one image per position
+    (`place_slices`). ValueError (one line) if there is no volume: mosaics, projections, radiographs, reports.
     """
     where = f"{len(source)} files" if isinstance(source, list) else str(source)
     frames, skipped = read_frames(list_files(source), where)
@@ -266,10 +258,8 @@ def list_files(source: Path | list[Path]) -> list[Path]:
 
 
 def read_frames(paths: list[Path], where: str) -> tuple[Frames, Rejected]:
-    """(images, [(file that is not a slice, reason)]).
-
-    ValueError if there is no image, if more than a tenth of the images are damaged, or if the disk fails.
-    """
+    """(images, [(file that is not a slice, reason)]). ValueError if there is no image, if more than a tenth
+    are damaged, or if the disk fails."""
     frames, skipped, num_intact = [], [], 0
     for path in paths:
         try:
@@ -294,7 +284,7 @@ def read_frames(paths: list[Path], where: str) -> tuple[Frames, Rejected]:
     return frames, skipped
 
 
-def index_images(frames: Frames) -> dict[tuple[str, int], Frame]:
+def index_images(frames: Frames) -> dict[tuple, Frame]:
     """(SOPInstanceUID, frame index) -> image, without UIDs that images at several places share."""
     images = defaultdict(list)
     for frame in frames:
@@ -333,8 +323,7 @@ USUAL_DIRECTIONS = ((Y, -Z), (X, -Z), (X, Y))  # of rows and columns in these pl
 
 
 def orient_frames(stack: Stack) -> None:
-    """Frames without a valid (0020,0037) ImageOrientationPatient get the usual one of the plane across which
-    the positions of all lie, else axial."""
+    """Frames without a valid (0020,0037) ImageOrientationPatient get the plane that positions lie across."""
     frames = stack.frames
     is_missing = [np.isnan(frame.row_dir[0]) for frame in frames]
     if not any(is_missing):
@@ -377,8 +366,7 @@ def rank_positions(frames: Frames) -> ndarray:
 
 
 def select_geometry(stack: Stack) -> None:
-    """The largest group (by positions) of images that agree in series, kind, size, orientation and pixel
-    spacing; others are noted."""
+    """Leave the largest group of images that agree in series, kind, size, orientation and pixel spacing."""
     alike = defaultdict(list)
     for frame in stack.frames:
         series = frame.header.get("SeriesInstanceUID") or frame.header.get("PatientID")
@@ -409,8 +397,8 @@ def select_geometry(stack: Stack) -> None:
 
 
 def group_by_geometry(frames: Frames) -> list[Frames]:
-    """Groups of equal pixel spacing (0.2 %) and orientation (0.02 from the median, because it may jitter in
-    many images; 0.001 in a few)."""
+    """Groups of equal pixel spacing (0.2 %) and orientation (0.02 from the median, for it may jitter; of few
+    images 0.001)."""
     tolerance = 0.02 if len(frames) >= 8 else 0.001
     geometry = np.array([[*10 * np.log(f.spacing_mm), *f.row_dir, *f.col_dir] for f in frames])
     groups, rest = [], np.arange(len(frames))
@@ -445,8 +433,8 @@ def drop_slabs(stack: Stack) -> None:
 def place_slices(stack: Stack) -> Frames:
     """Leave one image per position, sorted along +normal. Returns every image with its position.
 
-    The sources of positions are tried in turn until one is plausible: of the images of one volume nearly all
-    have a position of their own, and where (0020,0032) does not tell, neighbours look alike.
+    Sources of positions are tried until one is plausible: nearly all images of a volume differ in position,
+    and neighbours are alike.
     """
     num_images = len(stack.frames)
     attempts = []
@@ -509,9 +497,8 @@ def position_sources(frames: Frames) -> Iterator[tuple[str, bool, Frames]]:
 
 
 def place_on_line(frames: Frames, values: ndarray, step_mm: float) -> tuple[Frames, float]:
-    """(frames on the line that known positions follow by `values`, the line's step), to half a millimetre,
-    because positions may be rounded. Where these do not follow a line: (frames in steps of `step_mm` along
-    the normal, in the direction in which known positions grow, 0)."""
+    """(frames on the line that known positions follow by `values` to half a millimetre, its step), else
+    (frames in steps of `step_mm` along the normal, in the direction in which known positions grow, 0)."""
     points = frame_points(frames)
     is_known = np.isfinite(points[:, 0])
     known, known_values = points[is_known], values[is_known]
@@ -530,8 +517,8 @@ def place_on_line(frames: Frames, values: ndarray, step_mm: float) -> tuple[Fram
 
 
 def is_comb(frames: Frames) -> bool:
-    """Whether frames lie at even positions, most of them alone, and the others repeat slices: these look like
-    the slice that they share a position with, and InstanceNumbers do not run along the stack."""
+    """Whether frames lie at even positions, most of them alone, and the others repeat slices: these are like
+    the slice at their position, and InstanceNumbers do not run along the stack."""
     frames = sorted(frames, key=image_number)
     ranks, gaps = rank_positions(frames), np.diff(distinct_positions(frames))
     counts, steps = np.bincount(ranks), np.diff(ranks)
@@ -549,8 +536,8 @@ def is_comb(frames: Frames) -> bool:
 
 
 def drop_strays(stack: Stack) -> None:
-    """Leave out the few frames (a tenth at most) that lie beyond a gap far wider than the others, or far from
-    those numbered before and after them: test images, corrupt positions."""
+    """Leave out a few frames (a tenth at most) beyond a gap far wider than the others, or far from those
+    numbered before and after them: test images, corrupt positions."""
     places = distinct_positions(stack.frames)
     gaps = np.diff(places)
     if len(gaps) < 5:
@@ -573,8 +560,8 @@ def drop_strays(stack: Stack) -> None:
 
 @lru_cache(maxsize=64)
 def thumbnail(frame: Frame) -> ndarray:
-    """(32, 32) block means of the values; in CT of 0..1500 HU, so that air and metal weigh little. Zeros if
-    the frame cannot be decoded, which is told when the slice is used."""
+    """(32, 32) block means of the values, in CT of 0..1500 HU; zeros if the frame cannot be decoded, which is
+    told when the slice is used."""
     try:
         values = decode(frame) * np.float32(frame.slope) + np.float32(frame.intercept)
     except ValueError:
@@ -583,16 +570,15 @@ def thumbnail(frame: Frame) -> ndarray:
     return np.clip(image, 0, 1500) if frame.is_ct else image
 
 
-def sum_differences(pairs: Iterable[tuple[Frame, Frame]]) -> float:
+def sum_differences(pairs: Iterable[tuple]) -> float:
     """How much the two frames of each pair differ, over all pairs."""
     return sum(float(np.abs(thumbnail(a) - thumbnail(b)).sum()) for a, b in pairs)
 
 
 def is_ordered(frames: Frames, num_shared: int) -> bool:
-    """Whether the order of slices is plausible, given that the best source tells `num_shared` positions: each
-    looks more like the next one than like one a quarter of the stack away, and than the one as far on as
-    images shared a position (if these were of several contrasts, it would be the other way round). Images of
-    one place hardly differ. Below 8 slices: assumed."""
+    """Whether the order of slices is plausible: each is more like the next one than like one a quarter of the
+    stack away, and than the one as far on as images share the `num_shared` positions of the best source (of
+    several contrasts it would be the other way round). Images of the same place hardly differ."""
     if len(frames) < 8:
         return True
     frames = take_one_per_position(frames)
@@ -618,11 +604,11 @@ VOLUME_KEYS = (
     "AcquisitionNumber", "AcquisitionTime", "TriggerTime", "StackID",
 )
 # fmt: on
+PHASE_TYPES = {"P", "PHASE", "R", "REAL", "I", "IMAGINARY", "PHASE MAP", "B0", "B0 MAP"}
 
 
 def key_value(frame: Frame, name: str) -> tuple:
-    """An attribute's value for sorting: absent before small before large. ImageType: magnitude first, phase,
-    real and imaginary last; original before derived."""
+    """An attribute's value for sorting: absent first; of ImageType magnitude first, phase last."""
     if name != "ImageType":
         return name in frame.header, frame.header.get(name, "")
     types = [*image_types(frame.header), frame.header.get("ComplexImageComponent", "").upper()]
@@ -665,8 +651,7 @@ def alternate(frames: Frames) -> ndarray:
 
 
 def select_volume(stack: Stack) -> None:
-    """Leave the images of one volume: while an attribute, or the order of InstanceNumbers, times or files,
-    tells several complete volumes apart, one of them."""
+    """Leave a single volume where an attribute, or the order of images, tells several complete ones apart."""
     for name in VOLUME_KEYS:
         select_labelled(stack, [key_value(frame, name) for frame in stack.frames], name)
     for name in ("InstanceNumber", "AcquisitionTime", "order of files"):
@@ -676,8 +661,8 @@ def select_volume(stack: Stack) -> None:
 
 
 def select_labelled(stack: Stack, labels: list | ndarray, name: str) -> None:
-    """Leave the frames with one label, if that makes a volume (`is_volume`): of several CT volumes the
-    brightest, whose vessels are filled; else the fullest, the first of equals."""
+    """Leave the frames of one label, if they are a volume (`is_volume`): of several in CT the brightest, with
+    filled vessels; else the fullest, the first of equals."""
     if len(set(labels)) == 1:
         return
     volumes = defaultdict(list)
@@ -701,12 +686,9 @@ def select_labelled(stack: Stack, labels: list | ndarray, name: str) -> None:
 
 
 def is_volume(frames: Frames, places: ndarray, num_all: int) -> bool:
-    """Whether frames cover the `places` where `num_all` images lie.
-
-    Either they lie at nearly all of them (at all, where few images share places), or between their own even
-    slices there is no room for others: these lie nearer than a slice's thickness. MR slices may be taken in
-    two passes, even ones after odd ones; these lie evenly.
-    """
+    """Whether frames cover the `places` where `num_all` images lie: they lie at nearly all of these (at all
+    where few images share places), or are even slices with no room for the others between them. MR slices may
+    be taken in two passes, even ones after odd ones; these lie evenly."""
     positions = distinct_positions(frames)
     if len(positions) >= (0.9 if num_all > 1.1 * len(places) else 1.0) * len(places):
         return True
@@ -737,8 +719,7 @@ def measure_brightness(frames: Frames, places: ndarray) -> float:
 
 
 def take_one_per_position(frames: Frames) -> Frames:
-    """Frames sorted along +normal; where several share a position, the one whose InstanceNumber fits those of
-    the others best, else the lowest."""
+    """Frames along +normal; where several share a position, the one whose InstanceNumber fits the others'."""
     frames = [frames[i] for i in np.argsort(positions_along_normal(frames), kind="stable")]
     ranks = rank_positions(frames)
     numbers = np.array([image_number(frame) for frame in frames])
@@ -792,7 +773,7 @@ class Volume:
     voxels: ndarray  # (Z, H, W) uint8
     affine: ndarray  # (4, 4) from (z, y, x, 1) to LPS mm
     notes: list[str]
-    doubts: list[str] = field(default_factory=list)  # why it may be wrong, the series' doubts among them
+    doubts: list[str]  # why it may be wrong, the series' doubts among them
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -816,8 +797,7 @@ class Box:
 
     def middles(self, axis: int) -> ndarray:
         """(shape,) mm of the voxels' middles along an axis."""
-        edges = self.edges(axis)
-        return (edges[:-1] + edges[1:]) / 2
+        return self.edges(axis)[:-1] + self.steps[axis] / 2
 
 
 BLANK = "blank"
@@ -826,10 +806,7 @@ BLANK = "blank"
 @dataclass(frozen=True)
 class Grid:
     """Where a series' pixels lie along the canonical axes (z, y, x), reached by permutation and flips alone.
-
-    Millimetres along an axis are the dot product of an LPS point and the axis' direction. Slices are counted
-    (k) in the order of growing millimetres; the image axes are the two canonical axes other than `through`.
-    """
+    Millimetres along an axis are an LPS point's dot product with its direction; slices (k) grow with them."""
 
     series: Series
     directions: ndarray  # (3, 3) a row per canonical axis: its unit vector in LPS
@@ -847,8 +824,7 @@ class Grid:
     faults: dict[int, str]  # index into series.frames, of those decoded so far -> "", BLANK or an error
 
     def image(self, k: int) -> ndarray:
-        """Stored values of slice k along its canonical axes, zeros if it cannot be decoded; what is wrong
-        with it goes to `faults`."""
+        """Stored values of slice k along its canonical axes, zeros if they cannot be decoded (`faults`)."""
         i = self.order[k]
         try:
             stored = self.series.stored(i)
@@ -872,12 +848,9 @@ class Grid:
 
 
 def canonical_grid(series: Series, faults: dict[int, str] | None = None) -> Grid:
-    """The grid of a series' usable slices, as far as `faults` are known.
-
-    Pixels stay where they were acquired: an oblique scan gets canonical axes that lean as it does, so nothing
-    is interpolated but along z. Every slice keeps its own position, because a stack may have uneven gaps, or
-    be sheared by gantry tilt, and an index says nothing about millimetres then.
-    """
+    """The grid of a series' usable slices, as far as `faults` are known. An oblique scan gets canonical axes
+    that lean as it does, so that nothing is interpolated but along z. Every slice has its position, because
+    gaps may be uneven, or the stack sheared by gantry tilt."""
     first, normal = series.frames[0], series.normal
     stored = np.stack([normal, np.cross(normal, first.row_dir), first.row_dir])
     cosines = stored[:, ::-1]  # of a growing slice, row and column number with z, y, x
@@ -917,17 +890,15 @@ def canonical_grid(series: Series, faults: dict[int, str] | None = None) -> Grid
 
 
 def order_slices(positions: ndarray, faults: dict[int, str]) -> list[int]:
-    """The slices by growing position, less those that cannot be decoded and the blank ones between others:
-    the ends may be air."""
+    """The slices by growing position, without faulty ones, but with blank ends, which may be air."""
     order = [i for i in np.argsort(positions).tolist() if faults.get(i, "") in ("", BLANK)]
     filled = [k for k, i in enumerate(order) if faults.get(i) == ""] or [0]
     return [i for k, i in enumerate(order) if faults.get(i) != BLANK or not filled[0] < k < filled[-1]]
 
 
 def slice_spans(centres: ndarray, thickness_mm: float) -> ndarray:
-    """(n, 2): the interval that each of n growing slices stands for: to the midpoints between neighbours, but
-    at most 0.75 of the median gap to either side (a missing slice leaves a hole); thickness_mm where there is
-    only one."""
+    """(n, 2) mm that each of n growing slices stands for: to the midpoints between neighbours, but at most
+    0.75 of the median gap to either side (a missing slice leaves a hole); a single one for thickness_mm."""
     gaps = np.diff(centres)
     usual = np.median(gaps) if len(gaps) else thickness_mm
     gaps = np.minimum(gaps, 1.5 * usual)
@@ -936,11 +907,8 @@ def slice_spans(centres: ndarray, thickness_mm: float) -> ndarray:
 
 
 def slab_weights(spans: ndarray, edges: ndarray) -> tuple[ndarray, ndarray]:
-    """Weights (Z, n) of n slices in Z slabs, by how much of the slab each span (n, 2) covers; rows sum to 1.
-
-    A slab that no span touches (missing slices) is interpolated between its neighbours; beyond all spans the
-    nearest slice counts. The second result (Z,) is the share of each slab that spans cover.
-    """
+    """(weights (Z, n) of n slices in Z slabs, by how much of the slab each span (n, 2) covers, rows sum to 1;
+    share (Z,) of each slab that spans cover). A slab that no span touches: `line_weights`."""
     first, last = spans.T
     low, high = edges[:-1, None], edges[1:, None]
     overlap_mm = np.minimum(high, last) - np.maximum(low, first)
@@ -954,8 +922,7 @@ def slab_weights(spans: ndarray, edges: ndarray) -> tuple[ndarray, ndarray]:
 
 
 def line_weights(centres: ndarray, targets: ndarray) -> ndarray:
-    """Weights (P, n) of linear interpolation between n growing centres at P targets; the nearest beyond the
-    ends."""
+    """Weights (P, n) of linear interpolation between n growing centres at P targets; constant beyond ends."""
     weights = [np.interp(targets, centres, row) for row in np.eye(len(centres))]
     return np.stack(weights, axis=1)
 
@@ -974,13 +941,12 @@ def to_lps(voxels: ndarray, affine: ndarray) -> ndarray:
 def make_volume(series: Series, settings: VolumeSettings) -> Volume:
     """The box below the top of the head as settings.base_slices slabs of settings.img_size pixels, uint8.
 
-    The box is measured from the top of the head, because that is the one end that every head scan shares: a
-    scan may end at the skull base or at the aortic arch. It is roi_mm wide, centred on the head, and
-    roi_top_mm deep, along z cut to what was scanned. A slab is the mean of the slices in it, weighted by
-    overlap, because single slices 5 mm apart would miss most aneurysms; pixels are area means where the image
-    shrinks and linear where it grows, at equal mm in both directions, 0 outside of the image. CT: ct_window
-    becomes 0..255; else mr_percentiles of the box. Slices outside are not decoded, except up to 30 to find
-    the head. ValueError if more than a tenth of the slices cannot be decoded.
+    The box is measured from the top of the head, because that is the end that every head scan shares. It is
+    roi_mm wide, centred on the head, and roi_top_mm deep, along z cut to what was scanned. A slab is the mean
+    of the slices in it, weighted by overlap, because single slices 5 mm apart would miss most aneurysms;
+    pixels are area means where the image shrinks and linear where it grows, 0 outside of the image. CT:
+    ct_window becomes 0..255; else mr_percentiles of the box. Slices outside are not decoded, but for up to 30
+    to find the head. ValueError if more than a tenth of the slices cannot be decoded.
     """
     num_slices, num_rendered = len(series.frames), 0
     grid = canonical_grid(series)
@@ -1012,8 +978,7 @@ def make_volume(series: Series, settings: VolumeSettings) -> Volume:
 
 
 def place_box(grid: Grid, settings: VolumeSettings, notes: list[str]) -> Box:
-    """The box under the head. Along the image axes its edge is moved to the nearest pixel edge of the middle
-    slice, so that resizing is exact."""
+    """The box under the head, its edge moved to the middle slice's nearest pixel edge: resizing is exact."""
     bottom, covered = grid.extent_mm(0)
     head = find_head(grid)
     if head is None:
@@ -1036,8 +1001,8 @@ def place_box(grid: Grid, settings: VolumeSettings, notes: list[str]) -> Box:
 
 
 def weigh_slices(grid: Grid, box: Box) -> tuple[ndarray, ndarray]:
-    """`slab_weights` of the voxels along `through`, zeros beside what was scanned. Coronal and sagittal:
-    linear where slices lie sparser than voxels."""
+    """`slab_weights` of the voxels along `through`, zeros beside the scan; linear where sagittal or coronal
+    slices lie sparser than voxels."""
     weights, covered = slab_weights(grid.spans, box.edges(grid.through))
     if grid.through != 0 and np.median(np.diff(grid.spans)) > box.steps[grid.through]:
         weights = line_weights(grid.centres, box.middles(grid.through))
@@ -1053,13 +1018,9 @@ def is_scanned(grid: Grid, box: Box, axis: int) -> ndarray:
 
 
 def render_box(grid: Grid, box: Box, weights: ndarray, limits: tuple[float, float]) -> ndarray:
-    """Voxels (Z, H, W) from the weights (voxels along `through`, slices).
-
-    The slices of a slab (across a sagittal scan: of a column of voxels) are merged at their own resolution,
-    and each slab is resized once: both steps are linear, so their order does not change the result, and there
-    are ten times fewer images to resize. Clipping to the window comes first, slice by slice, or bone would
-    outshine the artery beside it in a thick slab.
-    """
+    """Voxels (Z, H, W) from the weights (voxels along `through`, slices). Slices are merged at their own
+    resolution and each slab is resized once: both are linear, so the order does not matter, and ten times
+    fewer images are resized. Each slice is clipped before, or bone would outshine the artery beside it."""
     shape = box.shape[grid.image_axes]
     factors = grid.steps / box.steps[grid.image_axes]
     slabs = np.zeros((len(weights), *shape), np.uint8)
@@ -1079,8 +1040,8 @@ def render_box(grid: Grid, box: Box, weights: ndarray, limits: tuple[float, floa
 
 
 def load_window(grid: Grid, box: Box, limits: tuple[float, float], k: int) -> tuple[ndarray, float, float]:
-    """(window, gain, bias): the stored values of slice k in the box, (h, w) float32, clipped at the limits;
-    outside of the image and for padding the lower one. limits -> 0..1 is gain * window + bias."""
+    """(window, gain, bias): stored values of slice k in the box, (h, w) float32, clipped at the limits, the
+    lower one outside of the image and for padding. limits -> 0..1 is gain * window + bias."""
     frame = grid.frames[k]
     # As stored; dark lies above bright where the slope is negative.
     dark, bright = ((value - frame.intercept) / frame.slope for value in limits)
@@ -1101,8 +1062,7 @@ def load_window(grid: Grid, box: Box, limits: tuple[float, float], k: int) -> tu
 
 
 def crop_image(grid: Grid, k: int, box: Box) -> ndarray:
-    """Stored values of slice k in the box, as far as its image reaches. The slice's own position counts, to a
-    whole pixel, so gantry tilt is corrected."""
+    """Stored values of slice k in the box, as far as its image reaches, at its position to a whole pixel."""
     top, left = box.starts[k]
     rows, columns = box.window
     rows = slice(max(top, 0), max(top + rows, 0))
@@ -1111,8 +1071,8 @@ def crop_image(grid: Grid, k: int, box: Box) -> ndarray:
 
 
 def resize_exactly(image: ndarray, factors: ndarray, shape: ndarray) -> ndarray:
-    """Scale (h, w) float32 by factors per axis, its outer upper left edge staying in place, then cut to
-    shape: area means along an axis that shrinks, linear along one that grows."""
+    """Scale (h, w) float32 by factors per axis from the outer upper left edge on, then cut to shape: area
+    means along an axis that shrinks, linear along one that grows."""
     for method, (y, x) in (
         (cv2.INTER_AREA, np.minimum(factors, 1)),
         (cv2.INTER_LINEAR, np.maximum(factors, 1)),
@@ -1124,8 +1084,8 @@ def resize_exactly(image: ndarray, factors: ndarray, shape: ndarray) -> ndarray:
 
 
 def choose_limits(grid: Grid, box: Box, settings: VolumeSettings) -> tuple[float, float]:
-    """mr_percentiles of the rescaled pixels in the box (up to 30,000 of each of up to 16 slices).
-    Padding counts as black air beside a magnitude image, and not at all where zero is far from all tissue."""
+    """mr_percentiles of the rescaled pixels in the box (up to 30,000 of each of up to 16 slices). Padding
+    counts as black air in a magnitude image, and not at all where zero is far from all tissue."""
     edges = box.edges(grid.through)
     is_inside = (grid.spans[:, 1] > edges[0]) & (grid.spans[:, 0] < edges[-1])
     samples = [np.zeros(0, np.float32)]
@@ -1205,12 +1165,10 @@ Masks = dict[int, ndarray]  # slice k -> (h, w) uint8
 
 
 def find_head(grid: Grid) -> tuple[float, float, float] | None:
-    """(top, centre y, centre x) of the head in mm, from up to 24 slices at about 3 mm per pixel; None without
-    one.
+    """(top, centre y, centre x) of the head in mm, or None, from up to 24 slices at about 3 mm per pixel.
 
-    Top: the highest level where the head's cross-section exceeds 1000 mm2 (28 mm times the scan's width in a
-    narrow scan); between axial slices bisected down to one slice or 2 mm. Centre: of the bounding box over
-    100 mm below it.
+    Top: the highest level where the head's cross-section exceeds 1000 mm2 (in a narrow scan 28 mm times its
+    width); between axial slices bisected down to 2 mm. Centre: of the bounding box over 100 mm below it.
     """
     factors = np.maximum(1, np.rint(3.0 / grid.steps)).astype(int)
     pixel_mm = grid.steps * factors
@@ -1229,7 +1187,7 @@ def find_head(grid: Grid) -> tuple[float, float, float] | None:
         return mask_head(load(k), threshold, is_ct) * has_content
 
     masks = {k: mask_slice(k) for k in picks}
-    head = {k: largest_component(mask) for k, mask in masks.items()}
+    head = {k: largest_component(mask, mask) for k, mask in masks.items()}
     least_mm2 = min(1000, *(28 * np.ptp(grid.extent_mm(axis)) for axis in (1, 2)))
     if grid.through == 0:
         follow_head(masks, head)
@@ -1241,11 +1199,8 @@ def find_head(grid: Grid) -> tuple[float, float, float] | None:
     return top, *find_centre(grid, head, pixel_mm, top)
 
 
-def find_axial_top(
-    grid: Grid, head: Masks, mask_slice: Callable[[int], ndarray], least_pixels: float
-) -> float | None:
-    """mm of the top by bisection between the highest sample with a head and the next; `head` gets the slices
-    with a head that it passes."""
+def find_axial_top(grid: Grid, head: Masks, mask_slice: Callable, least_pixels: float) -> float | None:
+    """mm of the top by bisection between the highest sample with a head and the next; `head` gets more."""
     large = [k for k, mask in head.items() if mask.sum() > least_pixels]
     if not large:
         return None
@@ -1253,7 +1208,7 @@ def find_axial_top(
     above = min((k for k in head if k > inside), default=inside)
     while above - inside > 1 and grid.centres[above] - grid.centres[inside] > 2.0:
         k = (inside + above) // 2
-        mask = largest_component(mask_slice(k), near=head[inside])
+        mask = largest_component(mask_slice(k), head[inside])
         if mask.sum() > least_pixels:
             inside = k
             head[k] = mask
@@ -1286,13 +1241,11 @@ def find_centre(grid: Grid, head: Masks, pixel_mm: ndarray, top: float) -> tuple
     points[grid.image_axes] = edges + (np.array(pixels) + 0.5) * pixel_mm[:, None]
     points = points[:, points[0] < top]
     box = points[1:, points[0] >= min(top - 100, points[0].max())]
-    y, x = (box.min(axis=1) + box.max(axis=1)) / 2
-    return y, x
+    return tuple((box.min(axis=1) + box.max(axis=1)) / 2)
 
 
 def shrink_slice(grid: Grid, factors: ndarray, k: int) -> ndarray:
-    """Rescaled slice k as means over blocks of `factors` pixels, float32; padding as air, or as what
-    is darker."""
+    """Rescaled slice k as means over blocks of `factors` pixels, float32; padding as air, or darker."""
     frame = grid.frames[k]
     values = rescale_values(frame, grid.image(k))
     if frame.padding:
@@ -1304,8 +1257,7 @@ def shrink_slice(grid: Grid, factors: ndarray, k: int) -> ndarray:
 
 
 def choose_threshold(images: list[ndarray]) -> float:
-    """Threshold for MR: half of Otsu's, since dark tissue is head, but at least a tenth of the range (1st to
-    99th percentile), since noise is not."""
+    """Threshold for MR: half of Otsu's, since dark tissue is head, but at least a tenth of the range."""
     values = np.concatenate([image.ravel() for image in images])
     low, high = np.percentile(values, (1, 99)).tolist()
     scaled = np.interp(values, (low, high), (0, 255)).astype(np.uint8)
@@ -1315,15 +1267,14 @@ def choose_threshold(images: list[ndarray]) -> float:
 
 
 def mask_head(image: ndarray, threshold: float, is_ct: bool) -> ndarray:
-    """Mask uint8 of what is brighter, without structures thinner than 3 pixels (table, headrest). MR: with
-    its dark insides, because the skull is a dark ring there. CT: with all inside the skull, which may be
-    hollow or have a defect."""
+    """Mask uint8 of what is brighter, less structures thinner than 3 pixels (table). MR: with dark insides,
+    since the skull is a dark ring. CT: with all inside the skull, which may be hollow or have a defect."""
     kernel = np.ones((3, 3), np.uint8)
     mask = (image > threshold).astype(np.uint8)
     if is_ct:
         bone = (image > 100).astype(np.uint8)
         bone = cv2.morphologyEx(bone, cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))
-        skull = cv2.findNonZero(largest_component(bone))
+        skull = cv2.findNonZero(largest_component(bone, bone))
         if skull is not None:
             cv2.fillConvexPoly(mask, cv2.convexHull(skull), 1)
     else:
@@ -1333,23 +1284,20 @@ def mask_head(image: ndarray, threshold: float, is_ct: bool) -> ndarray:
     return cv2.morphologyEx(mask, cv2.MORPH_OPEN, kernel)
 
 
-def largest_component(mask: ndarray, near: ndarray | None = None) -> ndarray:
-    """The largest connected part of a mask, or the one that shares most pixels with `near`; zeros if there is
-    none."""
+def largest_component(mask: ndarray, near: ndarray) -> ndarray:
+    """The connected part of a mask that shares most pixels with `near`; zeros if there is none."""
     _, labels = cv2.connectedComponents(mask)
-    pixels = labels if near is None else labels[near > 0]
-    sizes = np.bincount(pixels.ravel(), minlength=1)
+    sizes = np.bincount(labels[near > 0], minlength=1)
     sizes[0] = 0  # background
     return mask * (labels == sizes.argmax())
 
 
 def follow_head(masks: Masks, head: Masks) -> None:
-    """Reduce the head, the largest component of each mask, to those that lie on each other: up and down from
-    the largest of all, the component over the last."""
+    """Reduce the head to components that lie on each other: up and down from the largest of all."""
     seed = max(head, key=lambda k: head[k].sum())
     upwards = [k for k in head if k > seed]
     downwards = [k for k in reversed(head) if k < seed]
     for side in (upwards, downwards):
         last = head[seed]
         for k in side:
-            last = head[k] = largest_component(masks[k], near=last)
+            last = head[k] = largest_component(masks[k], last)

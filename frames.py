@@ -1,8 +1,7 @@
 """DICOM files -> their images, `Frame`s: header, place, stored pixels, and what their values mean.
 
-Reads top to bottom: what is read -> the header -> which series a file belongs to -> frames -> pixels ->
-values. Space is LPS millimetres (x to the patient's left, y to the back, z to the head). `dicom.py` makes
-series of these.
+Reads top to bottom; `dicom.py` makes series of them. Space is LPS millimetres (x to the patient's left, y to
+the back, z to the head).
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ PIXEL_DATA = 0x7FE00010
 UNDEFINED = 0xFFFFFFFF  # length of an element that ends with a delimiter
 
 
-def tag_table(names: str) -> dict[int, tuple[str, str, bool]]:
+def tag_table(names: str) -> dict[int, tuple]:
     """tag -> (name, VR, whether it has one value) of attributes named as in PS3.6."""
     tags = {datadict.tag_for_keyword(name): name for name in names.split()}
     entries = datadict.DicomDictionary  # tag -> (VR, number of values, ...)
@@ -92,7 +91,7 @@ STREAM_START = re.compile(rb"\xff\xd8\xff|\xff\x4f\xff\x51|\0\0\0\x0cjP|[\1-\x0f
 
 def one_line_errors(function: Callable) -> Callable:
     """Whatever goes wrong inside becomes a ValueError of one line: what parsers raise on hostile bytes, and a
-    decoder's own BaseException (pylibjpeg-rle: PanicException). Interrupts and exits pass through."""
+    decoder's BaseException (pylibjpeg-rle: PanicException). Interrupts and exits pass."""
 
     @wraps(function)
     def wrapped(*args: object) -> object:
@@ -132,8 +131,8 @@ def check_is_regular(path: Path) -> None:
 
 
 def fast_header(path: Path) -> dict | None:
-    """`read_header` in 0.1 ms for plain little-endian files. None at the slightest doubt (odd VR, length or
-    order, functional groups, a value that does not parse), which leaves the file to pydicom."""
+    """`read_header` in 0.1 ms for plain little-endian files; None at the slightest doubt (odd VR, functional
+    groups, a value that does not parse), which leaves the file to pydicom."""
     with open(path, "rb", buffering=0) as file:
         for limit in (2**14, 2**18, 2**22):
             file.seek(0)
@@ -232,8 +231,8 @@ def skip_sequence(head: bytes, position: int, explicit: bool, depth: int = 0) ->
 
 @lru_cache(maxsize=64)  # most values are those of the slice before
 def parse_value(tag: int, vr: str | None, raw: bytes, order: str) -> tuple | float | str | None:
-    """Text unpadded; numbers as a tuple, or the first where there should be one; None if empty.
-    ValueError if malformed. `vr` is the one written, if any."""
+    """Text unpadded; numbers as a tuple, or the first of an attribute with one value; None if empty.
+    ValueError if malformed. `vr` is what the file says, if anything."""
     _, expected, is_single = ATTRIBUTES[tag]
     if expected not in NUMERIC:
         return raw.decode("latin-1").strip(" \0") or None
@@ -290,9 +289,8 @@ def slow_header(path: Path) -> dict:
         *tag, length = struct.unpack(order + ("HH4xI" if explicit else "HHI4x"), element)
         if tag != [PIXEL_DATA >> 16, PIXEL_DATA & 0xFFFF]:
             sop_class = header.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID", "")
-            modality = header.get("Modality", "no (0008,0060) Modality")
-            what = "truncated" if modality == sop_modality(sop_class) else "not an image"
-            raise ValueError(f"{what} ({modality}): no (7FE0,0010) PixelData")
+            what = "truncated" if sop_modality(sop_class) else "not an image"
+            raise ValueError(f"{what} ({header.get('Modality', 'no Modality')}): no (7FE0,0010) PixelData")
         vr = element[4:6].decode() if explicit else "OW"
         header["pixel_data"] = (vr, position + (12 if explicit else 8), length)
         header["groups"] = parse_groups(dataset, order)
@@ -301,8 +299,7 @@ def slow_header(path: Path) -> dict:
 
 
 def parse_dataset(dataset: pydicom.Dataset, order: str, given: dict) -> dict:
-    """`given` overlaid with the attributes of a dataset, or of an item of functional groups, by name; remarks
-    as in `read_header`."""
+    """`given` overlaid with the attributes and remarks of a dataset, or of an item of functional groups."""
     header = given | {"remarks": [*given.get("remarks", [])]}
     for tag, element in dataset.items():
         if tag in FUNCTIONAL_GROUPS and dataset[tag].value:
@@ -325,8 +322,7 @@ def parse_dataset(dataset: pydicom.Dataset, order: str, given: dict) -> dict:
 
 
 def parse_groups(dataset: pydicom.Dataset, order: str) -> list[dict]:
-    """For each frame of an enhanced file what its and the shared functional groups say (one item if there are
-    only shared ones)."""
+    """For each frame of an enhanced file what its and the shared functional groups say (or one item)."""
     groups: list[dict] = []
     for tag in (SHARED_GROUPS, FRAME_GROUPS):
         if tag in dataset:
@@ -355,8 +351,8 @@ def open_unpacked(path: Path) -> Iterator[BinaryIO]:
 
 
 def unpack(data: bytes, limit: int) -> bytes:
-    """What a gzipped file holds, or one whose dataset is deflated: this then is explicit VR little endian. At
-    most `limit` bytes are unpacked, and `data` may end early."""
+    """What a gzipped file holds, or a deflated one, then in explicit VR little endian. At most `limit` bytes
+    are unpacked, and `data` may end early."""
 
     def inflate(packed: bytes, window_bits: int) -> bytes:
         try:
@@ -378,10 +374,7 @@ def unpack(data: bytes, limit: int) -> bytes:
 @one_line_errors
 def read_identity(path: Path) -> tuple[str, str] | None:
     """((0020,000E) SeriesInstanceUID, (0010,0020) PatientID) of an image, "" where absent; None if it is too
-    damaged to tell, empty or blank. ValueError if it is not an image.
-
-    A file costs bounded time and memory, whatever it holds: at most HEAD_BYTES are read and unpacked.
-    """
+    damaged to tell, empty or blank. ValueError if it is not an image. At most HEAD_BYTES are unpacked."""
     try:
         check_is_regular(path)
         with open(path, "rb", buffering=0) as file:
@@ -506,11 +499,8 @@ def check_is_slice(header: dict) -> None:
 
 
 def make_frames(path: Path, header: dict) -> Frames:
-    """The images of one file. ValueError if they are not CT or MR slices.
-
-    Frames without positions of their own: from the file's position, else 0, along +normal in steps of
-    (0018,0088) SpacingBetweenSlices, else (0018,0050) SliceThickness, else the row spacing.
-    """
+    """The images of a file. ValueError if they are not CT or MR slices. Frames without positions lie in steps
+    (`slice_step`) along +normal from the file's, or 0."""
     check_is_slice(header)
     frames, count = [], len(header["spans"])
     groups = header["groups"] or [{}]
@@ -616,13 +606,12 @@ def padding_range(tags: dict) -> tuple[int, int] | None:
 # --- pixels -------------------------------------------------------------------------------------------------
 
 
-def locate_frames(header: dict, file: BinaryIO) -> list[list[tuple[int, int]]]:
-    """For each frame the (offset, length) pieces of its pixel data. ValueError if the image is absurd or the
-    file too short.
+Spans = list[list[tuple[int, int]]]  # for each frame the (offset, length) pieces of its pixel data
 
-    Without (0028,0008) NumberOfFrames, native frames are counted from the length of the pixel data if it
-    holds a whole number of them, compressed ones by code streams.
-    """
+
+def locate_frames(header: dict, file: BinaryIO) -> Spans:
+    """Where the pixels of each frame are. ValueError if the image is absurd or the file too short. Without
+    (0028,0008) NumberOfFrames, frames are counted by the pixel data's length, or by code streams."""
     rows, cols, bits = (header.get(name, 0) for name in ("Rows", "Columns", "BitsAllocated"))
     samples, stated = header.get("SamplesPerPixel", 1), header.get("NumberOfFrames", 0)
     _, offset, length = header["pixel_data"]
@@ -655,9 +644,9 @@ def locate_frames(header: dict, file: BinaryIO) -> list[list[tuple[int, int]]]:
     return [[(offset + i * frame_bytes, frame_bytes)] for i in range(count)]
 
 
-def group_fragments(stated: int, offset: int, size: int, file: BinaryIO) -> list[list[tuple[int, int]]]:
-    """Fragments of encapsulated pixel data by frame (PS3.5 A.4): a frame starts where a code stream does.
-    `stated` is 0 where no number of frames is given."""
+def group_fragments(stated: int, offset: int, size: int, file: BinaryIO) -> Spans:
+    """Fragments of encapsulated pixel data by frame (PS3.5 A.4), which starts where a code stream does; their
+    number is `stated`, or 0."""
     frames = []
     num_fragments = 0
     while offset + 8 <= size and num_fragments <= 2 * MAX_FRAMES:
@@ -714,7 +703,7 @@ def read_pixel_bytes(frame: Frame) -> bytes:
 
 @lru_cache(maxsize=1)
 def read_unpacked(path: Path, _changed: int) -> memoryview:
-    """A packed file's unpacked bytes, kept until the next one so that its frames do not unpack it again."""
+    """A packed file's unpacked bytes, remembered for its other frames."""
     with open_unpacked(path) as file:
         return file.getbuffer()
 
@@ -727,7 +716,7 @@ def stored_bits(header: dict, size: int) -> int:
 
 def mask_stored(array: ndarray, header: dict, high_bit: int = -1) -> ndarray:
     """BitsStored bits up to `high_bit` (the lowest ones if that makes no sense), sign-extended where the
-    header says so; others (overlays, garbage) go."""
+    header says so, without others (overlays, garbage)."""
     size = array.dtype.itemsize * 8
     array = array.view(f"{'i' if is_signed(header) else 'u'}{size // 8}")
     bits = stored_bits(header, size)
@@ -773,7 +762,7 @@ JPEG_SIZE = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7]\0[\x0b\
 JPEG_2000_SIZE = re.compile(rb"\xff\x4f\xff\x51.{4}(.{34})", re.DOTALL)
 
 
-def check_code_stream(data: bytes, expected: tuple[int, int, int]) -> None:
+def check_code_stream(data: bytes, expected: tuple) -> None:
     """Refuses a code stream of another size than stated: 600 bytes can ask a decoder for gigabytes."""
     size = None
     if match := JPEG_2000_SIZE.search(data, 0, 4096):
@@ -823,8 +812,7 @@ class Samples(NamedTuple):
 
 
 def repair_values(stack: Stack) -> None:
-    """Put right values that the pixels contradict, in groups of frames with the same sign, and in CT the same
-    rescale."""
+    """Put right values that the pixels contradict, in groups of the same sign, and in CT the same rescale."""
     groups = defaultdict(list)
     for frame in stack.frames:
         groups[is_signed(frame.header), frame.is_ct and (frame.slope, frame.intercept)].append(frame)
@@ -887,8 +875,7 @@ def choose_reading(stack: Stack, samples: Samples) -> None:
 
     Files are known to need another sign than (0028,0103) PixelRepresentation says, 12 signed bits where 16
     are stated, or an intercept that is missing, was applied already, or counts twice. The stated reading
-    stands unless it is clearly worse than one that shows both air and soft tissue, because a field of view
-    inside the head has no air and a phantom no tissue.
+    stands unless clearly worse than one with both air and soft tissue: a scan inside the head has no air.
     """
     first = stack.frames[0]
     signs = [{}, {"PixelRepresentation": 1 - is_signed(first.header)}]
@@ -939,8 +926,8 @@ class Reading(NamedTuple):
 
 
 def judge_reading(first: Frame, samples: Samples, tags: dict, shift: float) -> Reading:
-    """Where the samples' values lie with other tags and an intercept shifted by `shift`. The corners' most
-    common value is air or tissue only if it covers more than a fill does."""
+    """Where the samples' values lie with other tags and the intercept shifted. The corners' most common value
+    is air or tissue only if it covers more than a fill does."""
     stored = samples.stored
     hu = mask_stored(stored, first.header | tags) * first.slope + first.intercept + shift
     values, counts = np.unique(samples.corners, return_counts=True)
@@ -959,7 +946,7 @@ def judge_reading(first: Frame, samples: Samples, tags: dict, shift: float) -> R
 
 def choose_sign(stack: Stack, samples: Samples) -> None:
     """MR frames in the other sign than (0028,0103) PixelRepresentation says, if values lie much closer then:
-    small negative values without their sign are the largest of all."""
+    small negative ones without their sign are the largest of all."""
     header = stack.frames[0].header
     sign = 1 - is_signed(header)
     tags = {"PixelRepresentation": sign}
@@ -971,8 +958,7 @@ def choose_sign(stack: Stack, samples: Samples) -> None:
 
 
 def drop_padding(stack: Stack, samples: Samples) -> None:
-    """(0028,0120) PixelPaddingValue is not used where it would be tissue: among the other values and in no
-    corner, or all there is."""
+    """(0028,0120) PixelPaddingValue is not used where it would be tissue: among others and in no corner."""
     padding = stack.frames[0].padding
     if not padding:
         return
@@ -989,9 +975,9 @@ def drop_padding(stack: Stack, samples: Samples) -> None:
 def pad_fill(stack: Stack, samples: Samples) -> None:
     """The lowest or highest value is padding if it fills corners and lies far from all others.
 
-    In MR such a fill (-2048, for example) would take the percentiles and the head's threshold. Where it
-    covers more than a round field of view leaves over it may be the air itself, and has to lie farther away,
-    unless it alone is negative. In CT only a fill brighter than bone matters.
+    In MR such a fill (-2048, for example) would take the percentiles and the head's threshold. A fill of more
+    than MOST_FILL may be air, and has to lie farther away, unless it alone is negative. In CT only a fill
+    brighter than bone matters.
     """
     first, pixels = stack.frames[0], samples.stored
     for end in (np.min, np.max):
