@@ -289,8 +289,9 @@ def slow_header(path: Path) -> dict:
         *tag, length = struct.unpack(order + ("HH4xI" if explicit else "HHI4x"), element)
         if tag != [PIXEL_DATA >> 16, PIXEL_DATA & 0xFFFF]:
             sop_class = header.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID", "")
-            what = "truncated" if sop_modality(sop_class) else "not an image"
-            raise ValueError(f"{what} ({header.get('Modality', 'no Modality')}): no (7FE0,0010) PixelData")
+            modality = header.get("Modality", "no (0008,0060) Modality")
+            what = "truncated" if modality == sop_modality(sop_class) else "not an image"
+            raise ValueError(f"{what} ({modality}): no (7FE0,0010) PixelData")
         vr = element[4:6].decode() if explicit else "OW"
         header["pixel_data"] = (vr, position + (12 if explicit else 8), length)
         header["groups"] = parse_groups(dataset, order)

@@ -1,10 +1,9 @@
 """make_volume: where every pixel lies in millimetres, what a slab is made of, where the box lies."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 
@@ -51,17 +50,6 @@ def head(points: np.ndarray, centre=(0, 0, 0)) -> np.ndarray:
     return np.where(inside, 40.0, -1000.0)
 
 
-def rotate(vector: np.ndarray, axis: int, degrees: float) -> np.ndarray:
-    cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
-    a, b = (i for i in range(3) if i != axis)
-    result = vector.copy()
-    result[[a, b]] = np.array([[cos, -sin], [sin, cos]]) @ vector[[a, b]]
-    return result
-
-
-# --- weights, worked by hand --------------------------------------------------------------------------------
-
-
 def test_slabs_weigh_slices_by_their_overlap():
     spans = np.array([[0.0, 1.0], [1.0, 2.0], [2.0, 4.0]])
     weights, covered = slab_weights(spans, np.array([0.0, 1.5, 3.0, 4.0]))
@@ -93,8 +81,7 @@ def test_resizing_is_exact_from_the_first_edge_on():
     np.testing.assert_allclose(mixed, [[0.0, 0.75, 2.25, 3.75, 5.25, 6.75]] * 2, rtol=1e-6)
 
 
-# --- geometry -----------------------------------------------------------------------------------------------
-
+TURN = cv2.Rodrigues(np.radians([0.0, 14.0, 11.0]))[0]
 ORIENTATIONS = {
     "axial": (L, P),
     "axial, feet up": (R, P),
@@ -105,8 +92,8 @@ ORIENTATIONS = {
     "sagittal": (P, I),
     "sagittal, from the right": (A, I),
     "sagittal, head down": (P, S),
-    "oblique axial": tuple(rotate(rotate(v, 0, 18), 2, 9) for v in (L, P)),
-    "oblique sagittal": tuple(rotate(rotate(v, 1, -14), 2, 11) for v in (P, I)),
+    "oblique axial": (TURN @ L, TURN @ P),
+    "oblique sagittal": (TURN @ P, TURN @ I),
 }
 BLOB = np.array([-21.0, 13.0, 27.0])  # LPS mm
 
@@ -124,7 +111,7 @@ def brightest_voxel(voxels: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("name, tilt", [*((name, 0) for name in ORIENTATIONS), ("axial", -20), ("axial", 14)])
 def test_a_blob_lies_where_its_millimetres_say_and_axes_grow_upwards_backwards_and_to_the_left(name, tilt):
     shear = np.tan(np.deg2rad(tilt)) * P  # of a gantry
-    volume = make_volume(scan(blob, *ORIENTATIONS[name], (70, 96, 88), (3.3, 2.5, 2.5), shear), SETTINGS)
+    volume = make_volume(scan(blob, *ORIENTATIONS[name], (70, 72, 122), (3.3, 3.3, 1.8), shear), SETTINGS)
     assert volume.voxels.shape == (16, 100, 100) and volume.voxels.dtype == np.uint8
     assert volume.voxels.max() > 150
     np.testing.assert_allclose(brightest_voxel(volume.voxels), to_voxel(BLOB, volume.affine)[0], atol=0.5)
@@ -133,20 +120,6 @@ def test_a_blob_lies_where_its_millimetres_say_and_axes_grow_upwards_backwards_a
     np.testing.assert_allclose(directions @ directions.T, np.eye(3), atol=1e-9)
     np.testing.assert_allclose(to_voxel(to_lps(BLOB, volume.affine), volume.affine)[0], BLOB, atol=1e-9)
     assert volume.spacing_mm[1:] == pytest.approx((2.0, 2.0))
-
-
-def test_non_square_pixels_keep_a_head_round():
-    def ball(points):
-        return np.where((points**2).sum(axis=-1) < 70**2, 600.0, -1000.0)
-
-    volume = make_volume(scan(ball, L, P, (80, 60, 180), (2.0, 4.0, 1.4)), SETTINGS)
-    middle = volume.voxels[round(to_voxel(np.zeros(3), volume.affine)[0, 0])] > 127
-    height_mm, width_mm = (np.ptp(np.flatnonzero(middle.any(axis=1 - axis))) * 2.0 for axis in (0, 1))
-    assert height_mm == pytest.approx(width_mm, abs=4)
-    assert width_mm == pytest.approx(140, abs=4)
-
-
-# --- the region ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["axial", "coronal", "sagittal", "oblique sagittal"])
@@ -207,9 +180,6 @@ def test_slices_outside_of_the_region_are_not_decoded():
     assert volume.spacing_mm[0] == pytest.approx(10)
 
 
-# --- intensities --------------------------------------------------------------------------------------------
-
-
 def stack(images: np.ndarray, modality: str = "CT", at_mm=None, broken=()) -> SimpleNamespace:
     """Axial slices of 2 mm, each of one value (n,), pixels of 2 mm, as large as the box of SETTINGS."""
     shape = (len(images), 100, 100)
@@ -256,7 +226,9 @@ def test_each_mr_slice_has_its_own_rescale_whose_slope_may_be_negative():
     series = stack(stored, "MR")
     for frame, slope in zip(series.frames, [1, 2, 0.5, 4, -1, 5], strict=True):
         frame.slope, frame.intercept = slope, 1200 * (slope < 0)  # 100, 100, 300, 300, 500, 500
-    volume = make_volume(series, replace(SETTINGS, base_slices=3, mr_percentiles=(0.0, 100.0)))
+    for image in series.images:
+        image[0, 0] += 1  # else it would count as blank
+    volume = make_volume(series, replace(SETTINGS, base_slices=3, mr_percentiles=(0.1, 99.9)))
     assert np.median(volume.voxels, axis=(1, 2)).tolist() == [0, 128, 255]
 
 
@@ -283,16 +255,10 @@ def test_every_storage_type_gives_the_same_volume(dtype):
     np.testing.assert_array_equal(make_volume(series, SETTINGS).voxels, expected)
 
 
-# --- damage -------------------------------------------------------------------------------------------------
-
-
-def test_a_slice_that_cannot_be_decoded_is_left_out_and_noted():
+def test_few_slices_that_cannot_be_decoded_are_left_out_and_noted_but_many_refused():
     volume = make_volume(stack(np.array([310] * 40), broken=[11, 12]), SETTINGS)
     assert "2 slices left out, they cannot be decoded: slice 12 is broken" in volume.notes
     assert (np.median(volume.voxels, axis=(1, 2)) == 132).all()
-
-
-def test_a_series_with_many_broken_slices_is_refused():
     for num_slices, broken in ((40, range(5, 40, 6)), (1, [0])):
         with pytest.raises(ValueError, match="is broken"):
             make_volume(stack(np.full(num_slices, 310), broken=broken), SETTINGS)

@@ -1,7 +1,5 @@
 """find_series: which files are one series, and that no file stops or swells the search."""
 
-from __future__ import annotations
-
 import errno
 import gzip
 import json
