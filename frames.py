@@ -809,14 +809,15 @@ class Samples(NamedTuple):
     """Some stored values of a few slices."""
 
     stored: ndarray  # (n,)
+    slopes: ndarray  # (n,)
     corners: ndarray  # (m,) in the corners of the slices, where no head reaches
 
 
 def repair_values(stack: Stack) -> None:
-    """Put right values that the pixels contradict, in groups of the same sign, and in CT the same rescale."""
+    """Put right values that the pixels contradict, in groups of the same sign, and in CT intercept."""
     groups = defaultdict(list)
     for frame in stack.frames:
-        groups[is_signed(frame.header), frame.is_ct and (frame.slope, frame.intercept)].append(frame)
+        groups[is_signed(frame.header), frame.is_ct and frame.intercept].append(frame)
     largest = max(groups.values(), key=len)
     for frames in groups.values():
         doubts = stack.doubts if frames is largest else []  # a few slices may be air, or blank
@@ -838,7 +839,7 @@ def repair_group(stack: Stack) -> None:
     if is_inverse:
         invert_if_bright(stack, samples)
     if first.is_ct:
-        choose_reading(stack, samples)
+        choose_reading(stack, sample_pixels(probes))
     elif not is_inverse:
         choose_sign(stack, samples)
     for frame in probes:
@@ -850,13 +851,13 @@ def repair_group(stack: Stack) -> None:
 
 
 def sample_pixels(frames: Frames) -> Samples:
-    stored, corners = [], []
+    rows = []
     for frame in frames:
         stride = 1 + math.isqrt(frame.rows * frame.cols // 16_000)
         pixels = frame.stored[::stride, ::stride]
-        stored.append(pixels.ravel())
-        corners.append(pixels[[0, 0, -1, -1], [0, -1, 0, -1]])
-    return Samples(np.concatenate(stored), np.concatenate(corners))
+        slopes = np.full(pixels.size, frame.slope)
+        rows.append((pixels.ravel(), slopes, pixels[[0, 0, -1, -1], [0, -1, 0, -1]]))
+    return Samples(*map(np.concatenate, zip(*rows, strict=True)))
 
 
 def invert_if_bright(stack: Stack, samples: Samples) -> None:
@@ -930,7 +931,7 @@ def judge_reading(first: Frame, samples: Samples, tags: dict, shift: float) -> R
     """Where the samples' values lie with other tags and the intercept shifted. The corners' most common value
     is air or tissue only if it covers more than a fill does."""
     stored = samples.stored
-    hu = mask_stored(stored, first.header | tags) * first.slope + first.intercept + shift
+    hu = mask_stored(stored, first.header | tags) * samples.slopes + first.intercept + shift
     values, counts = np.unique(samples.corners, return_counts=True)
     is_fill = stored == values[counts.argmax()]
     is_image = ~is_padding(stored, first.padding)

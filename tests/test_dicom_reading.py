@@ -105,7 +105,7 @@ def offsets(series: Series) -> list[float]:
     return (series.positions_mm - series.positions_mm[0]).round(2).tolist()
 
 
-def values(series: Series, i: int) -> np.ndarray:
+def rescale_slice(series: Series, i: int) -> np.ndarray:
     """(rows, cols) rescaled values of slice `i`; padding is -1024 in CT, 0 in MR."""
     padding = -1024 if series.modality == "CT" else 0
     return np.nan_to_num(rescale_values(series.frames[i], series.stored(i)), nan=padding)
@@ -293,7 +293,7 @@ def test_enhanced_frames_have_their_own_geometry_and_rescale(tmp_path):
     write(tmp_path / "e.dcm", enhanced([[0, 0, 4], [0, 0, 0], [0, 0, 2]], [1, 2, 3]))
     series = read_series(tmp_path)
     assert [frame.index for frame in series.frames] == [1, 2, 0] and offsets(series) == [0, 2, 4]
-    assert [values(series, i)[0, 1] for i in range(3)] == [2 * (SIZE + 1), 3 * (2 * SIZE + 1), 1]
+    assert [rescale_slice(series, i)[0, 1] for i in range(3)] == [2 * (SIZE + 1), 3 * (2 * SIZE + 1), 1]
     sop_uid = series.frames[0].sop_uid
     with pytest.raises(ValueError, match="several frames, and no frame is named"):
         series.point(sop_uid, 4, 2)
@@ -339,7 +339,7 @@ def test_missing_orientation_spacing_and_intercept_are_assumed_and_noted(tmp_pat
 ])  # fmt: skip
 def test_values_are_rescaled_by_slice_inverted_and_padded(tmp_path, stored, tags, expected, note):
     series = read_stack(tmp_path, [0, 1], pixels=[stored], RescaleIntercept=0, **tags)
-    assert values(series, 1).tolist() == [expected]
+    assert rescale_slice(series, 1).tolist() == [expected]
     assert noted(series, note) if note else not series.notes
 
 
@@ -456,8 +456,8 @@ def fuzz(folder: Path, seed: int) -> Counter:
         ends["fast"] += equal_headers(path)
         for j, frame in enumerate(series.frames):
             try:
-                image_values = values(series, j)
-                assert image_values.shape == (frame.rows, frame.cols) and np.isfinite(image_values).all()
+                values = rescale_slice(series, j)
+                assert values.shape == (frame.rows, frame.cols) and np.isfinite(values).all()
                 ends["read"] += frame.path == path
             except ValueError as error:
                 assert frame.path == path and "\n" not in str(error)
@@ -507,7 +507,7 @@ def test_real_series_have_the_expected_geometry_and_values(name, expected):
         frame, low, high = series.frames[i], *(series.frames[i].padding or (1, 0))
         is_colour = frame.header["SamplesPerPixel"] == 3  # theirs is the mean of the colours
         if not is_colour and not low <= series.stored(i)[row, col] <= high:
-            assert values(series, i)[row, col] == pytest.approx(sample["value"], rel=1e-5, abs=1e-3)
+            assert rescale_slice(series, i)[row, col] == pytest.approx(sample["value"], rel=1e-5, abs=1e-3)
             lps = series.point(frame.sop_uid, col, row, sample["frame"])
             np.testing.assert_allclose(lps, sample["lps"], atol=5e-3)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_dicom_reading import PLANES, image, noted, values, write
+from test_dicom_reading import PLANES, image, noted, rescale_slice, write
 
 from dicom import Volume, VolumeSettings, make_volume, read_series, to_lps
 
@@ -96,7 +96,8 @@ def test_a_ct_is_read_so_that_air_and_tissue_lie_where_hu_says(tmp_path, healthy
     volume = volume_of(tmp_path / "ct", stored, plane, **tags)
     assert is_equal(volume, healthy[plane]) and volume.doubts == []
     series = read_series(tmp_path / "ct")
-    assert np.median(values(series, 20 if plane == "axial" else 32)[14:18, 24:28]) == pytest.approx(38, abs=5)
+    pixels = rescale_slice(series, 20 if plane == "axial" else 32)
+    assert np.median(pixels[14:18, 24:28]) == pytest.approx(38, abs=5)
 
 
 def test_a_reading_other_than_stated_is_noted_and_none_is_doubted(tmp_path):
@@ -131,7 +132,7 @@ def test_a_ct_without_air_or_tissue_is_neither_changed_nor_doubted(tmp_path, nam
     hu = np.rint(ODD_CTS[name]).astype(int)
     write_scan(tmp_path, hu)
     series = read_series(tmp_path)
-    np.testing.assert_array_equal(values(series, 2), hu[2])
+    np.testing.assert_array_equal(rescale_slice(series, 2), hu[2])
     assert series.doubts == []
 
 
