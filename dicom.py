@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from itertools import compress
@@ -25,24 +25,29 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.polynomial.polynomial import polyfit
 
 from frames import (
+    VOLUME_KEYS,
     Frame,
     Frames,
     Stack,
-    decode,
+    image_difference,
     image_kind,
-    image_types,
-    is_padding,
+    image_number,
+    is_between,
+    key_value,
     make_frames,
     modality_of,
     read_header,
     read_identity,
     read_unpacked,
     repair_values,
+    rescale_values,
     slice_step,
+    thumbnail,
 )
 
 # --- settings -----------------------------------------------------------------------------------------------
 
+Interval = tuple[float, float]  # from, to
 VOLUME_VERSION = 2  # to be raised with each change of the code that changes a volume's voxels
 
 
@@ -74,9 +79,6 @@ def safe_uid(uid: str) -> str:
 def natural_key(path: Path) -> list:
     """Sort key of a path in which `I10` follows `I9`."""
     return [(int(digits or 0), text) for digits, text in re.findall("([0-9]*)([^0-9]*)", str(path))]
-
-
-UID_NAME = re.compile(r"[0-2](\.(0|[1-9][0-9]*))+")  # PS3.5 9.1, so that the date 2024.03.01 is not one
 
 
 Rejected = list[tuple[Path, str]]  # files that are not images, or not slices, with the reason
@@ -127,7 +129,8 @@ def find_series(root: Path, skip: Path | None = None) -> tuple[dict[str, list[Pa
 def name_series(folder: str) -> tuple[str, str]:
     """(uid, folder where it is only the folder's name) of images without a SeriesInstanceUID."""
     name = os.path.basename(os.path.abspath(folder))
-    return safe_uid(name), "" if UID_NAME.fullmatch(name) else folder
+    is_uid = re.fullmatch(r"[0-2](\.(0|[1-9][0-9]*))+", name)  # PS3.5 9.1; the date 2024.03.01 is not one
+    return safe_uid(name), "" if is_uid else folder
 
 
 def group_files(folder: str, files: list[Path], rejected: Rejected) -> dict[tuple, list[Path]]:
@@ -220,7 +223,7 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
     """
     where = f"{len(source)} files" if isinstance(source, list) else str(source)
     frames, skipped = read_frames(list_files(source), where)
-    stack = Stack(frames, where)
+    stack = Stack(frames, where, [], [])
     is_other = [frame.header.get("SeriesInstanceUID", uid) != uid for frame in frames]
     if uid and not all(is_other):
         stack.leave_out(is_other, "images of other series left out")
@@ -336,7 +339,7 @@ def orient_frames(stack: Stack) -> None:
     text = f"no valid (0020,0037) ImageOrientationPatient in {sum(is_missing)} of {len(frames)} images"
     plane = 2
     if extent.max() > SAME_POSITION_MM:
-        plane = int(extent.argmax())
+        plane = extent.argmax()
         stack.notes.append(f"{text}: {PLANES[plane]} by their positions")
     else:
         stack.doubts.append(f"{text}, nor positions: axial assumed")
@@ -371,22 +374,21 @@ def select_geometry(stack: Stack) -> None:
     for frame in stack.frames:
         series = frame.header.get("SeriesInstanceUID") or frame.header.get("PatientID")
         alike[image_kind(frame.header), series, frame.rows, frame.cols].append(frame)
-    groups = [(key, group) for key, frames in alike.items() for group in group_by_geometry(frames)]
-
-    def rank(group: tuple[tuple, Frames]) -> tuple:
-        (kind, *_), frames = group
-        return kind == "slice", count_places(frames), len(frames)
-
-    groups.sort(key=rank, reverse=True)
-    (kind, best_series, *_), best = groups[0]
-    if kind != "slice":
-        if count_places(best) < 3:
+    groups = []
+    for key, frames in alike.items():
+        for group in group_by_geometry(frames):
+            groups.append((key[0] == "slice", count_places(group), len(group), key, group))
+    groups.sort(key=lambda group: group[:3], reverse=True)
+    is_slice, num_places, _, key, best = groups[0]
+    kind, best_series, *_ = key
+    if not is_slice:
+        if num_places < 3:
             raise ValueError(f"{stack.where}: {len(stack.frames)} {kind} images, no volume")
         stack.notes.append(f"the images call themselves {kind}: ImageType {best[0].header['ImageType']}")
-    num_alike = len(alike[groups[0][0]])
+    num_alike = len(alike[key])
     if num_alike >= 8 and len(best) < 0.6 * num_alike:
         stack.doubts.append(f"{len(best)} of {num_alike} images agree in orientation and pixel spacing")
-    for (kind, series, rows, cols), frames in groups[1:]:
+    for *_, (kind, series, rows, cols), frames in groups[1:]:
         other = " of another series" if series != best_series else ""
         row_mm, col_mm = frames[0].spacing_mm
         stack.notes.append(
@@ -416,12 +418,12 @@ def group_by_geometry(frames: Frames) -> list[Frames]:
 def drop_slabs(stack: Stack) -> None:
     """Leave out images of another (0018,0050) SliceThickness among the usual ones: thick slabs, projections
     of thin slices. A scan whose thickness changes on the way has them side by side instead."""
-    thickness = np.array([frame.header.get("SliceThickness", 0.0) for frame in stack.frames])
+    thickness = np.array([frame.header.get("SliceThickness") or np.nan for frame in stack.frames])
     sizes, counts = np.unique(thickness[thickness > 0], return_counts=True)
     if len(sizes) < 2:
         return
     usual = sizes[2 * counts >= counts.max()].min()
-    is_slab = (thickness > 1.35 * usual) | ((thickness > 0) & (thickness < usual / 1.35))
+    is_slab = (thickness > 1.35 * usual) | (thickness < usual / 1.35)
     positions = positions_along_normal(stack.frames)
     others, slabs = positions[~is_slab], positions[is_slab]
     is_among = (slabs > others.min()) & (slabs < others.max())
@@ -439,7 +441,7 @@ def place_slices(stack: Stack) -> Frames:
     num_images = len(stack.frames)
     attempts = []
     for source, is_certain, frames in position_sources(stack.frames):
-        attempt = Stack(frames, stack.where, [f"slices placed by {source}"] if source else [])
+        attempt = Stack(frames, stack.where, [f"slices placed by {source}"] if source else [], [])
         drop_strays(attempt)
         select_volume(attempt)
         num_positions = len(distinct_positions(attempt.frames))
@@ -526,13 +528,13 @@ def is_comb(frames: Frames) -> bool:
         return False
     if (steps >= 0).all() or (steps <= 0).all():
         return False
-    near, far = [], []
+    near = far = 0.0
     for rank in np.flatnonzero(counts > 1)[:24]:
         sharing = np.flatnonzero(ranks == rank)
         distant = np.argmax(ranks == (rank + len(counts) // 4) % len(counts))
-        near.append((frames[sharing[0]], frames[sharing[-1]]))
-        far.append((frames[sharing[0]], frames[distant]))
-    return sum_differences(near) < 0.5 * sum_differences(far)
+        near += image_difference(frames[sharing[0]], frames[sharing[-1]])
+        far += image_difference(frames[sharing[0]], frames[distant])
+    return near < 0.5 * far
 
 
 def drop_strays(stack: Stack) -> None:
@@ -553,26 +555,9 @@ def drop_strays(stack: Stack) -> None:
     jumps = np.linalg.norm(points - medians, axis=1)
     steps = np.linalg.norm(np.diff(points, axis=0), axis=1)
     is_stray[by_number] |= jumps > 3 * max(gap, np.median(steps))
-    if 0 < is_stray.sum() <= max(1, len(points) // 10):
+    if is_stray.sum() <= max(1, len(points) // 10):
         place = stack.frames[is_stray.argmax()].position.round(1).tolist()
         stack.leave_out(is_stray, f"images left out: far from the others, one at {place} mm")
-
-
-@lru_cache(maxsize=64)
-def thumbnail(frame: Frame) -> ndarray:
-    """(32, 32) block means of the values, in CT of 0..1500 HU; zeros if the frame cannot be decoded, which is
-    told when the slice is used."""
-    try:
-        values = decode(frame) * np.float32(frame.slope) + np.float32(frame.intercept)
-    except ValueError:
-        return np.zeros((32, 32), np.float32)
-    image = cv2.resize(values, (32, 32), interpolation=cv2.INTER_AREA)
-    return np.clip(image, 0, 1500) if frame.is_ct else image
-
-
-def sum_differences(pairs: Iterable[tuple]) -> float:
-    """How much the two frames of each pair differ, over all pairs."""
-    return sum(float(np.abs(thumbnail(a) - thumbnail(b)).sum()) for a, b in pairs)
 
 
 def is_ordered(frames: Frames, num_shared: int) -> bool:
@@ -586,35 +571,11 @@ def is_ordered(frames: Frames, num_shared: int) -> bool:
     far_lag = len(frames) // 4
     starts = range(lag - 1, len(frames) - max(lag, far_lag), lag)[-24:]
     near, later, far = (
-        sum_differences((frames[i], frames[i + step]) for i in starts) for step in (1, lag, far_lag)
+        sum(image_difference(frames[i], frames[i + step]) for i in starts) for step in (1, lag, far_lag)
     )
     images = np.array([thumbnail(frames[i]) for i in starts])
     contrast = np.abs(images - images.mean(axis=(1, 2), keepdims=True)).sum()
-    return bool(near < 0.85 * later and near < 0.5 * far and far > 0.05 * contrast)
-
-
-def image_number(frame: Frame) -> int:
-    return frame.header.get("InstanceNumber", 0) + frame.index
-
-
-# What tells the volumes of one series apart, in the order tried; then the order of images does.
-# fmt: off
-VOLUME_KEYS = (
-    "ImageType", "EchoNumbers", "EchoTime", "TemporalPositionIdentifier", "DiffusionBValue",
-    "AcquisitionNumber", "AcquisitionTime", "TriggerTime", "StackID",
-)
-# fmt: on
-PHASE_TYPES = {"P", "PHASE", "R", "REAL", "I", "IMAGINARY", "PHASE MAP", "B0", "B0 MAP"}
-
-
-def key_value(frame: Frame, name: str) -> tuple:
-    """An attribute's value for sorting: absent first; of ImageType magnitude first, phase last."""
-    if name != "ImageType":
-        return name in frame.header, frame.header.get(name, "")
-    types = [*image_types(frame.header), frame.header.get("ComplexImageComponent", "").upper()]
-    is_magnitude = any(word in ("M", "MAGNITUDE") or word.startswith("M_") for word in types)
-    is_phase = not PHASE_TYPES.isdisjoint(types)
-    return not is_magnitude, not is_magnitude and is_phase, "DERIVED" in types, tuple(types)
+    return near < 0.85 * later and near < 0.5 * far and far > 0.05 * contrast
 
 
 def count_sweeps(frames: Frames, values: list) -> ndarray:
@@ -700,7 +661,7 @@ def is_volume(frames: Frames, places: ndarray, num_all: int) -> bool:
     distances = np.abs(np.subtract.outer(places, positions)).min(axis=1)
     others = distances[distances > SAME_POSITION_MM]
     narrow, wide = np.percentile(np.diff(places), (25, 75))
-    return bool(
+    return (
         np.percentile(gaps, 90) < 1.5 * gap
         and gap < 1.7 * thickness
         and (others < 0.6 * gap).sum() > 0.8 * len(others)
@@ -740,7 +701,7 @@ def measure_stack(stack: Stack) -> dict:
         stack.notes.append(f"a single slice: {gap:.4g} mm thick ({source})")
     else:
         gaps = np.diff(positions)
-        gap, widest = float(np.median(gaps)), int(gaps.argmax())
+        gap, widest = float(np.median(gaps)), gaps.argmax()
         start, step = polyfit(np.arange(len(points)), points, 1)
         _, drift = polyfit(positions, points, 1)  # by mm along the normal
         tilt = np.linalg.norm(drift - normal)
@@ -759,7 +720,7 @@ def measure_stack(stack: Stack) -> dict:
         "normal": normal,
         "affine": affine,
         "spacing_mm": (gap, row_mm, col_mm),
-        "plane": PLANES[int(np.abs(normal).argmax())],
+        "plane": PLANES[np.abs(normal).argmax()],
     }
 
 
@@ -812,7 +773,7 @@ class Grid:
     directions: ndarray  # (3, 3) a row per canonical axis: its unit vector in LPS
     through: int  # the axis across slices: 0 axial, 1 coronal, 2 sagittal
     image_axes: list[int]
-    is_transposed: bool  # image[row, column] -> image[column, row]
+    is_transposed: int  # 1: image[row, column] -> image[column, row]
     flips: ndarray  # (2,) after that: 1, or -1 where an image axis runs backwards
     steps: ndarray  # (2,) mm per pixel along the image axes
     shape: ndarray  # (2,) pixels along the image axes
@@ -838,7 +799,7 @@ class Grid:
         image = stored.T if self.is_transposed else stored
         return image[:: self.flips[0], :: self.flips[1]]
 
-    def extent_mm(self, axis: int) -> tuple[float, float]:
+    def extent_mm(self, axis: int) -> Interval:
         """Outer edges of what was scanned along a canonical axis (in the image: of the middle slice)."""
         if axis == self.through:
             return self.spans.min(), self.spans.max()
@@ -854,9 +815,9 @@ def canonical_grid(series: Series, faults: dict[int, str] | None = None) -> Grid
     first, normal = series.frames[0], series.normal
     stored = np.stack([normal, np.cross(normal, first.row_dir), first.row_dir])
     cosines = stored[:, ::-1]  # of a growing slice, row and column number with z, y, x
-    through = int(np.abs(cosines[0]).argmax())
+    through = np.abs(cosines[0]).argmax()
     image_axes = [axis for axis in range(3) if axis != through]
-    is_transposed = bool(np.abs(cosines[1, image_axes]).argmax())
+    is_transposed = np.abs(cosines[1, image_axes]).argmax()
     image_numbers = [2, 1] if is_transposed else [1, 2]
     permutation = np.insert(image_numbers, through, 0)
     signs = np.where(cosines[permutation, range(3)] < 0, -1, 1)
@@ -865,10 +826,12 @@ def canonical_grid(series: Series, faults: dict[int, str] | None = None) -> Grid
     steps = np.array(series.spacing_mm)[image_numbers]
     flips = signs[image_axes]
     pixels_before = np.where(flips < 0, shape - 0.5, 0.5)
-
     faults = faults or {}
     positions = frame_points(series.frames) @ directions.T  # (n, 3) mm of the first stored pixel
-    order = order_slices(positions[:, through], faults)
+    order = [i for i in np.argsort(positions[:, through]).tolist() if faults.get(i, "") in ("", BLANK)]
+    # Blank slices at the ends may be air, others are faulty.
+    filled = [k for k, i in enumerate(order) if faults.get(i) == ""] or [0]
+    order = [i for k, i in enumerate(order) if faults.get(i) != BLANK or not filled[0] < k < filled[-1]]
     positions = positions[order]
     centres = positions[:, through]
     return Grid(
@@ -887,13 +850,6 @@ def canonical_grid(series: Series, faults: dict[int, str] | None = None) -> Grid
         edges=positions[:, image_axes] - pixels_before * steps,
         faults=faults,
     )
-
-
-def order_slices(positions: ndarray, faults: dict[int, str]) -> list[int]:
-    """The slices by growing position, without faulty ones, but with blank ends, which may be air."""
-    order = [i for i in np.argsort(positions).tolist() if faults.get(i, "") in ("", BLANK)]
-    filled = [k for k, i in enumerate(order) if faults.get(i) == ""] or [0]
-    return [i for k, i in enumerate(order) if faults.get(i) != BLANK or not filled[0] < k < filled[-1]]
 
 
 def slice_spans(centres: ndarray, thickness_mm: float) -> ndarray:
@@ -1017,7 +973,7 @@ def is_scanned(grid: Grid, box: Box, axis: int) -> ndarray:
     return (low <= middles) & (middles <= high)
 
 
-def render_box(grid: Grid, box: Box, weights: ndarray, limits: tuple[float, float]) -> ndarray:
+def render_box(grid: Grid, box: Box, weights: ndarray, limits: Interval) -> ndarray:
     """Voxels (Z, H, W) from the weights (voxels along `through`, slices). Slices are merged at their own
     resolution and each slab is resized once: both are linear, so the order does not matter, and ten times
     fewer images are resized. Each slice is clipped before, or bone would outshine the artery beside it."""
@@ -1039,7 +995,7 @@ def render_box(grid: Grid, box: Box, weights: ndarray, limits: tuple[float, floa
     return np.ascontiguousarray(np.moveaxis(slabs, 0, grid.through))
 
 
-def load_window(grid: Grid, box: Box, limits: tuple[float, float], k: int) -> tuple[ndarray, float, float]:
+def load_window(grid: Grid, box: Box, limits: Interval, k: int) -> tuple[ndarray, float, float]:
     """(window, gain, bias): stored values of slice k in the box, (h, w) float32, clipped at the limits, the
     lower one outside of the image and for padding. limits -> 0..1 is gain * window + bias."""
     frame = grid.frames[k]
@@ -1055,7 +1011,7 @@ def load_window(grid: Grid, box: Box, limits: tuple[float, float], k: int) -> tu
         window[:] = dark
     np.clip(image, low, high, out=inside)
     if frame.padding:
-        inside[is_padding(image, frame.padding)] = dark
+        inside[is_between(image, frame.padding)] = dark
     grid.series.forget(grid.order[k])
     gain = 1 / (bright - dark)
     return window, gain, -dark * gain
@@ -1063,11 +1019,9 @@ def load_window(grid: Grid, box: Box, limits: tuple[float, float], k: int) -> tu
 
 def crop_image(grid: Grid, k: int, box: Box) -> ndarray:
     """Stored values of slice k in the box, as far as its image reaches, at its position to a whole pixel."""
-    top, left = box.starts[k]
-    rows, columns = box.window
-    rows = slice(max(top, 0), max(top + rows, 0))
-    columns = slice(max(left, 0), max(left + columns, 0))
-    return grid.image(k)[rows, columns]
+    first = box.starts[k]
+    (top, left), (bottom, right) = np.maximum((first, first + box.window), 0)
+    return grid.image(k)[top:bottom, left:right]
 
 
 def resize_exactly(image: ndarray, factors: ndarray, shape: ndarray) -> ndarray:
@@ -1083,7 +1037,7 @@ def resize_exactly(image: ndarray, factors: ndarray, shape: ndarray) -> ndarray:
     return image[:rows, :columns]
 
 
-def choose_limits(grid: Grid, box: Box, settings: VolumeSettings) -> tuple[float, float]:
+def choose_limits(grid: Grid, box: Box, settings: VolumeSettings) -> Interval:
     """mr_percentiles of the rescaled pixels in the box (up to 30,000 of each of up to 16 slices). Padding
     counts as black air in a magnitude image, and not at all where zero is far from all tissue."""
     edges = box.edges(grid.through)
@@ -1102,15 +1056,6 @@ def choose_limits(grid: Grid, box: Box, settings: VolumeSettings) -> tuple[float
     if 0 <= dark < 2 * (bright - dark):
         dark, bright = np.percentile(np.nan_to_num(values), settings.mr_percentiles).tolist()
     return dark, bright if bright > dark else dark + 1
-
-
-def rescale_values(frame: Frame, stored: ndarray) -> ndarray:
-    """float32 rescaled values of an image or a part of it, NaN where it is padding."""
-    values = np.multiply(stored, frame.slope, dtype=np.float32)
-    values += frame.intercept
-    if frame.padding:
-        values[is_padding(stored, frame.padding)] = np.nan
-    return values
 
 
 def pick_evenly(items: ndarray, count: int) -> list[int]:
@@ -1261,8 +1206,7 @@ def choose_threshold(images: list[ndarray]) -> float:
     values = np.concatenate([image.ravel() for image in images])
     low, high = np.percentile(values, (1, 99)).tolist()
     scaled = np.interp(values, (low, high), (0, 255)).astype(np.uint8)
-    method = cv2.THRESH_BINARY + cv2.THRESH_OTSU
-    level, _ = cv2.threshold(scaled, 0, 255, method)
+    level, _ = cv2.threshold(scaled, 0, 255, cv2.THRESH_OTSU)
     return low + max(0.5 * level / 255, 0.1) * (high - low)
 
 

@@ -18,11 +18,12 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache, wraps
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import cv2
 import numpy as np
 import pydicom
 from numpy import ndarray
@@ -486,6 +487,30 @@ def image_kind(header: dict) -> str:
     return "projection" if PROJECTION.search(words) else "scout" if SCOUT.search(words) else "slice"
 
 
+def image_number(frame: Frame) -> int:
+    return frame.header.get("InstanceNumber", 0) + frame.index
+
+
+# What tells the volumes of one series apart, in the order tried; then the order of images does.
+# fmt: off
+VOLUME_KEYS = (
+    "ImageType", "EchoNumbers", "EchoTime", "TemporalPositionIdentifier", "DiffusionBValue",
+    "AcquisitionNumber", "AcquisitionTime", "TriggerTime", "StackID",
+)
+# fmt: on
+PHASE_TYPES = {"P", "PHASE", "R", "REAL", "I", "IMAGINARY", "PHASE MAP", "B0", "B0 MAP"}
+
+
+def key_value(frame: Frame, name: str) -> tuple:
+    """An attribute's value for sorting: absent first; of ImageType magnitude first, phase last."""
+    if name != "ImageType":
+        return name in frame.header, frame.header.get(name, "")
+    types = [*image_types(frame.header), frame.header.get("ComplexImageComponent", "").upper()]
+    is_magnitude = any(word in ("M", "MAGNITUDE") or word.startswith("M_") for word in types)
+    is_phase = not PHASE_TYPES.isdisjoint(types)
+    return not is_magnitude, not is_magnitude and is_phase, "DERIVED" in types, tuple(types)
+
+
 def check_is_slice(header: dict) -> None:
     """ValueError with the reason if a file's images are not slices of a CT or MR scan."""
     types, modality = image_types(header), modality_of(header)
@@ -674,19 +699,8 @@ def group_fragments(stated: int, offset: int, size: int, file: BinaryIO) -> Span
 @one_line_errors
 def decode(frame: Frame) -> ndarray:
     """(rows, cols) stored values of a frame: decompressed, colour as luminance, masked to BitsStored."""
-    header = frame.header
-    data = read_pixel_bytes(frame)
-    if header["pixel_data"][2] == UNDEFINED or header.get("SamplesPerPixel", 1) == 3:
-        return mask_stored(decode_with_pydicom(frame, data), header)
-    dtype = np.dtype(f"{header['order']}u{header['BitsAllocated'] // 8}")
-    stored = np.frombuffer(data, dtype).reshape(frame.rows, frame.cols)
-    return mask_stored(stored.astype(dtype.newbyteorder("="), copy=False), header, header.get("HighBit", -1))
-
-
-def read_pixel_bytes(frame: Frame) -> bytes:
-    """The pixel data of one frame."""
-    header = frame.header
-    pieces = header["spans"][frame.index]
+    header, pieces = frame.header, frame.header["spans"][frame.index]
+    vr, _, element_length = header["pixel_data"]
     if header["packed"]:
         unpacked = read_unpacked(frame.path, os.stat(frame.path).st_mtime_ns)
         parts = [unpacked[offset : offset + length] for offset, length in pieces]
@@ -696,10 +710,13 @@ def read_pixel_bytes(frame: Frame) -> bytes:
     data = b"".join(parts)
     if len(data) != sum(length for _, length in pieces):
         raise ValueError("the file became shorter while it was read")
-    if header["pixel_data"][0] == "OW" and header["order"] == ">" and header["BitsAllocated"] == 8:
-        words = np.frombuffer(data + bytes(len(data) % 2), "u2")  # big-endian words of two 8-bit pixels
-        data = words.byteswap().tobytes()[: len(data)]
-    return data
+    if vr == "OW" and header["order"] == ">" and header["BitsAllocated"] == 8:
+        data = np.frombuffer(data, "u2").byteswap().tobytes()  # big-endian words of two 8-bit pixels
+    if element_length == UNDEFINED or header.get("SamplesPerPixel", 1) == 3:
+        return mask_stored(decode_with_pydicom(frame, data), header)
+    dtype = np.dtype(f"{header['order']}u{header['BitsAllocated'] // 8}")
+    stored = np.frombuffer(data, dtype).reshape(frame.rows, frame.cols)
+    return mask_stored(stored.astype(dtype.newbyteorder("="), copy=False), header, header.get("HighBit", -1))
 
 
 @lru_cache(maxsize=1)
@@ -709,19 +726,13 @@ def read_unpacked(path: Path, _changed: int) -> memoryview:
         return file.getbuffer()
 
 
-def stored_bits(header: dict, size: int) -> int:
-    """(0028,0101) BitsStored, or all `size` bits where it makes no sense."""
-    bits = header.get("BitsStored", size)
-    return bits if 1 <= bits <= size else size
-
-
 def mask_stored(array: ndarray, header: dict, high_bit: int = -1) -> ndarray:
     """BitsStored bits up to `high_bit` (the lowest ones if that makes no sense), sign-extended where the
     header says so, without others (overlays, garbage)."""
     size = array.dtype.itemsize * 8
     array = array.view(f"{'i' if is_signed(header) else 'u'}{size // 8}")
-    bits = stored_bits(header, size)
-    if bits == size:
+    bits = header.get("BitsStored", size)
+    if not 0 < bits < size:
         return array
     high_bit = high_bit if bits - 1 <= high_bit < size else bits - 1
     array = np.left_shift(array, size - 1 - high_bit)
@@ -745,7 +756,7 @@ def decode_with_pydicom(frame: Frame, data: bytes) -> ndarray:
         number_of_frames=1,
         samples_per_pixel=samples,
         bits_allocated=header["BitsAllocated"],
-        bits_stored=stored_bits(header, header["BitsAllocated"]),
+        bits_stored=header.get("BitsStored", header["BitsAllocated"]),
         pixel_representation=header.get("PixelRepresentation", 0),
         photometric_interpretation=header.get("PhotometricInterpretation", "MONOCHROME2"),
         planar_configuration=header.get("PlanarConfiguration", 0),
@@ -784,8 +795,8 @@ class Stack:
 
     frames: Frames
     where: str  # for errors
-    notes: list[str] = field(default_factory=list)
-    doubts: list[str] = field(default_factory=list)
+    notes: list[str]
+    doubts: list[str]
 
     def leave_out(self, is_out: list[bool] | ndarray, what: str) -> None:
         """Drop the frames marked, if any, with a note on what they are."""
@@ -794,9 +805,34 @@ class Stack:
             self.frames = list(itertools.compress(self.frames, np.logical_not(is_out)))
 
 
-def is_padding(stored: ndarray, padding: tuple[int, int] | None) -> ndarray:
-    low, high = padding or (1, 0)
-    return (stored >= low) & (stored <= high)
+def is_between(values: ndarray, limits: tuple[float, float] | None) -> ndarray:
+    low, high = limits or (1, 0)
+    return (values >= low) & (values <= high)
+
+
+def rescale_values(frame: Frame, stored: ndarray) -> ndarray:
+    """float32 rescaled values of an image or a part of it, NaN where it is padding."""
+    values = np.multiply(stored, frame.slope, dtype=np.float32)
+    values += frame.intercept
+    if frame.padding:
+        values[is_between(stored, frame.padding)] = np.nan
+    return values
+
+
+@lru_cache(maxsize=64)
+def thumbnail(frame: Frame) -> ndarray:
+    """(32, 32) block means of the values, in CT of 0..1500 HU; zeros if the frame cannot be decoded, which is
+    told when the slice is used."""
+    try:
+        values = decode(frame) * np.float32(frame.slope) + np.float32(frame.intercept)
+    except ValueError:
+        return np.zeros((32, 32), np.float32)
+    image = cv2.resize(values, (32, 32), interpolation=cv2.INTER_AREA)
+    return np.clip(image, 0, 1500) if frame.is_ct else image
+
+
+def image_difference(a: Frame, b: Frame) -> float:
+    return float(np.abs(thumbnail(a) - thumbnail(b)).sum())
 
 
 AIR_HU = (-1100, -900)
@@ -934,11 +970,11 @@ def judge_reading(first: Frame, samples: Samples, tags: dict, shift: float) -> R
     hu = mask_stored(stored, first.header | tags) * samples.slopes + first.intercept + shift
     values, counts = np.unique(samples.corners, return_counts=True)
     is_fill = stored == values[counts.argmax()]
-    is_image = ~is_padding(stored, first.padding)
+    is_image = ~is_between(stored, first.padding)
     is_inside = is_image if is_fill.mean() > MOST_FILL else is_image & ~is_fill
     is_beyond = (hu > HIGHEST_HU) | ((hu < AIR_HU[0]) & ~is_fill)
-    is_air = is_inside & (hu > AIR_HU[0]) & (hu < AIR_HU[1])
-    is_tissue = is_inside & (hu > TISSUE_HU[0]) & (hu < TISSUE_HU[1])
+    is_air = is_inside & is_between(hu, AIR_HU)
+    is_tissue = is_inside & is_between(hu, TISSUE_HU)
     masks = np.stack([is_air, is_tissue, hu > BONE_HU, is_beyond]) & is_image
     air, tissue, bone, beyond = masks.sum(axis=1) / max(is_image.sum(), 1)
     is_clear = min(air, tissue) >= 0.05
@@ -964,10 +1000,10 @@ def drop_padding(stack: Stack, samples: Samples) -> None:
     padding = stack.frames[0].padding
     if not padding:
         return
-    others = samples.stored[~is_padding(samples.stored, padding)]
+    others = samples.stored[~is_between(samples.stored, padding)]
     if others.size:
         is_among = padding[0] < others.max() and padding[1] > np.percentile(others, 5)
-        if not is_among or is_padding(samples.corners, padding).mean() > 0.25:
+        if not is_among or is_between(samples.corners, padding).mean() > 0.25:
             return
     stack.notes.append(f"(0028,0120) PixelPaddingValue {padding[1]} would be tissue: not used")
     for frame in stack.frames:
