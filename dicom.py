@@ -45,8 +45,6 @@ from frames import (
     thumbnail,
 )
 
-# --- settings -----------------------------------------------------------------------------------------------
-
 Interval = tuple[float, float]  # from, to
 VOLUME_VERSION = 2  # to be raised with each change of the code that changes a volume's voxels
 
@@ -188,8 +186,7 @@ class Series:
     doubts: list[str]  # why the volume may be wrong
 
     def stored(self, i: int) -> ndarray:
-        """(rows, cols) stored values of slice `i`, integers; may be read-only. ValueError naming the file if
-        it cannot be decoded; the volume can do without the slice."""
+        """(rows, cols) integers of slice `i`, read-only. ValueError naming a file that does not decode."""
         frame = self.frames[i]
         try:
             return frame.stored
@@ -215,12 +212,10 @@ class Series:
 
 
 def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
-    """One volume from a folder of any depth, or from a list of files.
-
-    Images of series `uid` are used if there are any, else all. The volume is of the largest group that agrees
-    in series, size, orientation and pixel spacing (`select_geometry`), with one image per position
-    (`place_slices`). ValueError (one line) if there is no volume: mosaics, projections, radiographs, reports.
-    """
+    """One volume from a folder of any depth, or from a list of files. Images of series `uid` are used if any,
+    else all. The volume is of the largest group that agrees in series, size, orientation and pixel spacing
+    (`select_geometry`), with one image per position (`place_slices`). ValueError (one line) if there is no
+    volume: mosaics, projections, radiographs, reports."""
     where = f"{len(source)} files" if isinstance(source, list) else str(source)
     frames, skipped = read_frames(list_files(source), where)
     stack = Stack(frames, where, [], [])
@@ -261,8 +256,7 @@ def list_files(source: Path | list[Path]) -> list[Path]:
 
 
 def read_frames(paths: list[Path], where: str) -> tuple[Frames, Rejected]:
-    """(images, [(file that is not a slice, reason)]). ValueError if there is no image, if more than a tenth
-    are damaged, or if the disk fails."""
+    """(images, files that are not slices). ValueError if there is no image, or a tenth is damaged."""
     frames, skipped, num_intact = [], [], 0
     for path in paths:
         try:
@@ -399,8 +393,7 @@ def select_geometry(stack: Stack) -> None:
 
 
 def group_by_geometry(frames: Frames) -> list[Frames]:
-    """Groups of equal pixel spacing (0.2 %) and orientation (0.02 from the median, for it may jitter; of few
-    images 0.001)."""
+    """Groups of equal pixel spacing (0.2 %) and orientation (0.02 from the median; of a few images 0.001)."""
     tolerance = 0.02 if len(frames) >= 8 else 0.001
     geometry = np.array([[*10 * np.log(f.spacing_mm), *f.row_dir, *f.col_dir] for f in frames])
     groups, rest = [], np.arange(len(frames))
@@ -433,11 +426,8 @@ def drop_slabs(stack: Stack) -> None:
 
 
 def place_slices(stack: Stack) -> Frames:
-    """Leave one image per position, sorted along +normal. Returns every image with its position.
-
-    Sources of positions are tried until one is plausible: nearly all images of a volume differ in position,
-    and neighbours are alike.
-    """
+    """Leave one image per position, sorted along +normal. Returns every image with its position. Sources of
+    positions are tried until nearly all images differ in position, and neighbours are alike."""
     num_images = len(stack.frames)
     attempts = []
     for source, is_certain, frames in position_sources(stack.frames):
@@ -530,10 +520,10 @@ def is_comb(frames: Frames) -> bool:
         return False
     near = far = 0.0
     for rank in np.flatnonzero(counts > 1)[:24]:
-        sharing = np.flatnonzero(ranks == rank)
+        first, *_, last = np.flatnonzero(ranks == rank)
         distant = np.argmax(ranks == (rank + len(counts) // 4) % len(counts))
-        near += image_difference(frames[sharing[0]], frames[sharing[-1]])
-        far += image_difference(frames[sharing[0]], frames[distant])
+        near += image_difference(frames[first], frames[last])
+        far += image_difference(frames[first], frames[distant])
     return near < 0.5 * far
 
 
@@ -622,8 +612,7 @@ def select_volume(stack: Stack) -> None:
 
 
 def select_labelled(stack: Stack, labels: list | ndarray, name: str) -> None:
-    """Leave the frames of one label, if they are a volume (`is_volume`): of several in CT the brightest, with
-    filled vessels; else the fullest, the first of equals."""
+    """Leave the fullest volume (`is_volume`) of one label; in CT, of full ones that with filled vessels."""
     if len(set(labels)) == 1:
         return
     volumes = defaultdict(list)
@@ -809,9 +798,9 @@ class Grid:
 
 
 def canonical_grid(series: Series, faults: dict[int, str] | None = None) -> Grid:
-    """The grid of a series' usable slices, as far as `faults` are known. An oblique scan gets canonical axes
-    that lean as it does, so that nothing is interpolated but along z. Every slice has its position, because
-    gaps may be uneven, or the stack sheared by gantry tilt."""
+    """The grid of a series' usable slices, as far as `faults` are known: neither broken nor blank, but the
+    ends may be air. Its axes lean as an oblique scan does: nothing is interpolated but along z. Slices have
+    positions of their own, because gaps may be uneven, or the stack sheared by gantry tilt."""
     first, normal = series.frames[0], series.normal
     stored = np.stack([normal, np.cross(normal, first.row_dir), first.row_dir])
     cosines = stored[:, ::-1]  # of a growing slice, row and column number with z, y, x
@@ -825,11 +814,9 @@ def canonical_grid(series: Series, faults: dict[int, str] | None = None) -> Grid
     shape = np.array([0, first.rows, first.cols])[image_numbers]
     steps = np.array(series.spacing_mm)[image_numbers]
     flips = signs[image_axes]
-    pixels_before = np.where(flips < 0, shape - 0.5, 0.5)
-    faults = faults or {}
+    pixels_before, faults = np.where(flips < 0, shape - 0.5, 0.5), faults or {}
     positions = frame_points(series.frames) @ directions.T  # (n, 3) mm of the first stored pixel
     order = [i for i in np.argsort(positions[:, through]).tolist() if faults.get(i, "") in ("", BLANK)]
-    # Blank slices at the ends may be air, others are faulty.
     filled = [k for k, i in enumerate(order) if faults.get(i) == ""] or [0]
     order = [i for k, i in enumerate(order) if faults.get(i) != BLANK or not filled[0] < k < filled[-1]]
     positions = positions[order]
@@ -897,12 +884,12 @@ def to_lps(voxels: ndarray, affine: ndarray) -> ndarray:
 def make_volume(series: Series, settings: VolumeSettings) -> Volume:
     """The box below the top of the head as settings.base_slices slabs of settings.img_size pixels, uint8.
 
-    The box is measured from the top of the head, because that is the end that every head scan shares. It is
-    roi_mm wide, centred on the head, and roi_top_mm deep, along z cut to what was scanned. A slab is the mean
-    of the slices in it, weighted by overlap, because single slices 5 mm apart would miss most aneurysms;
-    pixels are area means where the image shrinks and linear where it grows, 0 outside of the image. CT:
-    ct_window becomes 0..255; else mr_percentiles of the box. Slices outside are not decoded, but for up to 30
-    to find the head. ValueError if more than a tenth of the slices cannot be decoded.
+    The box is measured from the top, because that is the end that every head scan shares. It is roi_mm wide,
+    centred on the head, and roi_top_mm deep, along z cut to what was scanned. A slab is the mean of its
+    slices, weighted by overlap, because single slices 5 mm apart would miss most aneurysms; pixels are area
+    means or, where the image grows, linear, 0 outside of it. CT: ct_window becomes 0..255; else
+    mr_percentiles of the box. Of the slices outside up to 30 are decoded, to find the head. ValueError if
+    more than a tenth cannot be decoded.
     """
     num_slices, num_rendered = len(series.frames), 0
     grid = canonical_grid(series)
@@ -957,8 +944,7 @@ def place_box(grid: Grid, settings: VolumeSettings, notes: list[str]) -> Box:
 
 
 def weigh_slices(grid: Grid, box: Box) -> tuple[ndarray, ndarray]:
-    """`slab_weights` of the voxels along `through`, zeros beside the scan; linear where sagittal or coronal
-    slices lie sparser than voxels."""
+    """`slab_weights` along `through`, 0 beside the scan; linear where slices not across z are sparse."""
     weights, covered = slab_weights(grid.spans, box.edges(grid.through))
     if grid.through != 0 and np.median(np.diff(grid.spans)) > box.steps[grid.through]:
         weights = line_weights(grid.centres, box.middles(grid.through))
@@ -1025,8 +1011,7 @@ def crop_image(grid: Grid, k: int, box: Box) -> ndarray:
 
 
 def resize_exactly(image: ndarray, factors: ndarray, shape: ndarray) -> ndarray:
-    """Scale (h, w) float32 by factors per axis from the outer upper left edge on, then cut to shape: area
-    means along an axis that shrinks, linear along one that grows."""
+    """(h, w) float32 scaled by factors from the upper left edge on, by area or linearly, cut to shape."""
     for method, (y, x) in (
         (cv2.INTER_AREA, np.minimum(factors, 1)),
         (cv2.INTER_LINEAR, np.maximum(factors, 1)),
@@ -1111,10 +1096,8 @@ Masks = dict[int, ndarray]  # slice k -> (h, w) uint8
 
 def find_head(grid: Grid) -> tuple[float, float, float] | None:
     """(top, centre y, centre x) of the head in mm, or None, from up to 24 slices at about 3 mm per pixel.
-
     Top: the highest level where the head's cross-section exceeds 1000 mm2 (in a narrow scan 28 mm times its
-    width); between axial slices bisected down to 2 mm. Centre: of the bounding box over 100 mm below it.
-    """
+    width); between axial slices bisected down to 2 mm. Centre: of the bounding box over 100 mm below it."""
     factors = np.maximum(1, np.rint(3.0 / grid.steps)).astype(int)
     pixel_mm = grid.steps * factors
     load = cache(partial(shrink_slice, grid, factors))

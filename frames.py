@@ -91,8 +91,7 @@ STREAM_START = re.compile(rb"\xff\xd8\xff|\xff\x4f\xff\x51|\0\0\0\x0cjP|[\1-\x0f
 
 
 def one_line_errors(function: Callable) -> Callable:
-    """Whatever goes wrong inside becomes a ValueError of one line: what parsers raise on hostile bytes, and a
-    decoder's BaseException (pylibjpeg-rle: PanicException). Interrupts and exits pass."""
+    """Makes any failure inside, even a decoder's BaseException, a ValueError of one line; interrupts pass."""
 
     @wraps(function)
     def wrapped(*args: object) -> object:
@@ -291,7 +290,7 @@ def slow_header(path: Path) -> dict:
         if tag != [PIXEL_DATA >> 16, PIXEL_DATA & 0xFFFF]:
             sop_class = header.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID", "")
             modality = header.get("Modality", "no (0008,0060) Modality")
-            what = "truncated" if modality == sop_modality(sop_class) else "not an image"
+            what = "truncated" if modality == modality_of({"SOPClassUID": sop_class}) else "not an image"
             raise ValueError(f"{what} ({modality}): no (7FE0,0010) PixelData")
         vr = element[4:6].decode() if explicit else "OW"
         header["pixel_data"] = (vr, position + (12 if explicit else 8), length)
@@ -345,16 +344,13 @@ def open_unpacked(path: Path) -> Iterator[BinaryIO]:
         if head[:2] == GZIP or DEFLATED.encode() in head:
             unpacked = unpack(file.read(MAX_UNPACKED_BYTES), MAX_UNPACKED_BYTES + 1)
             if len(unpacked) > MAX_UNPACKED_BYTES:
-                raise ValueError(
-                    f"unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB: a decompression bomb?"
-                )
+                raise ValueError(f"a bomb? unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB")
             file = io.BytesIO(unpacked)
         yield file
 
 
 def unpack(data: bytes, limit: int) -> bytes:
-    """What a gzipped file holds, or a deflated one, then in explicit VR little endian. At most `limit` bytes
-    are unpacked, and `data` may end early."""
+    """What a gzipped or deflated file holds, at most `limit` bytes of it; `data` may end early."""
 
     def inflate(packed: bytes, window_bits: int) -> bytes:
         try:
@@ -423,14 +419,13 @@ def parse_head(head: bytes) -> dict:
     return parse_dataset(dataset, "<", {"SOPClassUID": sop_class})
 
 
-def sop_modality(sop_class: str) -> str:
-    """CT or MR where (0008,0016) SOPClassUID is one of their images, else ""."""
-    stem = ".".join(sop_class.split(".")[:10])
-    return {"1.2.840.10008.5.1.4.1.1.2": "CT", "1.2.840.10008.5.1.4.1.1.4": "MR"}.get(stem, "")
+MODALITIES = {"1.2.840.10008.5.1.4.1.1.2": "CT", "1.2.840.10008.5.1.4.1.1.4": "MR"}  # by SOP class
 
 
 def modality_of(header: dict) -> str:
-    return header.get("Modality") or sop_modality(header.get("SOPClassUID", ""))
+    """(0008,0060) Modality, else CT or MR where (0008,0016) SOPClassUID is one of their images, else ""."""
+    stem = ".".join(header.get("SOPClassUID", "").split(".")[:10])
+    return header.get("Modality") or MODALITIES.get(stem, "")
 
 
 # --- frames -------------------------------------------------------------------------------------------------
@@ -525,8 +520,7 @@ def check_is_slice(header: dict) -> None:
 
 
 def make_frames(path: Path, header: dict) -> Frames:
-    """The images of a file. ValueError if they are not CT or MR slices. Frames without positions lie in steps
-    (`slice_step`) along +normal from the file's, or 0."""
+    """The images of a file, if they are CT or MR slices; without positions by `slice_step` along +normal."""
     check_is_slice(header)
     frames, count = [], len(header["spans"])
     groups = header["groups"] or [{}]
@@ -543,24 +537,10 @@ def make_frames(path: Path, header: dict) -> Frames:
             step, source = slice_step(tags, spacing[0])
             remarks.append(f"frames without position placed {step:.4g} mm apart along +normal ({source})")
             position = np.nan_to_num(position) + index * step * np.cross(*directions)
-        slope, intercept = rescale_of(tags, remarks)
-        frame = Frame(
-            path=path,
-            index=index,
-            header=tags,
-            sop_uid=header.get("SOPInstanceUID", ""),
-            position=position,
-            row_dir=directions[0],
-            col_dir=directions[1],
-            spacing_mm=spacing,
-            rows=tags["Rows"],
-            cols=tags["Columns"],
-            slope=slope,
-            intercept=intercept,
-            padding=padding_range(tags),
-            remarks=remarks,
-        )
-        frames.append(frame)
+        rescale, padding = rescale_of(tags, remarks), padding_range(tags)
+        uid, rows, cols = header.get("SOPInstanceUID", ""), tags["Rows"], tags["Columns"]
+        place = position, *directions, spacing
+        frames.append(Frame(path, index, tags, uid, *place, rows, cols, *rescale, padding, remarks))
     return frames
 
 
@@ -656,10 +636,7 @@ def locate_frames(header: dict, file: BinaryIO) -> Spans:
     else:
         count = max(length // frame_bytes, 1)
     if rows * cols > MAX_FRAME_PIXELS or count > MAX_FRAMES or frame_bytes * count > MAX_PIXEL_BYTES:
-        raise ValueError(
-            f"absurd size: {image}; limits: {MAX_FRAMES} frames, {MAX_FRAME_PIXELS} pixels, "
-            f"{MAX_PIXEL_BYTES >> 20} MiB"
-        )
+        raise ValueError(f"absurd size: {image}; limits: {MAX_FRAMES} frames, {MAX_PIXEL_BYTES >> 20} MiB")
     if length == UNDEFINED:
         return frames
     available = max(0, min(length, size - offset))
@@ -671,8 +648,7 @@ def locate_frames(header: dict, file: BinaryIO) -> Spans:
 
 
 def group_fragments(stated: int, offset: int, size: int, file: BinaryIO) -> Spans:
-    """Fragments of encapsulated pixel data by frame (PS3.5 A.4), which starts where a code stream does; their
-    number is `stated`, or 0."""
+    """Fragments of encapsulated pixel data by frame, which starts where a code stream does (PS3.5 A.4)."""
     frames = []
     num_fragments = 0
     while offset + 8 <= size and num_fragments <= 2 * MAX_FRAMES:
@@ -727,8 +703,7 @@ def read_unpacked(path: Path, _changed: int) -> memoryview:
 
 
 def mask_stored(array: ndarray, header: dict, high_bit: int = -1) -> ndarray:
-    """BitsStored bits up to `high_bit` (the lowest ones if that makes no sense), sign-extended where the
-    header says so, without others (overlays, garbage)."""
+    """BitsStored bits up to `high_bit` (or the lowest, if that makes no sense), sign-extended if signed."""
     size = array.dtype.itemsize * 8
     array = array.view(f"{'i' if is_signed(header) else 'u'}{size // 8}")
     bits = header.get("BitsStored", size)
@@ -909,12 +884,10 @@ def invert_if_bright(stack: Stack, samples: Samples) -> None:
 
 
 def choose_reading(stack: Stack, samples: Samples) -> None:
-    """CT frames read so that air and soft tissue lie where HU says.
-
-    Files are known to need another sign than (0028,0103) PixelRepresentation says, 12 signed bits where 16
-    are stated, or an intercept that is missing, was applied already, or counts twice. The stated reading
-    stands unless clearly worse than one with both air and soft tissue: a scan inside the head has no air.
-    """
+    """CT frames read so that air and soft tissue lie where HU says. Files are known to need another sign than
+    (0028,0103) PixelRepresentation says, 12 signed bits where 16 are stated, or an intercept that is missing,
+    was applied already, or counts twice. The stated reading stands unless clearly worse than one with both
+    air and soft tissue: a scan inside the head has no air."""
     first = stack.frames[0]
     signs = [{}, {"PixelRepresentation": 1 - is_signed(first.header)}]
     if not is_signed(first.header) and samples.stored.max() < 4096:
@@ -1011,12 +984,10 @@ def drop_padding(stack: Stack, samples: Samples) -> None:
 
 
 def pad_fill(stack: Stack, samples: Samples) -> None:
-    """The lowest or highest value is padding if it fills corners and lies far from all others.
-
-    In MR such a fill (-2048, for example) would take the percentiles and the head's threshold. A fill of more
-    than MOST_FILL may be air, and has to lie farther away, unless it alone is negative. In CT only a fill
-    brighter than bone matters.
-    """
+    """The lowest or highest value is padding if it fills corners and lies far from all others. In MR such a
+    fill (-2048, for example) would take the percentiles and the head's threshold. One of more than MOST_FILL
+    may be air, and has to lie farther away, unless it alone is negative. In CT only a fill brighter than bone
+    matters."""
     first, pixels = stack.frames[0], samples.stored
     for end in (np.min, np.max):
         fill = int(end(pixels))
