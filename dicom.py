@@ -45,6 +45,13 @@ from frames import (
     thumbnail,
 )
 
+SAME_POSITION_MM = 0.02  # closer slices share a position
+PLANES = ("sagittal", "coronal", "axial")  # slices lie along x, y, z
+X, Y, Z = np.eye(3)
+USUAL_DIRECTIONS = ((Y, -Z), (X, -Z), (X, Y))  # of rows and columns in these planes
+BLANK = "blank"
+Rejected = list[tuple[Path, str]]  # files that are not images, or not slices, with the reason
+Masks = dict[int, ndarray]  # slice k -> (h, w) uint8
 Interval = tuple[float, float]  # from, to
 VOLUME_VERSION = 2  # to be raised with each change of the code that changes a volume's voxels
 
@@ -62,10 +69,6 @@ class VolumeSettings:
 
 
 # --- reading ------------------------------------------------------------------------------------------------
-
-SAME_POSITION_MM = 0.02  # closer slices share a position
-
-
 def safe_uid(uid: str) -> str:
     """`uid` if it is safe as a file name (a UID, or the like of ID_0a1b), else a UID made of its SHA-256."""
     if re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", uid):
@@ -79,9 +82,6 @@ def natural_key(path: Path) -> list:
     return [(int(digits or 0), text) for digits, text in re.findall("([0-9]*)([^0-9]*)", str(path))]
 
 
-Rejected = list[tuple[Path, str]]  # files that are not images, or not slices, with the reason
-
-
 def find_series(root: Path, skip: Path | None = None) -> tuple[dict[str, list[Path]], Rejected]:
     """Series under `root`, a folder of any depth: (uid -> files, [(file that is not an image, reason)]).
 
@@ -92,7 +92,7 @@ def find_series(root: Path, skip: Path | None = None) -> tuple[dict[str, list[Pa
     folders `segmentations` (vessel masks) and files in `skip` are left out. Links are followed once.
     """
     groups = defaultdict(lambda: defaultdict(list))
-    rejected: Rejected = []
+    rejected = []
 
     def add_unreadable(error: OSError) -> None:
         groups[name_series(error.filename)][""].append(Path(error.filename))
@@ -133,8 +133,8 @@ def name_series(folder: str) -> tuple[str, str]:
 
 def group_files(folder: str, files: list[Path], rejected: Rejected) -> dict[tuple, list[Path]]:
     """The images of a folder by (series as in `name_series`, PatientID); other files go to `rejected`."""
-    by_name = uid_of_folder, distinction = name_series(folder)
-    is_uid = not distinction
+    by_name = name_series(folder)
+    is_uid = not by_name[1]
     groups = defaultdict(list)
     damaged, strays = [], []
     for path in files:
@@ -147,7 +147,7 @@ def group_files(folder: str, files: list[Path], rejected: Rejected) -> dict[tupl
             damaged.append(path)
             continue
         uid, patient = identity
-        if is_uid and not groups and uid in ("", uid_of_folder):
+        if is_uid and not groups and uid in ("", by_name[0]):
             return {(by_name, patient): files}
         series = (safe_uid(uid), "") if uid else by_name
         groups[series, patient].append(path)
@@ -232,8 +232,9 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
     header = stack.frames[0].header
     placement = measure_stack(stack)
     repair_values(stack)
+    folder = os.path.abspath(stack.frames[0].path.parent)
     return Series(
-        uid=safe_uid(uid or header.get("SeriesInstanceUID") or os.path.abspath(stack.frames[0].path.parent)),
+        uid=safe_uid(uid or header.get("SeriesInstanceUID") or folder),
         modality=modality_of(header),
         patient=header.get("PatientID", ""),
         age=header.get("PatientAge", ""),
@@ -295,7 +296,7 @@ def count_places(frames: Frames) -> int:
 
 def drop_copies(stack: Stack) -> None:
     """Leave out images that repeat the SOPInstanceUID, the position and the number of one before."""
-    seen: set[tuple] = set()
+    seen = set()
     is_copy = []
     for i, frame in enumerate(stack.frames):
         key = frame.sop_uid or i, frame.position.tobytes(), image_number(frame)
@@ -312,11 +313,6 @@ def add_remarks(stack: Stack) -> None:
         stack.notes.append(remark)
         if text.startswith("no valid (0028,0030)"):
             stack.doubts.append(remark)
-
-
-PLANES = ("sagittal", "coronal", "axial")  # slices lie along x, y, z
-X, Y, Z = np.eye(3)
-USUAL_DIRECTIONS = ((Y, -Z), (X, -Z), (X, Y))  # of rows and columns in these planes
 
 
 def orient_frames(stack: Stack) -> None:
@@ -426,8 +422,8 @@ def drop_slabs(stack: Stack) -> None:
 
 
 def place_slices(stack: Stack) -> Frames:
-    """Leave one image per position, sorted along +normal. Returns every image with its position. Sources of
-    positions are tried until nearly all images differ in position, and neighbours are alike."""
+    """Leave one image per position along +normal; returns every image with its position. Sources of positions
+    are tried until nearly all images differ in position, and neighbours are alike."""
     num_images = len(stack.frames)
     attempts = []
     for source, is_certain, frames in position_sources(stack.frames):
@@ -505,7 +501,8 @@ def place_on_line(frames: Frames, values: ndarray, step_mm: float) -> tuple[Fram
     if len(known):
         start = np.median(known - np.outer(known_values, step), axis=0)
     positions = start + np.outer(values, step)
-    return [replace(f, position=position) for f, position in zip(frames, positions, strict=True)], line_step
+    placed = [replace(f, position=position) for f, position in zip(frames, positions, strict=True)]
+    return placed, line_step
 
 
 def is_comb(frames: Frames) -> bool:
@@ -514,7 +511,9 @@ def is_comb(frames: Frames) -> bool:
     frames = sorted(frames, key=image_number)
     ranks, gaps = rank_positions(frames), np.diff(distinct_positions(frames))
     counts, steps = np.bincount(ranks), np.diff(ranks)
-    if (counts == 1).mean() < 0.4 or len(gaps) < 7 or np.percentile(gaps, 90) > 1.5 * np.median(gaps):
+    if (counts == 1).mean() < 0.4 or len(gaps) < 7:
+        return False
+    if np.percentile(gaps, 90) > 1.5 * np.median(gaps):
         return False
     if (steps >= 0).all() or (steps <= 0).all():
         return False
@@ -528,8 +527,7 @@ def is_comb(frames: Frames) -> bool:
 
 
 def drop_strays(stack: Stack) -> None:
-    """Leave out a few frames (a tenth at most) beyond a gap far wider than the others, or far from those
-    numbered before and after them: test images, corrupt positions."""
+    """Leave out a few frames (a tenth at most) beyond a wide gap, or far from those numbered next to them."""
     places = distinct_positions(stack.frames)
     gaps = np.diff(places)
     if len(gaps) < 5:
@@ -551,9 +549,8 @@ def drop_strays(stack: Stack) -> None:
 
 
 def is_ordered(frames: Frames, num_shared: int) -> bool:
-    """Whether the order of slices is plausible: each is more like the next one than like one a quarter of the
-    stack away, and than the one as far on as images share the `num_shared` positions of the best source (of
-    several contrasts it would be the other way round). Images of the same place hardly differ."""
+    """Whether the order is plausible: each slice is more like the next than like one far away, and than the
+    one as far on as images share the best source's `num_shared` positions, and images are not all alike."""
     if len(frames) < 8:
         return True
     frames = take_one_per_position(frames)
@@ -714,8 +711,6 @@ def measure_stack(stack: Stack) -> dict:
 
 
 # --- volume -------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Volume:
     """A series as the models see it."""
@@ -748,9 +743,6 @@ class Box:
     def middles(self, axis: int) -> ndarray:
         """(shape,) mm of the voxels' middles along an axis."""
         return self.edges(axis)[:-1] + self.steps[axis] / 2
-
-
-BLANK = "blank"
 
 
 @dataclass(frozen=True)
@@ -798,9 +790,8 @@ class Grid:
 
 
 def canonical_grid(series: Series, faults: dict[int, str] | None = None) -> Grid:
-    """The grid of a series' usable slices, as far as `faults` are known: neither broken nor blank, but the
-    ends may be air. Its axes lean as an oblique scan does: nothing is interpolated but along z. Slices have
-    positions of their own, because gaps may be uneven, or the stack sheared by gantry tilt."""
+    """The grid of a series' usable slices, as far as `faults` are known: neither broken nor blank but at the
+    ends. Its axes lean as the scan does, so that nothing is interpolated but across slices."""
     first, normal = series.frames[0], series.normal
     stored = np.stack([normal, np.cross(normal, first.row_dir), first.row_dir])
     cosines = stored[:, ::-1]  # of a growing slice, row and column number with z, y, x
@@ -814,7 +805,8 @@ def canonical_grid(series: Series, faults: dict[int, str] | None = None) -> Grid
     shape = np.array([0, first.rows, first.cols])[image_numbers]
     steps = np.array(series.spacing_mm)[image_numbers]
     flips = signs[image_axes]
-    pixels_before, faults = np.where(flips < 0, shape - 0.5, 0.5), faults or {}
+    pixels_before = np.where(flips < 0, shape - 0.5, 0.5)
+    faults = faults or {}
     positions = frame_points(series.frames) @ directions.T  # (n, 3) mm of the first stored pixel
     order = [i for i in np.argsort(positions[:, through]).tolist() if faults.get(i, "") in ("", BLANK)]
     filled = [k for k, i in enumerate(order) if faults.get(i) == ""] or [0]
@@ -841,7 +833,7 @@ def canonical_grid(series: Series, faults: dict[int, str] | None = None) -> Grid
 
 def slice_spans(centres: ndarray, thickness_mm: float) -> ndarray:
     """(n, 2) mm that each of n growing slices stands for: to the midpoints between neighbours, but at most
-    0.75 of the median gap to either side (a missing slice leaves a hole); a single one for thickness_mm."""
+    0.75 of the median gap (a missing slice leaves a hole); a single slice is thickness_mm wide."""
     gaps = np.diff(centres)
     usual = np.median(gaps) if len(gaps) else thickness_mm
     gaps = np.minimum(gaps, 1.5 * usual)
@@ -896,11 +888,9 @@ def make_volume(series: Series, settings: VolumeSettings) -> Volume:
     # All over again without the slices that turn out faulty: they came out as zeros, or are blank.
     while len(grid.order) != num_rendered:
         num_rendered = len(grid.order)
-        notes: list[str] = []
+        notes = []
         box = place_box(grid, settings, notes)
-        limits = settings.ct_window
-        if series.modality != "CT":
-            limits = choose_limits(grid, box, settings)
+        limits = choose_limits(grid, box, settings)
         weights, covered = weigh_slices(grid, box)
         voxels = render_box(grid, box, weights, limits)
         series.forget()
@@ -954,15 +944,12 @@ def weigh_slices(grid: Grid, box: Box) -> tuple[ndarray, ndarray]:
 
 def is_scanned(grid: Grid, box: Box, axis: int) -> ndarray:
     """Of the voxels along an axis, whether their middles lie in what was scanned."""
-    low, high = grid.extent_mm(axis)
-    middles = box.middles(axis)
-    return (low <= middles) & (middles <= high)
+    return is_between(box.middles(axis), grid.extent_mm(axis))
 
 
 def render_box(grid: Grid, box: Box, weights: ndarray, limits: Interval) -> ndarray:
-    """Voxels (Z, H, W) from the weights (voxels along `through`, slices). Slices are merged at their own
-    resolution and each slab is resized once: both are linear, so the order does not matter, and ten times
-    fewer images are resized. Each slice is clipped before, or bone would outshine the artery beside it."""
+    """Voxels (Z, H, W) from the weights (voxels along `through`, slices). Slices are clipped, or bone would
+    outshine an artery, then merged, then resized once per slab: both are linear, so the order is free."""
     shape = box.shape[grid.image_axes]
     factors = grid.steps / box.steps[grid.image_axes]
     slabs = np.zeros((len(weights), *shape), np.uint8)
@@ -1023,10 +1010,13 @@ def resize_exactly(image: ndarray, factors: ndarray, shape: ndarray) -> ndarray:
 
 
 def choose_limits(grid: Grid, box: Box, settings: VolumeSettings) -> Interval:
-    """mr_percentiles of the rescaled pixels in the box (up to 30,000 of each of up to 16 slices). Padding
-    counts as black air in a magnitude image, and not at all where zero is far from all tissue."""
+    """ct_window, or mr_percentiles of the rescaled pixels in the box (up to 30,000 of each of 16 slices).
+    Padding counts as black air in a magnitude image, and not at all where zero is far from all tissue."""
+    if grid.series.modality == "CT":
+        return settings.ct_window
     edges = box.edges(grid.through)
-    is_inside = (grid.spans[:, 1] > edges[0]) & (grid.spans[:, 0] < edges[-1])
+    starts, ends = grid.spans.T
+    is_inside = (ends > edges[0]) & (starts < edges[-1])
     samples = [np.zeros(0, np.float32)]
     for k in pick_evenly(np.flatnonzero(is_inside), 16):
         stored = crop_image(grid, k, box)
@@ -1089,11 +1079,6 @@ def doubt_voxels(grid: Grid, box: Box, voxels: ndarray, covered: ndarray, notes:
 
 
 # --- head ---------------------------------------------------------------------------------------------------
-
-
-Masks = dict[int, ndarray]  # slice k -> (h, w) uint8
-
-
 def find_head(grid: Grid) -> tuple[float, float, float] | None:
     """(top, centre y, centre x) of the head in mm, or None, from up to 24 slices at about 3 mm per pixel.
     Top: the highest level where the head's cross-section exceeds 1000 mm2 (in a narrow scan 28 mm times its

@@ -86,8 +86,31 @@ BINARY = {"US": "u2", "SS": "i2", "UL": "u4", "SL": "i4", "FL": "f4", "FD": "f8"
 NUMERIC = {*BINARY, "DS", "IS"}
 NUMBER = rb" *[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)? *"
 NUMBERS = re.compile(NUMBER + rb"(\\" + NUMBER + rb")*")
+SHORT_VRS = set(b"AE AS AT CS DA DS DT FL FD IS LO LT PN SH SL SS ST TM UI UL US".split())
+LONG_VRS = set(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # two reserved bytes, then a 4-byte length
+IMPLICIT_ELEMENT, EXPLICIT_ELEMENT, LONG_LENGTH = map(struct.Struct, ("<HHI", "<HH2sH", "<I"))
+DELIMITER_GROUP, ITEM, ITEM_END, SEQUENCE_END = 0xFFFE, 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 # What a code stream begins with: JPEG, JPEG 2000, JP2, RLE (number of segments, first offset).
 STREAM_START = re.compile(rb"\xff\xd8\xff|\xff\x4f\xff\x51|\0\0\0\x0cjP|[\1-\x0f]\0\0\0\x40\0\0\0")
+# Rows, columns and samples in the frame header of JPEG and JPEG-LS (SOFn), and in SIZ of JPEG 2000.
+JPEG_SIZE = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7]\0[\x0b\x11].(.{5})", re.DOTALL)
+JPEG_2000_SIZE = re.compile(rb"\xff\x4f\xff\x51.{4}(.{34})", re.DOTALL)
+MODALITIES = {"1.2.840.10008.5.1.4.1.1.2": "CT", "1.2.840.10008.5.1.4.1.1.4": "MR"}  # by SOP class
+PROJECTION = re.compile(r"\b(MIP|MINIP|MAXIP|MIN IP|MAX IP|PROJECTION|VOLUME RENDERED|VRT)\b")
+SCOUT = re.compile(r"\b(LOCALIZER|SCOUT|TOPOGRAM|SURVIEW)\b")
+# What tells the volumes of one series apart, in the order tried; then the order of images does.
+# fmt: off
+VOLUME_KEYS = (
+    "ImageType", "EchoNumbers", "EchoTime", "TemporalPositionIdentifier", "DiffusionBValue",
+    "AcquisitionNumber", "AcquisitionTime", "TriggerTime", "StackID",
+)
+# fmt: on
+PHASE_TYPES = {"P", "PHASE", "R", "REAL", "I", "IMAGINARY", "PHASE MAP", "B0", "B0 MAP"}
+AIR_HU = (-1100, -900)
+TISSUE_HU = (-20, 120)
+BONE_HU, HIGHEST_HU = 300, 3200  # but for metal
+MOST_FILL = 0.4  # share of an image; a round field of view leaves 0.21 over
+Spans = list[list[tuple[int, int]]]  # for each frame the (offset, length) pieces of its pixel data
 
 
 def one_line_errors(function: Callable) -> Callable:
@@ -107,20 +130,16 @@ def one_line_errors(function: Callable) -> Callable:
 
 
 # --- the header ---------------------------------------------------------------------------------------------
-
-
 @one_line_errors
 def read_header(path: Path) -> dict:
     """What one file says of its images. ValueError with the reason if it is not a DICOM image, or is damaged.
-
     The values of ATTRIBUTES by name (absent where missing, empty or unreadable), and
       spans        for each frame the (offset, length) pieces of its pixel data
       pixel_data   (VR, offset, length) of the element; length UNDEFINED if it is encapsulated
       order        of bytes: < little, > big endian
       packed       offsets count in the unpacked file (`open_unpacked`)
       groups       for each frame the attributes and remarks of its functional groups; empty without any
-      remarks      what did not parse or was assumed
-    """
+      remarks      what did not parse or was assumed"""
     check_is_regular(path)
     return fast_header(path) or slow_header(path)
 
@@ -131,8 +150,7 @@ def check_is_regular(path: Path) -> None:
 
 
 def fast_header(path: Path) -> dict | None:
-    """`read_header` in 0.1 ms for plain little-endian files; None at the slightest doubt (odd VR, functional
-    groups, a value that does not parse), which leaves the file to pydicom."""
+    """`read_header` in 0.1 ms for plain little-endian files; None at the slightest doubt, for pydicom."""
     with open(path, "rb", buffering=0) as file:
         for limit in (2**14, 2**18, 2**22):
             file.seek(0)
@@ -147,19 +165,13 @@ def fast_header(path: Path) -> dict | None:
     return None
 
 
-SHORT_VRS = set(b"AE AS AT CS DA DS DT FL FD IS LO LT PN SH SL SS ST TM UI UL US".split())
-LONG_VRS = set(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # two reserved bytes, then a 4-byte length
-IMPLICIT_ELEMENT, EXPLICIT_ELEMENT, LONG_LENGTH = map(struct.Struct, ("<HHI", "<HH2sH", "<I"))
-DELIMITER_GROUP, ITEM, ITEM_END, SEQUENCE_END = 0xFFFE, 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
-
-
 def parse_header(head: bytes) -> dict:
     """The ATTRIBUTES before the pixel data. ValueError on doubt, struct.error where `head` ends too early."""
     if head[128:140] != b"DICM\x02\0\0\0UL\x04\0":
         raise ValueError("no file meta group length")
     position, last_tag, explicit = 144, 0x00020000, True
     meta_end = 144 + int.from_bytes(head[140:144], "little")
-    header: dict = {"order": "<", "packed": False, "groups": [], "remarks": []}
+    header = {"order": "<", "packed": False, "groups": [], "remarks": []}
     while True:
         if position == meta_end:
             syntax = header.get("TransferSyntaxUID")
@@ -231,8 +243,7 @@ def skip_sequence(head: bytes, position: int, explicit: bool, depth: int = 0) ->
 
 @lru_cache(maxsize=64)  # most values are those of the slice before
 def parse_value(tag: int, vr: str | None, raw: bytes, order: str) -> tuple | float | str | None:
-    """Text unpadded; numbers as a tuple, or the first of an attribute with one value; None if empty.
-    ValueError if malformed. `vr` is what the file says, if anything."""
+    """Text unpadded; numbers as a tuple, or single; None if empty. `vr` is what the file says, if any."""
     _, expected, is_single = ATTRIBUTES[tag]
     if expected not in NUMERIC:
         return raw.decode("latin-1").strip(" \0") or None
@@ -324,7 +335,7 @@ def parse_dataset(dataset: pydicom.Dataset, order: str, given: dict) -> dict:
 
 def parse_groups(dataset: pydicom.Dataset, order: str) -> list[dict]:
     """For each frame of an enhanced file what its and the shared functional groups say (or one item)."""
-    groups: list[dict] = []
+    groups = []
     for tag in (SHARED_GROUPS, FRAME_GROUPS):
         if tag in dataset:
             raw = dataset.get_item(tag).value
@@ -367,8 +378,6 @@ def unpack(data: bytes, limit: int) -> bytes:
 
 
 # --- which series -------------------------------------------------------------------------------------------
-
-
 @one_line_errors
 def read_identity(path: Path) -> tuple[str, str] | None:
     """((0020,000E) SeriesInstanceUID, (0010,0020) PatientID) of an image, "" where absent; None if it is too
@@ -419,9 +428,6 @@ def parse_head(head: bytes) -> dict:
     return parse_dataset(dataset, "<", {"SOPClassUID": sop_class})
 
 
-MODALITIES = {"1.2.840.10008.5.1.4.1.1.2": "CT", "1.2.840.10008.5.1.4.1.1.4": "MR"}  # by SOP class
-
-
 def modality_of(header: dict) -> str:
     """(0008,0060) Modality, else CT or MR where (0008,0016) SOPClassUID is one of their images, else ""."""
     stem = ".".join(header.get("SOPClassUID", "").split(".")[:10])
@@ -429,8 +435,6 @@ def modality_of(header: dict) -> str:
 
 
 # --- frames -------------------------------------------------------------------------------------------------
-
-
 @dataclass(eq=False)
 class Frame:
     """One image: where it lies (LPS mm), what its stored values mean, and where its pixels are."""
@@ -468,9 +472,6 @@ class Frame:
 
 Frames = list[Frame]
 
-PROJECTION = re.compile(r"\b(MIP|MINIP|MAXIP|MIN IP|MAX IP|PROJECTION|VOLUME RENDERED|VRT)\b")
-SCOUT = re.compile(r"\b(LOCALIZER|SCOUT|TOPOGRAM|SURVIEW)\b")
-
 
 def image_types(header: dict) -> list[str]:
     return [value.strip() for value in header.get("ImageType", "").upper().split("\\")]
@@ -484,16 +485,6 @@ def image_kind(header: dict) -> str:
 
 def image_number(frame: Frame) -> int:
     return frame.header.get("InstanceNumber", 0) + frame.index
-
-
-# What tells the volumes of one series apart, in the order tried; then the order of images does.
-# fmt: off
-VOLUME_KEYS = (
-    "ImageType", "EchoNumbers", "EchoTime", "TemporalPositionIdentifier", "DiffusionBValue",
-    "AcquisitionNumber", "AcquisitionTime", "TriggerTime", "StackID",
-)
-# fmt: on
-PHASE_TYPES = {"P", "PHASE", "R", "REAL", "I", "IMAGINARY", "PHASE MAP", "B0", "B0 MAP"}
 
 
 def key_value(frame: Frame, name: str) -> tuple:
@@ -610,14 +601,9 @@ def padding_range(tags: dict) -> tuple[int, int] | None:
 
 
 # --- pixels -------------------------------------------------------------------------------------------------
-
-
-Spans = list[list[tuple[int, int]]]  # for each frame the (offset, length) pieces of its pixel data
-
-
 def locate_frames(header: dict, file: BinaryIO) -> Spans:
-    """Where the pixels of each frame are. ValueError if the image is absurd or the file too short. Without
-    (0028,0008) NumberOfFrames, frames are counted by the pixel data's length, or by code streams."""
+    """Where the pixels of each frame are. ValueError if that is absurd or the file too short. Without
+    (0028,0008) NumberOfFrames the pixel data's length, or code streams, tell."""
     rows, cols, bits = (header.get(name, 0) for name in ("Rows", "Columns", "BitsAllocated"))
     samples, stated = header.get("SamplesPerPixel", 1), header.get("NumberOfFrames", 0)
     _, offset, length = header["pixel_data"]
@@ -724,29 +710,19 @@ def decode_with_pydicom(frame: Frame, data: bytes) -> ndarray:
         raise ValueError(f"transfer syntax {uid.name} ({uid}) needs a decoder: pip install {DECODERS[uid]}")
     if not is_native and uid != RLE:
         check_code_stream(data, (frame.rows, frame.cols, samples))
-    array, _ = decoder.as_array(
-        data if is_native else encapsulate([data]),
-        rows=frame.rows,
-        columns=frame.cols,
-        number_of_frames=1,
-        samples_per_pixel=samples,
-        bits_allocated=header["BitsAllocated"],
-        bits_stored=header.get("BitsStored", header["BitsAllocated"]),
-        pixel_representation=header.get("PixelRepresentation", 0),
-        photometric_interpretation=header.get("PhotometricInterpretation", "MONOCHROME2"),
-        planar_configuration=header.get("PlanarConfiguration", 0),
-        pixel_keyword="PixelData",
-    )
+    bits = header["BitsAllocated"]
+    options = {"rows": frame.rows, "columns": frame.cols, "number_of_frames": 1, "samples_per_pixel": samples}
+    options |= {"bits_allocated": bits, "bits_stored": header.get("BitsStored", bits)}
+    options["pixel_representation"] = header.get("PixelRepresentation", 0)
+    options["photometric_interpretation"] = header.get("PhotometricInterpretation", "MONOCHROME2")
+    options["planar_configuration"] = header.get("PlanarConfiguration", 0)
+    data = data if is_native else encapsulate([data])
+    array, _ = decoder.as_array(data, pixel_keyword="PixelData", **options)
     if array.ndim == 3:
         array = (array @ np.array([0.299, 0.587, 0.114]) + 0.5).astype(array.dtype)  # ITU-R BT.601
     if array.shape != (frame.rows, frame.cols):
         raise ValueError(f"decoded to {array.shape}, expected {(frame.rows, frame.cols)}")
     return array
-
-
-# Rows, columns and samples in the frame header of JPEG and JPEG-LS (SOFn), and in SIZ of JPEG 2000.
-JPEG_SIZE = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7]\0[\x0b\x11].(.{5})", re.DOTALL)
-JPEG_2000_SIZE = re.compile(rb"\xff\x4f\xff\x51.{4}(.{34})", re.DOTALL)
 
 
 def check_code_stream(data: bytes, expected: tuple) -> None:
@@ -762,8 +738,6 @@ def check_code_stream(data: bytes, expected: tuple) -> None:
 
 
 # --- what the values mean -----------------------------------------------------------------------------------
-
-
 @dataclass
 class Stack:
     """Images on their way to one volume, and what is to be said of them."""
@@ -796,8 +770,7 @@ def rescale_values(frame: Frame, stored: ndarray) -> ndarray:
 
 @lru_cache(maxsize=64)
 def thumbnail(frame: Frame) -> ndarray:
-    """(32, 32) block means of the values, in CT of 0..1500 HU; zeros if the frame cannot be decoded, which is
-    told when the slice is used."""
+    """(32, 32) block means, in CT of 0..1500 HU; zeros if the frame does not decode."""
     try:
         values = decode(frame) * np.float32(frame.slope) + np.float32(frame.intercept)
     except ValueError:
@@ -808,12 +781,6 @@ def thumbnail(frame: Frame) -> ndarray:
 
 def image_difference(a: Frame, b: Frame) -> float:
     return float(np.abs(thumbnail(a) - thumbnail(b)).sum())
-
-
-AIR_HU = (-1100, -900)
-TISSUE_HU = (-20, 120)
-BONE_HU, HIGHEST_HU = 300, 3200  # but for metal
-MOST_FILL = 0.4  # share of an image; a round field of view leaves 0.21 over
 
 
 class Samples(NamedTuple):
@@ -937,8 +904,7 @@ class Reading(NamedTuple):
 
 
 def judge_reading(first: Frame, samples: Samples, tags: dict, shift: float) -> Reading:
-    """Where the samples' values lie with other tags and the intercept shifted. The corners' most common value
-    is air or tissue only if it covers more than a fill does."""
+    """The reading with other tags and intercept. A fill of the corners is neither air nor tissue."""
     stored = samples.stored
     hu = mask_stored(stored, first.header | tags) * samples.slopes + first.intercept + shift
     values, counts = np.unique(samples.corners, return_counts=True)
@@ -956,8 +922,7 @@ def judge_reading(first: Frame, samples: Samples, tags: dict, shift: float) -> R
 
 
 def choose_sign(stack: Stack, samples: Samples) -> None:
-    """MR frames in the other sign than (0028,0103) PixelRepresentation says, if values lie much closer then:
-    small negative ones without their sign are the largest of all."""
+    """MR frames in the sign that (0028,0103) PixelRepresentation denies, if values lie much closer then."""
     header = stack.frames[0].header
     sign = 1 - is_signed(header)
     tags = {"PixelRepresentation": sign}
