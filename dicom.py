@@ -1,7 +1,7 @@
 """DICOM files -> `Series` -> `Volume`: the only path from files to the voxels of a model.
 
-Reads top to bottom; `frames.py` reads the images. Space is LPS millimetres (x to the patient's left, y to the
-back, z to the head); voxels are indexed (z, y, x). Imports no torch, so that worker processes start fast.
+`frames.py` reads the images. Space is LPS millimetres (x to the left, y to the back, z to the head); voxels are
+indexed (z, y, x). Imports no torch, so that worker processes start fast.
 """
 
 from __future__ import annotations
@@ -633,9 +633,8 @@ def select_labelled(stack: Stack, labels: list | ndarray, name: str) -> None:
 
 
 def is_volume(frames: Frames, places: ndarray, num_all: int) -> bool:
-    """Whether frames cover the `places` where `num_all` images lie: they lie at nearly all of these (at all
-    where few images share places), or are even slices with no room for the others between them. MR slices may
-    be taken in two passes, even ones after odd ones; these lie evenly."""
+    """Whether frames cover the `places` of `num_all` images: they lie at nearly all of these (at all where
+    few share places), or are even slices without room for others. MR may take odd slices before even."""
     positions = distinct_positions(frames)
     if len(positions) >= (0.9 if num_all > 1.1 * len(places) else 1.0) * len(places):
         return True
@@ -842,8 +841,8 @@ def slice_spans(centres: ndarray, thickness_mm: float) -> ndarray:
 
 
 def slab_weights(spans: ndarray, edges: ndarray) -> tuple[ndarray, ndarray]:
-    """(weights (Z, n) of n slices in Z slabs, by how much of the slab each span (n, 2) covers, rows sum to 1;
-    share (Z,) of each slab that spans cover). A slab that no span touches: `line_weights`."""
+    """(weights (Z, n) of n slices in Z slabs by overlap with their spans (n, 2), rows sum to 1; share (Z,) of
+    each slab that spans cover). A slab that no span touches is interpolated."""
     first, last = spans.T
     low, high = edges[:-1, None], edges[1:, None]
     overlap_mm = np.minimum(high, last) - np.maximum(low, first)

@@ -1,7 +1,6 @@
 """DICOM files -> their images, `Frame`s: header, place, stored pixels, and what their values mean.
 
-Reads top to bottom; `dicom.py` makes series of them. Space is LPS millimetres (x to the patient's left, y to
-the back, z to the head).
+`dicom.py` makes series of them. Space is LPS millimetres (x to the left, y to the back, z to the head).
 """
 
 from __future__ import annotations
@@ -951,8 +950,7 @@ def drop_padding(stack: Stack, samples: Samples) -> None:
 def pad_fill(stack: Stack, samples: Samples) -> None:
     """The lowest or highest value is padding if it fills corners and lies far from all others. In MR such a
     fill (-2048, for example) would take the percentiles and the head's threshold. One of more than MOST_FILL
-    may be air, and has to lie farther away, unless it alone is negative. In CT only a fill brighter than bone
-    matters."""
+    may be air, and lies farther away, unless it alone is negative. In CT only a bright fill matters."""
     first, pixels = stack.frames[0], samples.stored
     for end in (np.min, np.max):
         fill = int(end(pixels))
