@@ -1,7 +1,7 @@
 """DICOM files -> `Series` -> `Volume`: the only path from files to the voxels of a model.
 
-`frames.py` reads the images. Space is LPS millimetres (x to the left, y to the back, z to the head); voxels are
-indexed (z, y, x). Imports no torch, so that worker processes start fast.
+`frames.py` reads the images. Space is LPS millimetres (x to the left, y to the back, z to the head), voxels
+are indexed (z, y, x). Imports no torch, so that worker processes start fast.
 """
 
 from __future__ import annotations

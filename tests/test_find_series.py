@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,13 +19,9 @@ from dicom import find_series, safe_uid
 
 
 def write_slice(path: Path, z: float = 0.0, syntax: str = ExplicitVRLittleEndian, **tags: object) -> Path:
-    """A CT image of 16 x 16 pixels that count up from 0; a tag given as None is left out."""
-    values = {"SeriesInstanceUID": "1.2.3.4", "PatientID": "p1", "InstanceNumber": None, "SliceThickness": 5}
-    values |= {"ImagePositionPatient": [0, 0, z], "PixelSpacing": [10, 10], "RescaleIntercept": 0}
-    pixels = np.arange(256, dtype=np.int16).reshape(16, 16)
-    dataset = image(pixels=pixels, dtype="i2", **(values | tags))
-    dataset.PixelData = tags.get("PixelData", dataset.PixelData)
-    return write(path, dataset, syntax)
+    """A CT image of 512 bytes; a tag given as None is left out."""
+    tags = {"SeriesInstanceUID": "1.2.3.4", "ImagePositionPatient": [0, 0, z]} | tags
+    return write(path, image(pixels=np.zeros((16, 16)), **tags), syntax)
 
 
 GROUPINGS = {  # a file, its SeriesInstanceUID and PatientID (- for none), and the series that it belongs to
@@ -109,10 +106,7 @@ def test_odd_files_cost_the_search_neither_time_nor_memory(tmp_path):
 
 def test_files_that_may_not_be_opened_stay_in_their_folders_series(tmp_path, monkeypatch):
     paths = [write_slice(tmp_path / "Jane" / f"{z}", z) for z in range(3)]
-
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied")
-
+    refuse = Mock(side_effect=PermissionError(errno.EACCES, "Permission denied"))
     monkeypatch.setattr(os, "stat", refuse)  # as in a folder that may be listed but not entered
     monkeypatch.setattr("frames.open", refuse, raising=False)
     assert find_series(tmp_path) == ({"Jane": paths}, [])
