@@ -13,7 +13,7 @@ from pydicom.encaps import encapsulate, generate_frames
 from test_dicom_reading import IPP, PLANES, enhanced, folders, image, names, noted, offsets, stack, write
 
 from dicom import VolumeSettings, make_volume, read_series
-from frames import read_header
+from frames import EXPLICIT, read_header
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SETTINGS = VolumeSettings(img_size=64)
@@ -254,11 +254,8 @@ def test_pixel_data_longer_than_the_image_is_noted(tmp_path):
 
 
 @pytest.mark.parametrize("syntax, damage", [
-    (uid.ExplicitVRLittleEndian, lambda data: data[:-10]),
-    (uid.ExplicitVRLittleEndian, lambda data: data[:400]),
-    (uid.ExplicitVRLittleEndian, lambda data: b""),
-    (uid.ExplicitVRLittleEndian, lambda data: bytes(3000)),
-    (uid.ExplicitVRLittleEndian, lambda data: gzip.compress(data)[:-100]),
+    (EXPLICIT, lambda data: data[:-10]), (EXPLICIT, lambda data: data[:400]), (EXPLICIT, lambda data: b""),
+    (EXPLICIT, lambda data: bytes(3000)), (EXPLICIT, lambda data: gzip.compress(data)[:-100]),
     (uid.DeflatedExplicitVRLittleEndian, lambda data: data[:-20]),
 ])  # fmt: skip
 def test_a_tenth_of_the_files_may_be_damaged_but_no_more(tmp_path, syntax, damage):

@@ -12,8 +12,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 SETTINGS = VolumeSettings(base_slices=16, img_size=64)
 NUM, SIZE, STEP_MM, PIXEL_MM = 40, 64, 4.0, 3.4
 CORNER, TOP = -(SIZE - 1) / 2 * PIXEL_MM, (NUM - 1) * STEP_MM
-U12 = {"BitsStored": 12, "HighBit": 11}
-MR = {"Modality": "MR"}
+U12, MR = {"BitsStored": 12, "HighBit": 11}, {"Modality": "MR"}
 # (40, 64, 64) radius: below 1 in a head of 144 x 176 mm whose vertex lies at z = 152 mm.
 Z_MM = np.clip(np.arange(NUM) - 14, 0, None)[:, None, None] * STEP_MM
 Y_MM, X_MM = ((np.mgrid[:SIZE, :SIZE] - SIZE / 2 + 0.5) * PIXEL_MM)[:, None]
@@ -52,19 +51,15 @@ def is_equal(volume: Volume, healthy: Volume) -> bool:
 
 INTERCEPT, NONE, SIGN = {"RescaleIntercept": -1024}, {"RescaleIntercept": None}, {"PixelRepresentation": 1}
 READINGS = {
-    "HU + 1024 with intercept 0": (HU + 1024, {}),
+    "HU + 1024 with intercept 0": (HU + 1024, {}), "HU - 1024 with intercept 0": (HU - 1024, {}),
     "HU + 1024 without intercept, signed": (HU + 1024, NONE | SIGN),
-    "HU + 1024 without intercept, unsigned": (HU + 1024, NONE),
-    "HU with intercept -1024": (HU, INTERCEPT),
+    "HU + 1024 without intercept, unsigned": (HU + 1024, NONE), "HU with intercept -1024": (HU, INTERCEPT),
     "HU + 1024 with intercept -2048": (HU + 1024, {"RescaleIntercept": -2048}),
-    "HU - 1024 with intercept 0": (HU - 1024, {}),
-    "HU modulo 65536": (HU % 65536, {}),
-    "HU modulo 65536 with intercept -1024": (HU % 65536, INTERCEPT),
-    "HU modulo 4096 in 12 bits": (HU % 4096, U12),
-    "HU modulo 4096 in 16 bits": (HU % 4096, {}),
+    "HU modulo 65536": (HU % 65536, {}), "HU modulo 65536 with intercept -1024": (HU % 65536, INTERCEPT),
+    "HU modulo 4096 in 12 bits": (HU % 4096, U12), "HU modulo 4096 in 16 bits": (HU % 4096, {}),
     "HU + 1024 in 12 bits with a sign": (HU + 1024, U12 | SIGN | INTERCEPT),
     "MONOCHROME1": (3071 - HU, U12 | INTERCEPT | {"PhotometricInterpretation": "MONOCHROME1"}),
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -90,15 +85,10 @@ def test_a_ct_is_read_so_that_air_and_tissue_lie_where_hu_says(tmp_path, healthy
     volume = volume_of(tmp_path / "ct", stored, plane, **tags)
     assert is_equal(volume, healthy[plane]) and volume.doubts == []
     series = read_series(tmp_path / "ct")
+    as_stated = "MONOCHROME1", "HU + 1024 without intercept, unsigned", "HU + 1024 in 12 bits with a sign"
+    assert noted(series, "stored values are HU only with") != (reading in as_stated)
     pixels = rescale_slice(series, 20 if plane == "axial" else 32)
     assert np.median(pixels[14:18, 24:28]) == pytest.approx(38, abs=5)
-
-
-def test_a_reading_other_than_stated_is_noted(tmp_path):
-    write_scan(tmp_path / "a", HU % 4096, **U12)
-    assert noted(read_series(tmp_path / "a"), "PixelRepresentation 1")
-    write_scan(tmp_path / "b", HU + 1024)
-    assert noted(read_series(tmp_path / "b"), "RescaleIntercept -1024: used")
 
 
 GREY_LEVELS = np.rint(255 * np.clip((HU + 160) / 400, 0, 1)).astype(int)  # of a window from -160 to 240 HU
@@ -115,13 +105,12 @@ def test_a_ct_that_no_reading_makes_plausible_is_doubted(tmp_path, stored, tags,
 
 ROUND_FIELD = np.hypot(*np.mgrid[-32:32, -32:32]) <= 31
 ODD_CTS = {
-    "inside the head": (38 + NOISE)[:, 20:44, 20:44],
+    "inside the head": (38 + NOISE)[:, 20:44, 20:44], "metal": np.where(RADIUS < 0.1, 3071, HU),
     "no soft tissue": np.where(RADIUS < 1, 900, -1000) + NOISE,
     "noise": np.random.default_rng(1).integers(-1024, -770, (4, SIZE, SIZE)),
-    "metal": np.where(RADIUS < 0.1, 3071, HU),
     "padding of -3024": np.where(ROUND_FIELD, HU, -3024),
     "lossy padding": np.where(ROUND_FIELD, HU, -2000 + NOISE),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ODD_CTS)
@@ -187,9 +176,7 @@ def test_one_corrupt_coordinate_costs_one_slice(tmp_path, healthy, plane, positi
 
 @pytest.mark.parametrize("value", [-1024, 0, 1000])
 @pytest.mark.parametrize("plane, is_blank", [("axial", np.s_[8:24]), ("sagittal", np.s_[:, :, 24:42])])
-def test_blank_images_above_the_vertex_do_no_harm_but_a_quarter_of_the_volume_is_doubted(
-    tmp_path, healthy, plane, is_blank, value
-):
+def test_many_blank_images_are_doubted_unless_above_the_vertex(tmp_path, healthy, plane, is_blank, value):
     volume = volume_of(tmp_path / "above", np.concatenate([HU, np.full((10, SIZE, SIZE), value)]))
     assert is_equal(volume, healthy["axial"]) and volume.doubts == []
     voxels = HU.copy()
