@@ -495,7 +495,7 @@ def place_on_line(frames: Frames, values: ndarray, step_mm: float) -> tuple[Fram
         origin, slope = polyfit(known_values, known, 1)
         errors = origin + np.outer(known_values, slope) - known
         if np.abs(errors).max() < 0.51:
-            step, line_step = slope, float(np.linalg.norm(slope))
+            step, line_step = slope, np.linalg.norm(slope)
         elif slope @ frames[0].normal < 0:
             step = -step
     if len(known):
@@ -661,7 +661,7 @@ def measure_brightness(frames: Frames, places: ndarray) -> float:
     after = np.searchsorted(positions, places).clip(1, len(frames) - 1)
     neighbours = np.unique([after - 1, after])
     means = [thumbnail(frames[k]).mean() for k in neighbours]
-    return float(np.interp(places, positions[neighbours], means).sum())
+    return np.interp(places, positions[neighbours], means).sum()
 
 
 def take_one_per_position(frames: Frames) -> Frames:
@@ -956,7 +956,7 @@ def render_box(grid: Grid, box: Box, weights: ndarray, limits: Interval) -> ndar
     load = lru_cache(maxsize=2)(partial(load_window, grid, box, limits))
     for z in np.flatnonzero(weights.any(axis=1)):
         merged, offset = np.zeros(box.window, np.float32), 0.0
-        for k in np.flatnonzero(weights[z]).tolist():
+        for k in np.flatnonzero(weights[z]):
             window, gain, bias = load(k)
             weight = float(weights[z, k])
             cv2.scaleAdd(window, gain * weight, merged, merged)
@@ -1045,12 +1045,11 @@ def doubt_voxels(grid: Grid, box: Box, voxels: ndarray, covered: ndarray, notes:
     if num_slices < 5:
         doubts.append(f"number of slices: {num_slices}, too few for a head; expected at least 5")
     indices = [np.flatnonzero(is_scanned(grid, box, axis)) for axis in range(3)]
-    is_covered = covered[indices[grid.through]] >= 0.5
-    for axis in grid.image_axes:
-        indices[axis] = indices[axis][::3]
-    slabs = np.moveaxis(voxels[np.ix_(*indices)], grid.through, 0)
-    if slabs.size == 0:
+    if not all(map(len, indices)):
         return doubts
+    region = tuple(slice(index[0], index[-1] + 1) for index in indices)
+    is_covered = covered[region[grid.through]] >= 0.5
+    slabs = np.moveaxis(voxels[region], grid.through, 0)[:, ::3, ::3]
     slabs = slabs.reshape(len(slabs), -1)
     is_empty = slabs.min(axis=1) == slabs.max(axis=1)
     if grid.through != 0:  # beside the head there may be only dark air

@@ -779,7 +779,7 @@ def thumbnail(frame: Frame) -> ndarray:
 
 
 def image_difference(a: Frame, b: Frame) -> float:
-    return float(np.abs(thumbnail(a) - thumbnail(b)).sum())
+    return np.abs(thumbnail(a) - thumbnail(b)).sum()
 
 
 class Samples(NamedTuple):
