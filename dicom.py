@@ -1,8 +1,7 @@
-"""DICOM files -> `Series` -> `Volume`: the one path from files to the voxels of a model.
+"""DICOM files -> `Series` -> `Volume`: the only path from files to the voxels of a model.
 
-Reads top to bottom: settings -> `find_series` -> `read_series` -> grid -> `make_volume` -> head;
-`frames.py` reads their images. Space is LPS millimetres (x to the patient's left, y to the back, z to the
-head); voxels are indexed (z, y, x). Imports neither torch nor `common`, so that worker processes start fast.
+`frames.py` reads the images. Space is LPS millimetres (x to the left, y to the back, z to the head), voxels
+are indexed (z, y, x). Imports no torch, so that worker processes start fast.
 """
 
 from __future__ import annotations
@@ -13,35 +12,47 @@ import math
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from itertools import compress
 from pathlib import Path
 
 import cv2
 import numpy as np
+from numpy import ndarray
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.polynomial.polynomial import polyfit
 
 from frames import (
+    VOLUME_KEYS,
     Frame,
+    Frames,
     Stack,
-    decode,
+    image_difference,
     image_kind,
-    image_types,
-    is_padding,
+    image_number,
+    is_between,
+    key_value,
     make_frames,
     modality_of,
     read_header,
     read_identity,
     read_unpacked,
     repair_values,
+    rescale_values,
     slice_step,
+    thumbnail,
 )
 
-# --- settings -----------------------------------------------------------------------------------------------
-
+SAME_POSITION_MM = 0.02  # closer slices share a position
+PLANES = ("sagittal", "coronal", "axial")  # slices lie along x, y, z
+X, Y, Z = np.eye(3)
+USUAL_DIRECTIONS = ((Y, -Z), (X, -Z), (X, Y))  # of rows and columns in these planes
+BLANK = "blank"
+Rejected = list[tuple[Path, str]]  # files that are not images, or not slices, with the reason
+Masks = dict[int, ndarray]  # slice k -> (h, w) uint8
+Interval = tuple[float, float]  # from, to
 VOLUME_VERSION = 2  # to be raised with each change of the code that changes a volume's voxels
 
 
@@ -59,13 +70,8 @@ class VolumeSettings:
 
 
 # --- reading ------------------------------------------------------------------------------------------------
-
-SAME_POSITION_MM = 0.02  # closer slices share a position
-
-
 def safe_uid(uid: str) -> str:
-    """`uid` if it is safe as a file name (a UID, or another identifier such as ID_0a1b), else one made of its
-    SHA-256."""
+    """`uid` if it is safe as a file name (a UID, or the like of ID_0a1b), else a UID made of its SHA-256."""
     if re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", uid):
         return uid
     digest = hashlib.sha256(uid.encode(errors="surrogatepass")).digest()
@@ -77,30 +83,24 @@ def natural_key(path: Path) -> list:
     return [(int(digits or 0), text) for digits, text in re.findall("([0-9]*)([^0-9]*)", str(path))]
 
 
-UID_NAME = re.compile(r"[0-2](\.(0|[1-9][0-9]*))+")  # PS3.5 9.1, so that the date 2024.03.01 is not one
-
-
-Rejected = list[tuple[Path, str]]  # files that are not images, or not slices, with the reason
-Groups = dict[tuple[tuple[str, str], str], list[Path]]  # (series as in `name_series`, PatientID) -> files
-
-
 def find_series(root: Path, skip: Path | None = None) -> tuple[dict[str, list[Path]], Rejected]:
     """Series under `root`, a folder of any depth: (uid -> files, [(file that is not an image, reason)]).
 
     A folder named by a UID is one series if its first image has the same (0020,000E) SeriesInstanceUID or
     none; its other files are not opened, so a million files take seconds. Elsewhere images are grouped by
-    SeriesInstanceUID, across folders; those without it are a series of their folder's name. Images of
-    different (0010,0020) PatientID are never one series: a name that several series claim gets a number
-    (`2024.03.01-1of2`). A damaged image that does not say where it belongs counts as one of the largest
-    series of its folder, a folder that cannot be read as a series. Folders called `segmentations` (vessel
-    masks) and the files in the folder `skip` are left out. Links are followed, each real folder once.
+    SeriesInstanceUID, or by their folder's name, and never across (0010,0020) PatientIDs: a name that several
+    series claim gets a number (`2024.03.01-1of2`). Damaged images count to their folder's largest series. The
+    folders `segmentations` (vessel masks) and files in `skip` are left out. Links are followed once.
     """
     groups = defaultdict(lambda: defaultdict(list))
-    rejected: Rejected = []
-    unreadable: list[OSError] = []
+    rejected = []
+
+    def add_unreadable(error: OSError) -> None:
+        groups[name_series(error.filename)][""].append(Path(error.filename))
+
     walked = set()
-    for name, subfolders, names in os.walk(root, followlinks=True, onerror=unreadable.append):
-        folder, real = Path(name), os.path.realpath(name)
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=add_unreadable):
+        real = os.path.realpath(folder)
         if real in walked:
             subfolders.clear()
             continue
@@ -108,12 +108,9 @@ def find_series(root: Path, skip: Path | None = None) -> tuple[dict[str, list[Pa
         subfolders[:] = sorted(set(subfolders) - {"segmentations"})
         if skip and real == os.path.realpath(skip):
             continue
-        files = [folder / name for name in sorted(names)]
+        files = [Path(folder, name) for name in sorted(names)]
         for (series, patient), members in group_files(folder, files, rejected).items():
             groups[series][patient] += members
-    for error in unreadable:
-        folder = Path(error.filename)
-        groups[name_series(folder)][""] = [folder]
     claims = defaultdict(list)
     for (uid, _), by_patient in groups.items():
         if len(by_patient) == 2:  # images without a PatientID join those of the only patient
@@ -128,17 +125,18 @@ def find_series(root: Path, skip: Path | None = None) -> tuple[dict[str, list[Pa
     return series, rejected
 
 
-def name_series(folder: Path) -> tuple[str, str]:
+def name_series(folder: str) -> tuple[str, str]:
     """(uid, folder where it is only the folder's name) of images without a SeriesInstanceUID."""
     name = os.path.basename(os.path.abspath(folder))
-    return safe_uid(name), "" if UID_NAME.fullmatch(name) else str(folder)
+    is_uid = re.fullmatch(r"[0-2](\.(0|[1-9][0-9]*))+", name)  # PS3.5 9.1; the date 2024.03.01 is not one
+    return safe_uid(name), "" if is_uid else folder
 
 
-def group_files(folder: Path, files: list[Path], rejected: Rejected) -> Groups:
-    """The images of one folder, as `find_series` says; files that are not images go to `rejected`."""
-    by_name = uid_of_folder, distinction = name_series(folder)
-    is_uid = not distinction
-    groups: Groups = defaultdict(list)
+def group_files(folder: str, files: list[Path], rejected: Rejected) -> dict[tuple, list[Path]]:
+    """The images of a folder by (series as in `name_series`, PatientID); other files go to `rejected`."""
+    by_name = name_series(folder)
+    is_uid = not by_name[1]
+    groups = defaultdict(list)
     damaged, strays = [], []
     for path in files:
         try:
@@ -150,7 +148,7 @@ def group_files(folder: Path, files: list[Path], rejected: Rejected) -> Groups:
             damaged.append(path)
             continue
         uid, patient = identity
-        if is_uid and not groups and uid in ("", uid_of_folder):
+        if is_uid and not groups and uid in ("", by_name[0]):
             return {(by_name, patient): files}
         series = (safe_uid(uid), "") if uid else by_name
         groups[series, patient].append(path)
@@ -176,47 +174,34 @@ class Series:
     patient: str  # (0010,0020) PatientID; like age and sex "" where absent
     age: str
     sex: str
-    frames: list[Frame]
-    positions_mm: np.ndarray  # (n,) along the normal
-    normal: np.ndarray  # (3,)
-    affine: np.ndarray  # (4, 4) (z, y, x) -> LPS mm; least squares where gaps are uneven; sheared if tilted
+    frames: Frames
+    positions_mm: ndarray  # (n,) along the normal
+    normal: ndarray  # (3,)
+    affine: ndarray  # (4, 4) (z, y, x) -> LPS mm; least squares where gaps are uneven; sheared if tilted
     spacing_mm: tuple[float, float, float]  # slice (median gap), row, column
     plane: str  # axial, coronal or sagittal: the nearest
     transfer_syntax: str
     notes: list[str]  # everything that was left out, assumed or repaired
     skipped: Rejected  # files that are not slices, with the reason
-    geometry: dict[tuple[str, int], Frame]  # (SOPInstanceUID, frame index) -> every image, left-out ones too
+    geometry: dict[tuple, Frame]  # (SOPInstanceUID, frame index) -> every image, left-out ones too
     doubts: list[str]  # why the volume may be wrong
-    _stored: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
-    def stored(self, i: int) -> np.ndarray:
-        """(rows, cols) stored values of slice `i`, integers; may be read-only. ValueError naming the file if
-        it cannot be decoded; the volume can do without the slice."""
-        if i not in self._stored:
-            try:
-                self._stored[i] = decode(self.frames[i])
-            except ValueError as error:
-                raise ValueError(f"{self.frames[i].path}, frame {self.frames[i].index}: {error}") from error
-        return self._stored[i]
+    def stored(self, i: int) -> ndarray:
+        """(rows, cols) integers of slice `i`, read-only. ValueError naming a file that does not decode."""
+        frame = self.frames[i]
+        try:
+            return frame.stored
+        except ValueError as error:
+            raise ValueError(f"{frame.path}, frame {frame.index}: {error}") from error
 
     def forget(self, i: int | None = None) -> None:
         """Free the stored values of slice `i`, or of all."""
+        for frame in self.frames if i is None else [self.frames[i]]:
+            vars(frame).pop("stored", None)
         if i is None:
-            self._stored.clear()
             read_unpacked.cache_clear()
-        else:
-            self._stored.pop(i, None)
 
-    def padding(self, i: int) -> tuple[int, int] | None:
-        """First and last of the stored values of slice `i` that are padding, or None."""
-        return self.frames[i].padding
-
-    def values(self, i: int) -> np.ndarray:
-        """(rows, cols) float32 rescaled values of slice `i` (CT: HU). Padding: -1024 in CT, 0 in MR."""
-        values = rescale_values(self.frames[i], self.stored(i))
-        return np.nan_to_num(values, copy=False, nan=-1024 if self.modality == "CT" else 0)
-
-    def point(self, sop_uid: str, x: float, y: float, f: int | None = None) -> np.ndarray:
+    def point(self, sop_uid: str, x: float, y: float, f: int | None = None) -> ndarray:
         """(3,) LPS mm of column `x`, row `y` of an image, `f` its frame (from 0). ValueError if unknown."""
         if f is None and (sop_uid, 1) in self.geometry:
             raise ValueError(f"series {self.uid}: {sop_uid} has several frames, and no frame is named")
@@ -227,21 +212,14 @@ class Series:
         return frame.position + x * col_mm * frame.row_dir + y * row_mm * frame.col_dir
 
 
-PHASE_TYPES = {"P", "PHASE", "R", "REAL", "I", "IMAGINARY", "PHASE MAP", "B0", "B0 MAP"}
-
-
 def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
-    """One volume from a folder of any depth, or from a list of files.
-
-    Files are recognised by content. Images of series `uid` are used if there are any, else all. The volume is
-    one of the largest group of CT or MR images that agree in series, size, orientation and pixel spacing
-    (`select_geometry`), with one image per position (`place_slices`); scouts and projections (MIP) only where
-    nothing else is there. ValueError (one line) if there is no volume: mosaics, projections, radiographs,
-    reports.
-    """
+    """One volume from a folder of any depth, or from a list of files. Images of series `uid` are used if any,
+    else all. The volume is of the largest group that agrees in series, size, orientation and pixel spacing
+    (`select_geometry`), with one image per position (`place_slices`). ValueError (one line) if there is no
+    volume: mosaics, projections, radiographs, reports."""
     where = f"{len(source)} files" if isinstance(source, list) else str(source)
     frames, skipped = read_frames(list_files(source), where)
-    stack = Stack(frames, where)
+    stack = Stack(frames, where, [], [])
     is_other = [frame.header.get("SeriesInstanceUID", uid) != uid for frame in frames]
     if uid and not all(is_other):
         stack.leave_out(is_other, "images of other series left out")
@@ -254,9 +232,10 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
     geometry |= index_images(place_slices(stack))
     header = stack.frames[0].header
     placement = measure_stack(stack)
-    decoded = repair_values(stack)
+    repair_values(stack)
+    folder = os.path.abspath(stack.frames[0].path.parent)
     return Series(
-        uid=safe_uid(uid or header.get("SeriesInstanceUID") or os.path.abspath(stack.frames[0].path.parent)),
+        uid=safe_uid(uid or header.get("SeriesInstanceUID") or folder),
         modality=modality_of(header),
         patient=header.get("PatientID", ""),
         age=header.get("PatientAge", ""),
@@ -267,24 +246,19 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
         skipped=skipped,
         geometry=geometry,
         doubts=stack.doubts,
-        _stored=decoded,
         **placement,
     )
 
 
 def list_files(source: Path | list[Path]) -> list[Path]:
     """The files of a folder of any depth, or those given, in their natural order."""
-    paths = source if isinstance(source, list) else [source]
-    if paths == [source] and source.is_dir():
-        paths = [Path(folder, name) for folder, _, names in os.walk(source) for name in names]
-    return sorted(paths, key=natural_key)
+    if not isinstance(source, list):
+        source = [Path(folder, name) for folder, _, names in os.walk(source) for name in names] or [source]
+    return sorted(source, key=natural_key)
 
 
-def read_frames(paths: list[Path], where: str) -> tuple[list[Frame], Rejected]:
-    """(images, [(file that is not a slice, reason)]).
-
-    ValueError if there is no image, if more than a tenth of the images are damaged, or if the disk fails.
-    """
+def read_frames(paths: list[Path], where: str) -> tuple[Frames, Rejected]:
+    """(images, files that are not slices). ValueError if there is no image, or a tenth is damaged."""
     frames, skipped, num_intact = [], [], 0
     for path in paths:
         try:
@@ -294,23 +268,22 @@ def read_frames(paths: list[Path], where: str) -> tuple[list[Frame], Rejected]:
         except ValueError as error:
             skipped.append((path, str(error)))
             cause = error.__cause__
-            if isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL):
+            if getattr(cause, "errno", None) not in (None, errno.EINVAL):
                 raise ValueError(f"{path}: {error}; the disk is at fault, not the file: try again") from error
-    damaged = [(path, reason) for path, reason in skipped if reason.startswith(("truncated", "damaged"))]
-    num_images = num_intact + len(damaged)
-    if frames and len(damaged) > max(1, num_images // 10):
-        path, reason = damaged[0]
-        raise ValueError(
-            f"{where}: {len(damaged)} of {num_images} images are damaged ({path.name}: {reason}); expected "
-            f"at most a tenth. Copy the series again"
-        )
+    reasons = [f"{path.name}: {reason}" for path, reason in skipped]
     if not frames:
-        reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped[:3])
-        raise ValueError(f"{where}: no CT or MR slice in {len(paths)} files. {reasons}")
+        raise ValueError(f"{where}: no CT or MR slice in {len(paths)} files. {'; '.join(reasons[:3])}")
+    damaged = [text for text in reasons if ": truncated" in text or ": damaged" in text]
+    num_images = num_intact + len(damaged)
+    if len(damaged) > max(1, num_images // 10):
+        raise ValueError(
+            f"{where}: {len(damaged)} of {num_images} images are damaged ({damaged[0]}); expected at most a "
+            f"tenth. Copy the series again"
+        )
     return frames, skipped
 
 
-def index_images(frames: list[Frame]) -> dict[tuple[str, int], Frame]:
+def index_images(frames: Frames) -> dict[tuple, Frame]:
     """(SOPInstanceUID, frame index) -> image, without UIDs that images at several places share."""
     images = defaultdict(list)
     for frame in frames:
@@ -318,13 +291,13 @@ def index_images(frames: list[Frame]) -> dict[tuple[str, int], Frame]:
     return {key: members[0] for key, members in images.items() if count_places(members) == 1}
 
 
-def count_places(frames: list[Frame]) -> int:
+def count_places(frames: Frames) -> int:
     return len({frame.position.tobytes() for frame in frames})
 
 
 def drop_copies(stack: Stack) -> None:
     """Leave out images that repeat the SOPInstanceUID, the position and the number of one before."""
-    seen: set[tuple] = set()
+    seen = set()
     is_copy = []
     for i, frame in enumerate(stack.frames):
         key = frame.sop_uid or i, frame.position.tobytes(), image_number(frame)
@@ -343,14 +316,8 @@ def add_remarks(stack: Stack) -> None:
             stack.doubts.append(remark)
 
 
-PLANES = ("sagittal", "coronal", "axial")  # slices lie along x, y, z
-X, Y, Z = np.eye(3)
-USUAL_DIRECTIONS = ((Y, -Z), (X, -Z), (X, Y))  # of rows and columns in these planes
-
-
 def orient_frames(stack: Stack) -> None:
-    """Frames without a valid (0020,0037) ImageOrientationPatient get the usual one of the plane across which
-    the positions of all lie, else axial."""
+    """Frames without a valid (0020,0037) ImageOrientationPatient get the plane that positions lie across."""
     frames = stack.frames
     is_missing = [np.isnan(frame.row_dir[0]) for frame in frames]
     if not any(is_missing):
@@ -363,59 +330,56 @@ def orient_frames(stack: Stack) -> None:
     text = f"no valid (0020,0037) ImageOrientationPatient in {sum(is_missing)} of {len(frames)} images"
     plane = 2
     if extent.max() > SAME_POSITION_MM:
-        plane = int(extent.argmax())
+        plane = extent.argmax()
         stack.notes.append(f"{text}: {PLANES[plane]} by their positions")
     else:
         stack.doubts.append(f"{text}, nor positions: axial assumed")
-    row_dir, col_dir = USUAL_DIRECTIONS[plane]
-    for i in np.flatnonzero(is_missing):
-        frames[i] = replace(frames[i], row_dir=row_dir, col_dir=col_dir)
+    for frame in compress(frames, is_missing):
+        frame.row_dir, frame.col_dir = USUAL_DIRECTIONS[plane]
 
 
-def frame_points(frames: list[Frame]) -> np.ndarray:
+def frame_points(frames: Frames) -> ndarray:
     """(n, 3) positions"""
     return np.array([frame.position for frame in frames])
 
 
-def positions_along_normal(frames: list[Frame]) -> np.ndarray:
+def positions_along_normal(frames: Frames) -> ndarray:
     """(n,) mm"""
     return frame_points(frames) @ frames[0].normal
 
 
-def distinct_positions(frames: list[Frame]) -> np.ndarray:
+def distinct_positions(frames: Frames) -> ndarray:
     """Sorted mm along the normal; images closer than SAME_POSITION_MM share one."""
     positions = np.sort(positions_along_normal(frames))
     return positions[np.diff(positions, prepend=-np.inf) > SAME_POSITION_MM]
 
 
-def rank_positions(frames: list[Frame]) -> np.ndarray:
+def rank_positions(frames: Frames) -> ndarray:
     """(n,) which of the distinct positions each frame has."""
     return np.searchsorted(distinct_positions(frames), positions_along_normal(frames), side="right") - 1
 
 
 def select_geometry(stack: Stack) -> None:
-    """The largest group (by positions) of images that agree in series, kind, size, orientation and pixel
-    spacing; others are noted."""
+    """Leave the largest group of images that agree in series, kind, size, orientation and pixel spacing."""
     alike = defaultdict(list)
     for frame in stack.frames:
         series = frame.header.get("SeriesInstanceUID") or frame.header.get("PatientID")
         alike[image_kind(frame.header), series, frame.rows, frame.cols].append(frame)
-    groups = [(key, group) for key, frames in alike.items() for group in group_by_geometry(frames)]
-
-    def rank(group: tuple[tuple, list[Frame]]) -> tuple:
-        (kind, *_), frames = group
-        return kind == "slice", count_places(frames), len(frames)
-
-    groups.sort(key=rank, reverse=True)
-    (kind, best_series, *_), best = groups[0]
-    if kind != "slice":
-        if count_places(best) < 3:
+    groups = []
+    for key, frames in alike.items():
+        for group in group_by_geometry(frames):
+            groups.append((key[0] == "slice", count_places(group), len(group), key, group))
+    groups.sort(key=lambda group: group[:3], reverse=True)
+    is_slice, num_places, _, key, best = groups[0]
+    kind, best_series, *_ = key
+    if not is_slice:
+        if num_places < 3:
             raise ValueError(f"{stack.where}: {len(stack.frames)} {kind} images, no volume")
         stack.notes.append(f"the images call themselves {kind}: ImageType {best[0].header['ImageType']}")
-    num_alike = len(alike[groups[0][0]])
+    num_alike = len(alike[key])
     if num_alike >= 8 and len(best) < 0.6 * num_alike:
         stack.doubts.append(f"{len(best)} of {num_alike} images agree in orientation and pixel spacing")
-    for (kind, series, rows, cols), frames in groups[1:]:
+    for *_, (kind, series, rows, cols), frames in groups[1:]:
         other = " of another series" if series != best_series else ""
         row_mm, col_mm = frames[0].spacing_mm
         stack.notes.append(
@@ -425,9 +389,8 @@ def select_geometry(stack: Stack) -> None:
     stack.frames = best
 
 
-def group_by_geometry(frames: list[Frame]) -> list[list[Frame]]:
-    """Groups of equal pixel spacing (0.2 %) and orientation (0.02 from the median, because it may jitter in
-    many images; 0.001 in a few)."""
+def group_by_geometry(frames: Frames) -> list[Frames]:
+    """Groups of equal pixel spacing (0.2 %) and orientation (0.02 from the median; of a few images 0.001)."""
     tolerance = 0.02 if len(frames) >= 8 else 0.001
     geometry = np.array([[*10 * np.log(f.spacing_mm), *f.row_dir, *f.col_dir] for f in frames])
     groups, rest = [], np.arange(len(frames))
@@ -445,12 +408,12 @@ def group_by_geometry(frames: list[Frame]) -> list[list[Frame]]:
 def drop_slabs(stack: Stack) -> None:
     """Leave out images of another (0018,0050) SliceThickness among the usual ones: thick slabs, projections
     of thin slices. A scan whose thickness changes on the way has them side by side instead."""
-    thickness = np.array([frame.header.get("SliceThickness", 0.0) for frame in stack.frames])
+    thickness = np.array([frame.header.get("SliceThickness") or np.nan for frame in stack.frames])
     sizes, counts = np.unique(thickness[thickness > 0], return_counts=True)
     if len(sizes) < 2:
         return
     usual = sizes[2 * counts >= counts.max()].min()
-    is_slab = (thickness > 1.35 * usual) | ((thickness > 0) & (thickness < usual / 1.35))
+    is_slab = (thickness > 1.35 * usual) | (thickness < usual / 1.35)
     positions = positions_along_normal(stack.frames)
     others, slabs = positions[~is_slab], positions[is_slab]
     is_among = (slabs > others.min()) & (slabs < others.max())
@@ -459,16 +422,13 @@ def drop_slabs(stack: Stack) -> None:
         stack.leave_out(is_slab, what)
 
 
-def place_slices(stack: Stack) -> list[Frame]:
-    """Leave one image per position, sorted along +normal. Returns every image with its position.
-
-    The sources of positions are tried in turn until one is plausible: of the images of one volume nearly all
-    have a position of their own, and where (0020,0032) does not tell, neighbours look alike.
-    """
+def place_slices(stack: Stack) -> Frames:
+    """Leave one image per position along +normal; returns every image with its position. Sources of positions
+    are tried until nearly all images differ in position, and neighbours are alike."""
     num_images = len(stack.frames)
     attempts = []
     for source, is_certain, frames in position_sources(stack.frames):
-        attempt = Stack(frames, stack.where, [f"slices placed by {source}"] if source else [])
+        attempt = Stack(frames, stack.where, [f"slices placed by {source}"] if source else [], [])
         drop_strays(attempt)
         select_volume(attempt)
         num_positions = len(distinct_positions(attempt.frames))
@@ -502,7 +462,7 @@ def place_slices(stack: Stack) -> list[Frame]:
     return frames
 
 
-def position_sources(frames: list[Frame]) -> Iterator[tuple[str, bool, list[Frame]]]:
+def position_sources(frames: Frames) -> Iterator[tuple[str, bool, Frames]]:
     """(where positions come from, whether they are beyond doubt, frames so placed), the best source first."""
     is_known = np.isfinite(frame_points(frames)[:, 0])
     if is_known.all():
@@ -525,50 +485,50 @@ def position_sources(frames: list[Frame]) -> Iterator[tuple[str, bool, list[Fram
         yield f"the {is_known.sum()} known positions", True, list(compress(frames, is_known))
 
 
-def place_on_line(frames: list[Frame], values: np.ndarray, step_mm: float) -> tuple[list[Frame], float]:
-    """(frames on the line that known positions follow by `values`, the line's step), to half a millimetre,
-    because positions may be rounded. Where these do not follow a line: (frames in steps of `step_mm` along
-    the normal, in the direction in which known positions grow, 0)."""
+def place_on_line(frames: Frames, values: ndarray, step_mm: float) -> tuple[Frames, float]:
+    """(frames on the line that known positions follow by `values` to half a millimetre, its step), else
+    (frames in steps of `step_mm` along the normal, in the direction in which known positions grow, 0)."""
     points = frame_points(frames)
     is_known = np.isfinite(points[:, 0])
     known, known_values = points[is_known], values[is_known]
-    step, line_step = step_mm * frames[0].normal, 0.0
-    start = None
+    step, line_step, start = step_mm * frames[0].normal, 0.0, np.zeros(3)
     if len(np.unique(known_values)) > 1 and np.ptp(known, axis=0).max() > SAME_POSITION_MM:
         origin, slope = polyfit(known_values, known, 1)
         errors = origin + np.outer(known_values, slope) - known
         if np.abs(errors).max() < 0.51:
-            start, step, line_step = origin, slope, float(np.linalg.norm(slope))
+            step, line_step = slope, np.linalg.norm(slope)
         elif slope @ frames[0].normal < 0:
             step = -step
-    if start is None:
-        start = np.median(known - np.outer(known_values, step), axis=0) if len(known) else np.zeros(3)
+    if len(known):
+        start = np.median(known - np.outer(known_values, step), axis=0)
     positions = start + np.outer(values, step)
-    return [replace(f, position=position) for f, position in zip(frames, positions, strict=True)], line_step
+    placed = [replace(f, position=position) for f, position in zip(frames, positions, strict=True)]
+    return placed, line_step
 
 
-def is_comb(frames: list[Frame]) -> bool:
-    """Whether frames lie at even positions, most of them alone, and the others repeat slices: these look like
-    the slice that they share a position with, and InstanceNumbers do not run along the stack."""
+def is_comb(frames: Frames) -> bool:
+    """Whether frames lie at even positions, most of them alone, and the others repeat slices: these are like
+    the slice at their position, and InstanceNumbers do not run along the stack."""
     frames = sorted(frames, key=image_number)
     ranks, gaps = rank_positions(frames), np.diff(distinct_positions(frames))
     counts, steps = np.bincount(ranks), np.diff(ranks)
-    if (counts == 1).mean() < 0.4 or len(gaps) < 7 or np.percentile(gaps, 90) > 1.5 * np.median(gaps):
+    if (counts == 1).mean() < 0.4 or len(gaps) < 7:
+        return False
+    if np.percentile(gaps, 90) > 1.5 * np.median(gaps):
         return False
     if (steps >= 0).all() or (steps <= 0).all():
         return False
-    near, far = [], []
+    near = far = 0.0
     for rank in np.flatnonzero(counts > 1)[:24]:
-        sharing = np.flatnonzero(ranks == rank)
+        first, *_, last = np.flatnonzero(ranks == rank)
         distant = np.argmax(ranks == (rank + len(counts) // 4) % len(counts))
-        near.append((frames[sharing[0]], frames[sharing[-1]]))
-        far.append((frames[sharing[0]], frames[distant]))
-    return sum_differences(near) < 0.5 * sum_differences(far)
+        near += image_difference(frames[first], frames[last])
+        far += image_difference(frames[first], frames[distant])
+    return near < 0.5 * far
 
 
 def drop_strays(stack: Stack) -> None:
-    """Leave out the few frames (a tenth at most) that lie beyond a gap far wider than the others, or far from
-    those numbered before and after them: test images, corrupt positions."""
+    """Leave out a few frames (a tenth at most) beyond a wide gap, or far from those numbered next to them."""
     places = distinct_positions(stack.frames)
     gaps = np.diff(places)
     if len(gaps) < 5:
@@ -584,33 +544,14 @@ def drop_strays(stack: Stack) -> None:
     jumps = np.linalg.norm(points - medians, axis=1)
     steps = np.linalg.norm(np.diff(points, axis=0), axis=1)
     is_stray[by_number] |= jumps > 3 * max(gap, np.median(steps))
-    if 0 < is_stray.sum() <= max(1, len(points) // 10):
+    if is_stray.sum() <= max(1, len(points) // 10):
         place = stack.frames[is_stray.argmax()].position.round(1).tolist()
         stack.leave_out(is_stray, f"images left out: far from the others, one at {place} mm")
 
 
-@lru_cache(maxsize=64)
-def thumbnail(frame: Frame) -> np.ndarray:
-    """(32, 32) block means of the values; in CT of 0..1500 HU, so that air and metal weigh little. Zeros if
-    the frame cannot be decoded, which is told when the slice is used."""
-    try:
-        values = decode(frame) * np.float32(frame.slope) + np.float32(frame.intercept)
-    except ValueError:
-        return np.zeros((32, 32), np.float32)
-    image = cv2.resize(values, (32, 32), interpolation=cv2.INTER_AREA)
-    return np.clip(image, 0, 1500) if modality_of(frame.header) == "CT" else image
-
-
-def sum_differences(pairs: Iterable[tuple[Frame, Frame]]) -> float:
-    """How much the two frames of each pair differ, over all pairs."""
-    return sum(float(np.abs(thumbnail(a) - thumbnail(b)).sum()) for a, b in pairs)
-
-
-def is_ordered(frames: list[Frame], num_shared: int) -> bool:
-    """Whether the order of slices is plausible, given that the best source tells `num_shared` positions: each
-    looks more like the next one than like one a quarter of the stack away, and than the one as far on as
-    images shared a position (if these were of several contrasts, it would be the other way round). Images of
-    one place hardly differ. Below 8 slices: assumed."""
+def is_ordered(frames: Frames, num_shared: int) -> bool:
+    """Whether the order is plausible: each slice is more like the next than like one far away, and than the
+    one as far on as images share the best source's `num_shared` positions, and images are not all alike."""
     if len(frames) < 8:
         return True
     frames = take_one_per_position(frames)
@@ -618,38 +559,14 @@ def is_ordered(frames: list[Frame], num_shared: int) -> bool:
     far_lag = len(frames) // 4
     starts = range(lag - 1, len(frames) - max(lag, far_lag), lag)[-24:]
     near, later, far = (
-        sum_differences((frames[i], frames[i + step]) for i in starts) for step in (1, lag, far_lag)
+        sum(image_difference(frames[i], frames[i + step]) for i in starts) for step in (1, lag, far_lag)
     )
     images = np.array([thumbnail(frames[i]) for i in starts])
     contrast = np.abs(images - images.mean(axis=(1, 2), keepdims=True)).sum()
-    return bool(near < 0.85 * later and near < 0.5 * far and far > 0.05 * contrast)
+    return near < 0.85 * later and near < 0.5 * far and far > 0.05 * contrast
 
 
-def image_number(frame: Frame) -> int:
-    return frame.header.get("InstanceNumber", 0) + frame.index
-
-
-# What tells the volumes of one series apart, in the order tried; then the order of images does.
-# fmt: off
-VOLUME_KEYS = (
-    "ImageType", "EchoNumbers", "EchoTime", "TemporalPositionIdentifier", "DiffusionBValue",
-    "AcquisitionNumber", "AcquisitionTime", "TriggerTime", "StackID",
-)
-# fmt: on
-
-
-def key_value(frame: Frame, name: str) -> tuple:
-    """An attribute's value for sorting: absent before small before large. ImageType: magnitude first, phase,
-    real and imaginary last; original before derived."""
-    if name != "ImageType":
-        return name in frame.header, frame.header.get(name, "")
-    types = [*image_types(frame.header), frame.header.get("ComplexImageComponent", "").upper()]
-    is_magnitude = any(word in ("M", "MAGNITUDE") or word.startswith("M_") for word in types)
-    is_phase = not PHASE_TYPES.isdisjoint(types)
-    return not is_magnitude, not is_magnitude and is_phase, "DERIVED" in types, tuple(types)
-
-
-def count_sweeps(frames: list[Frame], values: list) -> np.ndarray:
+def count_sweeps(frames: Frames, values: list) -> ndarray:
     """For each frame, how often the stack was run through before it, in the order of values."""
     sweeps = np.zeros(len(frames), int)
     if len(frames) < 2:
@@ -664,7 +581,7 @@ def count_sweeps(frames: list[Frame], values: list) -> np.ndarray:
     return sweeps
 
 
-def count_visits(frames: list[Frame]) -> np.ndarray:
+def count_visits(frames: Frames) -> ndarray:
     """For each frame, how many of lower InstanceNumber share its position."""
     ranks = rank_positions(frames)
     order = np.lexsort(([image_number(frame) for frame in frames], ranks))
@@ -672,7 +589,7 @@ def count_visits(frames: list[Frame]) -> np.ndarray:
     return visits[np.argsort(order)]
 
 
-def alternate(frames: list[Frame]) -> np.ndarray:
+def alternate(frames: Frames) -> ndarray:
     """0 and 1 in turn along the normal where gaps are by turns wide and narrow, else 0."""
     gaps = np.diff(distinct_positions(frames))
     if len(gaps) < 8:
@@ -683,8 +600,7 @@ def alternate(frames: list[Frame]) -> np.ndarray:
 
 
 def select_volume(stack: Stack) -> None:
-    """Leave the images of one volume: while an attribute, or the order of InstanceNumbers, times or files,
-    tells several complete volumes apart, one of them."""
+    """Leave a single volume where an attribute, or the order of images, tells several complete ones apart."""
     for name in VOLUME_KEYS:
         select_labelled(stack, [key_value(frame, name) for frame in stack.frames], name)
     for name in ("InstanceNumber", "AcquisitionTime", "order of files"):
@@ -693,9 +609,8 @@ def select_volume(stack: Stack) -> None:
     select_labelled(stack, alternate(stack.frames), "alternating gaps")
 
 
-def select_labelled(stack: Stack, labels: list | np.ndarray, name: str) -> None:
-    """Leave the frames with one label, if that makes a volume (`is_volume`): of several CT volumes the
-    brightest, whose vessels are filled; else the fullest, the first of equals."""
+def select_labelled(stack: Stack, labels: list | ndarray, name: str) -> None:
+    """Leave the fullest volume (`is_volume`) of one label; in CT, of full ones that with filled vessels."""
     if len(set(labels)) == 1:
         return
     volumes = defaultdict(list)
@@ -707,10 +622,10 @@ def select_labelled(stack: Stack, labels: list | np.ndarray, name: str) -> None:
     if not complete:
         return
     counts = [len(distinct_positions(volume)) for volume in complete]
-    best = complete[int(np.argmax(counts))]
-    is_full = [count >= 0.9 * max(counts) > 1 for count in counts]
-    if sum(is_full) > 1 and name != "ImageType" and modality_of(best[0].header) == "CT":
-        full = list(compress(complete, is_full))
+    most = max(counts)
+    best = complete[counts.index(most)]
+    full = [volume for volume, count in zip(complete, counts, strict=True) if count >= 0.9 * most]
+    if len(full) > 1 < most and name != "ImageType" and best[0].is_ct:
         low, high = np.median([distinct_positions(volume)[[0, -1]] for volume in full], axis=0)
         shared = low + (high - low) * np.linspace(0.2, 0.8, 6)
         best = max(full, key=lambda volume: measure_brightness(volume, shared))
@@ -718,13 +633,9 @@ def select_labelled(stack: Stack, labels: list | np.ndarray, name: str) -> None:
     stack.frames = best
 
 
-def is_volume(frames: list[Frame], places: np.ndarray, num_all: int) -> bool:
-    """Whether frames cover the `places` where `num_all` images lie.
-
-    Either they lie at nearly all of them (at all, where few images share places), or between their own even
-    slices there is no room for others: these lie nearer than a slice's thickness. MR slices may be taken in
-    two passes, even ones after odd ones; these lie evenly.
-    """
+def is_volume(frames: Frames, places: ndarray, num_all: int) -> bool:
+    """Whether frames cover the `places` of `num_all` images: they lie at nearly all of these (at all where
+    few share places), or are even slices without room for others. MR may take odd slices before even."""
     positions = distinct_positions(frames)
     if len(positions) >= (0.9 if num_all > 1.1 * len(places) else 1.0) * len(places):
         return True
@@ -736,27 +647,26 @@ def is_volume(frames: list[Frame], places: np.ndarray, num_all: int) -> bool:
     distances = np.abs(np.subtract.outer(places, positions)).min(axis=1)
     others = distances[distances > SAME_POSITION_MM]
     narrow, wide = np.percentile(np.diff(places), (25, 75))
-    return bool(
+    return (
         np.percentile(gaps, 90) < 1.5 * gap
         and gap < 1.7 * thickness
         and (others < 0.6 * gap).sum() > 0.8 * len(others)
-        and (wide > 1.2 * narrow or modality_of(frames[0].header) == "CT")
+        and (wide > 1.2 * narrow or frames[0].is_ct)
     )
 
 
-def measure_brightness(frames: list[Frame], places: np.ndarray) -> float:
+def measure_brightness(frames: Frames, places: ndarray) -> float:
     """Sum of mean values at some places along the normal, interpolated between slices."""
     frames = take_one_per_position(frames)
     positions = positions_along_normal(frames)
     after = np.searchsorted(positions, places).clip(1, len(frames) - 1)
     neighbours = np.unique([after - 1, after])
     means = [thumbnail(frames[k]).mean() for k in neighbours]
-    return float(np.interp(places, positions[neighbours], means).sum())
+    return np.interp(places, positions[neighbours], means).sum()
 
 
-def take_one_per_position(frames: list[Frame]) -> list[Frame]:
-    """Frames sorted along +normal; where several share a position, the one whose InstanceNumber fits those of
-    the others best, else the lowest."""
+def take_one_per_position(frames: Frames) -> Frames:
+    """Frames along +normal; where several share a position, the one whose InstanceNumber fits the others'."""
     frames = [frames[i] for i in np.argsort(positions_along_normal(frames), kind="stable")]
     ranks = rank_positions(frames)
     numbers = np.array([image_number(frame) for frame in frames])
@@ -777,7 +687,7 @@ def measure_stack(stack: Stack) -> dict:
         stack.notes.append(f"a single slice: {gap:.4g} mm thick ({source})")
     else:
         gaps = np.diff(positions)
-        gap, widest = float(np.median(gaps)), int(gaps.argmax())
+        gap, widest = float(np.median(gaps)), gaps.argmax()
         start, step = polyfit(np.arange(len(points)), points, 1)
         _, drift = polyfit(positions, points, 1)  # by mm along the normal
         tilt = np.linalg.norm(drift - normal)
@@ -796,21 +706,19 @@ def measure_stack(stack: Stack) -> dict:
         "normal": normal,
         "affine": affine,
         "spacing_mm": (gap, row_mm, col_mm),
-        "plane": PLANES[int(np.abs(normal).argmax())],
+        "plane": PLANES[np.abs(normal).argmax()],
     }
 
 
 # --- volume -------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Volume:
     """A series as the models see it."""
 
-    voxels: np.ndarray  # (Z, H, W) uint8
-    affine: np.ndarray  # (4, 4) from (z, y, x, 1) to LPS mm
+    voxels: ndarray  # (Z, H, W) uint8
+    affine: ndarray  # (4, 4) from (z, y, x, 1) to LPS mm
     notes: list[str]
-    doubts: list[str] = field(default_factory=list)  # why it may be wrong, the series' doubts among them
+    doubts: list[str]  # why it may be wrong, the series' doubts among them
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -822,51 +730,43 @@ class Volume:
 class Box:
     """The region of interest in canonical millimetres, along (z, y, x)."""
 
-    low: np.ndarray  # (3,) mm of the lower edges
-    steps: np.ndarray  # (3,) mm per voxel
-    shape: np.ndarray  # (3,) voxels
-    window: np.ndarray  # (2,) pixels along the image axes that cover the box, and one more
-    starts: np.ndarray  # (n, 2) first pixel of the window in each image: gantry tilt moves it
+    low: ndarray  # (3,) mm of the lower edges
+    steps: ndarray  # (3,) mm per voxel
+    shape: ndarray  # (3,) voxels
+    window: ndarray  # (2,) pixels along the image axes that cover the box, and one more
+    starts: ndarray  # (n, 2) first pixel of the window in each image: gantry tilt moves it
 
-    def edges(self, axis: int) -> np.ndarray:
+    def edges(self, axis: int) -> ndarray:
         """(shape + 1,) mm of the voxels' edges along an axis."""
         return self.low[axis] + self.steps[axis] * np.arange(self.shape[axis] + 1)
 
-    def middles(self, axis: int) -> np.ndarray:
+    def middles(self, axis: int) -> ndarray:
         """(shape,) mm of the voxels' middles along an axis."""
-        edges = self.edges(axis)
-        return (edges[:-1] + edges[1:]) / 2
-
-
-BLANK = "blank"
+        return self.edges(axis)[:-1] + self.steps[axis] / 2
 
 
 @dataclass(frozen=True)
 class Grid:
     """Where a series' pixels lie along the canonical axes (z, y, x), reached by permutation and flips alone.
-
-    Millimetres along an axis are the dot product of an LPS point and the axis' direction. Slices are counted
-    (k) in the order of growing millimetres; the image axes are the two canonical axes other than `through`.
-    """
+    Millimetres along an axis are an LPS point's dot product with its direction; slices (k) grow with them."""
 
     series: Series
-    directions: np.ndarray  # (3, 3) a row per canonical axis: its unit vector in LPS
+    directions: ndarray  # (3, 3) a row per canonical axis: its unit vector in LPS
     through: int  # the axis across slices: 0 axial, 1 coronal, 2 sagittal
     image_axes: list[int]
-    is_transposed: bool  # image[row, column] -> image[column, row]
-    flips: np.ndarray  # (2,) after that: 1, or -1 where an image axis runs backwards
-    steps: np.ndarray  # (2,) mm per pixel along the image axes
-    shape: np.ndarray  # (2,) pixels along the image axes
+    is_transposed: int  # 1: image[row, column] -> image[column, row]
+    flips: ndarray  # (2,) after that: 1, or -1 where an image axis runs backwards
+    steps: ndarray  # (2,) mm per pixel along the image axes
+    shape: ndarray  # (2,) pixels along the image axes
     order: list[int]  # (n,) index into series.frames
-    frames: list[Frame]  # in this order
-    centres: np.ndarray  # (n,) mm along `through`
-    spans: np.ndarray  # (n, 2) mm that each slice stands for
-    edges: np.ndarray  # (n, 2) mm of the outer edge of each slice's first pixel
+    frames: Frames  # in this order
+    centres: ndarray  # (n,) mm along `through`
+    spans: ndarray  # (n, 2) mm that each slice stands for
+    edges: ndarray  # (n, 2) mm of the outer edge of each slice's first pixel
     faults: dict[int, str]  # index into series.frames, of those decoded so far -> "", BLANK or an error
 
-    def image(self, k: int) -> np.ndarray:
-        """Stored values of slice k along its canonical axes, zeros if it cannot be decoded; what is wrong
-        with it goes to `faults`."""
+    def image(self, k: int) -> ndarray:
+        """Stored values of slice k along its canonical axes, zeros if they cannot be decoded (`faults`)."""
         i = self.order[k]
         try:
             stored = self.series.stored(i)
@@ -880,7 +780,7 @@ class Grid:
         image = stored.T if self.is_transposed else stored
         return image[:: self.flips[0], :: self.flips[1]]
 
-    def extent_mm(self, axis: int) -> tuple[float, float]:
+    def extent_mm(self, axis: int) -> Interval:
         """Outer edges of what was scanned along a canonical axis (in the image: of the middle slice)."""
         if axis == self.through:
             return self.spans.min(), self.spans.max()
@@ -890,18 +790,14 @@ class Grid:
 
 
 def canonical_grid(series: Series, faults: dict[int, str] | None = None) -> Grid:
-    """The grid of a series' usable slices, as far as `faults` are known.
-
-    Pixels stay where they were acquired: an oblique scan gets canonical axes that lean as it does, so nothing
-    is interpolated but along z. Every slice keeps its own position, because a stack may have uneven gaps, or
-    be sheared by gantry tilt, and an index says nothing about millimetres then.
-    """
+    """The grid of a series' usable slices, as far as `faults` are known: neither broken nor blank but at the
+    ends. Its axes lean as the scan does, so that nothing is interpolated but across slices."""
     first, normal = series.frames[0], series.normal
     stored = np.stack([normal, np.cross(normal, first.row_dir), first.row_dir])
     cosines = stored[:, ::-1]  # of a growing slice, row and column number with z, y, x
-    through = int(np.abs(cosines[0]).argmax())
+    through = np.abs(cosines[0]).argmax()
     image_axes = [axis for axis in range(3) if axis != through]
-    is_transposed = bool(np.abs(cosines[1, image_axes]).argmax())
+    is_transposed = np.abs(cosines[1, image_axes]).argmax()
     image_numbers = [2, 1] if is_transposed else [1, 2]
     permutation = np.insert(image_numbers, through, 0)
     signs = np.where(cosines[permutation, range(3)] < 0, -1, 1)
@@ -910,10 +806,11 @@ def canonical_grid(series: Series, faults: dict[int, str] | None = None) -> Grid
     steps = np.array(series.spacing_mm)[image_numbers]
     flips = signs[image_axes]
     pixels_before = np.where(flips < 0, shape - 0.5, 0.5)
-
     faults = faults or {}
     positions = frame_points(series.frames) @ directions.T  # (n, 3) mm of the first stored pixel
-    order = order_slices(positions[:, through], faults)
+    order = [i for i in np.argsort(positions[:, through]).tolist() if faults.get(i, "") in ("", BLANK)]
+    filled = [k for k, i in enumerate(order) if faults.get(i) == ""] or [0]
+    order = [i for k, i in enumerate(order) if faults.get(i) != BLANK or not filled[0] < k < filled[-1]]
     positions = positions[order]
     centres = positions[:, through]
     return Grid(
@@ -934,19 +831,9 @@ def canonical_grid(series: Series, faults: dict[int, str] | None = None) -> Grid
     )
 
 
-def order_slices(positions: np.ndarray, faults: dict[int, str]) -> list[int]:
-    """The slices by growing position, less those that cannot be decoded and the blank ones between others:
-    the ends may be air."""
-    order = np.argsort(positions, kind="stable").tolist()
-    filled = [k for k, i in enumerate(order) if faults.get(i) == ""]
-    inner = order[filled[0] : filled[-1]] if filled else []
-    return [i for i in order if not faults.get(i) or (faults[i] == BLANK and i not in inner)]
-
-
-def slice_spans(centres: np.ndarray, thickness_mm: float) -> np.ndarray:
-    """(n, 2): the interval that each of n growing slices stands for: to the midpoints between neighbours, but
-    at most 0.75 of the median gap to either side (a missing slice leaves a hole); thickness_mm where there is
-    only one."""
+def slice_spans(centres: ndarray, thickness_mm: float) -> ndarray:
+    """(n, 2) mm that each of n growing slices stands for: to the midpoints between neighbours, but at most
+    0.75 of the median gap (a missing slice leaves a hole); a single slice is thickness_mm wide."""
     gaps = np.diff(centres)
     usual = np.median(gaps) if len(gaps) else thickness_mm
     gaps = np.minimum(gaps, 1.5 * usual)
@@ -954,12 +841,9 @@ def slice_spans(centres: np.ndarray, thickness_mm: float) -> np.ndarray:
     return np.stack([centres - half[:-1], centres + half[1:]], axis=1)
 
 
-def slab_weights(spans: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weights (Z, n) of n slices in Z slabs, by how much of the slab each span (n, 2) covers; rows sum to 1.
-
-    A slab that no span touches (missing slices) is interpolated between its neighbours; beyond all spans the
-    nearest slice counts. The second result (Z,) is the share of each slab that spans cover.
-    """
+def slab_weights(spans: ndarray, edges: ndarray) -> tuple[ndarray, ndarray]:
+    """(weights (Z, n) of n slices in Z slabs by overlap with their spans (n, 2), rows sum to 1; share (Z,) of
+    each slab that spans cover). A slab that no span touches is interpolated."""
     first, last = spans.T
     low, high = edges[:-1, None], edges[1:, None]
     overlap_mm = np.minimum(high, last) - np.maximum(low, first)
@@ -972,19 +856,18 @@ def slab_weights(spans: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.n
     return weights, covered
 
 
-def line_weights(centres: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Weights (P, n) of linear interpolation between n growing centres at P targets; the nearest beyond the
-    ends."""
+def line_weights(centres: ndarray, targets: ndarray) -> ndarray:
+    """Weights (P, n) of linear interpolation between n growing centres at P targets; constant beyond ends."""
     weights = [np.interp(targets, centres, row) for row in np.eye(len(centres))]
     return np.stack(weights, axis=1)
 
 
-def to_voxel(points_lps: np.ndarray, affine: np.ndarray) -> np.ndarray:
+def to_voxel(points_lps: ndarray, affine: ndarray) -> ndarray:
     """LPS mm (P, 3) -> voxels (P, 3), (z, y, x); voxel centres are whole numbers."""
     return to_lps(points_lps, np.linalg.inv(affine))
 
 
-def to_lps(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
+def to_lps(voxels: ndarray, affine: ndarray) -> ndarray:
     """Voxels (P, 3), (z, y, x) -> LPS mm (P, 3)."""
     points = np.asarray(voxels, float).reshape(-1, 3)
     return points @ affine[:3, :3].T + affine[:3, 3]
@@ -993,24 +876,21 @@ def to_lps(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
 def make_volume(series: Series, settings: VolumeSettings) -> Volume:
     """The box below the top of the head as settings.base_slices slabs of settings.img_size pixels, uint8.
 
-    The box is measured from the top of the head, because that is the one end that every head scan shares: a
-    scan may end at the skull base or at the aortic arch. It is roi_mm wide, centred on the head, and
-    roi_top_mm deep, along z cut to what was scanned. A slab is the mean of the slices in it, weighted by
-    overlap, because single slices 5 mm apart would miss most aneurysms; pixels are area means where the image
-    shrinks and linear where it grows, at equal mm in both directions, 0 outside of the image. CT: ct_window
-    becomes 0..255; else mr_percentiles of the box. Slices outside are not decoded, except up to 30 to find
-    the head. ValueError if more than a tenth of the slices cannot be decoded.
+    The box is measured from the top, because that is the end that every head scan shares. It is roi_mm wide,
+    centred on the head, and roi_top_mm deep, along z cut to what was scanned. A slab is the mean of its
+    slices, weighted by overlap, because single slices 5 mm apart would miss most aneurysms; pixels are area
+    means or, where the image grows, linear, 0 outside of it. CT: ct_window becomes 0..255; else
+    mr_percentiles of the box. Of the slices outside up to 30 are decoded, to find the head. ValueError if
+    more than a tenth cannot be decoded.
     """
     num_slices, num_rendered = len(series.frames), 0
     grid = canonical_grid(series)
     # All over again without the slices that turn out faulty: they came out as zeros, or are blank.
     while len(grid.order) != num_rendered:
         num_rendered = len(grid.order)
-        notes: list[str] = []
+        notes = []
         box = place_box(grid, settings, notes)
-        limits = settings.ct_window
-        if series.modality != "CT":
-            limits = choose_limits(grid, box, settings)
+        limits = choose_limits(grid, box, settings)
         weights, covered = weigh_slices(grid, box)
         voxels = render_box(grid, box, weights, limits)
         series.forget()
@@ -1031,9 +911,8 @@ def make_volume(series: Series, settings: VolumeSettings) -> Volume:
 
 
 def place_box(grid: Grid, settings: VolumeSettings, notes: list[str]) -> Box:
-    """The box under the head, without its upper roi_skip_mm where the scan shows the top and twice as much.
-    Along the image axes its edge is moved to the nearest pixel edge of the middle slice, so that resizing is
-    exact."""
+    """The box under the head, less its upper roi_skip_mm where the scan shows the top and twice as much. Its
+    edge is moved to the middle slice's nearest pixel edge, so that resizing is exact."""
     bottom, covered = grid.extent_mm(0)
     head = find_head(grid)
     if head is None:
@@ -1059,9 +938,8 @@ def place_box(grid: Grid, settings: VolumeSettings, notes: list[str]) -> Box:
     return Box(low, size_mm / shape, shape, window, starts)
 
 
-def weigh_slices(grid: Grid, box: Box) -> tuple[np.ndarray, np.ndarray]:
-    """`slab_weights` of the voxels along `through`, zeros beside what was scanned. Coronal and sagittal:
-    linear where slices lie sparser than voxels."""
+def weigh_slices(grid: Grid, box: Box) -> tuple[ndarray, ndarray]:
+    """`slab_weights` along `through`, 0 beside the scan; linear where slices not across z are sparse."""
     weights, covered = slab_weights(grid.spans, box.edges(grid.through))
     if grid.through != 0 and np.median(np.diff(grid.spans)) > box.steps[grid.through]:
         weights = line_weights(grid.centres, box.middles(grid.through))
@@ -1069,21 +947,14 @@ def weigh_slices(grid: Grid, box: Box) -> tuple[np.ndarray, np.ndarray]:
     return weights, covered
 
 
-def is_scanned(grid: Grid, box: Box, axis: int) -> np.ndarray:
+def is_scanned(grid: Grid, box: Box, axis: int) -> ndarray:
     """Of the voxels along an axis, whether their middles lie in what was scanned."""
-    low, high = grid.extent_mm(axis)
-    middles = box.middles(axis)
-    return (low <= middles) & (middles <= high)
+    return is_between(box.middles(axis), grid.extent_mm(axis))
 
 
-def render_box(grid: Grid, box: Box, weights: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
-    """Voxels (Z, H, W) from the weights (voxels along `through`, slices).
-
-    The slices of a slab (across a sagittal scan: of a column of voxels) are merged at their own resolution,
-    and each slab is resized once: both steps are linear, so their order does not change the result, and there
-    are ten times fewer images to resize. Clipping to the window comes first, slice by slice, or bone would
-    outshine the artery beside it in a thick slab.
-    """
+def render_box(grid: Grid, box: Box, weights: ndarray, limits: Interval) -> ndarray:
+    """Voxels (Z, H, W) from the weights (voxels along `through`, slices). Slices are clipped, or bone would
+    outshine an artery, then merged, then resized once per slab: both are linear, so the order is free."""
     shape = box.shape[grid.image_axes]
     factors = grid.steps / box.steps[grid.image_axes]
     slabs = np.zeros((len(weights), *shape), np.uint8)
@@ -1091,7 +962,7 @@ def render_box(grid: Grid, box: Box, weights: np.ndarray, limits: tuple[float, f
     load = lru_cache(maxsize=2)(partial(load_window, grid, box, limits))
     for z in np.flatnonzero(weights.any(axis=1)):
         merged, offset = np.zeros(box.window, np.float32), 0.0
-        for k in np.flatnonzero(weights[z]).tolist():
+        for k in np.flatnonzero(weights[z]):
             window, gain, bias = load(k)
             weight = float(weights[z, k])
             cv2.scaleAdd(window, gain * weight, merged, merged)
@@ -1102,9 +973,9 @@ def render_box(grid: Grid, box: Box, weights: np.ndarray, limits: tuple[float, f
     return np.ascontiguousarray(np.moveaxis(slabs, 0, grid.through))
 
 
-def load_window(grid: Grid, box: Box, limits: tuple[float, float], k: int) -> tuple[np.ndarray, float, float]:
-    """(window, gain, bias): the stored values of slice k in the box, (h, w) float32, clipped at the limits;
-    outside of the image and for padding the lower one. limits -> 0..1 is gain * window + bias."""
+def load_window(grid: Grid, box: Box, limits: Interval, k: int) -> tuple[ndarray, float, float]:
+    """(window, gain, bias): stored values of slice k in the box, (h, w) float32, clipped at the limits, the
+    lower one outside of the image and for padding. limits -> 0..1 is gain * window + bias."""
     frame = grid.frames[k]
     # As stored; dark lies above bright where the slope is negative.
     dark, bright = ((value - frame.intercept) / frame.slope for value in limits)
@@ -1118,25 +989,21 @@ def load_window(grid: Grid, box: Box, limits: tuple[float, float], k: int) -> tu
         window[:] = dark
     np.clip(image, low, high, out=inside)
     if frame.padding:
-        inside[is_padding(image, frame.padding)] = dark
+        inside[is_between(image, frame.padding)] = dark
     grid.series.forget(grid.order[k])
     gain = 1 / (bright - dark)
     return window, gain, -dark * gain
 
 
-def crop_image(grid: Grid, k: int, box: Box) -> np.ndarray:
-    """Stored values of slice k in the box, as far as its image reaches. The slice's own position counts, to a
-    whole pixel, so gantry tilt is corrected."""
-    top, left = box.starts[k]
-    rows, columns = box.window
-    rows = slice(max(top, 0), max(top + rows, 0))
-    columns = slice(max(left, 0), max(left + columns, 0))
-    return grid.image(k)[rows, columns]
+def crop_image(grid: Grid, k: int, box: Box) -> ndarray:
+    """Stored values of slice k in the box, as far as its image reaches, at its position to a whole pixel."""
+    first = box.starts[k]
+    (top, left), (bottom, right) = np.maximum((first, first + box.window), 0)
+    return grid.image(k)[top:bottom, left:right]
 
 
-def resize_exactly(image: np.ndarray, factors: np.ndarray, shape: np.ndarray) -> np.ndarray:
-    """Scale (h, w) float32 by factors per axis, its outer upper left edge staying in place, then cut to
-    shape: area means along an axis that shrinks, linear along one that grows."""
+def resize_exactly(image: ndarray, factors: ndarray, shape: ndarray) -> ndarray:
+    """(h, w) float32 scaled by factors from the upper left edge on, by area or linearly, cut to shape."""
     for method, (y, x) in (
         (cv2.INTER_AREA, np.minimum(factors, 1)),
         (cv2.INTER_LINEAR, np.maximum(factors, 1)),
@@ -1147,19 +1014,22 @@ def resize_exactly(image: np.ndarray, factors: np.ndarray, shape: np.ndarray) ->
     return image[:rows, :columns]
 
 
-def choose_limits(grid: Grid, box: Box, settings: VolumeSettings) -> tuple[float, float]:
-    """mr_percentiles of the rescaled pixels in the box (up to 30,000 of each of up to 16 slices).
-    Padding counts as black air beside a magnitude image, and not at all where zero is far from all tissue."""
+def choose_limits(grid: Grid, box: Box, settings: VolumeSettings) -> Interval:
+    """ct_window, or mr_percentiles of the rescaled pixels in the box (up to 30,000 of each of 16 slices).
+    Padding counts as black air in a magnitude image, and not at all where zero is far from all tissue."""
+    if grid.series.modality == "CT":
+        return settings.ct_window
     edges = box.edges(grid.through)
-    is_inside = (grid.spans[:, 1] > edges[0]) & (grid.spans[:, 0] < edges[-1])
-    filled, blank = [], [np.zeros(0, np.float32)]
+    starts, ends = grid.spans.T
+    is_inside = (ends > edges[0]) & (starts < edges[-1])
+    samples = [np.zeros(0, np.float32)]
     for k in pick_evenly(np.flatnonzero(is_inside), 16):
         stored = crop_image(grid, k, box)
         stride = 1 + math.isqrt(stored.size // 30_000)
         values = rescale_values(grid.frames[k], stored[::stride, ::stride])
-        samples = blank if grid.faults[grid.order[k]] else filled
-        samples.append(values.ravel())
-    values = np.concatenate(filled or blank)
+        if not grid.faults[grid.order[k]]:
+            samples.append(values.ravel())
+    values = np.concatenate(samples)
     if np.isnan(values).all():
         return 0.0, 1.0
     dark, bright = np.nanpercentile(values, settings.mr_percentiles).tolist()
@@ -1168,71 +1038,55 @@ def choose_limits(grid: Grid, box: Box, settings: VolumeSettings) -> tuple[float
     return dark, bright if bright > dark else dark + 1
 
 
-def rescale_values(frame: Frame, stored: np.ndarray) -> np.ndarray:
-    """float32 rescaled values of an image or a part of it, NaN where it is padding."""
-    values = np.multiply(stored, frame.slope, dtype=np.float32)
-    values += frame.intercept
-    if frame.padding:
-        values[is_padding(stored, frame.padding)] = np.nan
-    return values
-
-
-def pick_evenly(items: np.ndarray, count: int) -> list[int]:
+def pick_evenly(items: ndarray, count: int) -> list[int]:
     """At most `count` of the items, evenly spread, first and last among them."""
     picks = np.linspace(0, len(items) - 1, min(count, len(items)))
     return items[picks.round().astype(int)].tolist()
 
 
-def doubt_voxels(
-    grid: Grid, box: Box, voxels: np.ndarray, covered: np.ndarray, notes: list[str]
-) -> list[str]:
+def doubt_voxels(grid: Grid, box: Box, voxels: ndarray, covered: ndarray, notes: list[str]) -> list[str]:
     """What makes voxels implausible, of what was scanned in the box: every slab, every third pixel."""
-    scanned = [is_scanned(grid, box, axis) for axis in range(3)]
-    region = tuple(slice(part.argmax(), part.argmax() + part.sum()) for part in scanned)
+    doubts = []
+    num_slices = len(grid.order)
+    if num_slices < 5:
+        doubts.append(f"number of slices: {num_slices}, too few for a head; expected at least 5")
+    indices = [np.flatnonzero(is_scanned(grid, box, axis)) for axis in range(3)]
+    if not all(map(len, indices)):
+        return doubts
+    region = tuple(slice(index[0], index[-1] + 1) for index in indices)
+    is_covered = covered[region[grid.through]] >= 0.5
     slabs = np.moveaxis(voxels[region], grid.through, 0)[:, ::3, ::3]
-    if slabs.size == 0:
-        return []
     slabs = slabs.reshape(len(slabs), -1)
-    is_interpolated = covered[scanned[grid.through]] < 0.5
     is_empty = slabs.min(axis=1) == slabs.max(axis=1)
     if grid.through != 0:  # beside the head there may be only dark air
         is_empty &= slabs[:, 0] > 127
-    for is_poor, why in ((is_interpolated, "interpolated over missing slices"), (is_empty, "empty")):
+    for is_poor, why in ((~is_covered, "interpolated over missing slices"), (is_empty, "empty")):
         if is_poor.any():
             notes.append(f"{is_poor.mean():.0%} of the slabs ({is_poor.sum()}) are {why}")
-    shares = cv2.calcHist([slabs], [0], None, [256], [0, 256]) / slabs.size
-    doubts = []
+    if num_slices < 5:
+        return doubts
     size_mm = np.array([np.ptp(grid.extent_mm(axis)) for axis in range(3)])
     least_mm = np.full(3, 60.0)
-    least_mm[grid.through] = min(25, 0.5 * len(grid.order))  # a slab of 24 slices of 1 mm is one
-    if (size_mm < least_mm).any() and len(grid.order) >= 20:
-        doubts.append("{:.0f} x {:.0f} x {:.0f} mm were scanned: too small for a head".format(*size_mm))
-    most = shares.max()
+    least_mm[grid.through] = min(25, 0.5 * num_slices)  # a slab of 24 slices of 1 mm is one
+    if num_slices >= 20 and (size_mm < least_mm).any():
+        z, y, x = size_mm
+        doubts.append(f"{z:.0f} x {y:.0f} x {x:.0f} mm were scanned: too small for a head")
+    shares = cv2.calcHist([slabs], [0], None, [256], [0, 256]) / slabs.size
     for share, limit, what in (
-        ((is_interpolated | is_empty).mean(), 0.25, "is interpolated over missing slices, or empty"),
+        ((is_empty | ~is_covered).mean(), 0.25, "is interpolated over missing slices, or empty"),
         (shares[230:].sum(), 0.5, "is nearly white"),
-        (most, 0.95, f"has the grey value {shares.argmax()}"),
+        (shares.max(), 0.95, f"has the grey value {shares.argmax()}"),
     ):
         if share > limit:
             doubts.append(f"{share:.0%} of the volume {what}")
-    # Fewer than 5 slices are not enough of a scan to judge, unless they show nothing at all.
-    return doubts if len(grid.order) >= 5 or most == 1 else []
+    return doubts
 
 
 # --- head ---------------------------------------------------------------------------------------------------
-
-
-Masks = dict[int, np.ndarray]  # slice k -> (h, w) uint8
-
-
 def find_head(grid: Grid) -> tuple[float, float, float] | None:
-    """(top, centre y, centre x) of the head in mm, from up to 24 slices at about 3 mm per pixel; None without
-    one.
-
-    Top: the highest level where the head's cross-section exceeds 1000 mm2 (28 mm times the scan's width in a
-    narrow scan); between axial slices bisected down to one slice or 2 mm. Centre: of the bounding box over
-    100 mm below it.
-    """
+    """(top, centre y, centre x) of the head in mm, or None, from up to 24 slices at about 3 mm per pixel.
+    Top: the highest level where the head's cross-section exceeds 1000 mm2 (in a narrow scan 28 mm times its
+    width); between axial slices bisected down to 2 mm. Centre: of the bounding box over 100 mm below it."""
     factors = np.maximum(1, np.rint(3.0 / grid.steps)).astype(int)
     pixel_mm = grid.steps * factors
     load = cache(partial(shrink_slice, grid, factors))
@@ -1245,12 +1099,12 @@ def find_head(grid: Grid) -> tuple[float, float, float] | None:
     is_ct = grid.series.modality == "CT"
     threshold = -300.0 if is_ct else choose_threshold(images)
 
-    def mask_slice(k: int) -> np.ndarray:
+    def mask_slice(k: int) -> ndarray:
         has_content = np.ptp(load(k)) > least_range  # else it shows no head, however bright
         return mask_head(load(k), threshold, is_ct) * has_content
 
     masks = {k: mask_slice(k) for k in picks}
-    head = {k: largest_component(mask) for k, mask in masks.items()}
+    head = {k: largest_component(mask, mask) for k, mask in masks.items()}
     least_mm2 = min(1000, *(28 * np.ptp(grid.extent_mm(axis)) for axis in (1, 2)))
     if grid.through == 0:
         follow_head(masks, head)
@@ -1262,11 +1116,8 @@ def find_head(grid: Grid) -> tuple[float, float, float] | None:
     return top, *find_centre(grid, head, pixel_mm, top)
 
 
-def find_axial_top(
-    grid: Grid, head: Masks, mask_slice: Callable[[int], np.ndarray], least_pixels: float
-) -> float | None:
-    """mm of the top by bisection between the highest sample with a head and the next; `head` gets the slices
-    with a head that it passes."""
+def find_axial_top(grid: Grid, head: Masks, mask_slice: Callable, least_pixels: float) -> float | None:
+    """mm of the top by bisection between the highest sample with a head and the next; `head` gets more."""
     large = [k for k, mask in head.items() if mask.sum() > least_pixels]
     if not large:
         return None
@@ -1274,7 +1125,7 @@ def find_axial_top(
     above = min((k for k in head if k > inside), default=inside)
     while above - inside > 1 and grid.centres[above] - grid.centres[inside] > 2.0:
         k = (inside + above) // 2
-        mask = largest_component(mask_slice(k), near=head[inside])
+        mask = largest_component(mask_slice(k), head[inside])
         if mask.sum() > least_pixels:
             inside = k
             head[k] = mask
@@ -1283,7 +1134,7 @@ def find_axial_top(
     return grid.spans[inside, 1]
 
 
-def find_sliced_top(grid: Grid, head: Masks, pixel_mm: np.ndarray, least_mm2: float) -> float | None:
+def find_sliced_top(grid: Grid, head: Masks, pixel_mm: ndarray, least_mm2: float) -> float | None:
     """mm of the top: the highest row (of z) whose pixels in all samples make up the cross-section."""
     centres = grid.centres[list(head)]
     # mm through the stack that a sample stands for
@@ -1297,7 +1148,7 @@ def find_sliced_top(grid: Grid, head: Masks, pixel_mm: np.ndarray, least_mm2: fl
     return min(bottom + pixel_mm[0] * (rows[-1] + 1), covered)
 
 
-def find_centre(grid: Grid, head: Masks, pixel_mm: np.ndarray, top: float) -> tuple[float, float]:
+def find_centre(grid: Grid, head: Masks, pixel_mm: ndarray, top: float) -> tuple[float, float]:
     """mm (y, x) of the middle of the head's bounding box over 100 mm below the top."""
     numbers, *pixels = np.nonzero(np.stack(list(head.values())))
     slices = np.array(list(head))[numbers]
@@ -1307,13 +1158,11 @@ def find_centre(grid: Grid, head: Masks, pixel_mm: np.ndarray, top: float) -> tu
     points[grid.image_axes] = edges + (np.array(pixels) + 0.5) * pixel_mm[:, None]
     points = points[:, points[0] < top]
     box = points[1:, points[0] >= min(top - 100, points[0].max())]
-    y, x = (box.min(axis=1) + box.max(axis=1)) / 2
-    return y, x
+    return tuple((box.min(axis=1) + box.max(axis=1)) / 2)
 
 
-def shrink_slice(grid: Grid, factors: np.ndarray, k: int) -> np.ndarray:
-    """Rescaled slice k as means over blocks of `factors` pixels, float32; padding as air, or as what
-    is darker."""
+def shrink_slice(grid: Grid, factors: ndarray, k: int) -> ndarray:
+    """Rescaled slice k as means over blocks of `factors` pixels, float32; padding as air, or darker."""
     frame = grid.frames[k]
     values = rescale_values(frame, grid.image(k))
     if frame.padding:
@@ -1324,27 +1173,24 @@ def shrink_slice(grid: Grid, factors: np.ndarray, k: int) -> np.ndarray:
     return cv2.resize(values[:rows, :columns], blocks[::-1].tolist(), interpolation=cv2.INTER_AREA)
 
 
-def choose_threshold(images: list[np.ndarray]) -> float:
-    """Threshold for MR: half of Otsu's, since dark tissue is head, but at least a tenth of the range (1st to
-    99th percentile), since noise is not."""
+def choose_threshold(images: list[ndarray]) -> float:
+    """Threshold for MR: half of Otsu's, since dark tissue is head, but at least a tenth of the range."""
     values = np.concatenate([image.ravel() for image in images])
     low, high = np.percentile(values, (1, 99)).tolist()
     scaled = np.interp(values, (low, high), (0, 255)).astype(np.uint8)
-    method = cv2.THRESH_BINARY + cv2.THRESH_OTSU
-    level, _ = cv2.threshold(scaled, 0, 255, method)
+    level, _ = cv2.threshold(scaled, 0, 255, cv2.THRESH_OTSU)
     return low + max(0.5 * level / 255, 0.1) * (high - low)
 
 
-def mask_head(image: np.ndarray, threshold: float, is_ct: bool) -> np.ndarray:
-    """Mask uint8 of what is brighter, without structures thinner than 3 pixels (table, headrest). MR: with
-    its dark insides, because the skull is a dark ring there. CT: with all inside the skull, which may be
-    hollow or have a defect."""
+def mask_head(image: ndarray, threshold: float, is_ct: bool) -> ndarray:
+    """Mask uint8 of what is brighter, less structures thinner than 3 pixels (table). MR: with dark insides,
+    since the skull is a dark ring. CT: with all inside the skull, which may be hollow or have a defect."""
     kernel = np.ones((3, 3), np.uint8)
     mask = (image > threshold).astype(np.uint8)
     if is_ct:
         bone = (image > 100).astype(np.uint8)
         bone = cv2.morphologyEx(bone, cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))
-        skull = cv2.findNonZero(largest_component(bone))
+        skull = cv2.findNonZero(largest_component(bone, bone))
         if skull is not None:
             cv2.fillConvexPoly(mask, cv2.convexHull(skull), 1)
     else:
@@ -1354,23 +1200,20 @@ def mask_head(image: np.ndarray, threshold: float, is_ct: bool) -> np.ndarray:
     return cv2.morphologyEx(mask, cv2.MORPH_OPEN, kernel)
 
 
-def largest_component(mask: np.ndarray, near: np.ndarray | None = None) -> np.ndarray:
-    """The largest connected part of a mask, or the one that shares most pixels with `near`; zeros if there is
-    none."""
+def largest_component(mask: ndarray, near: ndarray) -> ndarray:
+    """The connected part of a mask that shares most pixels with `near`; zeros if there is none."""
     _, labels = cv2.connectedComponents(mask)
-    pixels = labels if near is None else labels[near > 0]
-    sizes = np.bincount(pixels.ravel(), minlength=1)
+    sizes = np.bincount(labels[near > 0], minlength=1)
     sizes[0] = 0  # background
     return mask * (labels == sizes.argmax())
 
 
 def follow_head(masks: Masks, head: Masks) -> None:
-    """Reduce the head, the largest component of each mask, to those that lie on each other: up and down from
-    the largest of all, the component over the last."""
+    """Reduce the head to components that lie on each other: up and down from the largest of all."""
     seed = max(head, key=lambda k: head[k].sum())
     upwards = [k for k in head if k > seed]
     downwards = [k for k in reversed(head) if k < seed]
     for side in (upwards, downwards):
         last = head[seed]
         for k in side:
-            last = head[k] = largest_component(masks[k], near=last)
+            last = head[k] = largest_component(masks[k], last)

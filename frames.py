@@ -1,16 +1,11 @@
 """DICOM files -> their images, `Frame`s: header, place, stored pixels, and what their values mean.
 
-Reads top to bottom: what is read -> the header -> which series a file belongs to -> frames -> pixels ->
-values. Space is LPS millimetres (x to the patient's left, y to the back, z to the head). `dicom.py` makes
-series of these.
+`dicom.py` makes series of them. Space is LPS millimetres (x to the left, y to the back, z to the head).
 """
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import errno
-import functools
 import io
 import itertools
 import math
@@ -19,13 +14,18 @@ import re
 import stat
 import struct
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, wraps
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import cv2
 import numpy as np
 import pydicom
+from numpy import ndarray
 from pydicom import datadict
 from pydicom.encaps import encapsulate
 from pydicom.pixels import get_decoder
@@ -51,7 +51,7 @@ PIXEL_DATA = 0x7FE00010
 UNDEFINED = 0xFFFFFFFF  # length of an element that ends with a delimiter
 
 
-def tag_table(names: str) -> dict[int, tuple[str, str, bool]]:
+def tag_table(names: str) -> dict[int, tuple]:
     """tag -> (name, VR, whether it has one value) of attributes named as in PS3.6."""
     tags = {datadict.tag_for_keyword(name): name for name in names.split()}
     entries = datadict.DicomDictionary  # tag -> (VR, number of values, ...)
@@ -85,15 +85,37 @@ BINARY = {"US": "u2", "SS": "i2", "UL": "u4", "SL": "i4", "FL": "f4", "FD": "f8"
 NUMERIC = {*BINARY, "DS", "IS"}
 NUMBER = rb" *[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)? *"
 NUMBERS = re.compile(NUMBER + rb"(\\" + NUMBER + rb")*")
+SHORT_VRS = set(b"AE AS AT CS DA DS DT FL FD IS LO LT PN SH SL SS ST TM UI UL US".split())
+LONG_VRS = set(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # two reserved bytes, then a 4-byte length
+IMPLICIT_ELEMENT, EXPLICIT_ELEMENT, LONG_LENGTH = map(struct.Struct, ("<HHI", "<HH2sH", "<I"))
+DELIMITER_GROUP, ITEM, ITEM_END, SEQUENCE_END = 0xFFFE, 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 # What a code stream begins with: JPEG, JPEG 2000, JP2, RLE (number of segments, first offset).
 STREAM_START = re.compile(rb"\xff\xd8\xff|\xff\x4f\xff\x51|\0\0\0\x0cjP|[\1-\x0f]\0\0\0\x40\0\0\0")
+# Rows, columns and samples in the frame header of JPEG and JPEG-LS (SOFn), and in SIZ of JPEG 2000.
+JPEG_SIZE = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7]\0[\x0b\x11].(.{5})", re.DOTALL)
+JPEG_2000_SIZE = re.compile(rb"\xff\x4f\xff\x51.{4}(.{34})", re.DOTALL)
+MODALITIES = {"1.2.840.10008.5.1.4.1.1.2": "CT", "1.2.840.10008.5.1.4.1.1.4": "MR"}  # by SOP class
+PROJECTION = re.compile(r"\b(MIP|MINIP|MAXIP|MIN IP|MAX IP|PROJECTION|VOLUME RENDERED|VRT)\b")
+SCOUT = re.compile(r"\b(LOCALIZER|SCOUT|TOPOGRAM|SURVIEW)\b")
+# What tells the volumes of one series apart, in the order tried; then the order of images does.
+# fmt: off
+VOLUME_KEYS = (
+    "ImageType", "EchoNumbers", "EchoTime", "TemporalPositionIdentifier", "DiffusionBValue",
+    "AcquisitionNumber", "AcquisitionTime", "TriggerTime", "StackID",
+)
+# fmt: on
+PHASE_TYPES = {"P", "PHASE", "R", "REAL", "I", "IMAGINARY", "PHASE MAP", "B0", "B0 MAP"}
+AIR_HU = (-1100, -900)
+TISSUE_HU = (-20, 120)
+BONE_HU, HIGHEST_HU = 300, 3200  # but for metal
+MOST_FILL = 0.4  # share of an image; a round field of view leaves 0.21 over
+Spans = list[list[tuple[int, int]]]  # for each frame the (offset, length) pieces of its pixel data
 
 
 def one_line_errors(function: Callable) -> Callable:
-    """Whatever goes wrong inside becomes a ValueError of one line: what parsers raise on hostile bytes, and a
-    decoder's own BaseException (pylibjpeg-rle: PanicException). Interrupts and exits pass through."""
+    """Makes any failure inside, even a decoder's BaseException, a ValueError of one line; interrupts pass."""
 
-    @functools.wraps(function)
+    @wraps(function)
     def wrapped(*args: object) -> object:
         try:
             return function(*args)
@@ -107,20 +129,16 @@ def one_line_errors(function: Callable) -> Callable:
 
 
 # --- the header ---------------------------------------------------------------------------------------------
-
-
 @one_line_errors
 def read_header(path: Path) -> dict:
     """What one file says of its images. ValueError with the reason if it is not a DICOM image, or is damaged.
-
     The values of ATTRIBUTES by name (absent where missing, empty or unreadable), and
       spans        for each frame the (offset, length) pieces of its pixel data
       pixel_data   (VR, offset, length) of the element; length UNDEFINED if it is encapsulated
       order        of bytes: < little, > big endian
       packed       offsets count in the unpacked file (`open_unpacked`)
       groups       for each frame the attributes and remarks of its functional groups; empty without any
-      remarks      what did not parse or was assumed
-    """
+      remarks      what did not parse or was assumed"""
     check_is_regular(path)
     return fast_header(path) or slow_header(path)
 
@@ -131,8 +149,7 @@ def check_is_regular(path: Path) -> None:
 
 
 def fast_header(path: Path) -> dict | None:
-    """`read_header` in 0.1 ms for plain little-endian files. None at the slightest doubt (odd VR, length or
-    order, functional groups, a value that does not parse), which leaves the file to pydicom."""
+    """`read_header` in 0.1 ms for plain little-endian files; None at the slightest doubt, for pydicom."""
     with open(path, "rb", buffering=0) as file:
         for limit in (2**14, 2**18, 2**22):
             file.seek(0)
@@ -147,19 +164,13 @@ def fast_header(path: Path) -> dict | None:
     return None
 
 
-SHORT_VRS = set(b"AE AS AT CS DA DS DT FL FD IS LO LT PN SH SL SS ST TM UI UL US".split())
-LONG_VRS = set(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # two reserved bytes, then a 4-byte length
-IMPLICIT_ELEMENT, EXPLICIT_ELEMENT, LONG_LENGTH = map(struct.Struct, ("<HHI", "<HH2sH", "<I"))
-DELIMITER_GROUP, ITEM, ITEM_END, SEQUENCE_END = 0xFFFE, 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
-
-
 def parse_header(head: bytes) -> dict:
     """The ATTRIBUTES before the pixel data. ValueError on doubt, struct.error where `head` ends too early."""
     if head[128:140] != b"DICM\x02\0\0\0UL\x04\0":
         raise ValueError("no file meta group length")
     position, last_tag, explicit = 144, 0x00020000, True
     meta_end = 144 + int.from_bytes(head[140:144], "little")
-    header: dict = {"order": "<", "packed": False, "groups": [], "remarks": []}
+    header = {"order": "<", "packed": False, "groups": [], "remarks": []}
     while True:
         if position == meta_end:
             syntax = header.get("TransferSyntaxUID")
@@ -229,10 +240,9 @@ def skip_sequence(head: bytes, position: int, explicit: bool, depth: int = 0) ->
                 position += inner
 
 
-@functools.lru_cache(maxsize=64)  # most values are those of the slice before
+@lru_cache(maxsize=64)  # most values are those of the slice before
 def parse_value(tag: int, vr: str | None, raw: bytes, order: str) -> tuple | float | str | None:
-    """Text unpadded; numbers as a tuple, or the first where there should be one; None if empty.
-    ValueError if malformed. `vr` is the one written, if any."""
+    """Text unpadded; numbers as a tuple, or single; None if empty. `vr` is what the file says, if any."""
     _, expected, is_single = ATTRIBUTES[tag]
     if expected not in NUMERIC:
         return raw.decode("latin-1").strip(" \0") or None
@@ -290,7 +300,7 @@ def slow_header(path: Path) -> dict:
         if tag != [PIXEL_DATA >> 16, PIXEL_DATA & 0xFFFF]:
             sop_class = header.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID", "")
             modality = header.get("Modality", "no (0008,0060) Modality")
-            what = "truncated" if modality == sop_modality(sop_class) else "not an image"
+            what = "truncated" if modality == modality_of({"SOPClassUID": sop_class}) else "not an image"
             raise ValueError(f"{what} ({modality}): no (7FE0,0010) PixelData")
         vr = element[4:6].decode() if explicit else "OW"
         header["pixel_data"] = (vr, position + (12 if explicit else 8), length)
@@ -300,8 +310,7 @@ def slow_header(path: Path) -> dict:
 
 
 def parse_dataset(dataset: pydicom.Dataset, order: str, given: dict) -> dict:
-    """`given` overlaid with the attributes of a dataset, or of an item of functional groups, by name; remarks
-    as in `read_header`."""
+    """`given` overlaid with the attributes and remarks of a dataset, or of an item of functional groups."""
     header = given | {"remarks": [*given.get("remarks", [])]}
     for tag, element in dataset.items():
         if tag in FUNCTIONAL_GROUPS and dataset[tag].value:
@@ -324,9 +333,8 @@ def parse_dataset(dataset: pydicom.Dataset, order: str, given: dict) -> dict:
 
 
 def parse_groups(dataset: pydicom.Dataset, order: str) -> list[dict]:
-    """For each frame of an enhanced file what its and the shared functional groups say (one item if there are
-    only shared ones)."""
-    groups: list[dict] = []
+    """For each frame of an enhanced file what its and the shared functional groups say (or one item)."""
+    groups = []
     for tag in (SHARED_GROUPS, FRAME_GROUPS):
         if tag in dataset:
             raw = dataset.get_item(tag).value
@@ -337,7 +345,7 @@ def parse_groups(dataset: pydicom.Dataset, order: str) -> list[dict]:
     return groups
 
 
-@contextlib.contextmanager
+@contextmanager
 def open_unpacked(path: Path) -> Iterator[BinaryIO]:
     """`path` open for reading; a gzipped or deflated file is unpacked in memory."""
     with open(path, "rb") as file:
@@ -346,16 +354,13 @@ def open_unpacked(path: Path) -> Iterator[BinaryIO]:
         if head[:2] == GZIP or DEFLATED.encode() in head:
             unpacked = unpack(file.read(MAX_UNPACKED_BYTES), MAX_UNPACKED_BYTES + 1)
             if len(unpacked) > MAX_UNPACKED_BYTES:
-                raise ValueError(
-                    f"unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB: a decompression bomb?"
-                )
+                raise ValueError(f"a bomb? unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB")
             file = io.BytesIO(unpacked)
         yield file
 
 
 def unpack(data: bytes, limit: int) -> bytes:
-    """What a gzipped file holds, or one whose dataset is deflated: this then is explicit VR little endian. At
-    most `limit` bytes are unpacked, and `data` may end early."""
+    """What a gzipped or deflated file holds, at most `limit` bytes of it; `data` may end early."""
 
     def inflate(packed: bytes, window_bits: int) -> bytes:
         try:
@@ -372,22 +377,17 @@ def unpack(data: bytes, limit: int) -> bytes:
 
 
 # --- which series -------------------------------------------------------------------------------------------
-
-
 @one_line_errors
 def read_identity(path: Path) -> tuple[str, str] | None:
     """((0020,000E) SeriesInstanceUID, (0010,0020) PatientID) of an image, "" where absent; None if it is too
-    damaged to tell, empty or blank. ValueError if it is not an image.
-
-    A file costs bounded time and memory, whatever it holds: at most HEAD_BYTES are read and unpacked.
-    """
+    damaged to tell, empty or blank. ValueError if it is not an image. At most HEAD_BYTES are unpacked."""
     try:
         check_is_regular(path)
         with open(path, "rb", buffering=0) as file:
             for limit in (2**14, HEAD_BYTES):
                 file.seek(0)
                 head = file.read(limit)
-                with contextlib.suppress(ValueError):
+                with suppress(ValueError):
                     head = unpack(head, HEAD_BYTES)
                 if not head.strip(b"\0"):
                     return None
@@ -414,7 +414,7 @@ def read_identity(path: Path) -> tuple[str, str] | None:
 
 def parse_head(head: bytes) -> dict:
     """What `read_identity` asks for, as far as the first bytes of a file tell."""
-    with contextlib.suppress(ValueError, struct.error):  # unusual, longer, or cut short
+    with suppress(ValueError, struct.error):  # unusual, longer, or cut short
         return parse_header(head)
     tags = list(tag_table("SOPClassUID SeriesInstanceUID PatientID Rows"))
     try:
@@ -427,20 +427,14 @@ def parse_head(head: bytes) -> dict:
     return parse_dataset(dataset, "<", {"SOPClassUID": sop_class})
 
 
-def sop_modality(sop_class: str) -> str:
-    """CT or MR where (0008,0016) SOPClassUID is one of their images, else ""."""
-    stem = ".".join(sop_class.split(".")[:10])
-    return {"1.2.840.10008.5.1.4.1.1.2": "CT", "1.2.840.10008.5.1.4.1.1.4": "MR"}.get(stem, "")
-
-
 def modality_of(header: dict) -> str:
-    return header.get("Modality") or sop_modality(header.get("SOPClassUID", ""))
+    """(0008,0060) Modality, else CT or MR where (0008,0016) SOPClassUID is one of their images, else ""."""
+    stem = ".".join(header.get("SOPClassUID", "").split(".")[:10])
+    return header.get("Modality") or MODALITIES.get(stem, "")
 
 
 # --- frames -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Frame:
     """One image: where it lies (LPS mm), what its stored values mean, and where its pixels are."""
 
@@ -448,9 +442,9 @@ class Frame:
     index: int  # in the file, from 0
     header: dict  # of the file (`read_header`), overlaid with the frame's own attributes
     sop_uid: str
-    position: np.ndarray  # (3,) centre of the pixel in row 0, column 0; NaN where unknown
-    row_dir: np.ndarray  # (3,) direction of a growing column index; NaN before `orient_frames`
-    col_dir: np.ndarray  # (3,) direction of a growing row index
+    position: ndarray  # (3,) centre of the pixel in row 0, column 0; NaN where unknown
+    row_dir: ndarray  # (3,) direction of a growing column index; NaN before `orient_frames`
+    col_dir: ndarray  # (3,) direction of a growing row index
     spacing_mm: tuple[float, float]  # between rows, between columns
     rows: int
     cols: int
@@ -459,15 +453,23 @@ class Frame:
     padding: tuple[int, int] | None  # first and last of the stored values that are not tissue
     remarks: list[str]  # what was assumed for it
 
+    @cached_property
+    def stored(self) -> ndarray:
+        """(rows, cols) stored values, kept once decoded."""
+        return decode(self)
+
     @property
-    def normal(self) -> np.ndarray:
+    def is_ct(self) -> bool:
+        return modality_of(self.header) == "CT"
+
+    @property
+    def normal(self) -> ndarray:
         """(3,) unit direction across the slice"""
         normal = np.cross(self.row_dir, self.col_dir)
         return normal / np.linalg.norm(normal)
 
 
-PROJECTION = re.compile(r"\b(MIP|MINIP|MAXIP|MIN IP|MAX IP|PROJECTION|VOLUME RENDERED|VRT)\b")
-SCOUT = re.compile(r"\b(LOCALIZER|SCOUT|TOPOGRAM|SURVIEW)\b")
+Frames = list[Frame]
 
 
 def image_types(header: dict) -> list[str]:
@@ -478,6 +480,20 @@ def image_kind(header: dict) -> str:
     """slice, scout or projection, by the words of (0008,0008) ImageType."""
     words = re.sub("[^A-Z0-9]+", " ", header.get("ImageType", "").upper())
     return "projection" if PROJECTION.search(words) else "scout" if SCOUT.search(words) else "slice"
+
+
+def image_number(frame: Frame) -> int:
+    return frame.header.get("InstanceNumber", 0) + frame.index
+
+
+def key_value(frame: Frame, name: str) -> tuple:
+    """An attribute's value for sorting: absent first; of ImageType magnitude first, phase last."""
+    if name != "ImageType":
+        return name in frame.header, frame.header.get(name, "")
+    types = [*image_types(frame.header), frame.header.get("ComplexImageComponent", "").upper()]
+    is_magnitude = any(word in ("M", "MAGNITUDE") or word.startswith("M_") for word in types)
+    is_phase = not PHASE_TYPES.isdisjoint(types)
+    return not is_magnitude, not is_magnitude and is_phase, "DERIVED" in types, tuple(types)
 
 
 def check_is_slice(header: dict) -> None:
@@ -493,12 +509,8 @@ def check_is_slice(header: dict) -> None:
         raise ValueError(f"(0028,0004) PhotometricInterpretation {photometric}: a report or screenshot")
 
 
-def make_frames(path: Path, header: dict) -> list[Frame]:
-    """The images of one file. ValueError if they are not CT or MR slices.
-
-    Frames without positions of their own: from the file's position, else 0, along +normal in steps of
-    (0018,0088) SpacingBetweenSlices, else (0018,0050) SliceThickness, else the row spacing.
-    """
+def make_frames(path: Path, header: dict) -> Frames:
+    """The images of a file, if they are CT or MR slices; without positions by `slice_step` along +normal."""
     check_is_slice(header)
     frames, count = [], len(header["spans"])
     groups = header["groups"] or [{}]
@@ -515,29 +527,15 @@ def make_frames(path: Path, header: dict) -> list[Frame]:
             step, source = slice_step(tags, spacing[0])
             remarks.append(f"frames without position placed {step:.4g} mm apart along +normal ({source})")
             position = np.nan_to_num(position) + index * step * np.cross(*directions)
-        slope, intercept = rescale_of(tags, remarks)
-        frame = Frame(
-            path=path,
-            index=index,
-            header=tags,
-            sop_uid=header.get("SOPInstanceUID", ""),
-            position=position,
-            row_dir=directions[0],
-            col_dir=directions[1],
-            spacing_mm=spacing,
-            rows=tags["Rows"],
-            cols=tags["Columns"],
-            slope=slope,
-            intercept=intercept,
-            padding=padding_range(tags),
-            remarks=remarks,
-        )
-        frames.append(frame)
+        rescale, padding = rescale_of(tags, remarks), padding_range(tags)
+        uid, rows, cols = header.get("SOPInstanceUID", ""), tags["Rows"], tags["Columns"]
+        place = position, *directions, spacing
+        frames.append(Frame(path, index, tags, uid, *place, rows, cols, *rescale, padding, remarks))
     return frames
 
 
-@functools.lru_cache(maxsize=256)
-def unit_directions(orientation: tuple) -> np.ndarray:
+@lru_cache(maxsize=256)
+def unit_directions(orientation: tuple) -> ndarray:
     """(2, 3) unit row and column directions; NaN if they are missing, zero or not orthogonal."""
     if len(orientation) == 6:
         directions = np.array(orientation).reshape(2, 3)
@@ -547,7 +545,7 @@ def unit_directions(orientation: tuple) -> np.ndarray:
     return np.full((2, 3), np.nan)
 
 
-def image_position(tags: dict, remarks: list[str]) -> np.ndarray:
+def image_position(tags: dict, remarks: list[str]) -> ndarray:
     """(3,) mm of the first pixel's centre; NaN where it is missing."""
     position = np.array(tags.get("ImagePositionPatient", ()))
     if position.shape == (3,) and np.abs(position).max() < 1e5:
@@ -602,15 +600,9 @@ def padding_range(tags: dict) -> tuple[int, int] | None:
 
 
 # --- pixels -------------------------------------------------------------------------------------------------
-
-
-def locate_frames(header: dict, file: BinaryIO) -> list[list[tuple[int, int]]]:
-    """For each frame the (offset, length) pieces of its pixel data. ValueError if the image is absurd or the
-    file too short.
-
-    Without (0028,0008) NumberOfFrames, native frames are counted from the length of the pixel data if it
-    holds a whole number of them, compressed ones by code streams.
-    """
+def locate_frames(header: dict, file: BinaryIO) -> Spans:
+    """Where the pixels of each frame are. ValueError if that is absurd or the file too short. Without
+    (0028,0008) NumberOfFrames the pixel data's length, or code streams, tell."""
     rows, cols, bits = (header.get(name, 0) for name in ("Rows", "Columns", "BitsAllocated"))
     samples, stated = header.get("SamplesPerPixel", 1), header.get("NumberOfFrames", 0)
     _, offset, length = header["pixel_data"]
@@ -629,10 +621,7 @@ def locate_frames(header: dict, file: BinaryIO) -> list[list[tuple[int, int]]]:
     else:
         count = max(length // frame_bytes, 1)
     if rows * cols > MAX_FRAME_PIXELS or count > MAX_FRAMES or frame_bytes * count > MAX_PIXEL_BYTES:
-        raise ValueError(
-            f"absurd size: {image}; limits: {MAX_FRAMES} frames, {MAX_FRAME_PIXELS} pixels, "
-            f"{MAX_PIXEL_BYTES >> 20} MiB"
-        )
+        raise ValueError(f"absurd size: {image}; limits: {MAX_FRAMES} frames, {MAX_PIXEL_BYTES >> 20} MiB")
     if length == UNDEFINED:
         return frames
     available = max(0, min(length, size - offset))
@@ -643,9 +632,8 @@ def locate_frames(header: dict, file: BinaryIO) -> list[list[tuple[int, int]]]:
     return [[(offset + i * frame_bytes, frame_bytes)] for i in range(count)]
 
 
-def group_fragments(stated: int, offset: int, size: int, file: BinaryIO) -> list[list[tuple[int, int]]]:
-    """Fragments of encapsulated pixel data by frame (PS3.5 A.4): a frame starts where a code stream does.
-    `stated` is 0 where no number of frames is given."""
+def group_fragments(stated: int, offset: int, size: int, file: BinaryIO) -> Spans:
+    """Fragments of encapsulated pixel data by frame, which starts where a code stream does (PS3.5 A.4)."""
     frames = []
     num_fragments = 0
     while offset + 8 <= size and num_fragments <= 2 * MAX_FRAMES:
@@ -670,21 +658,10 @@ def group_fragments(stated: int, offset: int, size: int, file: BinaryIO) -> list
 
 
 @one_line_errors
-def decode(frame: Frame) -> np.ndarray:
+def decode(frame: Frame) -> ndarray:
     """(rows, cols) stored values of a frame: decompressed, colour as luminance, masked to BitsStored."""
-    header = frame.header
-    data = read_pixel_bytes(frame)
-    if header["pixel_data"][2] == UNDEFINED or header.get("SamplesPerPixel", 1) == 3:
-        return mask_stored(decode_with_pydicom(frame, data), header)
-    dtype = np.dtype(f"{header['order']}u{header['BitsAllocated'] // 8}")
-    stored = np.frombuffer(data, dtype).reshape(frame.rows, frame.cols)
-    return mask_stored(stored.astype(dtype.newbyteorder("="), copy=False), header, header.get("HighBit", -1))
-
-
-def read_pixel_bytes(frame: Frame) -> bytes:
-    """The pixel data of one frame."""
-    header = frame.header
-    pieces = header["spans"][frame.index]
+    header, pieces = frame.header, frame.header["spans"][frame.index]
+    vr, _, element_length = header["pixel_data"]
     if header["packed"]:
         unpacked = read_unpacked(frame.path, os.stat(frame.path).st_mtime_ns)
         parts = [unpacked[offset : offset + length] for offset, length in pieces]
@@ -694,39 +671,35 @@ def read_pixel_bytes(frame: Frame) -> bytes:
     data = b"".join(parts)
     if len(data) != sum(length for _, length in pieces):
         raise ValueError("the file became shorter while it was read")
-    if header["pixel_data"][0] == "OW" and header["order"] == ">" and header["BitsAllocated"] == 8:
-        words = np.frombuffer(data + bytes(len(data) % 2), "u2")  # big-endian words of two 8-bit pixels
-        data = words.byteswap().tobytes()[: len(data)]
-    return data
+    if vr == "OW" and header["order"] == ">" and header["BitsAllocated"] == 8:
+        data = np.frombuffer(data, "u2").byteswap().tobytes()  # big-endian words of two 8-bit pixels
+    if element_length == UNDEFINED or header.get("SamplesPerPixel", 1) == 3:
+        return mask_stored(decode_with_pydicom(frame, data), header)
+    dtype = np.dtype(f"{header['order']}u{header['BitsAllocated'] // 8}")
+    stored = np.frombuffer(data, dtype).reshape(frame.rows, frame.cols)
+    return mask_stored(stored.astype(dtype.newbyteorder("="), copy=False), header, header.get("HighBit", -1))
 
 
-@functools.lru_cache(maxsize=1)
+@lru_cache(maxsize=1)
 def read_unpacked(path: Path, _changed: int) -> memoryview:
-    """A packed file's unpacked bytes, kept until the next one so that its frames do not unpack it again."""
+    """A packed file's unpacked bytes, remembered for its other frames."""
     with open_unpacked(path) as file:
         return file.getbuffer()
 
 
-def stored_bits(header: dict, size: int) -> int:
-    """(0028,0101) BitsStored, or all `size` bits where it makes no sense."""
-    bits = header.get("BitsStored", size)
-    return bits if 1 <= bits <= size else size
-
-
-def mask_stored(array: np.ndarray, header: dict, high_bit: int = -1) -> np.ndarray:
-    """BitsStored bits up to `high_bit` (the lowest ones if that makes no sense), sign-extended where the
-    header says so; others (overlays, garbage) go."""
+def mask_stored(array: ndarray, header: dict, high_bit: int = -1) -> ndarray:
+    """BitsStored bits up to `high_bit` (or the lowest, if that makes no sense), sign-extended if signed."""
     size = array.dtype.itemsize * 8
     array = array.view(f"{'i' if is_signed(header) else 'u'}{size // 8}")
-    bits = stored_bits(header, size)
-    if bits == size:
+    bits = header.get("BitsStored", size)
+    if not 0 < bits < size:
         return array
     high_bit = high_bit if bits - 1 <= high_bit < size else bits - 1
     array = np.left_shift(array, size - 1 - high_bit)
     return np.right_shift(array, size - bits, out=array)
 
 
-def decode_with_pydicom(frame: Frame, data: bytes) -> np.ndarray:
+def decode_with_pydicom(frame: Frame, data: bytes) -> ndarray:
     """(rows, cols) of compressed or colour pixel data through pydicom and its plug-ins."""
     header, is_native = frame.header, frame.header["pixel_data"][2] != UNDEFINED
     uid = pydicom.uid.UID(EXPLICIT if is_native else header["TransferSyntaxUID"])
@@ -736,19 +709,14 @@ def decode_with_pydicom(frame: Frame, data: bytes) -> np.ndarray:
         raise ValueError(f"transfer syntax {uid.name} ({uid}) needs a decoder: pip install {DECODERS[uid]}")
     if not is_native and uid != RLE:
         check_code_stream(data, (frame.rows, frame.cols, samples))
-    array, _ = decoder.as_array(
-        data if is_native else encapsulate([data]),
-        rows=frame.rows,
-        columns=frame.cols,
-        number_of_frames=1,
-        samples_per_pixel=samples,
-        bits_allocated=header["BitsAllocated"],
-        bits_stored=stored_bits(header, header["BitsAllocated"]),
-        pixel_representation=header.get("PixelRepresentation", 0),
-        photometric_interpretation=header.get("PhotometricInterpretation", "MONOCHROME2"),
-        planar_configuration=header.get("PlanarConfiguration", 0),
-        pixel_keyword="PixelData",
-    )
+    bits = header["BitsAllocated"]
+    options = {"rows": frame.rows, "columns": frame.cols, "number_of_frames": 1, "samples_per_pixel": samples}
+    options |= {"bits_allocated": bits, "bits_stored": header.get("BitsStored", bits)}
+    options["pixel_representation"] = header.get("PixelRepresentation", 0)
+    options["photometric_interpretation"] = header.get("PhotometricInterpretation", "MONOCHROME2")
+    options["planar_configuration"] = header.get("PlanarConfiguration", 0)
+    data = data if is_native else encapsulate([data])
+    array, _ = decoder.as_array(data, pixel_keyword="PixelData", **options)
     if array.ndim == 3:
         array = (array @ np.array([0.299, 0.587, 0.114]) + 0.5).astype(array.dtype)  # ITU-R BT.601
     if array.shape != (frame.rows, frame.cols):
@@ -756,12 +724,7 @@ def decode_with_pydicom(frame: Frame, data: bytes) -> np.ndarray:
     return array
 
 
-# Rows, columns and samples in the frame header of JPEG and JPEG-LS (SOFn), and in SIZ of JPEG 2000.
-JPEG_SIZE = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7]\0[\x0b\x11].(.{5})", re.DOTALL)
-JPEG_2000_SIZE = re.compile(rb"\xff\x4f\xff\x51.{4}(.{34})", re.DOTALL)
-
-
-def check_code_stream(data: bytes, expected: tuple[int, int, int]) -> None:
+def check_code_stream(data: bytes, expected: tuple) -> None:
     """Refuses a code stream of another size than stated: 600 bytes can ask a decoder for gigabytes."""
     size = None
     if match := JPEG_2000_SIZE.search(data, 0, 4096):
@@ -774,94 +737,102 @@ def check_code_stream(data: bytes, expected: tuple[int, int, int]) -> None:
 
 
 # --- what the values mean -----------------------------------------------------------------------------------
-
-
 @dataclass
 class Stack:
     """Images on their way to one volume, and what is to be said of them."""
 
-    frames: list[Frame]
+    frames: Frames
     where: str  # for errors
-    notes: list[str] = field(default_factory=list)
-    doubts: list[str] = field(default_factory=list)
+    notes: list[str]
+    doubts: list[str]
 
-    def leave_out(self, is_out: list[bool] | np.ndarray, what: str) -> None:
+    def leave_out(self, is_out: list[bool] | ndarray, what: str) -> None:
         """Drop the frames marked, if any, with a note on what they are."""
         if any(is_out):
             self.notes.append(f"{sum(is_out)} {what}")
             self.frames = list(itertools.compress(self.frames, np.logical_not(is_out)))
 
 
-def is_padding(stored: np.ndarray, padding: tuple[int, int] | None) -> np.ndarray:
-    low, high = padding or (1, 0)
-    return (stored >= low) & (stored <= high)
+def is_between(values: ndarray, limits: tuple[float, float] | None) -> ndarray:
+    low, high = limits or (1, 0)
+    return (values >= low) & (values <= high)
 
 
-AIR_HU = (-1100, -900)
-TISSUE_HU = (-20, 120)
-BONE_HU, HIGHEST_HU = 300, 3200  # but for metal
-MOST_FILL = 0.4  # share of an image; a round field of view leaves 0.21 over
+def rescale_values(frame: Frame, stored: ndarray) -> ndarray:
+    """float32 rescaled values of an image or a part of it, NaN where it is padding."""
+    values = np.multiply(stored, frame.slope, dtype=np.float32)
+    values += frame.intercept
+    if frame.padding:
+        values[is_between(stored, frame.padding)] = np.nan
+    return values
+
+
+@lru_cache(maxsize=64)
+def thumbnail(frame: Frame) -> ndarray:
+    """(32, 32) block means, in CT of 0..1500 HU; zeros if the frame does not decode."""
+    try:
+        values = decode(frame) * np.float32(frame.slope) + np.float32(frame.intercept)
+    except ValueError:
+        return np.zeros((32, 32), np.float32)
+    image = cv2.resize(values, (32, 32), interpolation=cv2.INTER_AREA)
+    return np.clip(image, 0, 1500) if frame.is_ct else image
+
+
+def image_difference(a: Frame, b: Frame) -> float:
+    return np.abs(thumbnail(a) - thumbnail(b)).sum()
 
 
 class Samples(NamedTuple):
     """Some stored values of a few slices."""
 
-    stored: np.ndarray  # (n,)
-    slopes: np.ndarray  # (n,)
-    corners: np.ndarray  # (m,) in the corners of the slices, where no head reaches
+    stored: ndarray  # (n,)
+    slopes: ndarray  # (n,)
+    corners: ndarray  # (m,) in the corners of the slices, where no head reaches
 
 
-def repair_values(stack: Stack) -> dict[int, np.ndarray]:
-    """Values that the pixels contradict, put right by a look at five slices of each group with the same sign,
-    and in CT the same intercept. Returns what is decoded then (index of the frame -> stored values)."""
-    is_ct = modality_of(stack.frames[0].header) == "CT"
-    groups = collections.defaultdict(list)
-    for i, frame in enumerate(stack.frames):
-        groups[is_signed(frame.header), is_ct and frame.intercept].append(i)
-    all_decoded = {}
+def repair_values(stack: Stack) -> None:
+    """Put right values that the pixels contradict, in groups of the same sign, and in CT intercept."""
+    groups = defaultdict(list)
+    for frame in stack.frames:
+        groups[is_signed(frame.header), frame.is_ct and frame.intercept].append(frame)
     largest = max(groups.values(), key=len)
-    for indices in groups.values():
-        doubts = stack.doubts if indices is largest else []  # a few slices may be air, or blank
-        part = Stack([stack.frames[i] for i in indices], stack.where, stack.notes, doubts)
-        decoded = repair_group(part, is_ct)
-        for k, i in enumerate(indices):
-            stack.frames[i] = part.frames[k]
-            if k in decoded:
-                all_decoded[i] = decoded[k]
-    return all_decoded
+    for frames in groups.values():
+        doubts = stack.doubts if frames is largest else []  # a few slices may be air, or blank
+        repair_group(Stack(frames, stack.where, stack.notes, doubts))
 
 
-def repair_group(stack: Stack, is_ct: bool) -> dict[int, np.ndarray]:
-    """`repair_values` of a group; what is decoded is given up where the bits or the sign turn out others."""
-    header = stack.frames[0].header
-    is_inverse = header.get("PhotometricInterpretation") == "MONOCHROME1"
-    decoded = {}
-    for k in (1, 2, 3, 4, 5):
-        i = len(stack.frames) * k // 6
-        with contextlib.suppress(ValueError):  # told when the slice is used
-            decoded[i] = decode(stack.frames[i])
-    if not decoded:
-        return decoded
-    samples = sample_pixels(stack, decoded)
+def repair_group(stack: Stack) -> None:
+    """`repair_values` of a group, by the pixels of five of its frames."""
+    first, probes = stack.frames[0], []
+    for i in {len(stack.frames) * k // 6 for k in (1, 2, 3, 4, 5)}:
+        frame = stack.frames[i]
+        with suppress(ValueError):  # told when the slice is used
+            frame.stored = decode(frame)
+            probes.append(frame)
+    if not probes:
+        return
+    samples = sample_pixels(probes)
+    is_inverse = first.header.get("PhotometricInterpretation") == "MONOCHROME1"
     if is_inverse:
         invert_if_bright(stack, samples)
-    if is_ct:
-        choose_reading(stack, sample_pixels(stack, decoded))
+    if first.is_ct:
+        choose_reading(stack, sample_pixels(probes))
     elif not is_inverse:
         choose_sign(stack, samples)
-    samples = sample_pixels(stack, decoded)  # in the bits and sign chosen
+    for frame in probes:
+        frame.stored = mask_stored(frame.stored, frame.header)  # in the bits and sign chosen
+    samples = sample_pixels(probes)
     drop_padding(stack, samples)
-    if not stack.frames[0].padding:
-        pad_fill(stack, samples, is_ct)
-    return decoded if stack.frames[0].header is header else {}
+    if not first.padding:
+        pad_fill(stack, samples)
 
 
-def sample_pixels(stack: Stack, decoded: dict[int, np.ndarray]) -> Samples:
+def sample_pixels(frames: Frames) -> Samples:
     rows = []
-    for i, image in decoded.items():
-        stride = 1 + math.isqrt(image.size // 16_000)
-        pixels = mask_stored(image[::stride, ::stride], stack.frames[i].header)
-        slopes = np.full(pixels.size, stack.frames[i].slope)
+    for frame in frames:
+        stride = 1 + math.isqrt(frame.rows * frame.cols // 16_000)
+        pixels = frame.stored[::stride, ::stride]
+        slopes = np.full(pixels.size, frame.slope)
         rows.append((pixels.ravel(), slopes, pixels[[0, 0, -1, -1], [0, -1, 0, -1]]))
     return Samples(*map(np.concatenate, zip(*rows, strict=True)))
 
@@ -873,20 +844,16 @@ def invert_if_bright(stack: Stack, samples: Samples) -> None:
     stack.notes.append("(0028,0004) MONOCHROME1 with a bright background: inverted")
     header = stack.frames[0].header
     ends = -1 if is_signed(header) else 2 ** header.get("BitsStored", 16) - 1  # lowest plus highest value
-    stack.frames = [
-        replace(frame, slope=-frame.slope, intercept=frame.intercept + frame.slope * ends)
-        for frame in stack.frames
-    ]
+    for frame in stack.frames:
+        frame.intercept += frame.slope * ends
+        frame.slope = -frame.slope
 
 
 def choose_reading(stack: Stack, samples: Samples) -> None:
-    """CT frames read so that air and soft tissue lie where HU says.
-
-    Files are known to need another sign than (0028,0103) PixelRepresentation says, 12 signed bits where 16
-    are stated, or an intercept that is missing, was applied already, or counts twice. The stated reading
-    stands unless it is clearly worse than one that shows both air and soft tissue, because a field of view
-    inside the head has no air and a phantom no tissue.
-    """
+    """CT frames read so that air and soft tissue lie where HU says. Files are known to need another sign than
+    (0028,0103) PixelRepresentation says, 12 signed bits where 16 are stated, or an intercept that is missing,
+    was applied already, or counts twice. The stated reading stands unless clearly worse than one with both
+    air and soft tissue: a scan inside the head has no air."""
     first = stack.frames[0]
     signs = [{}, {"PixelRepresentation": 1 - is_signed(first.header)}]
     if not is_signed(first.header) and samples.stored.max() < 4096:
@@ -894,38 +861,40 @@ def choose_reading(stack: Stack, samples: Samples) -> None:
     stated = first.header.get("RescaleIntercept", first.intercept)
     best = judge_reading(first, samples, {}, 0.0)
     intercepts = [stated] if best.is_clear else [stated, stated / 2, 0.0, -1024.0, -2048.0, 1024.0]
-    chosen: dict = {}
-    shift = 0.0
     for tags, intercept in itertools.product(signs, intercepts):
         if best.score > 0.097:
             break
         judged = judge_reading(first, samples, tags, intercept - stated)
         if judged.is_clear and judged.score > best.score + 0.003:
-            best, chosen, shift = judged, tags, intercept - stated
+            best = judged
     if max(best.air, best.tissue) < 0.02:
         stack.doubts.append("CT values: neither air near -1000 HU nor soft tissue near 0 to 100 HU")
     stored = samples.stored
     is_cut = max((stored == stored.min()).mean(), (stored == stored.max()).mean()) > 0.01
     if is_cut and best.bone < 0.002:
         stack.doubts.append(f"CT values end below {BONE_HU} HU, as in an image made for a screen")
-    if chosen or shift:
-        changes = [f"{name} {value}" for name, value in chosen.items()]
-        changes.append(f"RescaleIntercept {stated + shift:g}")
+    if best.tags or best.shift:
+        changes = [f"{name} {value}" for name, value in best.tags.items()]
+        changes.append(f"RescaleIntercept {stated + best.shift:g}")
         stack.notes.append(
             f"stored values are HU only with {', '.join(changes)}: used, air and tissue say so"
         )
-        change_tags(stack, chosen, shift)
+        change_tags(stack, best.tags, best.shift)
 
 
 def change_tags(stack: Stack, tags: dict, shift: float = 0.0) -> None:
-    for i, frame in enumerate(stack.frames):
-        changed = replace(frame, header=frame.header | tags, intercept=frame.intercept + shift)
-        stack.frames[i] = replace(changed, padding=None) if tags else changed
+    for frame in stack.frames:
+        frame.header = frame.header | tags
+        frame.intercept += shift
+        if tags:
+            frame.padding = None
 
 
 class Reading(NamedTuple):
-    """Shares of the pixels, padding aside, and what they amount to."""
+    """How CT values could be meant, and the shares of the pixels then, padding aside."""
 
+    tags: dict  # other than the header's
+    shift: float  # of the intercept
     air: float
     tissue: float
     bone: float
@@ -934,26 +903,25 @@ class Reading(NamedTuple):
 
 
 def judge_reading(first: Frame, samples: Samples, tags: dict, shift: float) -> Reading:
-    """Where the samples' values lie with other tags and an intercept shifted by `shift`. The corners' most
-    common value is air or tissue only if it covers more than a fill does."""
+    """The reading with other tags and intercept. A fill of the corners is neither air nor tissue."""
     stored = samples.stored
     hu = mask_stored(stored, first.header | tags) * samples.slopes + first.intercept + shift
     values, counts = np.unique(samples.corners, return_counts=True)
     is_fill = stored == values[counts.argmax()]
-    is_image = ~is_padding(stored, first.padding)
+    is_image = ~is_between(stored, first.padding)
     is_inside = is_image if is_fill.mean() > MOST_FILL else is_image & ~is_fill
     is_beyond = (hu > HIGHEST_HU) | ((hu < AIR_HU[0]) & ~is_fill)
-    is_air = is_inside & (hu > AIR_HU[0]) & (hu < AIR_HU[1])
-    is_tissue = is_inside & (hu > TISSUE_HU[0]) & (hu < TISSUE_HU[1])
+    is_air = is_inside & is_between(hu, AIR_HU)
+    is_tissue = is_inside & is_between(hu, TISSUE_HU)
     masks = np.stack([is_air, is_tissue, hu > BONE_HU, is_beyond]) & is_image
     air, tissue, bone, beyond = masks.sum(axis=1) / max(is_image.sum(), 1)
     is_clear = min(air, tissue) >= 0.05
-    return Reading(air, tissue, bone, is_clear, min(air, 0.05) + min(tissue, 0.05) - beyond)
+    score = min(air, 0.05) + min(tissue, 0.05) - beyond
+    return Reading(tags, shift, air, tissue, bone, is_clear, score)
 
 
 def choose_sign(stack: Stack, samples: Samples) -> None:
-    """MR frames in the other sign than (0028,0103) PixelRepresentation says, if values lie much closer then:
-    small negative values without their sign are the largest of all."""
+    """MR frames in the sign that (0028,0103) PixelRepresentation denies, if values lie much closer then."""
     header = stack.frames[0].header
     sign = 1 - is_signed(header)
     tags = {"PixelRepresentation": sign}
@@ -965,29 +933,25 @@ def choose_sign(stack: Stack, samples: Samples) -> None:
 
 
 def drop_padding(stack: Stack, samples: Samples) -> None:
-    """(0028,0120) PixelPaddingValue is not used where it would be tissue: among the other values and in no
-    corner, or all there is."""
+    """(0028,0120) PixelPaddingValue is not used where it would be tissue: among others and in no corner."""
     padding = stack.frames[0].padding
     if not padding:
         return
-    others = samples.stored[~is_padding(samples.stored, padding)]
+    others = samples.stored[~is_between(samples.stored, padding)]
     if others.size:
         is_among = padding[0] < others.max() and padding[1] > np.percentile(others, 5)
-        if not is_among or is_padding(samples.corners, padding).mean() > 0.25:
+        if not is_among or is_between(samples.corners, padding).mean() > 0.25:
             return
     stack.notes.append(f"(0028,0120) PixelPaddingValue {padding[1]} would be tissue: not used")
-    stack.frames = [replace(frame, padding=None) for frame in stack.frames]
+    for frame in stack.frames:
+        frame.padding = None
 
 
-def pad_fill(stack: Stack, samples: Samples, is_ct: bool) -> None:
-    """The lowest or highest value is padding if it fills corners and lies far from all others.
-
-    In MR such a fill (-2048, for example) would take the percentiles and the head's threshold. Where it
-    covers more than a round field of view leaves over it may be the air itself, and has to lie farther away,
-    unless it alone is negative. In CT only a fill brighter than bone matters.
-    """
-    slope, intercept = stack.frames[0].slope, stack.frames[0].intercept
-    pixels = samples.stored
+def pad_fill(stack: Stack, samples: Samples) -> None:
+    """The lowest or highest value is padding if it fills corners and lies far from all others. In MR such a
+    fill (-2048, for example) would take the percentiles and the head's threshold. One of more than MOST_FILL
+    may be air, and lies farther away, unless it alone is negative. In CT only a bright fill matters."""
+    first, pixels = stack.frames[0], samples.stored
     for end in (np.min, np.max):
         fill = int(end(pixels))
         others = pixels[pixels != fill]
@@ -997,15 +961,16 @@ def pad_fill(stack: Stack, samples: Samples, is_ct: bool) -> None:
             continue
         low, high = np.percentile(others, (5, 99))
         gap = max(low - fill, fill - high)
-        value = fill * slope + intercept
-        if is_ct:
+        value = fill * first.slope + first.intercept
+        if first.is_ct:
             is_far = fill > high and value > 1500
         else:
             least_gap = 0.5 if share < MOST_FILL else 2.0
-            is_negative = value < 0 <= low * slope + intercept
+            is_negative = value < 0 <= low * first.slope + first.intercept
             is_far = gap > least_gap * (high - low) > 0 or is_negative
         if is_far:
             stack.notes.append(f"the stored value {fill} fills corners, far from all others: it is padding")
             padding = (-(2**31), int(fill + gap / 2)) if fill < low else (int(fill - gap / 8), 2**31)
-            stack.frames = [replace(frame, padding=padding) for frame in stack.frames]
+            for frame in stack.frames:
+                frame.padding = padding
             pixels = others

@@ -161,7 +161,7 @@ def read_dicom(item: tuple, settings: set) -> Scan:
         series.forget = lambda *_: None  # decoded slices stay for the next volume
     volumes = {each: dicom.make_volume(series, each) for each in settings}
     frames = [replace(frame, header={}) for frame in series.frames]  # headers are large to send
-    series = replace(series, frames=frames, geometry={}, skipped=[], _stored={})
+    series = replace(series, frames=frames, geometry={}, skipped=[])
     return Scan(volumes, series.patient, series)
 
 
