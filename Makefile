@@ -1,13 +1,13 @@
 # make demo    phantoms -> cache -> a small locator -> submission.csv, report.html and a score on other patients
 # make test    the tests (10 minutes on two cores)      make lint    ruff      make clean    what the demo wrote
 # make shell   a shell in which `python` and `accelerate` are those of .venv
-# make ablation    the README's table of crops; can be stopped and run again
+# make ablation    what helps to find more, a table (hours); can be stopped and run again
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 LAUNCH = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 INFER = $(BIN)/python infer.py --outputs demo/outputs
-PHANTOMS = --matrix 128 --modality CTA --plane axial --plain
+PHANTOMS = --matrix 128 --plain
 
 .PHONY: install demo test lint clean ablation shell picture
 
@@ -29,11 +29,11 @@ lint: install
 shell: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $${SHELL:-sh}
 
-# Graded down so that two cores learn something in minutes: axial CTA at 96 pixels, four epochs.
+# Graded down so that two cores learn something in minutes: 96 pixels, four epochs.
 demo: install
 	rm -rf demo
-	@echo "== 1/6 writing 320 phantom series to train on and 100 of other patients to test"
-	$(BIN)/python tests/phantom.py --dst demo/dicoms --series 320 --seed 0 $(PHANTOMS)
+	@echo "== 1/6 writing 480 phantom series to train on and 100 of other patients to test"
+	$(BIN)/python tests/phantom.py --dst demo/dicoms --series 480 --seed 0 $(PHANTOMS)
 	$(BIN)/python tests/phantom.py --dst demo/held_out --series 100 --seed 1 $(PHANTOMS)
 	@echo "== 2/6 preprocessing"
 	$(BIN)/python preprocess.py --src demo/dicoms --dst demo/cache --config configs/demo.yaml
@@ -58,7 +58,7 @@ picture:
 	$(INFER) --src demo/held_out/series/$(POSITIVE) --explain demo/picture > demo/picture.csv
 	cp demo/picture/*.png docs/explain.png
 
-# The README's table: do localizer crops help a new patient?
+# Weights, slabs, box, crops: what helps? docs/results.md
 ablation: install
 	$(BIN)/python tests/ablation.py
 
