@@ -100,6 +100,14 @@ def read_label_table(path: Path) -> DataFrame:
     return table
 
 
+def parse_age(text: str) -> float:
+    """Years of (0010,1010) PatientAge (`086Y`, `018M`; PS3.5 6.2, AS) or of a plain number; nan otherwise."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([DWMY]?)", str(text).strip())
+    if match is None:
+        return math.nan
+    return float(match[1]) / {"D": 365.25, "W": 52.18, "M": 12}.get(match[2], 1)
+
+
 # --- config -------------------------------------------------------------------------------------------------
 
 

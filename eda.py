@@ -346,12 +346,7 @@ def draw_histogram(caption: str, table: DataFrame, column: str, kind: str) -> st
 
 
 def show_plane(
-    title: str,
-    scan: Scan,
-    axis: int,
-    place: ndarray,
-    reach_mm: float = 0.0,
-    heat: ndarray | None = None,
+    title: str, scan: Scan, axis: int, place: ndarray, reach_mm: float = 0.0, heat: ndarray | None = None
 ) -> str:
     """The plane through a place, or the maximum within reach of it, head up: with directions, a ring around
     each point near it, the box, and a heat map (Z, h, w) on a scale from 0 to 1."""
@@ -364,14 +359,7 @@ def show_plane(
     image = planes[max(middle - reach, 0) : middle + reach + 1].max(0)
     extent = axes.imshow(image, vmin=0, vmax=255).get_extent()
     if heat is not None:
-        axes.imshow(
-            heat[middle],
-            "inferno",
-            vmin=0,
-            vmax=1,
-            alpha=heat[middle],
-            extent=extent,
-        )
+        axes.imshow(heat[middle], "inferno", vmin=0, vmax=1, alpha=heat[middle], extent=extent)
     down, across = np.delete([0, 1, 2], axis)
     axes.set_aspect(spacing_mm[down] / spacing_mm[across])
     sides = [across, down]
@@ -393,12 +381,7 @@ def show_table(table: DataFrame, caption: str = "") -> str:
         return absent(f"{caption} None.")
     table = table.rename_axis(columns=None)
     with pd.option_context("display.max_colwidth", None):
-        body = table.to_html(
-            border=0,
-            index=False,
-            na_rep="–",
-            float_format="{:.4g}".format,
-        )
+        body = table.to_html(border=0, index=False, na_rep="–", float_format="{:.4g}".format)
     return f'<figure class="table"><figcaption>{escape(caption)}</figcaption>{body}</figure>'
 
 

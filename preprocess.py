@@ -27,7 +27,6 @@ stderr and in index.csv (0 under torchrun and accelerate, which would stop the o
 import ast
 import functools
 import hmac
-import math
 import os
 import re
 import secrets
@@ -206,7 +205,7 @@ def describe_series(series: Series, job: Job, key: bytes) -> dict:
     frame = series.frames[0]
     low, high = dicom.canonical_grid(series).extent_mm(0)
     slice_mm, row_mm, col_mm = (round(float(length), 4) for length in series.spacing_mm)
-    years = parse_age(series.age or job.labels.get("PatientAge"))
+    years = common.parse_age(series.age or job.labels.get("PatientAge"))
     sex = series.sex or str(job.labels.get("PatientSex"))[:1]
     patient = series.patient.encode(errors="surrogatepass")
     return {
@@ -227,14 +226,6 @@ def describe_series(series: Series, job: Job, key: bytes) -> dict:
         "coverage_mm": round(high - low, 2),  # along z
         "transfer_syntax": series.transfer_syntax,
     }
-
-
-def parse_age(text: str) -> float:
-    """Years of (0010,1010) PatientAge (`086Y`, `018M`; PS3.5 6.2, AS) or of a plain number; nan otherwise."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([DWMY]?)", str(text).strip())
-    if match is None:
-        return math.nan
-    return float(match[1]) / {"D": 365.25, "W": 52.18, "M": 12}.get(match[2], 1)
 
 
 # --- the cache's folder -------------------------------------------------------------------------------------

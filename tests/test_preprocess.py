@@ -445,7 +445,7 @@ def test_faulty_tables_stop_the_run_before_work_and_odd_labels_are_counted(src, 
 
 
 def test_ages_are_read_in_all_their_units():
-    ages = [preprocess.parse_age(text) for text in ("086Y", "86", "86.0", "018M", "052W", "")]
+    ages = [common.parse_age(text) for text in ("086Y", "86", "86.0", "018M", "052W", "")]
     assert ages[:3] == [86, 86, 86] and ages[3:5] == pytest.approx([1.5, 1.0], abs=0.01)
     assert np.isnan(ages[5])
 
