@@ -28,7 +28,6 @@ import ast
 import functools
 import hmac
 import os
-import re
 import secrets
 import signal
 import sys
