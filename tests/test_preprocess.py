@@ -24,6 +24,7 @@ from test_find_series import write_slice
 
 import common
 import dicom
+import frames
 import preprocess
 from common import HOST, LABELS, UID, Config, load_volume, remove_leftovers, run_isolated
 from dicom import VolumeSettings
@@ -226,9 +227,9 @@ def test_folders_filled_in_one_pass_equal_those_filled_alone_and_share_the_readi
     for path in broken.iterdir():
         path.write_bytes(b"this is not a DICOM file" * 100)
     counts = Counter()
-    for name in ("read_series", "decode"):
-        function = getattr(dicom, name)
-        monkeypatch.setattr(dicom, name, lambda *a, f=function: counts.update([f"{f} {a[0]}"]) or f(*a))
+    for module, name in ((dicom, "read_series"), (frames, "decode")):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, f=function: counts.update([f"{f} {a[0]}"]) or f(*a))
 
     def run_here(function: Callable, jobs: list, *_: object) -> Iterator[tuple]:
         return ((job, *common.call_safely(function, 4, job)) for job in jobs)
