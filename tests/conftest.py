@@ -43,8 +43,8 @@ def write_cached_series(folder: Path, uid: str, cfg: Config, points: list, seed:
     affine[:3, :3] = np.diag(spacing_mm)[::-1]
     meta = {"uid": uid, "spacing_mm": spacing_mm, "affine": affine.tolist(), "doubts": [], "patient": ""}
     meta["settings"] = common.volume_settings(cfg)
-    path, labels = common.volume_path(folder, uid), points[:, 0].astype(np.int64)
-    common.save_volume(path, volume, points[:, 1:], labels, meta, sop_uids=[f"{uid}.1"])
+    path = common.volume_path(folder, uid)
+    common.save_volume(path, volume, points[:, 1:], points[:, 0], meta, sop_uids=[f"{uid}.1"])
     return volume
 
 
