@@ -24,15 +24,15 @@ TINY = {"model_name": "test_efficientnet", "pretrained": False, "img_size": 64, 
 TINY |= {"num_folds": 2, "epochs": 1, "workers": 0, "bootstrap": 100}
 
 
-def run(folder: Path, *command: str, code: int = 0, **environment: str) -> str:
-    """stdout of a command in folder, as the README writes it, and stderr of a failure; `accelerate` and
-    `python` are those of this test."""
-    program = {"python": [], "accelerate": ["-m", "accelerate.commands.accelerate_cli"]}[command[0]]
-    words = [str(ROOT / word) if word.endswith(".py") else word for word in command[1:]]
-    words, env = [sys.executable, *program, *words], os.environ | {"OMP_NUM_THREADS": "1"} | environment
+def run(folder: Path, command: str, code: int = 0, **environment: str) -> str:
+    """stdout of a command in folder, as the README writes it; stderr of one that fails."""
+    module = "-m accelerate.commands.accelerate_cli"
+    words = shlex.split(command.removeprefix("python ").replace("accelerate launch", f"{module} launch"))
+    words = [sys.executable, *(str(ROOT / word) if word.endswith(".py") else word for word in words)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
-    return done.stdout + done.stderr * (code > 0)
+    return done.stderr if code else done.stdout
 
 
 def test_the_three_commands_lead_from_dicom_to_a_submission_and_a_report(tmp_path):
