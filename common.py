@@ -583,8 +583,7 @@ def combine_aucs(aucs: ndarray, labels: ndarray) -> ndarray:
 
 
 def weighted_auc(labels: ndarray, probs: ndarray) -> dict:
-    """The challenge's metric for labels (N, 14) in {0, 1} and probs (N, 14) -> wauc (nan where undefined),
-    auc (14 floats), undefined (names of one-class columns). ValueError for probs that are not finite."""
+    """The challenge's metric of labels and probs (N, 14): wauc and auc (nan: undefined), undefined names."""
     num_odd = np.count_nonzero(~np.isfinite(probs))
     if num_odd:
         raise ValueError(f"{num_odd} of {probs.size} predictions are NaN or infinite; expected none")
@@ -889,8 +888,7 @@ def build_model(cfg: Config, pretrained: bool = False) -> nn.Module:
 
 
 def read_pretrained(cfg: Config) -> dict:
-    """The weights that cfg.pretrained names. Those of a run of train.py come as they are. All others first
-    fill timm's model for RGB, which refuses misfits and brings them to the size of the images."""
+    """The weights that cfg.pretrained names; all but a run's fit timm's RGB model first, which resizes."""
     import timm
 
     source = {}
@@ -943,8 +941,7 @@ def load_fitting(model: nn.Module, state: dict, source: str) -> None:
 
 
 def propose(maps: ndarray, spacing_mm: ndarray, cfg: Config) -> ndarray:
-    """The likeliest places of heat maps (13, Z, h, w; probabilities that add up over arteries), at least
-    cfg.min_peak_mm apart -> (n <= 3, 5) rows of z, y, x (voxels), score, label; highest first."""
+    """Peaks of maps (13, Z, h, w; probabilities): (n <= 3, 5) rows of z, y, x in voxels, score, label."""
     cell_size = [1, cfg.locator_stride, cfg.locator_stride]
     cells = np.indices(maps.shape[1:]).reshape(3, -1).T
     voxels = (cells + 0.5) * cell_size - 0.5

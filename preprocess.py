@@ -128,8 +128,7 @@ def sample_files(job: Job) -> bytes:
 
 
 def cache_series(job: Job) -> list | OSError:
-    """In a worker: read a series once, write its volume into each cache that lacks it -> "cached" or "kept"
-    for each, or the error of the disk."""
+    """Read a series once, in a worker -> "cached" or "kept" for each cache, or the error of the disk."""
     samples = sample_files(job)
     series = None
     outcomes = []
@@ -377,8 +376,7 @@ def check_cache(dst: Path, cfg: Config, uids: list, points: dict) -> None:
         )
     if not points and any(cached[uid]["num_points"] for uid in uids if uid in cached):
         raise ValueError(
-            f"{dst}: has annotated points, but there is no {POINT_TABLE} in --src or above it; expected it "
-            f"there, or the points would be lost"
+            f"{dst}: has annotated points, but there is no {POINT_TABLE} in or above --src, which loses them"
         )
 
 

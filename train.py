@@ -3,8 +3,8 @@
 in   --config YAML   settings (common.Config); the cache it names, filled by preprocess.py, with train.csv
 out  outputs/<model>_seed<S>_fold<F>/
                      best_ema.safetensors (weights and all that infer.py needs), metrics.json, config.yaml,
-                     log.csv (a row per epoch), oof.csv (validation predictions), last/ (for --resume);
-                     of a locator (task: locate) proposals.csv: where it would crop in its validation fold
+                     log.csv (a row per epoch), oof.csv (validation predictions), last/ (for --resume),
+                     proposals.csv (of a locator: where it would crop in its validation fold)
 run  accelerate launch train.py --config configs/fold0.yaml
      accelerate launch train.py --config configs/fold0.yaml --set seed=1 --set lr=5.0e-5 --resume
      ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 train.py --config configs/demo.yaml

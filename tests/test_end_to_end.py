@@ -40,7 +40,6 @@ def test_the_three_commands_lead_from_dicom_to_a_submission_and_a_report(tmp_pat
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     run(tmp_path, "python preprocess.py --src dicoms --dst cache --config tiny.yaml")
     run(tmp_path, "accelerate launch train.py --config tiny.yaml")
-    run(tmp_path, "accelerate launch train.py --config tiny.yaml --set fold=1")
     text = run(tmp_path, "python infer.py")
     table = pd.read_csv(io.StringIO(text), dtype={UID: str})
     assert list(table.columns) == [UID, *LABELS] and table[list(LABELS)].stack().between(0, 1).all()

@@ -506,9 +506,7 @@ SPREADS = [
 
 
 @pytest.mark.parametrize(("spread", "last_line"), SPREADS)
-def test_predictions_that_hardly_differ_or_are_not_finite_are_called_so(
-    quick, tmp_path, monkeypatch, spread, last_line
-):
+def test_predictions_nearly_the_same_or_not_finite_are_named(quick, tmp_path, monkeypatch, spread, last_line):
     """Around probability 0.5 a logit counts a quarter: 90 % of these lie within 0.01 and 0.1."""
     logits = np.linspace(-spread, spread, 9, dtype=np.float32)[:, None].repeat(14, axis=1)
     monkeypatch.setattr(train, "train_epoch", lambda *_: (0.0, 0.0))
