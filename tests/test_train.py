@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 QUICK = change(TINY, epochs=4, batch_size=4, num_folds=4, precision="no", workers=0, bootstrap=50, lr=1e-3)
 NAME = "test_efficientnet_seed0_fold0"
 TRAIN = str(ROOT / "train.py")
-NO_NORM = {"model_name": "test_vit", "ema_decay": 0.9, "clip_grad": 0.0}  # nor BatchNorm
+NO_NORM = {"model_name": "test_vit", "ema_decay": 0.9, "clip_grad": 0.0}  # no BatchNorm
 NORM = {"batch_size": 3, "tag": "norm"}
 NEUTRAL = [0.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0] + [1.0] * 8  # augmentation that changes nothing
 CLOCKS = ["seconds", "data_wait"]  # columns of log.csv that no two runs share
@@ -94,18 +94,14 @@ def read_metrics(folder: Path) -> dict:
     return {name: value for name, value in metrics.items() if name != "seconds"}
 
 
-def assert_same_run(folder: Path, expected: Path) -> None:
-    """The same weights, predictions, metrics and epochs, all to the last bit."""
-    ours, theirs = (
-        train.load_last(x) | {"best": load_file(x / common.CHECKPOINT)} for x in (folder, expected)
+def outcome(folder: Path) -> dict:
+    """Weights, predictions, metrics and epochs of a run, to the last bit."""
+    last, log = train.load_last(folder), pd.read_csv(folder / "log.csv").drop(columns=CLOCKS)
+    states = (last["model"], last["ema"], load_file(folder / common.CHECKPOINT))
+    weights = [{name: value.numpy().tobytes() for name, value in state.items()} for state in states]
+    return {"weights": weights, "log": log.to_csv(), "oof": (folder / "oof.csv").read_text()} | read_metrics(
+        folder
     )
-    for part in ("model", "ema", "best"):
-        assert ours[part].keys() == theirs[part].keys()
-        assert all(torch.equal(value, theirs[part][name]) for name, value in ours[part].items())
-    assert (folder / "oof.csv").read_bytes() == (expected / "oof.csv").read_bytes()
-    assert read_metrics(folder) == read_metrics(expected)
-    ours, theirs = (pd.read_csv(path / "log.csv") for path in (folder, expected))
-    assert ours.drop(columns=CLOCKS).equals(theirs.drop(columns=CLOCKS))
 
 
 def test_folds_keep_patients_together_and_spread_what_is_rare_whatever_the_rows_order_and_the_names():
@@ -293,17 +289,15 @@ def test_sensitivity_has_its_threshold_and_from_5_positives_an_interval():
 def test_froc_counts_points_found_and_places_far_from_all_points():
     points_mm = [np.array([[100.0, 60, 8]])] * 2 + [np.zeros((0, 3))] * 2
     table = pd.DataFrame({UID: list("0123"), "patient": list("abcd"), "points_mm": points_mm})
-    rows = [["0", 95, 60, 8, 0.9, 4], ["0", 0, 0, 0, 0.3, 4], ["1", 100, 69, 8, 0.5, 1]]
+    rows = [["0", 95, 60, 8, 0.9, 4], ["0", 0, 0, 0, 0.3, 4], ["1", 100, 69, 8, 0.35, 1]]
     rows += [["2", 0, 0, 0, 0.7, 2], ["3", 100, 60, 8, 0.4, 2]]
     peaks = pd.DataFrame(rows, columns=train.PROPOSAL_COLUMNS)
     metrics = train.score_proposals(table, peaks, draws=50)
     assert metrics["recall_10mm"][0] == 1.0
     # false places score 0.7, 0.4, 0.3 in 4 scans; one may pass at 0.25 a scan, so the threshold is 0.4
     froc = [(p["false_per_scan"], p["threshold"], p["sensitivity"]) for p in metrics["froc"]]
-    expected = [(0.25, 0.4, 1.0), (0.5, 0.3, 1.0), (1.0, 0.0, 1.0), (2.0, 0.0, 1.0)]
+    expected = [(0.25, 0.4, 0.5), (0.5, 0.3, 1.0), (1.0, 0.0, 1.0), (2.0, 0.0, 1.0)]
     assert np.array(froc) == pytest.approx(np.array(expected), abs=2e-6)  # scores are float32
-    peaks.loc[2, "score"] = 0.35  # now below the threshold at 0.25 a scan
-    assert [p["sensitivity"] for p in train.score_proposals(table, peaks, 50)["froc"]] == [0.5, 1, 1, 1]
 
 
 @pytest.fixture(scope="module")
@@ -362,7 +356,7 @@ def test_a_killed_run_resumes_to_the_same_bits(undisturbed, quick, tmp_path, mon
     os.killpg(process.pid, signal.SIGKILL)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")  # it changes nothing
     assert "resumed after epoch" in run(tmp_path, change(cfg, workers=0), "--resume")
-    assert_same_run(folder, undisturbed)
+    assert outcome(folder) == outcome(undisturbed)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -387,20 +381,18 @@ def test_a_damaged_checkpoint_is_passed_over(undisturbed, quick, tmp_path):
         newest.write_bytes(damaged)
         assert train.load_last(folder)["progress"]["epoch"] == 3, place
     assert "differs from its sum; falling back" in run(tmp_path, quick, "--resume")
-    assert_same_run(folder, undisturbed)
+    assert outcome(folder) == outcome(undisturbed)
 
 
 def test_a_used_folder_is_refused_and_nothing_in_it_changes(undisturbed, quick, tmp_path, monkeypatch):
     folder = shutil.copytree(undisturbed, tmp_path / "outputs" / NAME)
     assert "holds a run; --resume goes on with it, another tag, seed or fold" in run(tmp_path, quick, code=1)
-    table = random_table(32)
-    table.loc[0, LABELS[3]] = 1 - table.loc[0, LABELS[3]]
-    relabelled = write_cache(tmp_path / "relabelled", table, quick)
+    relabelled = write_cache(tmp_path / "relabelled", random_table(32, seed=1), quick)
     assert "begun with series and labels" in run(tmp_path, relabelled, "--resume", code=1)
     assert "batch_size 4 (expected 2)" in run(tmp_path, change(quick, batch_size=2), "--resume", code=1)
-    assert_same_run(folder, undisturbed)
+    assert outcome(folder) == outcome(undisturbed)
     run(tmp_path, quick, "--resume")  # of a finished run: the same again
-    assert_same_run(folder, undisturbed)
+    assert outcome(folder) == outcome(undisturbed)
     monkeypatch.setattr(train.fcntl, "lockf", Mock(side_effect=OSError(38, "Function not implemented")))
     assert "not locked (Function not implemented)" in run(tmp_path, quick, "--resume")
 
@@ -461,7 +453,7 @@ def test_two_processes_with_batchnorm_resume_to_the_same_bits_after_a_kill(pair,
     assert len(children) >= 2 and not (killed / "metrics.json").exists()
     _, errors = start(tmp_path, *command, processes=2).communicate(timeout=300)
     assert "resumed after epoch" in errors
-    assert_same_run(killed, pair / killed.name)
+    assert outcome(killed) == outcome(pair / killed.name)
 
 
 def test_a_locator_writes_proposals_and_a_classifier_of_other_volumes_uses_them(pair, tmp_path):
@@ -484,7 +476,7 @@ def test_a_locator_writes_proposals_and_a_classifier_of_other_volumes_uses_them(
     shutil.copytree(folder, folder.with_name("locator_twin_seed1_fold1"))
     both = str(tmp_path / "outputs/locator_*")
     complaint = "0 series have none, fold 1 has those of {}, {}; expected one finished locator"
-    both, folds = change(other, proposals=str(tmp_path / "outputs/locator_*")), change(other, num_folds=4)
+    both, folds = change(other, proposals=str(tmp_path / "outputs/locator_*")), change(other, num_folds=3)
     assert complaint.format(folder.name, "locator_twin_seed1_fold1") in run(tmp_path, both, code=1)
     assert complaint.format(f"{name}0", f"{name}1") in run(tmp_path, folds, code=1)
     (folder / "metrics.json").unlink()  # not finished
