@@ -22,6 +22,8 @@ from common import LABELS, SWAP, UID, Config
 from dicom import VolumeSettings
 
 ROOT = Path(__file__).parents[1]
+BACKBONES = [("classify", "test_efficientnet"), ("locate", "mobilenetv4_conv_small_050")]
+BACKBONES += [("locate", "tf_efficientnet_lite0"), ("locate", "resnet10t")]
 META = {"prior": [0.1] * 14, "decoys": [], "val_uids": ["1.2"], "locator": "", "epoch": 1}
 
 
@@ -344,10 +346,6 @@ def test_networks_that_lack_a_setting_are_built_and_unknown_ones_refused_with_ne
         complaint = f"'{name}' is not a timm model; near ones: .*maxvit_base_tf_384"
         with pytest.raises(ValueError, match=complaint):
             common.build_model(replace(TINY, model_name=name))
-
-
-BACKBONES = [("classify", "test_efficientnet"), ("locate", "mobilenetv4_conv_small_050")]
-BACKBONES += [("locate", "tf_efficientnet_lite0"), ("locate", "resnet10t")]
 
 
 @pytest.mark.parametrize(("task", "name"), BACKBONES)

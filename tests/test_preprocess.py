@@ -30,6 +30,9 @@ from dicom import VolumeSettings
 
 SMALL = ["--set", "base_slices=8", "--set", "img_size=48"]
 KEY = bytes(range(32))
+HOSTILE = ["{'x': 1, 'y': nan}", "[1, 2]", "{'u': 1}", "", "(" * 199, "-" * 3000 + "1", "__import__('os')"]
+HOSTILE += ["{'x': 1, 'y': 2, 'f': 1e999}", str(list(range(6_000_000)))]
+POINT = [UID, "SOPInstanceUID", "coordinates", "location"]
 
 
 def arguments_for(src: Path, dst: Path, *arguments: object) -> list[str]:
@@ -373,11 +376,6 @@ def test_mistakes_are_one_line_with_their_exit_code(options, tmp_path):
     code, err = run(*options.format(tmp=tmp_path).split())
     expected, complaint = MISTAKES[options]
     assert code == expected and complaint.format(tmp=tmp_path) in err.strip().splitlines()[-1]
-
-
-HOSTILE = ["{'x': 1, 'y': nan}", "[1, 2]", "{'u': 1}", "", "(" * 199, "-" * 3000 + "1", "__import__('os')"]
-HOSTILE += ["{'x': 1, 'y': 2, 'f': 1e999}", str(list(range(6_000_000)))]
-POINT = [UID, "SOPInstanceUID", "coordinates", "location"]
 
 
 def test_bad_points_are_one_line_with_their_number_in_bounded_time(tmp_path):

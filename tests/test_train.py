@@ -37,6 +37,9 @@ TRAIN = str(ROOT / "train.py")
 NO_NORM = {"model_name": "test_vit", "ema_decay": 0.9, "clip_grad": 0.0}  # no BatchNorm
 NORM = {"batch_size": 3, "tag": "norm"}
 NEUTRAL = [0.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0] + [1.0] * 8  # augmentation that changes nothing
+MOVES = [{}, {0: 1}, {1: 30}, {2: 1.2}, {3: 15, 4: -10}, {7: 1}, {0: 1, 1: -20, 2: 0.9, 3: 9, 7: -1}]
+SPREADS = {"NEARLY THE SAME FOR ALL": 0.02, "best epoch 1,": 0.2, "are NaN or infinite": math.nan}
+STOPS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 CLOCKS = ["seconds", "data_wait"]  # columns of log.csv that no two runs share
 NO_DECOYS = np.zeros((0, 3))
 os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
@@ -175,9 +178,6 @@ def test_flip_gain_and_offset_reach_slabs_and_crops_and_dropout_its_slab():
     assert labels[0].nonzero().flatten().tolist() == [3, 6, 13]
     assert points[0, 0].tolist() == pytest.approx([3, 3, 10, 19], abs=1e-4)
     assert (points[:, 1:, 0] == -1).all()
-
-
-MOVES = [{}, {0: 1}, {1: 30}, {2: 1.2}, {3: 15, 4: -10}, {7: 1}, {0: 1, 1: -20, 2: 0.9, 3: 9, 7: -1}]
 
 
 @pytest.mark.parametrize("changes", MOVES)
@@ -359,7 +359,7 @@ def test_a_killed_run_resumes_to_the_same_bits(undisturbed, quick, tmp_path, mon
     assert outcome(folder) == outcome(undisturbed)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), STOPS)
 def test_a_stopped_run_ends_with_one_line_and_the_code_of_its_signal(number, code, quick, tmp_path):
     """The signal goes to the process group, as a scheduler or a terminal sends it: also to the loader."""
     process = start(tmp_path, TRAIN, *arguments(tmp_path, change(quick, workers=1, epochs=1000)))
@@ -371,7 +371,7 @@ def test_a_stopped_run_ends_with_one_line_and_the_code_of_its_signal(number, cod
     assert not (folder / "metrics.json").exists() and not list(folder.glob("**/*.tmp"))
 
 
-def test_a_damaged_checkpoint_is_passed_over(undisturbed, quick, tmp_path):
+def test_damaged_checkpoints_are_skipped_and_used_folders_refused(undisturbed, quick, tmp_path, monkeypatch):
     folder = shutil.copytree(undisturbed, tmp_path / "outputs" / NAME)
     newest = folder / "last" / "0004.pt"
     data = newest.read_bytes()
@@ -382,10 +382,6 @@ def test_a_damaged_checkpoint_is_passed_over(undisturbed, quick, tmp_path):
         assert train.load_last(folder)["progress"]["epoch"] == 3, place
     assert "differs from its sum; falling back" in run(tmp_path, quick, "--resume")
     assert outcome(folder) == outcome(undisturbed)
-
-
-def test_a_used_folder_is_refused_and_nothing_in_it_changes(undisturbed, quick, tmp_path, monkeypatch):
-    folder = shutil.copytree(undisturbed, tmp_path / "outputs" / NAME)
     assert "holds a run; --resume goes on with it, another tag, seed or fold" in run(tmp_path, quick, code=1)
     relabelled = write_cache(tmp_path / "relabelled", random_table(32, seed=1), quick)
     assert "begun with series and labels" in run(tmp_path, relabelled, "--resume", code=1)
@@ -490,16 +486,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_located(quick, tmp_path)
     assert "loss is" in err and "epoch 1, update" in err and "series 1.2." in err
 
 
-SPREADS = [
-    (0.02, "PREDICTIONS ARE NEARLY THE SAME"),
-    (0.2, "best epoch 1,"),
-    (math.nan, "are NaN or infinite"),
-]
-
-
-@pytest.mark.parametrize(("spread", "last_line"), SPREADS)
-def test_predictions_nearly_the_same_or_not_finite_are_named(quick, tmp_path, monkeypatch, spread, last_line):
+@pytest.mark.parametrize("last_line", SPREADS)
+def test_predictions_nearly_the_same_or_not_finite_are_named(quick, tmp_path, monkeypatch, last_line):
     """Around probability 0.5 a logit counts a quarter: 90 % of these lie within 0.01 and 0.1."""
+    spread = SPREADS[last_line]
     logits = np.linspace(-spread, spread, 9, dtype=np.float32)[:, None].repeat(14, axis=1)
     monkeypatch.setattr(train, "train_epoch", lambda *_: (0.0, 0.0))
     monkeypatch.setattr(train, "predict", lambda *_: (logits, ()))
