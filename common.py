@@ -467,7 +467,7 @@ def run_isolated(
 ) -> Iterator[tuple | None]:
     """Yield (item, function(item), None), or (item, None, reason) where it failed, as they are completed.
     Each item runs in a process, so that a crash, a bomb of memory (over memory_gb; on Linux) or an endless
-    loop (over timeout_s) costs that item alone. close() ends all. After tick_s without answer comes None."""
+    loop (over timeout_s) costs that item alone. None comes after each tick_s without an answer."""
     context = start_forkserver()
     items, scheduled = iter(items), {}
     pool = pebble.ProcessPool(workers, initializer=start_worker, initargs=(memory_gb,), context=context)
@@ -509,7 +509,8 @@ def start_forkserver() -> BaseContext:
             forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    context.Process(target=int).start()  # waits for the imports, which Ctrl-C in a worker would interrupt
+    # Waits for the imports: a worker whose start is interrupted meanwhile would end with a traceback.
+    context.Process(target=int).start()
     return context
 
 
@@ -583,7 +584,8 @@ def combine_aucs(aucs: ndarray, labels: ndarray) -> ndarray:
 
 
 def weighted_auc(labels: ndarray, probs: ndarray) -> dict:
-    """The challenge's metric of labels and probs (N, 14): wauc and auc (nan: undefined), undefined names."""
+    """The challenge's metric of labels and probs (N, 14): wauc and auc (14), nan where undefined, and the
+    names of undefined columns. ValueError for probs that are not finite."""
     num_odd = np.count_nonzero(~np.isfinite(probs))
     if num_odd:
         raise ValueError(f"{num_odd} of {probs.size} predictions are NaN or infinite; expected none")
@@ -621,8 +623,8 @@ def summarise_draws(values: ndarray) -> dict:
 
 
 def score(table: DataFrame, probs: ndarray, draws: int = 2000) -> dict:
-    """wAUC with its interval over patients, per label (none below MIN_POSITIVES), modality and plane, of
-    probs (N, 14) aligned with the rows of table: patient, Modality, plane and the 14 labels."""
+    """wAUC of probs (N, 14) with its interval over patients, AUC per label (no interval below MIN_POSITIVES),
+    wAUC per modality and plane. table: rows aligned with probs; patient, Modality, plane, the labels."""
     table = table.reset_index(drop=True)
     labels = table[list(LABELS)].to_numpy(float)
     overall = weighted_auc(labels, probs)
@@ -888,7 +890,7 @@ def build_model(cfg: Config, pretrained: bool = False) -> nn.Module:
 
 
 def read_pretrained(cfg: Config) -> dict:
-    """The weights that cfg.pretrained names; all but a run's fit timm's RGB model first, which resizes."""
+    """Weights that cfg.pretrained names. All but a run's first fill timm's RGB model, which resizes them."""
     import timm
 
     source = {}

@@ -269,7 +269,7 @@ def record_outcome(job: Job, dst: Path, reason: str | None) -> None:
 
 
 def build_index(dst: Path, cached: dict) -> tuple[pd.DataFrame, bytes]:
-    """The index, from the folder's failures and volumes alone, and its CSV; \\udce4 is a byte not UTF-8."""
+    """The index, from the folder's failures and volumes alone, and its CSV, with escapes such as \\udce4."""
     rows = {}
     for path in dst.glob("*.failed.txt"):
         with suppress(FileNotFoundError):  # another process succeeded meanwhile

@@ -159,7 +159,7 @@ def collect_decoys(cfg: Config, train_table: DataFrame) -> ndarray:
 
 
 def load_proposals(cfg: Config, table: DataFrame) -> tuple:
-    """(n, 3) places in LPS mm by series, from the locator that did not train on it; this fold's locator."""
+    """Places (n, 3) in LPS mm by series, from the locator that did not train on it; this fold's locator."""
     if not cfg.proposals:
         return None, ""
     places = {}
@@ -345,7 +345,7 @@ def train_epoch(cfg: Config, accelerator: Accelerator, state: TrainState, datase
 def plan_epoch(num: int, cfg: Config, epoch: int, rank: int, world: int) -> list:
     """The batches that a rank sees, by update: sample indices, and the weight of their losses in the
     gradient. The order depends on (seed, epoch) alone: two processes of half the batch see in every update
-    what one sees. A rank that gets nothing of the last one repeats sample 0 with weight 0 for the others."""
+    what one sees. A rank that gets nothing of the last takes sample 0 at weight 0: the others wait for it."""
     order = default_rng([cfg.seed, epoch]).permutation(num)
     size = cfg.batch_size * world
     plan = []
@@ -368,7 +368,8 @@ def learning_rate(update: int, per_epoch: int, cfg: Config) -> float:
 
 
 def load_batches(dataset: SeriesDataset, batches: Iterable, device: torch.device) -> Iterator[dict]:
-    """The batches of these indices on the device, from a new loader, which sees the epoch's number."""
+    """The batches of these indices on the device, from a new loader, which sees the epoch's number.
+    ValueError names the series that could not be loaded."""
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
@@ -451,7 +452,7 @@ def write_table(path: Path, table: DataFrame) -> None:
 
 
 def score_proposals(val_table: DataFrame, proposals: DataFrame, draws: int) -> dict:
-    """recall_10mm: [value, low, high] of annotated points found; froc: at so many other places a scan."""
+    """recall_10mm: [share, low, high] of annotated points with a proposal; froc: at FALSE_PER_SCAN."""
     hits = []  # of each point the best score of a proposal near it, or 0
     patients = []  # of each point
     misses = []  # scores of proposals away from all points
@@ -683,7 +684,7 @@ def claim_folder(folder: Path, cfg: Config) -> None:
 
 
 def fit_workers(cfg: Config) -> Config:
-    """The config with no more loaders than /dev/shm (64 MB in Docker), which batches pass, has room for."""
+    """The config with no more loaders than /dev/shm has room for: batches pass through it. Docker: 64 MB."""
     if not os.path.isdir("/dev/shm"):
         return cfg
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
