@@ -1,7 +1,5 @@
-"""What the scripts share: labels, settings, cache, worker pool, metric, dataset, models, checkpoints.
-
-Reads top to bottom in that order. Importing it does no work: no seeding, no logging, no device probe.
-"""
+"""What the scripts share: labels, settings, cache, worker pool, metric, dataset, models, checkpoints, in this
+order. Importing it does no work: no seeding, no logging, no device probe."""
 
 from __future__ import annotations
 
@@ -46,7 +44,6 @@ from tqdm import tqdm
 from dicom import VOLUME_VERSION, VolumeSettings, safe_uid, to_voxel
 
 # --- labels -------------------------------------------------------------------------------------------------
-
 LABELS = (
     "Left Infraclinoid Internal Carotid Artery",
     "Right Infraclinoid Internal Carotid Artery",
@@ -85,8 +82,7 @@ def read_csv(path: Path, columns: Sequence, **options) -> DataFrame:
 
 
 def read_label_table(path: Path) -> DataFrame:
-    """A label table such as train.csv: SeriesInstanceUID as text in the form of the cache's file names, the
-    14 labels as 0 or 1, and its other columns. Raises ValueError that names every fault."""
+    """A table such as train.csv, with UIDs as the cache's files are named. ValueError names every fault."""
     table = read_csv(path, [UID, *LABELS], dtype={UID: str})
     table[UID] = table[UID].astype(str).map(safe_uid)
     repeated = table[UID][table[UID].duplicated()].unique()
@@ -109,12 +105,9 @@ def parse_age(text: str) -> float:
 
 
 # --- config -------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Config:
-    """Every setting of every script, with its default. YAML overrides it, `--set key=value` overrides YAML.
-    The settings of the volume (`dicom.VolumeSettings`) stand among the others in YAML, `img_size: 96`."""
+    """Every setting of every script, with its default; those of the volume stand among them in YAML."""
 
     # what to train, on what
     task: Literal["classify", "locate"] = "classify"  # slabs + crops -> 14 logits | heat maps -> 14 logits
@@ -203,23 +196,20 @@ RANGES = {name: limits for names, limits in LIMITS.items() for name in names.spl
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence = ()) -> Config:
-    """Config from a YAML file (its `base:` is read first) and `key=value` strings (values are YAML too).
-    Raises ValueError for an unknown key (naming the nearest), a wrong type, or a value outside its range."""
+    """Config from a YAML file and `key=value` strings (values are YAML too). ValueError if wrong."""
     values = check_settings(read_yaml(Path(path)), str(path)) if path else {}
     for text in overrides:
         try:
             override = dict(yaml.safe_load(text.replace("=", ": ", 1)))
         except (yaml.YAMLError, ValueError, TypeError):
-            raise ValueError(
-                f"--set {text}: expected key=value, such as lr=1.0e-4 or 'proposals=\"*_seed0\"'"
-            ) from None
+            example = "lr=1.0e-4 or 'proposals=\"*_seed0\"'"
+            raise ValueError(f"--set {text}: expected key=value, such as {example}") from None
         values |= check_settings(override, f"--set {text}")
     return config_from_dict(values, " ".join([str(path or "settings"), *overrides]))
 
 
 def read_yaml(path: Path, above: tuple = ()) -> dict:
-    """Flat values of a config file over those of the file that its `base:` names (beside it), and so on.
-    ValueError where one cannot be read, repeats a setting, or leads back to one of the files above it."""
+    """Flat values of a config file, over those of the file beside it that its `base:` names, and so on."""
     path = path.resolve()
     if path in above:
         raise ValueError(f"{path}: its `base:` leads back to this file; expected another one")
@@ -263,8 +253,7 @@ def check_settings(values: dict, source: str) -> dict:
 
 
 def convert_setting(key: str, value: Any, kind: Any, source: str) -> Any:
-    """The value as its setting's type. Whole numbers and texts such as 1e-4 (which YAML does not take for a
-    number) pass as float, an unquoted `no` (YAML: False) as the choice "no", nothing as an empty text."""
+    """The value as its setting's type; what YAML makes of 1e-4 (text), no (False) and nothing is mended."""
     value = "" if value is None else value
     choices = get_args(kind)
     is_valid = False
@@ -313,14 +302,10 @@ def describe_difference(values: dict, expected: dict) -> str:
 
 
 # --- the command line ---------------------------------------------------------------------------------------
-
-
 def make_parser(doc: str, *listed: type) -> argparse.ArgumentParser:
-    """A parser whose help is the script's docstring; with `listed` dataclasses of settings it has --set, and
-    its help lists them with their defaults."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    """A parser whose help is the script's docstring and, with --set, the settings of `listed` dataclasses."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False)
     if listed:
         source = "".join(map(inspect.getsource, listed))
         settings = re.findall(r"^    (?:\w+: .* = (?!field)|# ).*$", source, flags=re.MULTILINE)
@@ -365,8 +350,7 @@ def reserve_stdout() -> TextIO:
 
 
 def exit_rank(code: int) -> NoReturn:
-    """End a script. One of several ranks ends without Python's own tidying up: gloo's thread may still hold a
-    tensor and abort (1 of 8 runs), and the launcher then kills the main process as well."""
+    """End a script; a rank without Python's tidying up, in which gloo's thread aborted in 1 of 8 runs."""
     if "RANK" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -375,13 +359,11 @@ def exit_rank(code: int) -> NoReturn:
 
 
 # --- cache --------------------------------------------------------------------------------------------------
-
 HOST = os.uname().nodename.replace(".", "-")  # joins the names of temporary files
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write data under a temporary name beside path, sync it, rename it: a reader sees the old file or the
-    new one. OSError names path."""
+    """Write a temporary file, sync, rename: a reader sees the old file or the new. OSError names path."""
     temporary = path.with_name(f".{path.name}.{HOST}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -442,10 +424,9 @@ def text_sum(meta: dict) -> str:
 def save_volume(
     path: Path, volume: ndarray, points: ndarray, point_labels: ndarray, meta: dict, sop_uids: Iterable = ()
 ) -> None:
-    """Cache a series: volume uint8 (Z, H, W), points float32 (P, 3) in its voxels (z, y, x), point_labels
-    int64 (P,), and sop_hashes int64: the first 8 bytes of the SHA-256 of each SOPInstanceUID, by which
-    train.py finds images in two series. meta is JSON-ready; it is stored with the sums under one key, since
-    several would be written in random order. Atomic; equal input gives equal bytes."""
+    """Cache a series: volume uint8 (Z, H, W), points (P, 3) in its voxels (z, y, x), labels (P,), 8 bytes of
+    the SHA-256 of each image's UID, by which train.py finds an image in two series, and JSON-ready meta
+    under one key, since several would be written in random order. Atomic; equal input gives equal bytes."""
     from safetensors.numpy import save
 
     digests = [sha256(uid.encode()).digest() for uid in set(sop_uids)]
@@ -461,8 +442,7 @@ def save_volume(
 
 
 def load_volume(path: Path, names: Sequence | None = None) -> tuple:
-    """(tensors, metadata) of a cached series; with names only these tensors (the others are not read).
-    Raises FileNotFoundError, or ValueError naming the file where what was read differs from its sum."""
+    """(tensors, metadata) of a cached series; names: these alone are read. ValueError if a sum differs."""
     tensors, record = read_safetensors(path, "volume; run preprocess.py again", "np", "record", names)
     meta = record.get("meta")
     damaged = dict(content_sums(tensors, meta).items() - record.get("sums", {}).items())
@@ -471,17 +451,14 @@ def load_volume(path: Path, names: Sequence | None = None) -> tuple:
     return tensors, meta
 
 
-def read_safetensors(
-    path: Path, kind: str, framework: str = "pt", key: str = "run", names: Sequence | None = None
-) -> tuple:
-    """(tensors, metadata) of a file: all tensors or those of these names, and the JSON text under key, or
-    {}. FileNotFoundError and ValueError name the file and the kind that was expected."""
+def read_safetensors(path: Path, kind: str, form: str = "pt", key: str = "run", names: Any = None) -> tuple:
+    """(tensors, the JSON text under key or {}) of a file. Errors name it and the kind that was expected."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such {kind}")
     try:
-        with safe_open(path, framework) as file:
+        with safe_open(path, form) as file:
             names = file.keys() if names is None else names
             tensors = {name: file.get_tensor(name) for name in names}
             return tensors, json.loads((file.metadata() or {}).get(key, "{}"))
@@ -495,16 +472,12 @@ def is_inside(points: ndarray, shape: Sequence) -> ndarray:
 
 
 # --- pool ---------------------------------------------------------------------------------------------------
-
-
 def run_isolated(
     function: Callable, items: Iterable, workers: int, timeout_s: float, memory_gb: float, tick_s=None
 ) -> Iterator[tuple | None]:
     """Yield (item, function(item), None), or (item, None, reason) where it failed, as they are completed.
-    Each item runs in one of `workers` processes, so that a crash of a decoder, a bomb of memory (over
-    memory_gb; Linux alone enforces it) or an endless loop (over timeout_s) costs that item alone. They work
-    on while the caller handles an answer. function must be picklable, so top-level; close() ends all
-    processes. With tick_s a None comes after so many seconds without an answer."""
+    Each item runs in a process, so that a crash, a bomb of memory (over memory_gb; on Linux) or an endless
+    loop (over timeout_s) costs that item alone. None comes after each tick_s without an answer."""
     context = start_forkserver()
     items, scheduled = iter(items), {}
     pool = pebble.ProcessPool(workers, initializer=start_worker, initargs=(memory_gb,), context=context)
@@ -535,9 +508,8 @@ def run_isolated(
 
 
 def start_forkserver() -> BaseContext:
-    """The context whose processes are forked from one that has imported this module (torch, pydicom) once. It
-    starts in the folder of our files: Python looks for modules in its working directory first, where a file
-    called common.py or pandas.py would stand in for ours."""
+    """The context whose processes are forked from one that has imported this module, in our folder: in the
+    working directory a file called common.py would stand in for it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["common"])
     resource_tracker.ensure_running()  # its start would unblock the signal
@@ -553,8 +525,7 @@ def start_forkserver() -> BaseContext:
 
 
 def start_worker(memory_gb: float) -> None:
-    """Prepare a worker: it ends with its parent, computes in one thread, and on Linux has a limit to what it
-    may allocate; beyond it allocations raise MemoryError."""
+    """Prepare a worker: it ends with its parent, has one thread and, on Linux, a limit to its memory."""
     threading.Thread(target=exit_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
@@ -585,7 +556,6 @@ def call_safely(function: Callable, memory_gb: float, item: Any) -> tuple:
 
 
 # --- metric -------------------------------------------------------------------------------------------------
-
 MIN_POSITIVES = 5  # of a label whose AUC gets an interval
 
 
@@ -595,9 +565,8 @@ def sigmoid(logits: ndarray) -> ndarray:
 
 
 def column_aucs(labels: ndarray, probs: ndarray, weights: ndarray) -> ndarray:
-    """(D, K) AUCs of labels (N, K) and probs (N, K) for many weightings (D, N) of their rows: the share of
-    (positive, negative) pairs in the right order, ties counted half (Mann-Whitney U); nan where a weighting
-    leaves one class empty. One sort of a column serves all weightings."""
+    """(D, K) AUCs of labels (N, K) and probs (N, K) for weightings (D, N) of their rows: the share of pairs
+    in the right order, ties counted half (Mann-Whitney U); nan where a weighting leaves one class empty."""
     aucs = []
     for truth, scores in zip(labels.T, probs.T, strict=True):
         order = np.argsort(scores, kind="stable")
@@ -616,8 +585,7 @@ def column_aucs(labels: ndarray, probs: ndarray, weights: ndarray) -> ndarray:
 
 def combine_aucs(aucs: ndarray, labels: ndarray) -> ndarray:
     """wAUC (D,) of AUCs (D, 14): half `Aneurysm Present`, half the mean of the locations that labels (N, 14)
-    define; nan without either, and for a draw in which one of these loses a class, so that all draws average
-    the same columns."""
+    define; nan without either, and for a draw in which one of these loses a class."""
     is_defined = np.ptp(labels[:, :AP], axis=0) > 0
     locations = np.where(is_defined, aucs[:, :AP], 0)
     with np.errstate(invalid="ignore"):
@@ -626,9 +594,8 @@ def combine_aucs(aucs: ndarray, labels: ndarray) -> ndarray:
 
 
 def weighted_auc(labels: ndarray, probs: ndarray) -> dict:
-    """The challenge's metric for labels (N, 14) in {0, 1} and probs (N, 14) -> wauc (nan where undefined),
-    auc (14 floats), undefined (names of one-class columns). Raises ValueError for probs that are not finite:
-    they have no order."""
+    """The challenge's metric of labels and probs (N, 14): wauc and auc (14), nan where undefined, and the
+    names of undefined columns. ValueError for probs that are not finite."""
     num_odd = np.count_nonzero(~np.isfinite(probs))
     if num_odd:
         raise ValueError(f"{num_odd} of {probs.size} predictions are NaN or infinite; expected none")
@@ -666,9 +633,8 @@ def summarise_draws(values: ndarray) -> dict:
 
 
 def score(table: DataFrame, probs: ndarray, draws: int = 2000) -> dict:
-    """Everything said of predictions: wAUC with its interval over patients, per label, and wAUC per modality
-    and plane. A label of fewer than MIN_POSITIVES positive series has no interval. table: rows aligned with
-    probs (N, 14); columns patient, Modality, plane and the 14 labels."""
+    """wAUC of probs (N, 14) with its interval over patients, AUC per label (no interval below MIN_POSITIVES),
+    wAUC per modality and plane. table: rows aligned with probs; patient, Modality, plane, the labels."""
     table = table.reset_index(drop=True)
     labels = table[list(LABELS)].to_numpy(float)
     overall = weighted_auc(labels, probs)
@@ -697,7 +663,6 @@ def score(table: DataFrame, probs: ndarray, draws: int = 2000) -> dict:
 
 
 # --- dataset ------------------------------------------------------------------------------------------------
-
 NUM_PROPOSALS = 3  # places that a locator names in a series
 MAX_POINTS = 8  # annotated points an item carries (the data has at most 5 a series)
 NUM_AUGMENT = 8  # flip, degrees, scale, dx mm, dy mm, gain, offset, slab shift; then one keep flag per slab
@@ -706,27 +671,17 @@ NUM_AUGMENT = 8  # flip, degrees, scale, dx mm, dy mm, gain, offset, slab shift;
 def draw_augmentation(cfg: Config, rng: Generator) -> ndarray:
     """(8 + base_slices,) float32: what `augment` in train.py does to one sample."""
 
-    def draw(limit: float) -> float:
-        return rng.uniform(-limit, limit)
-
-    values = [
-        rng.random() < cfg.p_flip,
-        draw(cfg.rotate_deg),
-        1 + draw(cfg.scale),
-        draw(cfg.shift_mm),
-        draw(cfg.shift_mm),
-        1 + draw(cfg.intensity),
-        draw(cfg.intensity) / 2,
-        (rng.random() < cfg.p_slab_shift) * rng.choice([-1, 1]),
-    ]
+    is_flipped = rng.random() < cfg.p_flip
+    limits = [cfg.rotate_deg, cfg.scale, cfg.shift_mm, cfg.shift_mm, cfg.intensity, cfg.intensity / 2]
+    moves = np.add(rng.uniform(np.negative(limits), limits), [0, 1, 0, 0, 1, 0])
+    step = (rng.random() < cfg.p_slab_shift) * rng.choice([-1, 1])
     is_shown = rng.random(cfg.volume.base_slices) >= cfg.p_slab_drop
-    return np.concatenate([values, is_shown]).astype(np.float32)
+    return np.hstack([is_flipped, moves, step, is_shown]).astype(np.float32)
 
 
 def cut_crop(volume: ndarray, point: ndarray, spacing_mm: ndarray, cfg: Config) -> ndarray:
     """Crop channel (img_size, img_size) uint8 around point (z, y, x) voxels of volume (Z, H, W): a square of
-    crop_mm, the mean of the slabs within +- crop_depth_mm (at least the nearest one); outside of the volume
-    is 0."""
+    crop_mm, the mean of the slabs within +- crop_depth_mm or of the nearest; 0 outside of the volume."""
     z, y, x = map(float, point)
     size = cfg.volume.img_size
     distance_mm = np.abs(np.arange(len(volume)) - z) * spacing_mm[0]
@@ -761,8 +716,7 @@ def make_crops(
 def deployed_crops(
     volume: ndarray, spacing_mm: ndarray, uid: str, decoys: ndarray, proposals: ndarray | None, cfg: Config
 ) -> ndarray:
-    """(K, H, W) uint8 crops for a patient without annotations: the locator's proposals (n, 3) voxels, best
-    first, then decoys, which depend on the UID alone. Training's validation and infer.py both come here."""
+    """(K, H, W) uint8 crops of a new patient: proposals (n, 3) voxels, best first, then decoys by the UID."""
     places = np.zeros((0, 3)) if proposals is None else proposals
     rng = default_rng(zlib.crc32(uid.encode()))
     return make_crops(volume, places, decoys, spacing_mm, replace(cfg, crop_jitter_mm=0.0), rng)
@@ -772,9 +726,8 @@ def deployed_crops(
 class SeriesDataset(torch.utils.data.Dataset):
     """Items of a cache: image uint8 (base_slices + K, H, W), labels float32 (14,), index, affine (4, 4),
     spacing_mm (3,), augment, points (8, 4): rows of (label, z, y, x) voxels, -1 where none. mode "train":
-    annotated crops, decoys and proposals in the shares that the config sets; "deploy": what a new patient
-    has, proposals ((n, 3) LPS mm by series, best first) or decoys, and the annotated points are not even
-    read. Everything random is a pure function of (seed, epoch, index)."""
+    crops in the shares that the config sets; "deploy": what a new patient has, proposals ((n, 3) LPS mm by
+    series) or decoys; points are not even read. All random is a function of (seed, epoch, index)."""
 
     cfg: Config
     table: DataFrame
@@ -815,10 +768,9 @@ class SeriesDataset(torch.utils.data.Dataset):
         return {name: torch.tensor(array) for name, array in item.items()} | {"index": index}
 
     def draw_places(self, points: ndarray, proposals: ndarray | None, rng: Generator) -> tuple:
-        """Places (n, 3) to crop in a training item, in voxels, and the decoys that may fill the rest. The
-        order of the random draws is part of the contract: a run repeats to the bit only while each item draws
-        the same numbers in the same order. First the three coins, always all three; then the order of the
-        annotated points, where these are shown; then, in make_crops, the decoys; the jitter last."""
+        """Places (n, 3) to crop in a training item, in voxels, and the decoys that may fill the rest. A run
+        repeats to the bit only while each item draws in this order: the three coins, always all three; the
+        order of the annotated points, where these are shown; in make_crops the decoys, and the jitter."""
         cfg = self.cfg
         shares = (cfg.p_global_localizer_off, cfg.p_localizer_dropout, cfg.p_proposal)
         is_off, is_dropped, is_proposed = rng.random(3) < shares
@@ -832,8 +784,6 @@ class SeriesDataset(torch.utils.data.Dataset):
 
 
 # --- models -------------------------------------------------------------------------------------------------
-
-
 class Output(NamedTuple):
     """What every model's forward returns."""
 
@@ -847,33 +797,28 @@ def mirror(images: Tensor) -> Tensor:
 
 
 class Classifier(nn.Module):
-    """A timm backbone that takes slabs and crops as channels: (B, base_slices + K, H, W) in [0, 1] -> Output
-    without maps."""
+    """A timm backbone: slabs and crops as channels (B, base_slices + K, H, W) in [0, 1] -> Output."""
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.net = create_backbone(
-            cfg, in_chans=cfg.in_chans, num_classes=len(LABELS), drop_rate=cfg.drop_rate
-        )
+        head = {"num_classes": len(LABELS), "drop_rate": cfg.drop_rate}
+        self.net = create_backbone(cfg, in_chans=cfg.in_chans, **head)
 
     def forward(self, images: Tensor) -> Output:
         return Output(self.net((images - 0.5) / 0.5), None)
 
 
 class Locator(nn.Module):
-    """A 2-D network shared by all slabs that finds candidate places and names their arteries.
-
-    Each slab goes through the backbone with its two neighbours as colours, so that one set of weights learns
-    what an aneurysm looks like at any height. Its features at strides 4 to 16 meet at locator_stride, get the
-    place (z, y, x) as a further input and one 3 x 3 x 3 convolution across slabs. One map finds (p), a
-    softmax over 13 names each cell (q): few examples teach the finding, since all arteries share it. (B, Z,
-    H, W) in [0, 1] -> Output with maps (B, 13, Z, H / stride, W / stride): logits of p q. A label's logit is
-    the peak of its map, presence the peak of the finding map."""
+    """A 2-D network shared by all slabs that finds candidate places and names their arteries. Each slab goes
+    through the backbone with its two neighbours as colours. Its features at strides 4 to 16 meet at
+    locator_stride, get the place (z, y, x) as a further input and one 3 x 3 x 3 convolution across slabs.
+    One map finds (p), a softmax over 13 names each cell (q). (B, Z, H, W) in [0, 1] -> Output with maps (B,
+    13, Z, H / stride, W / stride): logits of p q. A label's logit is its map's peak, presence that of p."""
 
     def __init__(self, cfg: Config):
         super().__init__()
         width, self.stride = cfg.locator_width, cfg.locator_stride
-        # timm's "getter" builds the layers up to the last wanted one: weights without a gradient stop DDP
+        # timm's "getter" builds no layers beyond the last: weights without a gradient stop DDP
         options = {"in_chans": 3, "features_only": True, "feature_cls": "getter"}
         reductions = create_backbone(cfg, **options).feature_info.reduction()
         levels = [i for i, reduction in enumerate(reductions) if reduction in (4, 8, 16)]
@@ -923,8 +868,7 @@ class Locator(nn.Module):
 
 
 def create_backbone(cfg: Config, **options) -> nn.Module:
-    """timm's model of that name, without the options that its family does not know: convolutional networks
-    take any image size, a few have no drop path. Raises ValueError where timm has no such model."""
+    """timm's model of that name, without the options that its family does not know; ValueError if none."""
     import timm
 
     names = [*timm.list_models(), *timm.list_pretrained()]
@@ -956,9 +900,7 @@ def build_model(cfg: Config, pretrained: bool = False) -> nn.Module:
 
 
 def read_pretrained(cfg: Config) -> dict:
-    """The weights that cfg.pretrained names, under a classifier's names. Those of a run of train.py come as
-    they are. All others first fill timm's model for RGB, which brings them to the size of the images; a
-    weight that is missing or does not fit is a ValueError."""
+    """Weights that cfg.pretrained names. All but a run's first fill timm's RGB model, which resizes them."""
     import timm
 
     source = {}
@@ -993,18 +935,15 @@ def read_pretrained(cfg: Config) -> dict:
 
 
 def load_fitting(model: nn.Module, state: dict, source: str) -> None:
-    """Load what fits of other weights, named as those of a classifier or a locator, and say how much that is.
-    A stem of three channels is adapted as timm does it."""
+    """Load what fits of a classifier's or a locator's weights, the stem adapted, and log how much that is."""
     from timm.models import adapt_input_conv
-
-    def strip(name: str) -> str:
-        return name.replace("net.model.", "net.", 1)  # where a locator's feature getter keeps its backbone
 
     target = model.state_dict()
     fitting = {}
-    values = {strip(name): value for name, value in state.items()}
+    # a locator's feature getter keeps its backbone under `model`
+    values = {name.replace("net.model.", "net."): value for name, value in state.items()}
     for name, expected in target.items():
-        value = values.get(strip(name), torch.empty(0))
+        value = values.get(name.replace("net.model.", "net."), torch.empty(0))
         if value.ndim == 4 and value.shape[1] == 3 != expected.shape[1]:
             value = adapt_input_conv(expected.shape[1], value)
         if value.shape == expected.shape:
@@ -1014,9 +953,7 @@ def load_fitting(model: nn.Module, state: dict, source: str) -> None:
 
 
 def propose(maps: ndarray, spacing_mm: ndarray, cfg: Config) -> ndarray:
-    """The likeliest places of heat maps (13, Z, h, w; probabilities that add up over arteries), at least
-    cfg.min_peak_mm apart; a cell of the maps is cfg.locator_stride pixels wide. -> (n <= 3, 5) rows of z, y,
-    x (voxels of the volume), score, label; highest first."""
+    """Peaks of maps (13, Z, h, w; probabilities): (n <= 3, 5) rows of z, y, x in voxels, score, label."""
     cell_size = [1, cfg.locator_stride, cfg.locator_stride]
     cells = np.indices(maps.shape[1:]).reshape(3, -1).T
     voxels = (cells + 0.5) * cell_size - 0.5
@@ -1032,7 +969,6 @@ def propose(maps: ndarray, spacing_mm: ndarray, cfg: Config) -> ndarray:
 
 
 # --- checkpoint ---------------------------------------------------------------------------------------------
-
 CHECKPOINT = "best_ema.safetensors"
 
 
@@ -1056,8 +992,7 @@ def save_checkpoint(path: Path, model: nn.Module, cfg: Config, meta: dict) -> No
 
 
 def load_run(folder: Path) -> Run:
-    """The run of an output folder. Raises OSError or ValueError naming the file and what is wrong with it, so
-    that one bad checkpoint cannot spoil the others."""
+    """The run of an output folder. OSError or ValueError names the file and what is wrong with it."""
     path = folder / CHECKPOINT
     state, meta = read_safetensors(path, "checkpoint; a run has one after its first epoch")
     try:

@@ -1,24 +1,21 @@
 """Turn DICOM series into fixed-size cached volumes.
 
-in   --src DIR    any tree of DICOM files; where there are labels, with train.csv and train_localizers.csv in
-                  it or beside it
+in   --src DIR    any tree of DICOM files; train.csv and train_localizers.csv in it or beside it, if any
 out  --dst DIR    <SeriesInstanceUID>.safetensors: volume uint8 (Z, H, W), annotated points and their labels;
-                  index.csv: a row per series with its status: ok, doubtful (a volume that looks wrong) or
-                  failed, with the reason; train.csv: a copy of the labels, and its sum in train.csv.sha256;
-                  <uid>.failed.txt: what the index is rebuilt from besides the volumes; .patient_key: with
-                  which the index hides each PatientID
+                  index.csv: a row per series: ok, doubtful (a volume that looks wrong) or failed, and why;
+                  train.csv and its sum: a copy of the labels; <uid>.failed.txt: reasons, for the index;
+                  .patient_key: with which the index hides each PatientID
 run  python preprocess.py --src dicoms --dst cache
      python preprocess.py --src dicoms --dst cache thin --config configs/fold0.yaml configs/locator.yaml
      python preprocess.py --verify --dst cache
 
-Several folders, each with a config of its own, are filled in one pass that reads each series once. Run it
-again at any time: finished series are kept, failed and changed ones are done (again), the index is rebuilt
-from the folder. A series counts as changed by the names, sizes and samples of its files (12 kB of each), not
-by their place or date. Several machines share one destination: torchrun, accelerate launch and Slurm arrays
-from 0 are recognised by their environment, --shard 0/4 ... 3/4 works everywhere. A series that crashes a
-decoder, hangs (--timeout, in seconds) or needs too much memory (--memory-gb) costs only itself. --workers N
-processes share the work; --limit N takes only the first N series. --verify compares volumes, index and labels
-with what they should be; running again heals what it finds.
+Several folders, each with its config, are filled in one pass that reads each series once. Run it again at
+any time: finished series are kept, failed and changed ones are done, the index is rebuilt from the folder. A
+series counts as changed by names, sizes and 12 kB of samples of its files, not by place or date. Several
+machines share one destination: torchrun, accelerate launch and Slurm arrays from 0 are recognised, --shard
+0/4 ... 3/4 works everywhere. A series that crashes a decoder, hangs (--timeout, in seconds) or needs too much
+memory (--memory-gb) costs only itself. --workers N processes share the work; --limit N takes only the first N
+series. --verify compares volumes, index and labels; running again heals what it finds.
 
 exit 0 all well, 1 nothing could be done or the disk is full, 2 wrong usage, 3 some series failed: named on
 stderr and in index.csv (0 under torchrun and accelerate, which would stop the other processes).
@@ -61,9 +58,8 @@ INDEX_COLUMNS = (
 LEFT_OUT = "point left out"  # begins a note
 log_shard = functools.partial(log, everywhere=True)  # what concerns one shard alone
 
+
 # --- labels and points --------------------------------------------------------------------------------------
-
-
 def find_table(src: Path, name: str) -> Path | None:
     """The CSV in src or in the folder above it (src may be the `series` folder itself); logs its absence."""
     for folder in (src, src.absolute().parent):
@@ -74,8 +70,7 @@ def find_table(src: Path, name: str) -> Path | None:
 
 
 def read_points(path: Path) -> dict[str, list]:
-    """train_localizers.csv as {uid: [[SOPInstanceUID, x, y, frame or None, label], ...]}, x and y
-    in pixels of that image, frames counted from 0. Raises ValueError naming the first faulty lines."""
+    """train_localizers.csv as uid -> [[SOPInstanceUID, x, y (pixels), frame from 0 or None, label], ...]."""
     columns = [UID, "SOPInstanceUID", "coordinates", "location"]
     rows = common.read_csv(path, columns, dtype=str)[columns].itertuples(index=False)
     points, faults = defaultdict(list), []
@@ -100,15 +95,12 @@ def read_labels(path: Path) -> dict:
     table = common.read_label_table(path).set_index(UID)
     is_odd = table[list(LOCATIONS)].any(axis=1) != table[LABELS[AP]].astype(bool)
     if is_odd.any():
-        log_shard(
-            f"{path}: in {is_odd.sum()} rows {LABELS[AP]} and the arteries disagree, as in {is_odd.idxmax()}"
-        )
+        example = is_odd.idxmax()
+        log_shard(f"{path}: in {is_odd.sum()} rows {LABELS[AP]} and the arteries disagree, as in {example}")
     return table.to_dict("index")
 
 
 # --- one series ---------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Job:
     """A series, and the folders that are to hold its volume, each with the config of its volumes."""
@@ -121,8 +113,7 @@ class Job:
 
 
 def sample_files(job: Job) -> bytes:
-    """What a volume is made from: the annotated points, and name, size and samples (start, middle and end) of
-    each file. 0.03 s for 1,000 files in memory, nothing where reading follows."""
+    """What a volume is made from: the points, and each file's name, size, start, middle and end."""
     samples = [str(job.points).encode()]
     for path in sorted(job.files):
         with open(path, "rb", buffering=0) as file:
@@ -135,8 +126,7 @@ def sample_files(job: Job) -> bytes:
 
 
 def cache_series(job: Job) -> list | OSError:
-    """Read a series once, in a worker, and write its volume into each cache that lacks it, or has it from
-    other files or settings. Returns "cached" or "kept" for each, or the error of a disk that refuses it."""
+    """Read a series once, in a worker -> "cached" or "kept" for each cache, or the error of the disk."""
     samples = sample_files(job)
     series = None
     outcomes = []
@@ -183,8 +173,7 @@ def hide_folders(text: str, files: list) -> str:
 
 
 def place_points(series: Series, affine: np.ndarray, points: list) -> tuple:
-    """Annotated points as voxels (P, 3) of the volume, their labels (P,), and a note for each point whose
-    image is missing or does not reach so far."""
+    """Annotated points as voxels (P, 3), their labels (P,), and a note for each that lies in no image."""
     places, labels, problems = [], [], []
     for sop_uid, x, y, frame, label in points:
         try:
@@ -228,8 +217,6 @@ def describe_series(series: Series, job: Job, key: bytes) -> dict:
 
 
 # --- the cache's folder -------------------------------------------------------------------------------------
-
-
 def read_patient_key(dst: Path) -> bytes:
     """The random key of a cache, the same for all its shards: made by the first that comes."""
     path = dst / ".patient_key"
@@ -243,8 +230,7 @@ def read_patient_key(dst: Path) -> bytes:
 
 
 def read_cache(dst: Path, names: tuple | None = ()) -> tuple[dict, list]:
-    """(uid -> metadata of the volumes in dst, a fault for each that differs from its sum or is of another
-    series). The sums of tensors are checked where names is None."""
+    """(uid -> metadata of the volumes in dst, the faults of others). Checks tensors where names is None."""
     cached, faults = {}, []
     paths = sorted(dst.glob("*.safetensors"))
     with common.progress(len(paths), desc="verify", show=names is None) as bar:
@@ -261,8 +247,7 @@ def read_cache(dst: Path, names: tuple | None = ()) -> tuple[dict, list]:
 
 
 def record_outcome(job: Job, dst: Path, reason: str | None) -> None:
-    """Log and write down why a series failed; a volume made from other files or with other settings goes.
-    Without a reason the record of an earlier failure goes."""
+    """Write down why a series failed, and remove its volume; or remove the record of an earlier failure."""
     record = dst / f"{job.uid}.failed.txt"
     if reason:
         reason = hide_folders(reason, job.files)
@@ -274,8 +259,7 @@ def record_outcome(job: Job, dst: Path, reason: str | None) -> None:
 
 
 def build_index(dst: Path, cached: dict) -> tuple[pd.DataFrame, bytes]:
-    """The index in the order of UIDs, from the folder's failures and the metadata of its volumes alone; and
-    its CSV, where what is not UTF-8 in a file's name comes out as an escape such as \\udce4."""
+    """The index, from the folder's failures and volumes alone, and its CSV, with escapes such as \\udce4."""
     rows = {}
     for path in dst.glob("*.failed.txt"):
         with suppress(FileNotFoundError):  # another process succeeded meanwhile
@@ -319,8 +303,6 @@ def verify(dst: Path) -> int:
 
 
 # --- the command --------------------------------------------------------------------------------------------
-
-
 def parse_arguments() -> Namespace:
     parser = common.make_parser(__doc__, VolumeSettings)
     task = parser.add_mutually_exclusive_group()
@@ -330,10 +312,9 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--config", metavar="YAML", nargs="+", default=[None], help="settings of each --dst")
     parser.add_argument("--shard", type=parse_shard, metavar="I/N", default=shard_of(os.environ))
     counts = {"workers": common.usable_cores(), "timeout": 600, "memory-gb": 4, "limit": None}
+    form = {"type": common.positive_int, "metavar": "N", "help": "default: %(default)s"}
     for name, default in counts.items():
-        parser.add_argument(
-            f"--{name}", type=common.positive_int, metavar="N", default=default, help="default: %(default)s"
-        )
+        parser.add_argument(f"--{name}", default=default, **form)
     args = parser.parse_args()
     if not args.src and not args.verify:
         parser.error("--src DIR (or --verify) is missing")
@@ -385,14 +366,12 @@ def check_cache(dst: Path, cfg: Config, uids: list, points: dict) -> None:
         )
     if not points and any(cached[uid]["num_points"] for uid in uids if uid in cached):
         raise ValueError(
-            f"{dst}: has annotated points, but there is no {POINT_TABLE} in --src or above it; expected it "
-            f"there, or the points would be lost"
+            f"{dst}: has annotated points, but there is no {POINT_TABLE} in or above --src, which loses them"
         )
 
 
 def preprocess(args: Namespace) -> int:
-    """The run from tables to summary; exit code. Raises ValueError (input that cannot be right) and OSError
-    (disk) for main."""
+    """The run from tables to summary; exit code. ValueError (wrong input) and OSError (disk) are main's."""
     configs = [common.load_config(path, args.set) for path in args.config]
     caches = dict(zip(args.dst, configs, strict=False))
     labels_path, points_path = (find_table(args.src, name) for name in (LABEL_TABLE, POINT_TABLE))
@@ -428,9 +407,7 @@ def preprocess(args: Namespace) -> int:
 
 
 def run_jobs(jobs: list, args: Namespace) -> Counter:
-    """Do all jobs in worker processes; how many ended as (folder, "cached", "kept" or "failed"). A series
-    that fails is tried again for each folder alone, so that each ends as if it were the only one. OSError if
-    the disk is full."""
+    """How many ended as (folder, outcome). A series that fails is tried again for each folder alone."""
     counts = Counter()
     while jobs:
         results = common.run_isolated(cache_series, jobs, args.workers, args.timeout, args.memory_gb)

@@ -3,8 +3,8 @@
 in   --config YAML   settings (common.Config); the cache it names, filled by preprocess.py, with train.csv
 out  outputs/<model>_seed<S>_fold<F>/
                      best_ema.safetensors (weights and all that infer.py needs), metrics.json, config.yaml,
-                     log.csv (a row per epoch), oof.csv (validation predictions), last/ (for --resume);
-                     of a locator (task: locate) proposals.csv: where it would crop in its validation fold
+                     log.csv (a row per epoch), oof.csv (validation predictions), last/ (for --resume),
+                     proposals.csv (of a locator: where it would crop in its validation fold)
 run  accelerate launch train.py --config configs/fold0.yaml
      accelerate launch train.py --config configs/fold0.yaml --set seed=1 --set lr=5.0e-5 --resume
      ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 train.py --config configs/demo.yaml
@@ -12,7 +12,7 @@ run  accelerate launch train.py --config configs/fold0.yaml
 `accelerate launch` takes every GPU, --num_processes 1 one, and --quiet leaves out the launcher's traceback.
 lr belongs to the global batch, batch_size x processes x accumulation: with more processes lower batch_size.
 Validation sees what a new patient has: no annotated crop ever, only decoys or a locator's proposals.
-A run that was stopped or killed goes on after its last finished epoch and ends with the same bits.
+A stopped or killed run goes on after its last finished epoch and ends with the same bits.
 exit 0 trained, 1 refused or failed (one line says why), 2 wrong usage, 130 or 143 stopped by a signal.
 """
 
@@ -68,11 +68,8 @@ MIN_SPREAD = 0.02  # of 90 % of the predicted probabilities; below it they do no
 
 
 # --- the series to train on ---------------------------------------------------------------------------------
-
-
 def load_table(cfg: Config, limit: int | None = None) -> DataFrame:
-    """A row per labelled series with a volume, at most `limit`: UID, patient, Modality, plane, the 14 labels,
-    fold, points, points_mm. Says how many it leaves out; ValueError lists faults of labels or of volumes."""
+    """A row per labelled series with a volume: patient, Modality, plane, labels, fold, points, points_mm."""
     path = Path(cfg.cache, "train.csv")
     if not path.is_file():
         raise ValueError(
@@ -102,8 +99,7 @@ def load_table(cfg: Config, limit: int | None = None) -> DataFrame:
 
 
 def read_points(cfg: Config, uids: pd.Series) -> DataFrame:
-    """Annotated points (P, 3) of every series: `points` in voxels, `points_mm` in LPS. Raises ValueError that
-    counts the volumes which cannot be read, have other settings, or share images, and names the first ten."""
+    """Annotated points (P, 3) by series, in voxels and in LPS mm. ValueError lists all faulty volumes."""
     rows = []
     faults = []
     series_of_image = {}
@@ -127,10 +123,9 @@ def read_points(cfg: Config, uids: pd.Series) -> DataFrame:
 
 
 def make_folds(table: DataFrame, num_folds: int, seed: int) -> pd.Series:
-    """Fold of every row; a patient's series share one. Neither the order of the rows matters nor the names of
-    the patients, which each cache hides by another key. Patients come rarest positive location first; each
-    goes to the fold that it leaves most even: the least growth of sum((count / total)^2) over the columns, so
-    that a rare location weighs more than presence or a modality."""
+    """Fold of every row, by patient, whatever the rows' order and the patients' names (each cache hides them
+    by another key). Patients come rarest location first; each goes to the fold that it leaves most even, by
+    the growth of sum((count / total)^2), where a rare location weighs more."""
     columns = table[list(LABELS)].join(pd.get_dummies(table["Modality"]))
     columns["absent"] = 1 - table[LABELS[AP]]
     patients = table.groupby("patient")[UID].transform("min")  # the first of a patient's series names it
@@ -151,8 +146,7 @@ def make_folds(table: DataFrame, num_folds: int, seed: int) -> pd.Series:
 
 
 def collect_decoys(cfg: Config, train_table: DataFrame) -> ndarray:
-    """(M, 3) annotated places of the training series as fractions (z, y, x) of the volume. Raises ValueError
-    where a locator has none to learn from."""
+    """(M, 3) annotated places of training series as fractions (z, y, x); ValueError if a locator has none."""
     shape = (cfg.volume.base_slices, cfg.volume.img_size, cfg.volume.img_size)
     points = np.concatenate(train_table["points"].tolist())
     points = points[common.is_inside(points, shape)]
@@ -165,8 +159,7 @@ def collect_decoys(cfg: Config, train_table: DataFrame) -> ndarray:
 
 
 def load_proposals(cfg: Config, table: DataFrame) -> tuple:
-    """(n, 3) places in LPS mm by series, best first, from the locator that did not train on it (None without
-    `proposals`), and the locator of this fold. ValueError unless it is one, and every series has places."""
+    """Places (n, 3) in LPS mm by series, from the locator that did not train on it; this fold's locator."""
     if not cfg.proposals:
         return None, ""
     places = {}
@@ -190,14 +183,10 @@ def load_proposals(cfg: Config, table: DataFrame) -> tuple:
 
 
 # --- the batch ----------------------------------------------------------------------------------------------
-
-
 def augment(batch: dict, cfg: Config) -> tuple:
     """Apply each sample's drawn augmentation on the device: -> images (B, C, H, W) in [0, 1], labels, points.
-
-    Flip (all channels, labels swapped), slab shift and drop-out, rotation, scale and shift in plane (slabs
-    only: crops have a centre to themselves), gain and offset (all). points (B, 8, 4) follow; label -1 means
-    that a row holds no point."""
+    Flip, gain and offset reach all channels; slab shift, drop-out and what moves in plane the slabs alone,
+    since crops have a centre to themselves. points (B, 8, 4) follow; label -1: a row holds none."""
     images = batch["image"]
     points = batch["points"].clone()
     slabs = cfg.volume.base_slices
@@ -260,9 +249,8 @@ def map_targets(points: Tensor, shape: torch.Size, spacing_mm: Tensor, cfg: Conf
 
 
 def map_loss(maps: Tensor, targets: Tensor) -> Tensor:
-    """(B,) loss of heat maps (B, 13, Z, h, w; logits of p q), summed over cells. Finding: focal, where cells
-    near a point weigh (1 - target)^4 less as negatives (CornerNet, arXiv:1808.01244, eq. 1), which copes with
-    one positive in 10,000 cells. Naming: cross entropy of q in the points' cells."""
+    """(B,) loss of heat maps (B, 13, Z, h, w; logits of p q), summed over cells. Finding: focal, with less
+    weight on negatives near points (CornerNet, arXiv:1808.01244, eq. 1). Naming: cross entropy at points."""
     log_probs = F.logsigmoid(maps.float())
     log_find = torch.logsumexp(log_probs, 1).clamp(max=-1e-6)  # p: the sum over arteries
     find = log_find.exp()
@@ -275,8 +263,6 @@ def map_loss(maps: Tensor, targets: Tensor) -> Tensor:
 
 
 # --- the loop -----------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Progress:
     """How far a run is, in plain values."""
@@ -312,8 +298,7 @@ def train_epoch(cfg: Config, accelerator: Accelerator, state: TrainState, datase
     bar = common.progress(len(plan), f"epoch {progress.epoch + 1}")
     state.model.train()
     for number, update in enumerate(plan):
-        # Drop path draws from torch's generator. Seeded by the place in the run alone, it repeats after a
-        # resume, whatever the process has drawn before.
+        # Drop path draws from torch's generator: seeded by the place in the run, it repeats after a resume.
         seeds = SeedSequence([cfg.seed, progress.epoch, number, rank])
         torch.manual_seed(int(seeds.generate_state(1)[0]))
         for group in state.optimizer.param_groups:
@@ -359,9 +344,8 @@ def train_epoch(cfg: Config, accelerator: Accelerator, state: TrainState, datase
 
 def plan_epoch(num: int, cfg: Config, epoch: int, rank: int, world: int) -> list:
     """The batches that a rank sees, by update: sample indices, and the weight of their losses in the
-    gradient. Over all ranks every sample comes once. The order depends on (seed, epoch) alone, so two
-    processes of half the batch see in every update what one process sees. A rank that gets nothing of the
-    last one works along on sample 0 with weight 0, since the others wait for its gradients."""
+    gradient. The order depends on (seed, epoch) alone: two processes of half the batch see in every update
+    what one sees. A rank that gets nothing of the last takes sample 0 at weight 0: the others wait for it."""
     order = default_rng([cfg.seed, epoch]).permutation(num)
     size = cfg.batch_size * world
     plan = []
@@ -369,10 +353,7 @@ def plan_epoch(num: int, cfg: Config, epoch: int, rank: int, world: int) -> list
         num_steps = math.ceil(len(group) / size)
         parts = np.array_split(group, num_steps * world)[rank::world]
         weight = world / len(group)  # DDP averages over ranks, so scale: each sample weighs 1 / len(group)
-        update = []
-        for part in parts:
-            update.append((part.tolist(), weight) if len(part) else ([0], 0.0))
-        plan.append(update)
+        plan.append([(part.tolist(), weight) if len(part) else ([0], 0.0) for part in parts])
     return plan
 
 
@@ -387,8 +368,8 @@ def learning_rate(update: int, per_epoch: int, cfg: Config) -> float:
 
 
 def load_batches(dataset: SeriesDataset, batches: Iterable, device: torch.device) -> Iterator[dict]:
-    """The batches of these indices, in their order, on the device. Raises ValueError that names the series
-    which could not be loaded. The loader is made anew each epoch, so its processes see the epoch's number."""
+    """The batches of these indices on the device, from a new loader, which sees the epoch's number.
+    ValueError names the series that could not be loaded."""
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
@@ -410,16 +391,13 @@ def load_batches(dataset: SeriesDataset, batches: Iterable, device: torch.device
 
 
 def start_worker(_: int) -> None:
-    """One thread per loader process: they share the cores with the training process. Signals go to all
-    processes of a job; that one answers, and ends its loaders."""
+    """One thread per loader process. The training process answers signals, and ends its loaders."""
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
 
 
 # --- validation and metrics ---------------------------------------------------------------------------------
-
-
 def predict(model: nn.Module, dataset: SeriesDataset, accelerator: Accelerator) -> tuple:
     """On every rank: logits (N, 14), and a locator's proposals, the rows of proposals.csv."""
     model.eval()
@@ -474,8 +452,7 @@ def write_table(path: Path, table: DataFrame) -> None:
 
 
 def score_proposals(val_table: DataFrame, proposals: DataFrame, draws: int) -> dict:
-    """How many annotated points a locator's proposals find: all of them (recall_10mm: value, low, high), and
-    those above a threshold that lets FALSE_PER_SCAN others pass (froc)."""
+    """recall_10mm: [share, low, high] of annotated points with a proposal; froc: at FALSE_PER_SCAN."""
     hits = []  # of each point the best score of a proposal near it, or 0
     patients = []  # of each point
     misses = []  # scores of proposals away from all points
@@ -539,17 +516,12 @@ def finish(folder: Path, accelerator: Accelerator, progress: Progress) -> None:
 
 
 # --- checkpoints for --resume -------------------------------------------------------------------------------
-
-
 def describe_run(cfg: Config, table: DataFrame, accelerator: Accelerator) -> dict:
     """What a resumed run must share with the run that it goes on with."""
     settings = common.config_to_dict(replace(cfg, cache="", outputs="", workers=0, ensemble_weight=1.0))
     labels = common.text_sum(table[[UID, "fold", *LABELS]].to_csv())
-    return settings | {
-        "processes": accelerator.num_processes,
-        "precision": accelerator.mixed_precision,
-        "series and labels": labels[:8],
-    }
+    settings |= {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
+    return settings | {"series and labels": labels[:8]}
 
 
 def save_last(folder: Path, state: TrainState) -> None:
@@ -577,8 +549,6 @@ def load_last(folder: Path) -> dict | None:
 
 
 # --- the command --------------------------------------------------------------------------------------------
-
-
 def train(cfg: Config, accelerator: Accelerator, args: Namespace) -> None:
     """Everything from an empty run folder to metrics.json; see the top of the file."""
     folder = Path(cfg.outputs) / cfg.run_name
@@ -714,8 +684,7 @@ def claim_folder(folder: Path, cfg: Config) -> None:
 
 
 def fit_workers(cfg: Config) -> Config:
-    """The config with as many loader processes as /dev/shm has room for: batches travel through it, however
-    they are shared, and Docker gives it 64 MB."""
+    """The config with no more loaders than /dev/shm has room for: batches pass through it. Docker: 64 MB."""
     if not os.path.isdir("/dev/shm"):
         return cfg
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

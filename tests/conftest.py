@@ -1,5 +1,6 @@
 """Small things that several test files share: a tiny config, random labels, a cache without DICOM."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,18 +44,19 @@ def write_cached_series(folder: Path, uid: str, cfg: Config, points: list, seed:
     affine[:3, :3] = np.diag(spacing_mm)[::-1]
     meta = {"uid": uid, "spacing_mm": spacing_mm, "affine": affine.tolist(), "doubts": [], "patient": ""}
     meta["settings"] = common.volume_settings(cfg)
-    path, labels = common.volume_path(folder, uid), points[:, 0].astype(np.int64)
-    common.save_volume(path, volume, points[:, 1:], labels, meta, sop_uids=[f"{uid}.1"])
+    path = common.volume_path(folder, uid)
+    common.save_volume(path, volume, points[:, 1:], points[:, 0], meta, sop_uids=[f"{uid}.1"])
     return volume
 
 
-def write_cache(folder: Path, table: pd.DataFrame, cfg: Config, with_points: bool = True) -> None:
-    """What preprocess.py leaves for train.py: a volume per series, index.csv and train.csv."""
+def write_cache(folder: Path, table: pd.DataFrame, cfg: Config, with_points: bool = True) -> Config:
+    """What preprocess.py leaves for train.py: a volume per series, index.csv and train.csv; its config."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, row in table.reset_index(drop=True).iterrows():
-        places = [label for label in range(13) if row[LABELS[label]]]
-        points = [(label, 2 + label % 4, 8 + label, 24 - label) for label in places]
-        write_cached_series(folder, row[UID], cfg, points if with_points else [], i)
+        labels = [label for label in range(13) if row[LABELS[label]] and with_points]
+        points = [(label, 2 + label % 4, 8 + label, 24 - label) for label in labels]
+        write_cached_series(folder, row[UID], cfg, points, i)
     index = table[[UID, "patient", "plane"]].assign(status="ok", reason="", modality="CT")
     index.to_csv(folder / "index.csv", index=False)
     table.drop(columns=["patient", "plane"]).to_csv(folder / "train.csv", index=False)
+    return replace(cfg, cache=str(folder))
