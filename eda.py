@@ -66,8 +66,6 @@ UNDEFINED = f"–: fewer than {common.MIN_POSITIVES} positives, or a class is mi
 list_series = functools.cache(find_series)
 
 # --- what there is ------------------------------------------------------------------------------------------
-
-
 def read_cache(cache: Path, limit: int | None = None) -> tuple[DataFrame, DataFrame]:
     """A row per series: index.csv, labels, the volume's settings or why it is unreadable; a row per point."""
     columns = [*TEXT, *MEASURES, "status", "modality", "num_points", "points_inside"]
@@ -142,8 +140,6 @@ def pool_oof(rows: DataFrame) -> DataFrame:
 
 
 # --- sections -----------------------------------------------------------------------------------------------
-
-
 def data_section(table: DataFrame) -> str:
     settings = table["settings"].value_counts().reset_index(name="series")
     planes = pd.crosstab(table["plane"], table["modality"], margins=True)

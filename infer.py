@@ -68,8 +68,6 @@ log_any = partial(log, everywhere=True)  # from any process
 
 
 # --- from a series to its answer ----------------------------------------------------------------------------
-
-
 @dataclass
 class Source:
     """The series by UID: the cached volume or the DICOM files (a list or a folder) of each, or why not."""
@@ -541,8 +539,6 @@ def serve(args: Namespace) -> list[Answer]:
 
 
 # --- the command --------------------------------------------------------------------------------------------
-
-
 def parse_arguments(arguments: list[str] | None = None) -> Namespace:
     readers = max(1, common.usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
     parser = common.make_parser(__doc__)
