@@ -65,6 +65,7 @@ CHART_STYLE = {"font.size": 8, "text.parse_math": False, "image.cmap": "gray", "
 UNDEFINED = f"–: fewer than {common.MIN_POSITIVES} positives, or a class is missing."
 list_series = functools.cache(find_series)
 
+
 # --- what there is ------------------------------------------------------------------------------------------
 def read_cache(cache: Path, limit: int | None = None) -> tuple[DataFrame, DataFrame]:
     """A row per series: index.csv, labels, the volume's settings or why it is unreadable; a row per point."""
