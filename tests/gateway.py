@@ -25,20 +25,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import LABELS, UID, make_parser
 
 START_LIMIT_S, CALL_LIMIT_S = 15 * 60, 30 * 60
-KEPT_TAGS = (
-    *("BitsAllocated", "BitsStored", "Columns", "FrameOfReferenceUID", "HighBit", "ImageOrientationPatient"),
-    *("ImagePositionPatient", "InstanceNumber", "Modality", "PatientID", "PhotometricInterpretation"),
-    *("PixelRepresentation", "PixelSpacing", "PlanarConfiguration", "RescaleIntercept", "RescaleSlope"),
-    *("RescaleType", "Rows", "SOPClassUID", "SOPInstanceUID", "SamplesPerPixel", "SliceThickness"),
-    *("SpacingBetweenSlices", "StudyInstanceUID", "TransferSyntaxUID"),
-)
+TAGS = """BitsAllocated BitsStored Columns FrameOfReferenceUID HighBit ImageOrientationPatient PixelData
+    ImagePositionPatient InstanceNumber Modality PatientID PhotometricInterpretation PixelRepresentation
+    PixelSpacing PlanarConfiguration RescaleIntercept RescaleSlope RescaleType Rows SOPClassUID SOPInstanceUID
+    SamplesPerPixel SliceThickness SpacingBetweenSlices StudyInstanceUID TransferSyntaxUID""".split()
 
 
 def strip_tags(source: Path, target: Path) -> None:
     """Copy a DICOM file with the tags of the hidden test alone, and its pixels."""
     dataset = pydicom.dcmread(source)
     for element in list(dataset):
-        if element.keyword not in KEPT_TAGS and element.keyword != "PixelData":
+        if element.keyword not in TAGS:
             del dataset[element.tag]
     dataset.save_as(target)
 
@@ -76,14 +73,12 @@ def main() -> None:
         start = partial(play, predict, args.data, args.out, started)
         return types.SimpleNamespace(serve=start, run_local_gateway=start)
 
-    module = types.ModuleType("kaggle_evaluation")
-    module.RSNAInferenceServer = start_server
-    sys.modules |= {module.__name__: module, f"{module.__name__}.rsna_inference_server": module}
-    sys.argv = args.script
-    script = types.ModuleType("__main__")  # worker processes import it by its file, as if it ran alone
-    script.__file__ = args.script[0]
+    server, script = types.ModuleType("kaggle_evaluation"), types.ModuleType("__main__")
+    server.RSNAInferenceServer = start_server
+    sys.modules |= {server.__name__: server, f"{server.__name__}.rsna_inference_server": server}
+    sys.argv, script.__file__ = args.script, args.script[0]  # worker processes import it by its file
     sys.modules |= {"__main__": script, "__mp_main__": script}
-    exec(compile(Path(args.script[0]).read_text(), args.script[0], "exec"), script.__dict__)
+    exec(compile(Path(script.__file__).read_text(), script.__file__, "exec"), script.__dict__)
 
 
 if __name__ == "__main__":
