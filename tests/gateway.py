@@ -28,14 +28,14 @@ START_LIMIT_S, CALL_LIMIT_S = 15 * 60, 30 * 60
 TAGS = """BitsAllocated BitsStored Columns FrameOfReferenceUID HighBit ImageOrientationPatient PixelData
     ImagePositionPatient InstanceNumber Modality PatientID PhotometricInterpretation PixelRepresentation
     PixelSpacing PlanarConfiguration RescaleIntercept RescaleSlope RescaleType Rows SOPClassUID SOPInstanceUID
-    SamplesPerPixel SliceThickness SpacingBetweenSlices StudyInstanceUID TransferSyntaxUID""".split()
+    SamplesPerPixel SliceThickness SpacingBetweenSlices StudyInstanceUID TransferSyntaxUID"""
 
 
 def strip_tags(source: Path, target: Path) -> None:
     """Copy a DICOM file with the tags of the hidden test alone, and its pixels."""
     dataset = pydicom.dcmread(source)
     for element in list(dataset):
-        if element.keyword not in TAGS:
+        if element.keyword not in TAGS.split():
             del dataset[element.tag]
     dataset.save_as(target)
 
