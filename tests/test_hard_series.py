@@ -63,10 +63,8 @@ def test_of_two_ct_phases_the_one_with_filled_vessels_is_read(tmp_path, shifts, 
         assert series.doubts == [] and noted(series, "volumes by")
 
 
-PASSES = {
-    "InstanceNumber": tuple(i // 2 + 1 if i % 2 == 0 else 13 + i // 2 for i in range(24)),
-    "AcquisitionNumber": tuple(1 + i % 2 for i in range(24)),
-}
+PASSES = {"InstanceNumber": tuple(1 + i // 2 + 12 * (i % 2) for i in range(24))}  # even images first
+PASSES["AcquisitionNumber"] = (1, 2) * 12
 SOUND = [(24, 4, PASSES), (24, 4, MR | PASSES), (75, 0.8, MR), (18, 5, MR), (5, 5, {})]
 
 

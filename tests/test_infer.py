@@ -12,7 +12,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -125,13 +125,8 @@ def reference(work) -> pd.DataFrame:
     assert len(stdout.splitlines()) == 11 and list(table.columns) == list(LABELS)
     assert list(table.index) == sorted(path.stem for path in (work / "cache").glob("*.safetensors"))
     assert table.to_numpy().min() >= 0 and table.to_numpy().max() <= 1 and table.std().min() > 0
-    messages = [
-        "unfinished_seed0_fold0",
-        "so does a child",
-        "no --src: predicting the training cache",
-        "wAUC",
-    ]
-    messages += ["auc_present", "10 series of 9 patients", "10 rows, 0 of them the prior"]
+    messages = ["unfinished_seed0_fold0", "so does a child", "no --src: predicting the training cache"]
+    messages += ["wAUC", "auc_present", "10 series of 9 patients", "10 rows, 0 of them the prior"]
     messages += ["10 of 10 scored series were not held out by all members"]
     assert all(text in stderr for text in messages), stderr
     return table
@@ -247,11 +242,11 @@ def test_the_heaviest_members_stand_first_and_lie_beside_the_locator_that_their_
     alone, spread = load(work), load(work, devices=(torch.device("cpu"), torch.device("cpu:1")))
     assert [member.run.cfg.ensemble_weight for member in alone.members] == [1.0, 1.0, 1.0, 0.5, 0.5]
     devices = [str(member.device) for member in spread.members]
-    assert set(devices) == {"cpu", "cpu:1"} and 2 <= devices.count("cpu") <= 3
+    assert sorted(devices) in (2 * ["cpu"] + 3 * ["cpu:1"], 3 * ["cpu"] + 2 * ["cpu:1"])
     for member in spread.members:
-        assert bool(member.locator) == bool(member.run.meta["locator"])
         locator = member.locator or member
-        assert (locator.run.cfg.fold, locator.device) == (member.run.cfg.fold, member.device)
+        assert (locator.run.folder.name if member.locator else "") == member.run.meta["locator"]
+        assert locator.device == member.device
     probs = [infer.predict_series(ensemble, "1.2", blank_scan(), 5)[0] for ensemble in (alone, spread)]
     assert np.array_equal(*probs)
 
@@ -295,7 +290,7 @@ def test_proposals_reach_a_classifier_of_another_volume_in_millimetres(work, mon
     assert places[0] == pytest.approx([(24 - 2) / 4, (69 - 1) / 3, (117 - 1) / 3])
 
 
-def test_a_member_that_is_not_finite_is_left_out_and_a_row_without_members_is_the_prior(work, capsys):
+def test_a_member_that_is_not_finite_is_left_out_and_a_row_of_none_is_the_prior(work, capsys, monkeypatch):
     ensemble, rows, args = load(work), [], arguments(work, "--explain", str(work))
     (first, *_, last), item = ensemble.members, (("1.2.3", None), blank_scan(), None)
     with torch.no_grad():
@@ -309,43 +304,38 @@ def test_a_member_that_is_not_finite_is_left_out_and_a_row_without_members_is_th
     assert "1.2.3: doubtful, but used: air is bright" in text and "NaN or infinite" in text
     assert "answered by the prior, which is not a finding: FloatingPointError('no member gave finite" in text
     error = RuntimeError("CUDA error: an illegal memory access")  # every later row would be the prior
-    broken = mock.patch.object(infer, "predict_series", side_effect=error)
-    with broken, pytest.raises(OSError, match=r"CUDA error: an illegal memory.*1\.2\.3"):
+    monkeypatch.setattr(infer, "predict_series", Mock(side_effect=error))
+    with pytest.raises(OSError, match=r"CUDA error: an illegal memory.*1\.2\.3"):
         infer.answer_series(ensemble, item, 5, args)
 
 
-def simulate(hours: float, seed: int, hard_last: bool, num: int = 2500) -> tuple[float, list, float]:
-    """Seconds at the end for num series of uneven cost, the plans, and the seconds that all of it takes."""
-    rng = np.random.default_rng(seed)
-    size = rng.lognormal(0, 0.7, num)
+@pytest.mark.parametrize("hard_last", [False, True])
+@pytest.mark.parametrize("hours", [0.3, 1, 2, 3, 4, 5, 6, 7, 8.5, 9, 12])
+def test_2500_uneven_series_never_end_late_and_nothing_is_cut_where_there_is_time(hours, hard_last):
+    rng, seconds, plans = np.random.default_rng(int(10 * hours)), hours * 3600, []
+    size = rng.lognormal(0, 0.7, 2500)
     size = np.sort(size) if hard_last else size
-    reads_s = size * (1 + 20 * (rng.random(num) < 0.01))  # one in a hundred stalls
+    reads_s = size * (1 + 20 * (rng.random(2500) < 0.01))  # one in a hundred stalls
     views_s = np.cumsum([0, 1.2, 1.2, 1.2, 1.2, 1.2, 0.3, *[0] * 5, 0.7 * 6.3])  # of a plan's views
     clock = is_read = 60.0
-    deadline, plans = infer.Deadline(0.0, hours * 3600, 6, 12, clock), []
-    for i in range(num):
-        plans.append(deadline.plan_views(clock, num - i))
+    deadline = infer.Deadline(0.0, seconds, 6, 12, clock)
+    for i in range(2500):
+        plans.append(deadline.plan_views(clock, 2500 - i))
         if plans[-1] == 0:
             break
         is_read = max(is_read, clock - 2) + reads_s[i]  # reading runs ahead of the models
         forward_s = views_s[plans[-1]] * rng.uniform(0.9, 1.1) + 20 * (i == 0)  # the GPU starts once
         clock = max(clock, is_read) + forward_s + 0.05
         deadline.observe(clock, forward_s, plans[-1])
-    return clock, plans, np.maximum(reads_s, views_s[12]).sum()
-
-
-@pytest.mark.parametrize("hard_last", [False, True])
-@pytest.mark.parametrize("hours", [0.3, 1, 2, 3, 4, 5, 6, 7, 8.5, 9, 12])
-def test_2500_uneven_series_never_end_late_and_nothing_is_cut_where_there_is_time(hours, hard_last):
-    clock, plans, everything_s = simulate(hours, int(10 * hours), hard_last)
-    assert clock < hours * 3600
+    everything_s = np.maximum(reads_s, views_s[12]).sum()
+    assert clock < seconds
     if hours < 8:
-        assert everything_s > hours * 3600 and clock > 0.9 * hours * 3600  # the time is used
+        assert everything_s > seconds and clock > 0.9 * seconds  # the time is used
         assert hours < 2 or plans[-1] > 0 or len(plans) > 2400
     if 5 <= hours < 8 and not hard_last:
         assert set(plans) == {6, 12}  # the mirrored view goes before members do
     if hours > 8 and not hard_last:
-        assert everything_s < 0.97 * hours * 3600 and set(plans) == {12}
+        assert everything_s < 0.97 * seconds and set(plans) == {12}
 
 
 def test_damaged_and_foreign_volumes_of_a_cache_cost_only_themselves(work, tmp_path):
@@ -354,15 +344,10 @@ def test_damaged_and_foreign_volumes_of_a_cache_cost_only_themselves(work, tmp_p
     (tmp_path / "9.2.safetensors").write_bytes(good.read_bytes()[:5000])
     write_cached_series(tmp_path, "9.3", replace(BASE, volume=replace(VOLUME, roi_mm=150.0)), [])
     (tmp_path / "index.csv").write_text(f"{UID},status,reason\n1.4,failed,no slices\n1.5,ok,\n")
-    words = {
-        "9.2": "not a readable",
-        "9.3": "roi_mm",
-        "1.4": "no slices",
-        "1.5": "missing",
-        good.stem: "None",
-    }
-    scans = list(infer.read_scans(infer.find_source(tmp_path), [*words], {VOLUME}, arguments(work)))
-    assert len(scans) == 5 and all(words[uid] in str(reason) for (uid, _), _, reason in scans)
+    texts = {"9.2": "not a readable", "9.3": "roi_mm", "1.4": "no slices", "1.5": "missing"}
+    scans = infer.read_scans(infer.find_source(tmp_path), [*texts, good.stem], {VOLUME}, arguments(work))
+    reasons = {uid: reason for (uid, _), _, reason in scans}
+    assert reasons.pop(good.stem) is None and all(texts[uid] in reasons[uid] for uid in texts)
     tree = tmp_path / "tree"  # of DICOM files, beside which other programs' files do not make it a cache
     shutil.copytree(work / "dicoms" / "series" / good.stem, tree / good.stem)
     (tree / "index.csv").write_text("name;size\na;1\n")
@@ -421,7 +406,7 @@ def test_one_scan_is_answered_in_words_with_a_picture_and_where_to_look(work):
     findings = json.loads((pictures / "findings.json").read_text())
     assert 1 <= len(findings) <= 3 and findings[0]["score"] == max(row["score"] for row in findings)
     for row in findings:
-        assert 0.2 < row[LABELS[AP]] < 0.999 and row["operating_point"]["threshold"] == 0.2
+        assert 0.2 < row[LABELS[AP]] < 0.999 and row["operating_point"] == POINTS[1]
         assert row["artery"] in LABELS[:AP]
     known = {UID, LABELS[AP], "operating_point", "artery", "score", "voxel", "lps_mm"}
     assert set(findings[0]) == known | {"SOPInstanceUID", "frame", "column", "row"}
