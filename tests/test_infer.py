@@ -192,15 +192,17 @@ def test_a_gateway_gets_the_same_rows_from_the_25_tags_of_the_hidden_test_or_the
     dataset = pydicom.dcmread(next((work / "hidden" / reference.index[0]).iterdir()))
     dataset.PixelData = dataset.PixelData[:100]
     dataset.save_as(work / "hidden" / "0.1" / "a.dcm")
-    start = (str(ROOT / "tests" / "gateway.py"), "--data", "hidden", "--out", "answers.csv")
-    serve = ("--", str(ROOT / "infer.py"), "--serve", "--tta")
-    options = {"start": start, "code": 3, "KAGGLE_SHARED": str(work / "shared")}
-    stdout, stderr = run(work, *serve, **options)
+    (work / "site" / "kaggle_evaluation").mkdir(parents=True)
+    module = work / "site" / "kaggle_evaluation" / "rsna_inference_server.py"
+    shutil.copy(ROOT / "tests" / "gateway.py", module)
+    environment = {"GATEWAY_DATA": "hidden", "GATEWAY_OUT": "answers.csv", "PYTHONPATH": "site"}
+    options = {"code": 3, "KAGGLE_SHARED": str(work / "shared"), **environment}
+    stdout, stderr = run(work, "--serve", "--tta", **options)
     assert stdout == "" and "11 rows, 1 of them the prior" in stderr
     table = read_table(work / "answers.csv")
     pd.testing.assert_frame_equal(table.iloc[1:], reference, rtol=0, atol=1e-6)
     assert np.allclose(table.loc["0.1"], PRIOR)
-    stderr = run(work, *serve, "--budget-hours", "1e-9", **options)[1]
+    stderr = run(work, "--serve", "--budget-hours", "1e-9", **options)[1]
     assert stderr.count("the time is over: 1 series get the prior") == 11 and "11 rows, 11 of them" in stderr
 
 
