@@ -81,8 +81,9 @@ def work(tmp_path_factory) -> Path:
     for fold, val_uids in enumerate((uids[:5], uids[5:9])):  # the last series is held out by none
         locator = f"locator_test_efficientnet_seed0_fold{fold}"
         write_run(outputs, fold, val_uids, locator, fold=fold, proposals="outputs/locator_*_seed0_fold*")
-        settings = {"task": "locate", "locator_width": 8, "ensemble_weight": 0.5}
-        write_run(outputs, 10 + fold, val_uids, fold=fold, **settings)
+        write_run(
+            outputs, 10 + fold, val_uids, fold=fold, task="locate", locator_width=8, ensemble_weight=0.5
+        )
     write_run(outputs, 20, uids[:5], model_name="test_resnet", max_localizer_crops=0)
     (outputs / "unfinished_seed0_fold0").mkdir()
     (work / "longer.csv").write_text(f"{UID}\n{uids[0]}\n9.1\n9.2\n")
@@ -167,7 +168,6 @@ def test_dicom_gives_the_rows_of_the_cache_also_when_killed_beside_broken_series
     (rows,) = (path for path in work.iterdir() if path.name.startswith(".out[1].csv."))
     assert not out.exists() and len(rows.read_text().splitlines()) == 4
     rows.write_text(rows.read_text() + f"{reference.index[0]},0.5,0.")
-
     stdout, stderr = run(work, *options, code=3)
     assert stdout == "" and "4 of 13 rows are complete" in stderr  # the fifth was the prior of 1.2.5
     again = run(work, *options, code=3)[1]
@@ -192,11 +192,11 @@ def test_a_gateway_gets_the_same_rows_from_the_25_tags_of_the_hidden_test_or_the
     dataset = pydicom.dcmread(next((work / "hidden" / reference.index[0]).iterdir()))
     dataset.PixelData = dataset.PixelData[:100]
     dataset.save_as(work / "hidden" / "0.1" / "a.dcm")
-    (work / "site" / "kaggle_evaluation").mkdir(parents=True)
     module = work / "site" / "kaggle_evaluation" / "rsna_inference_server.py"
+    module.parent.mkdir(parents=True)
     shutil.copy(ROOT / "tests" / "gateway.py", module)
-    environment = {"GATEWAY_DATA": "hidden", "GATEWAY_OUT": "answers.csv", "PYTHONPATH": "site"}
-    options = {"code": 3, "KAGGLE_SHARED": str(work / "shared"), **environment}
+    options = {"code": 3, "KAGGLE_SHARED": str(work / "shared"), "PYTHONPATH": "site"}
+    options |= {"GATEWAY_DATA": "hidden", "GATEWAY_OUT": "answers.csv"}
     stdout, stderr = run(work, "--serve", "--tta", **options)
     assert stdout == "" and "11 rows, 1 of them the prior" in stderr
     table = read_table(work / "answers.csv")
@@ -254,13 +254,13 @@ def test_the_heaviest_members_stand_first_and_lie_beside_the_locator_that_their_
 
 
 def test_what_speaks_against_a_run_is_said_and_a_bad_one_never_spoils_the_good_ones(work, tmp_path, capsys):
-    outputs, cpu = tmp_path / "outputs", [torch.device("cpu")]
+    outputs = tmp_path / "outputs"
     write_run(outputs, 0, ["1.2"], "locator_gone", fold=2)
     write_run(outputs, 1, ["1.2"], seed=1, volume=replace(VOLUME, base_slices=6))
     good = common.load_run(outputs / "test_efficientnet_seed0_fold2")
     (good.folder / "last").mkdir()
     (outputs / "test_efficientnet_seed1_fold0" / "metrics.json").write_text('{"is_nearly_constant": true}')
-    both = infer.load_ensemble(arguments(work, "--outputs", str(outputs)), cpu)
+    both = infer.load_ensemble(arguments(work, "--outputs", str(outputs)), [torch.device("cpu")])
     assert sorted(model.run.cfg.volume.base_slices for model in both.models) == [6, 8]
     assert "seed1_fold0: its predictions are nearly the same for all series" in capsys.readouterr().err
     state = load_file(good.folder / infer.CHECKPOINT)
@@ -386,9 +386,9 @@ def test_a_place_is_the_one_that_series_point_gives_back_and_none_beyond_half_a_
     for settings, volume in scan.volumes.items():  # decoded once
         assert np.array_equal(volume.voxels, make_volume(series, settings).voxels)
     for point_mm in to_lps([[3, 20.0, 40.0], [5, 33.3, 7.1]], scan.volumes[VOLUME].affine):
-        place = infer.find_image(point_mm, series)
-        names = ("SOPInstanceUID", "column", "row", "frame")
-        away_mm = point_mm - series.point(*(place[name] for name in names))
+        image = infer.find_image(point_mm, series)
+        named_mm = series.point(image["SOPInstanceUID"], image["column"], image["row"], image["frame"])
+        away_mm = point_mm - named_mm
         along_mm = away_mm @ series.normal
         assert abs(along_mm) <= series.spacing_mm[0] / 2 + 1e-6  # the nearest image
         assert np.linalg.norm(away_mm - along_mm * series.normal) < 0.05
@@ -421,9 +421,8 @@ def test_one_scan_is_answered_in_words_with_a_picture_and_where_to_look(work):
 
 def test_low_heat_does_not_glow_and_high_heat_does():
     (volume,) = blank_scan(90).volumes.values()
-    finding = {"voxel": [5, 20, 30], "artery": "", "score": 0}
+    row = infer.Answer("1.2", np.full(14, 0.5), findings=[{"voxel": [5, 20, 30], "artery": "", "score": 0}])
     for heat, low, high in ((0.02, 0, 0), (0.9, 0.2, 1)):
-        row = infer.Answer("1.2", np.full(14, 0.5), findings=[finding])
         png = infer.draw_findings(volume, np.full((8, 64, 64), heat, np.float32), row)
         image = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR).astype(int)
         panels = image[:, : int(0.85 * image.shape[1])]  # without the colour bar
