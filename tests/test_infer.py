@@ -81,9 +81,8 @@ def work(tmp_path_factory) -> Path:
     for fold, val_uids in enumerate((uids[:5], uids[5:9])):  # the last series is held out by none
         locator = f"locator_test_efficientnet_seed0_fold{fold}"
         write_run(outputs, fold, val_uids, locator, fold=fold, proposals="outputs/locator_*_seed0_fold*")
-        write_run(
-            outputs, 10 + fold, val_uids, fold=fold, task="locate", locator_width=8, ensemble_weight=0.5
-        )
+        settings = {"task": "locate", "locator_width": 8, "ensemble_weight": 0.5}
+        write_run(outputs, 10 + fold, val_uids, fold=fold, **settings)
     write_run(outputs, 20, uids[:5], model_name="test_resnet", max_localizer_crops=0)
     (outputs / "unfinished_seed0_fold0").mkdir()
     (work / "longer.csv").write_text(f"{UID}\n{uids[0]}\n9.1\n9.2\n")
