@@ -188,8 +188,7 @@ def test_what_is_no_volume_is_refused_with_the_reason(tmp_path, tags, reason):
 @pytest.mark.parametrize("plane", [*PLANES, "oblique"])
 def test_slices_are_sorted_along_the_normal_and_the_affine_maps_voxels_to_lps(tmp_path, plane):
     turn = cv2.Rodrigues(np.array([0.5, 0.3, 0.2]))[0]
-    directions = turn[:2] if plane == "oblique" else np.reshape(PLANES[plane], (2, 3))
-    row_dir, col_dir = directions
+    row_dir, col_dir = directions = turn[:2] if plane == "oblique" else np.reshape(PLANES[plane], (2, 3))
     normal, origin = np.cross(row_dir, col_dir), np.array([5.0, -7.0, 11.0])
     shuffled = [4.0, 0.0, 6.0, 2.0]  # mm, in the order of files
     points = tuple((origin + mm * normal).round(9).tolist() for mm in shuffled)
@@ -268,15 +267,14 @@ def enhanced(positions: list, slopes: list[float], orientations: list | None = N
     pixels = np.arange(len(positions) * SIZE).reshape(len(positions), ROWS, COLS)
     ds = image(NumberOfFrames=len(positions), **{"pixels": pixels, "SliceThickness": 2} | tags)
     measures = items(PixelSpacing=[0.5, 0.25], SliceThickness=ds.SliceThickness)
+    ds.SharedFunctionalGroupsSequence = items(PixelMeasuresSequence=measures)
     orientations, frames = orientations or [PLANES["axial"]] * len(positions), []
     for position, slope, orientation in zip(positions, slopes, orientations, strict=True):
-        frames += items(
-            PlanePositionSequence=items(ImagePositionPatient=position),
-            PlaneOrientationSequence=items(ImageOrientationPatient=orientation),
-            PixelValueTransformationSequence=items(RescaleSlope=slope, RescaleIntercept=0),
-        )
-    shared = items(PixelMeasuresSequence=measures)
-    ds.SharedFunctionalGroupsSequence, ds.PerFrameFunctionalGroupsSequence = shared, frames
+        (frame,) = items(PlanePositionSequence=items(ImagePositionPatient=position))
+        frame.PlaneOrientationSequence = items(ImageOrientationPatient=orientation)
+        frame.PixelValueTransformationSequence = items(RescaleSlope=slope, RescaleIntercept=0)
+        frames.append(frame)
+    ds.PerFrameFunctionalGroupsSequence = frames
     del ds.ImagePositionPatient, ds.ImageOrientationPatient, ds.PixelSpacing
     del ds.RescaleSlope, ds.RescaleIntercept
     return ds
@@ -469,11 +467,9 @@ def test_real_series_have_the_expected_geometry_and_values(name, expected):
         return
     series = read_series(REAL / name)
     shape = (series.frames[0].rows, series.frames[0].cols)
-    group = next(
-        g for g in expected["groups"]
-        if (g["rows"], g["cols"]) == shape and g.get("n_positions") == len(series.frames)
-        and np.allclose(g["normal_lps"], series.normal, atol=1e-4)
-    )  # fmt: skip
+    facts = (*shape, len(series.frames))
+    groups = [g for g in expected["groups"] if (g["rows"], g["cols"], g.get("n_positions")) == facts]
+    group = next(g for g in groups if np.allclose(g["normal_lps"], series.normal, atol=1e-4))
     order = [[str(f.path.relative_to(REAL / name)), f.index] for f in series.frames]
     if group["frames_per_position"] == [1, 1]:
         assert order == [entry[:2] for entry in group["order_along_normal"]]

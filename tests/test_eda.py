@@ -21,17 +21,18 @@ import eda
 from common import LABELS, UID
 from dicom import find_series, to_lps, to_voxel
 
-SCRIPT = Path(eda.__file__)
+ROOT = Path(eda.__file__).parent
 CFG = change(TINY, img_size=64, roi_top_mm=32.0)  # voxels of 4 x 2.5 x 2.5 mm, a box of 32 x 160 x 160 mm
 AFFINE = np.array([[0, 0, 2.5, 0], [0, 2.5, 0, 0], [4.0, 0, 0, 0], [0, 0, 0, 1]])
 CENTRE = (3.5, 31.5, 31.5)
 HOSTILE = '<script>alert(1)</script> & "quoted" <img src=x onerror=alert(2)>'
+UIDS = [f"1.{i}" for i in range(1, 7)] + [f"2.{i}" for i in range(10)]
 BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), None)
 INDEX = {"modality": "CT", "plane": "axial", "age": 50, "num_slices": 160, "slice_mm": 1.0, "row_mm": 0.5}
 INDEX |= {"sex": "F", "status": "ok", "reason": "", "notes": "", "thickness_mm": 1.0, "coverage_mm": 160.0}
 
 
-def write_set(cache: Path, rows: list[dict]) -> None:
+def write_set(cache: Path, rows: list[dict], **train_columns) -> None:
     """A cache of series given as {uid, kind, labels {k}, points [(k, z, y, x)], columns of index.csv}."""
     cache.mkdir(parents=True, exist_ok=True)
     index, train = [], []
@@ -40,12 +41,12 @@ def write_set(cache: Path, rows: list[dict]) -> None:
         uid, labels, kind, points = (row.pop(name) for name in ("uid", "labels", "kind", "points"))
         counts = {"num_points": len(points), "points_inside": len(points)}
         index.append({UID: uid, "patient": f"secret{uid}"} | counts | row)
-        truth = [int(k in labels or (k == 13 and bool(labels))) for k in range(14)]
-        train.append({UID: uid, "Modality": kind} | dict(zip(LABELS, truth, strict=True)))
+        truth = {name: int(k in labels or (k == 13 and bool(labels))) for k, name in enumerate(LABELS)}
+        train.append({UID: uid, "Modality": kind} | truth)
         if row["status"] != "failed":
             write_cached_series(cache, uid, CFG, points, len(index))
     pd.DataFrame(index).to_csv(cache / "index.csv", index=False)
-    pd.DataFrame(train).to_csv(cache / "train.csv", index=False)
+    pd.DataFrame(train).assign(**train_columns).to_csv(cache / "train.csv", index=False)
 
 
 SEVEN = [  # ACom twice, left MCA once
@@ -57,7 +58,6 @@ SEVEN = [  # ACom twice, left MCA once
     {"uid": "1.6", "kind": "MRI T2", "age": ""},
     {"uid": "1.7", "status": "failed", "reason": "no slice could be decoded", "plane": ""},
 ]
-UIDS = [f"1.{i}" for i in range(1, 7)] + [f"2.{i}" for i in range(10)]
 
 
 def write_runs(outputs: Path, uids: list[str], strength: float = 2.0, **settings) -> None:
@@ -77,7 +77,7 @@ def write_runs(outputs: Path, uids: list[str], strength: float = 2.0, **settings
         pd.DataFrame(log).to_csv(folder / "log.csv", index=False)
         points = [{"specificity": 0.9, "threshold": 0.61, "sensitivity": 0.5, "low": None, "draws_used": 0}]
         metrics = {"operating_points": points, "froc": [{"false_positives": 2.0, "sensitivity": None}]}
-        (folder / "metrics.json").write_text(json.dumps(metrics | {"is_nearly_constant": strength < 0.01}))
+        common.write_json(folder / "metrics.json", metrics | {"is_nearly_constant": strength < 0.01})
         (folder / "config.yaml").write_text(yaml.safe_dump(common.config_to_dict(cfg)))
         if cfg.task == "locate":
             places = pd.DataFrame({UID: fold_uids, "score": 0.9, "label": 6})
@@ -92,25 +92,23 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, markup: str):
         super().__init__()
-        self.tags, self.attributes, self.text = set(), [], ""
+        self.tags, self.attributes, words = set(), [], []
+        self.handle_data = words.append
         self.feed(re.sub(r"<style.*?</style>", "", markup, flags=re.S))
-        self.text = " ".join(self.text.split())
+        self.text = " ".join(" ".join(words).split())
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
         self.tags.add(tag)
         self.attributes += attrs
 
-    def handle_data(self, data: str) -> None:
-        self.text += f" {data}"
+
+def report(folder: Path) -> Page:
+    """The page on what lies in a folder."""
+    return Page(eda.make_page(folder / "cache", folder / "dicoms", folder / "outputs"))
 
 
-def report(folder: Path) -> str:
-    """The text of the page on what lies in a folder."""
-    return Page(eda.make_page(folder / "cache", folder / "dicoms", folder / "outputs")).text
-
-
-def run_script(folder: Path, *options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPT), *options]
+def run_script(folder: Path, *options: str, script: str = "eda.py") -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / script), *options]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
 
 
@@ -151,9 +149,8 @@ def test_the_top_says_what_was_run_what_came_out_and_what_to_look_at(everything)
     assert "Doubtful volumes: 1; first 1.4 air is the brightest value" in first
     assert "Unreadable volumes: 2; first 3.1" in first
     text, cases = Page(everything).text.split("The hardest cases")[-2:]
-    assert (
-        cases.count("Slab, plane 4 of 0 to 7") == cases.count("Heat map") == 12
-    )  # a locator's place: z = 3.5
+    # a locator's place: z = 3.5
+    assert cases.count("Slab, plane 4 of 0 to 7") == cases.count("Heat map") == 12
     assert "safetensors" not in cases and "secret" not in everything  # no patient
     assert "1.2: slices 160, 1.00 mm apart" in text and text.count("All annotated points") == 3
 
@@ -161,19 +158,20 @@ def test_the_top_says_what_was_run_what_came_out_and_what_to_look_at(everything)
 def test_what_is_absent_or_broken_is_said_and_the_rest_goes_on(tmp_path):
     write_set(tmp_path / "cache", [{"uid": "1.1"}])
     (tmp_path / "cache" / "train.csv").unlink()
-    text = report(tmp_path)
+    text = report(tmp_path).text
     for line in ("series: 1, patients: 1", "Positive series of 0 with labels", "No annotated points"):
         assert line in text
     assert "No finished training runs" in text and "The volume alone is shown" in text
     write_set(tmp_path / "cache", [{"uid": "1.1", "status": "failed", "reason": "empty folder"}])
-    assert "empty folder" in report(tmp_path) and "No readable volume" in report(tmp_path)
+    text = report(tmp_path).text
+    assert "empty folder" in text and "No readable volume" in text
     write_runs(tmp_path / "outputs", UIDS[:6])
     for name, content in (("train.csv", '"'), ("index.csv", "a,b\n1,2\n"), ("index.csv", "")):
         (tmp_path / "cache" / name).write_text(content)
-        text = report(tmp_path)
+        text = report(tmp_path).text
         assert f"No data from the folder cache: {name}: " in text and "The results" in text
     (tmp_path / "cache" / "index.csv").unlink()
-    assert "No data from the folder cache: index.csv: " in report(tmp_path)
+    assert "No data from the folder cache: index.csv: " in report(tmp_path).text
 
 
 def test_runs_that_are_unfinished_or_broken_are_named_and_left_out(tmp_path):
@@ -197,15 +195,14 @@ def test_nothing_to_report_on_is_one_line_and_a_limited_report_says_so(tmp_path)
 
 
 def test_text_from_files_is_escaped(tmp_path):
-    row = dict.fromkeys(("plane", "notes"), HOSTILE) | {"modality": f"{HOSTILE}$x^{{"}
-    failed = {"uid": "1.2", "status": "failed", "reason": HOSTILE}
-    write_set(tmp_path / "cache", [{"uid": "1.1"} | row, failed])
+    row = {"uid": "1.1", "plane": HOSTILE, "notes": HOSTILE, "modality": f"{HOSTILE}$x^{{"}
+    write_set(tmp_path / "cache", [row, {"uid": "1.2", "status": "failed", "reason": HOSTILE}])
     (tmp_path / "cache" / "train.csv").unlink()
     write_runs(tmp_path / "outputs", ["1.1", HOSTILE, "3.1", "3.2"])
-    folder = tmp_path / "outputs" / "<b onclick=alert(3)>_seed0_fold0"
-    (tmp_path / "outputs" / "test_efficientnet_seed0_fold0").rename(folder)
+    folder = tmp_path / "outputs" / "test_efficientnet_seed0_fold0"
+    folder.rename(folder.with_name("<b onclick=alert(3)>_seed0_fold0"))
     with matplotlib.rc_context(eda.CHART_STYLE):
-        page = Page(eda.make_page(tmp_path / "cache", tmp_path / "dicoms", tmp_path / "outputs"))
+        page = report(tmp_path)
     assert page.text.count("<script>") >= 5  # as words
     assert "script" not in page.tags and not [name for name, _ in page.attributes if name.startswith("on")]
 
@@ -226,9 +223,7 @@ def test_points_outside_other_ages_and_kinds_of_notes_are_listed(tmp_path):
     notes = ["a; gap of 3.5 mm (2 images)", "gap of 7 mm (1 images)", "no (0020,0032) in 3 files"]
     rows = [{"uid": f"3.{i}", "notes": text, "age": 50 - i} for i, text in enumerate(notes)]
     rows.append({"uid": "3.4", "sex": "M", "points": [(6, 9, 31, 31)], "points_inside": 0})
-    write_set(tmp_path, rows)
-    train = pd.read_csv(tmp_path / "train.csv", dtype=str).assign(PatientAge=50, PatientSex="Female")
-    train.to_csv(tmp_path / "train.csv", index=False)
+    write_set(tmp_path, rows, PatientAge=50, PatientSex="Female")
     troubles = eda.find_troubles(eda.read_cache(tmp_path)[0])
     assert troubles["Points outside the box"].to_numpy().tolist() == [["3.4", 1, 0]]
     assert troubles["Age or sex unlike train.csv"][UID].tolist() == ["3.1", "3.2", "3.4"]
@@ -237,12 +232,11 @@ def test_points_outside_other_ages_and_kinds_of_notes_are_listed(tmp_path):
 
 
 def test_results_are_those_of_the_metric_with_the_draws_they_stand_on(tmp_path):
-    write_runs(tmp_path, [f"1.{i}" for i in range(40)])
-    write_runs(tmp_path, [f"1.{i}" for i in range(40)], strength=0.5, tag="weak", ensemble_weight=3.0)
-    runs, _ = eda.read_runs(tmp_path)
-    oof, column = runs["oof"].set_index(UID), eda.PROBS[6]
+    for settings in ({}, {"strength": 0.5, "tag": "weak", "ensemble_weight": 3.0}):
+        write_runs(tmp_path, [f"1.{i}" for i in range(40)], **settings)
+    runs, column = eda.read_runs(tmp_path)[0], eda.PROBS[6]
     pooled = eda.pool_oof(runs["oof"])
-    strong, weak = oof.loc["1.4", column]
+    strong, weak = runs["oof"].set_index(UID).loc["1.4", column]
     assert strong != weak
     assert pooled.set_index(UID).loc["1.4", column] == pytest.approx((strong + 3 * weak) / 4)
     truth, probs = pooled[LABELS[6]], pooled[column]
@@ -250,12 +244,12 @@ def test_results_are_those_of_the_metric_with_the_draws_they_stand_on(tmp_path):
     result = common.score(pooled, pooled[eda.PROBS].to_numpy(), 200)
     acom = result["per_label"][LABELS[6]]
     assert acom["auc"] == pytest.approx(np.mean(pairs))
+    rows = eda.pool_oof(runs["oof"].query("group == 'test_efficientnet_weak'"))
+    group = common.score(rows, rows[eda.PROBS].to_numpy(), 500)
+    interval = f"({group['low']:.2f} to {group['high']:.2f}, {group['draws_used']} draws)"
     text = Page(eda.results_section(runs, result)).text
     assert f"{LABELS[6]} {acom['auc']:.4g} {acom['low']:.4g} {acom['high']:.4g} 200 20" in text
     assert f"{LABELS[0]} – – – 0 0" in text  # one class: no AUC, no interval
-    rows = eda.pool_oof(runs["oof"][runs["oof"]["group"] == "test_efficientnet_weak"])
-    group = common.score(rows, rows[eda.PROBS].to_numpy(), 500)
-    interval = f"({group['low']:.2f} to {group['high']:.2f}, {group['draws_used']} draws)"
     assert f"test_efficientnet_weak {group['wauc']:.3f} {interval}" in text
     assert "test_efficientnet_seed0_fold0 0.9 0.61 0.5 – 0 " in text  # what metrics.json has as null
     assert "test_efficientnet_seed0_fold0 2 – " in text and "None" not in text
@@ -266,13 +260,12 @@ def test_results_are_those_of_the_metric_with_the_draws_they_stand_on(tmp_path):
 
 def test_phantoms_are_shown_from_their_files_where_the_volume_lies(tmp_path):
     phantom.make_set(tmp_path / "dicoms", series=4, seed=3, matrix=64)
-    command = [sys.executable, str(SCRIPT.parent / "preprocess.py"), "--src", "dicoms", "--dst", "cache"]
-    subprocess.run([*command, "--set", "img_size=64"], check=True, cwd=tmp_path, timeout=300)
-    assert "The volume alone is shown" not in report(tmp_path)
+    options = ("--src", "dicoms", "--dst", "cache", "--set", "img_size=64")
+    assert run_script(tmp_path, *options, script="preprocess.py").returncode == 0
+    assert "The volume alone is shown" not in report(tmp_path).text
     for uid in find_series(tmp_path / "dicoms")[0]:
         scan = eda.read_scan(uid, tmp_path / "cache")
-        head = eda.read_whole_head(scan, uid, tmp_path / "dicoms")
-        corners = to_voxel(scan.box, head.affine)
+        corners = to_voxel(scan.box, eda.read_whole_head(scan, uid, tmp_path / "dicoms").affine)
         assert (corners[0] < corners[1]).all() and corners[1, 0] == pytest.approx(255.5, abs=3)  # equal tops
 
 
@@ -282,11 +275,9 @@ def test_a_projection_is_a_maximum_near_the_place_with_sides_a_ring_and_the_box(
     voxels[4, 30, 20], voxels[4, 60, 40] = 200, 255  # 30 rows apart: 75 mm
     box = to_lps([(-0.5, -0.5, -0.5), (7.5, 63.5, 63.5)], AFFINE)
     *points, place = to_lps([(4, 30, 20), (4, 60, 40), (4, 31, 0)], AFFINE)
-    scan = eda.Scan(voxels, AFFINE, points, box, place, {})
-    axes = eda.show_plane("", scan, 1, place, 20.0)
-    image = np.asarray(axes.images[0].get_array())
+    axes = eda.show_plane("", eda.Scan(voxels, AFFINE, points, box, place, {}), 1, place, 20.0)
+    image, (ring,) = np.asarray(axes.images[0].get_array()), axes.lines
     assert image[4, 20] == 200 and image.max() == 200  # the other spot lies beyond 20 mm
-    (ring,) = axes.lines
     assert np.ravel(ring.get_data()) == pytest.approx([20, 4])  # column, slab
     assert (axes.get_title("left"), axes.get_title("right")) == ("R", "L")
     assert axes.patches[0].get_bbox().bounds == pytest.approx((-0.5, -0.5, 64, 8))
@@ -312,9 +303,9 @@ def browse(page: str, folder: Path, width: int, scheme: int) -> dict:
     frame = f'<iframe src="page.html" style="border:0;width:{width}px;height:2000px"></iframe>'
     listen = "onmessage = (e) => { document.querySelector('pre').textContent = JSON.stringify(e.data); }"
     (folder / "frame.html").write_text(f"<pre></pre><script>{listen}</script>{frame}")
-    flags = [*FLAGS.split(), f"--user-data-dir={folder}/profile", f"file://{folder}/frame.html"]
-    flags.append(f"--blink-settings=preferredColorScheme={scheme}")
-    done = subprocess.run([BROWSER, *flags], capture_output=True, text=True, timeout=180)
+    flags = f"{FLAGS} --user-data-dir={folder}/profile --blink-settings=preferredColorScheme={scheme}"
+    command = [BROWSER, *flags.split(), f"file://{folder}/frame.html"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     answer = re.search(r"<pre>(.+?)</pre>", done.stdout, flags=re.S)
     assert answer, f"the browser said nothing: {done.stderr[-500:]}"
     return json.loads(answer[1])

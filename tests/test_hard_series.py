@@ -18,6 +18,7 @@ from frames import EXPLICIT, read_header
 pytestmark = pytest.mark.filterwarnings("ignore")
 SETTINGS = VolumeSettings(img_size=64)
 NORMALS = {"axial": [0, 0, 1], "coronal": [0, 1, 0], "sagittal": [-1, 0, 0]}  # row x column direction
+WORDS = ["MIP ", "CT_SOM5 MIP", "MAX_IP", "MIP_TRA", "PROJECTION IMAGE", "MINIP", "LOCALIZER "]
 # IP: in phase, not an intensity projection
 MR = {"Modality": "MR", "SOPClassUID": uid.MRImageStorage, "RescaleIntercept": 0, "ImageType": ["M", "IP"]}
 
@@ -30,7 +31,7 @@ def head(n: int = 24, vessel: float = 40, size: int = 32) -> np.ndarray:
     return (hu + 1024).astype("u2")
 
 
-def scan(folder: Path, pixels: np.ndarray, plane="axial", start=0.0, step=4.0, first=1, **tags) -> list[Path]:
+def scan(folder: Path, pixels: np.ndarray, /, plane="axial", start=0.0, step=4.0, first=1, **tags) -> list:
     """A file per image, `step` mm apart along the normal; a tuple has a value for each image."""
     places = start + step * np.arange(len(pixels))
     defaults = {
@@ -62,15 +63,12 @@ def test_of_two_ct_phases_the_one_with_filled_vessels_is_read(tmp_path, shifts, 
         assert series.doubts == [] and noted(series, "volumes by")
 
 
-PASSES = {
-    "InstanceNumber": tuple(i // 2 + 1 if i % 2 == 0 else 13 + i // 2 for i in range(24)),
-    "AcquisitionNumber": tuple(1 + i % 2 for i in range(24)),
-}
+PASSES = {"InstanceNumber": tuple(1 + i // 2 + 12 * (i % 2) for i in range(24))}  # even images first
+PASSES["AcquisitionNumber"] = (1, 2) * 12
+SOUND = [(24, 4, PASSES), (24, 4, MR | PASSES), (75, 0.8, MR), (18, 5, MR), (5, 5, {})]
 
 
-@pytest.mark.parametrize(
-    "num, step, tags", [(24, 4, PASSES), (24, 4, MR | PASSES), (75, 0.8, MR), (18, 5, MR), (5, 5, {})]
-)
+@pytest.mark.parametrize("num, step, tags", SOUND)
 def test_sound_and_partial_scans_have_neither_notes_nor_doubts(tmp_path, num, step, tags):
     scan(tmp_path, head(num), step=step, **tags)
     series = read_series(tmp_path)
@@ -79,6 +77,8 @@ def test_sound_and_partial_scans_have_neither_notes_nor_doubts(tmp_path, num, st
 
 TURNS = {"AcquisitionNumber": tuple(1 + i // 4 for i in range(24))}  # one per turn of the tube
 SLABS = {"SliceThickness": 20.0, "start": 2.0, "first": 201}
+FILLED, AT_SLICE_13 = {"pixels": tuple(head(vessel=300))}, {"start": 52.0, "step": 0.0, "SliceThickness": 4.0}
+AT_SLICE_13["pixels"] = (head()[13],) * 20
 
 
 @pytest.mark.parametrize("shared", [{"SeriesInstanceUID": None}, MR])
@@ -89,12 +89,15 @@ SLABS = {"SliceThickness": 20.0, "start": 2.0, "first": 201}
     ({"first": 101}, 12, {"start": 17.7}, "volumes by"),  # an earlier, shorter one
     (TURNS | {"first": 2}, 1, {"start": 48.0}, "images"),  # bolus tracking
     (TURNS | {"InstanceNumber": tuple(range(25, 1, -1))}, 1, {"start": 48.0}, "images"),
+    (FILLED | {"first": 21}, 20, AT_SLICE_13, "images"),  # bolus tracking before them
+    (FILLED | {"first": 13}, 12, {"pixels": tuple(head(vessel=90))}, "images"),  # half of an earlier phase
 ])  # fmt: skip
 def test_slices_are_read_without_the_others_among_them(tmp_path, shared, tags, num, others, note):
     scan(tmp_path / "slices", head(), **shared | tags)
     scan(tmp_path / "others", head(num), **shared | others)
     series = read_series(tmp_path)
-    assert folders(series) == {"slices"} and len(series.frames) == 24 and noted(series, note)
+    assert folders(series) == {"slices"} and offsets(series) == [4.0 * i for i in range(24)]
+    assert noted(series, note) and series.doubts == []
 
 
 @pytest.mark.parametrize("step, start, first", [(5.0, 30.0, 13), (2.5, 120.0, 31)])
@@ -104,9 +107,7 @@ def test_a_change_of_thickness_or_a_hole_costs_no_slices(tmp_path, step, start, 
     assert len(read_series(tmp_path).frames) == 24
 
 
-@pytest.mark.parametrize(
-    "words", ["MIP ", "CT_SOM5 MIP", "MAX_IP", "MIP_TRA", "PROJECTION IMAGE", "MINIP", "LOCALIZER "]
-)
+@pytest.mark.parametrize("words", WORDS)
 def test_projections_and_scouts_are_known_by_words_of_the_image_type(tmp_path, words):
     scan(tmp_path / "slices", head(10))
     scan(tmp_path / "others", head(), start=1.0, ImageType=["DERIVED ", "SECONDARY", words])
@@ -115,15 +116,13 @@ def test_projections_and_scouts_are_known_by_words_of_the_image_type(tmp_path, w
         read_series(tmp_path / "others" / "I1")
 
 
-SPOILED = {  # fault -> what it makes of the positions (num, 3)
-    "to 5 mm": lambda points: 5 * np.round(points / 5),
+SPOILED = {  # fault -> what it makes of the positions p (num, 3)
+    "to 5 mm": lambda p: 5 * np.round(p / 5),
     "rounded": np.trunc,
-    "one position": lambda points: np.full(points.shape, [-108.8, -108.8, -383.447]),
+    "one position": lambda p: np.full(p.shape, [-108.8, -108.8, -383.447]),
     # the rest tells in which direction numbers run
-    "half unknown": lambda points: points * (np.arange(len(points)) % 2)[:, None],
-    "half at one place": lambda points: np.r_[
-        [points[len(points) // 4]] * (len(points) // 2), points[len(points) // 2 :]
-    ],
+    "half unknown": lambda p: p * (np.arange(len(p)) % 2)[:, None],
+    "half at one place": lambda p: np.r_[[p[len(p) // 4]] * (len(p) // 2), p[len(p) // 2 :]],
 }
 FAULTS = [*SPOILED, "a third missing", "jitter", "no orientation", "orientation of some"]
 FAULTS += ["rounded, no orientation", "rounded, jitter"]
@@ -196,18 +195,6 @@ def test_slices_that_their_numbers_contradict_are_left_out(tmp_path, moved, num,
     scan(tmp_path, head(), ImagePositionPatient=points)
     series = read_series(tmp_path)
     assert len(series.frames) == num and noted(series, note, f"{next(iter(moved.values()))}]")
-
-
-@pytest.mark.parametrize("others, start, step", [
-    (np.repeat(head()[13:14], 20, axis=0), 52.0, 0.0), (head(vessel=90)[:12], 0.0, 4.0)
-], ids=["bolus", "phase"])  # fmt: skip
-def test_images_that_repeat_slices_of_an_even_stack_are_left_out(tmp_path, others, start, step):
-    """Images of bolus tracking at slice 13, or half of an earlier phase."""
-    scan(tmp_path / "others", others, start=start, step=step, SliceThickness=4.0)
-    scan(tmp_path / "slices", head(vessel=300), first=len(others) + 1)
-    series = read_series(tmp_path)
-    assert folders(series) == {"slices"} and offsets(series) == [4.0 * i for i in range(24)]
-    assert noted(series, "images") and series.doubts == []
 
 
 @pytest.mark.parametrize("is_other", [np.arange(24) % 2 == 1, np.isin(np.arange(24), [5, 9, 14])])
