@@ -38,7 +38,6 @@ from sklearn.metrics import roc_curve
 import common
 from common import AP, LABELS, UID, load_volume, log, read_csv, score, volume_path
 from dicom import VolumeSettings, find_series, make_volume, read_series, to_lps, to_voxel
-from preprocess import parse_age
 
 MEASURES = {  # columns of index.csv, with their meaning
     "age": "Age in years. Not an input of the models.",
@@ -234,7 +233,7 @@ def points_section(points: DataFrame) -> str:
 def find_troubles(table: DataFrame) -> dict[str, DataFrame]:
     """Title -> a row per case; notes that differ in numbers only are of one kind."""
     outside = table.query("points_inside < num_points")
-    years = table["PatientAge"].map(parse_age)
+    years = table["PatientAge"].map(common.parse_age)
     sexes = table["sex"] + table["PatientSex"].astype(str).str[0]
     is_other = (abs(table["age"] - years) >= 1) | sexes.isin(["FM", "MF"])
     notes = table["notes"].str.split("; ").explode()
