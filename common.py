@@ -87,12 +87,14 @@ def read_label_table(path: Path) -> DataFrame:
     table[UID] = table[UID].astype(str).map(safe_uid)
     repeated = table[UID][table[UID].duplicated()].unique()
     faults = [f"series {uid} has several rows" for uid in repeated[:5]]
-    allowed = dict.fromkeys(LABELS, (0, 1)) | {"Modality": MODALITIES}
-    for name in table.columns.intersection(list(allowed)):
-        odd = list(set(table[name]) - set(allowed[name]))
-        faults += [f"{name} holds {value!r} (expected one of {allowed[name]})" for value in odd[:3]]
+    is_odd = {name: ~table[name].isin((0, 1, "0", "1")) for name in LABELS}
+    if "Modality" in table:
+        is_odd["Modality"] = ~table["Modality"].isin(MODALITIES)
+    for name, rows in is_odd.items():
+        for uid, value in table.loc[rows, [UID, name]].head(3).itertuples(index=False):
+            faults.append(f"{name} holds {value!r} in series {uid}")
     if faults:
-        raise ValueError(f"{path}: {'; '.join(faults)}")
+        raise ValueError(f"{path}: {'; '.join(faults)}; expected 0 or 1, Modality one of {MODALITIES}")
     return table
 
 

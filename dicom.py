@@ -83,15 +83,14 @@ def natural_key(path: Path) -> list:
     return [(int(digits or 0), text) for digits, text in re.findall("([0-9]*)([^0-9]*)", str(path))]
 
 
-def find_series(root: Path, skip: Path | None = None) -> tuple[dict[str, list[Path]], Rejected]:
+def find_series(root: Path) -> tuple:
     """Series under `root`, a folder of any depth: (uid -> files, [(file that is not an image, reason)]).
 
     A folder named by a UID is one series if its first image has the same (0020,000E) SeriesInstanceUID or
     none; its other files are not opened, so a million files take seconds. Elsewhere images are grouped by
     SeriesInstanceUID, or by their folder's name, and never across (0010,0020) PatientIDs: a name that several
-    series claim gets a number (`2024.03.01-1of2`). Damaged images count to their folder's largest series. The
-    folders `segmentations` (vessel masks) and files in `skip` are left out. Links are followed once.
-    """
+    series claim gets a number (`2024.03.01-1of2`). Damaged images count to their folder's largest series.
+    Folders `segmentations` (vessel masks) are left out. Links are followed once."""
     groups = defaultdict(lambda: defaultdict(list))
     rejected = []
 
@@ -106,8 +105,6 @@ def find_series(root: Path, skip: Path | None = None) -> tuple[dict[str, list[Pa
             continue
         walked.add(real)
         subfolders[:] = sorted(set(subfolders) - {"segmentations"})
-        if skip and real == os.path.realpath(skip):
-            continue
         files = [Path(folder, name) for name in sorted(names)]
         for (series, patient), members in group_files(folder, files, rejected).items():
             groups[series][patient] += members
@@ -125,14 +122,14 @@ def find_series(root: Path, skip: Path | None = None) -> tuple[dict[str, list[Pa
     return series, rejected
 
 
-def name_series(folder: str) -> tuple[str, str]:
+def name_series(folder: str) -> tuple:
     """(uid, folder where it is only the folder's name) of images without a SeriesInstanceUID."""
     name = os.path.basename(os.path.abspath(folder))
     is_uid = re.fullmatch(r"[0-2](\.(0|[1-9][0-9]*))+", name)  # PS3.5 9.1; the date 2024.03.01 is not one
     return safe_uid(name), "" if is_uid else folder
 
 
-def group_files(folder: str, files: list[Path], rejected: Rejected) -> dict[tuple, list[Path]]:
+def group_files(folder: str, files: list, rejected: Rejected) -> dict[tuple, list]:
     """The images of a folder by (series as in `name_series`, PatientID); other files go to `rejected`."""
     by_name = name_series(folder)
     is_uid = not by_name[1]
@@ -212,7 +209,7 @@ class Series:
         return frame.position + x * col_mm * frame.row_dir + y * row_mm * frame.col_dir
 
 
-def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
+def read_series(source: Path | list, uid: str | None = None) -> Series:
     """One volume from a folder of any depth, or from a list of files. Images of series `uid` are used if any,
     else all. The volume is of the largest group that agrees in series, size, orientation and pixel spacing
     (`select_geometry`), with one image per position (`place_slices`). ValueError (one line) if there is no
@@ -250,14 +247,14 @@ def read_series(source: Path | list[Path], uid: str | None = None) -> Series:
     )
 
 
-def list_files(source: Path | list[Path]) -> list[Path]:
+def list_files(source: Path | list) -> list:
     """The files of a folder of any depth, or those given, in their natural order."""
     if not isinstance(source, list):
         source = [Path(folder, name) for folder, _, names in os.walk(source) for name in names] or [source]
     return sorted(source, key=natural_key)
 
 
-def read_frames(paths: list[Path], where: str) -> tuple[Frames, Rejected]:
+def read_frames(paths: list, where: str) -> tuple:
     """(images, files that are not slices). ValueError if there is no image, or a tenth is damaged."""
     frames, skipped, num_intact = [], [], 0
     for path in paths:
@@ -462,7 +459,7 @@ def place_slices(stack: Stack) -> Frames:
     return frames
 
 
-def position_sources(frames: Frames) -> Iterator[tuple[str, bool, Frames]]:
+def position_sources(frames: Frames) -> Iterator[tuple]:
     """(where positions come from, whether they are beyond doubt, frames so placed), the best source first."""
     is_known = np.isfinite(frame_points(frames)[:, 0])
     if is_known.all():
@@ -485,7 +482,7 @@ def position_sources(frames: Frames) -> Iterator[tuple[str, bool, Frames]]:
         yield f"the {is_known.sum()} known positions", True, list(compress(frames, is_known))
 
 
-def place_on_line(frames: Frames, values: ndarray, step_mm: float) -> tuple[Frames, float]:
+def place_on_line(frames: Frames, values: ndarray, step_mm: float) -> tuple:
     """(frames on the line that known positions follow by `values` to half a millimetre, its step), else
     (frames in steps of `step_mm` along the normal, in the direction in which known positions grow, 0)."""
     points = frame_points(frames)
@@ -721,7 +718,7 @@ class Volume:
     doubts: list[str]  # why it may be wrong, the series' doubts among them
 
     @property
-    def spacing_mm(self) -> tuple[float, float, float]:
+    def spacing_mm(self) -> tuple:
         """(z, y, x)"""
         return tuple(np.linalg.norm(self.affine[:3, :3], axis=0).tolist())
 
@@ -841,7 +838,7 @@ def slice_spans(centres: ndarray, thickness_mm: float) -> ndarray:
     return np.stack([centres - half[:-1], centres + half[1:]], axis=1)
 
 
-def slab_weights(spans: ndarray, edges: ndarray) -> tuple[ndarray, ndarray]:
+def slab_weights(spans: ndarray, edges: ndarray) -> tuple:
     """(weights (Z, n) of n slices in Z slabs by overlap with their spans (n, 2), rows sum to 1; share (Z,) of
     each slab that spans cover). A slab that no span touches is interpolated."""
     first, last = spans.T
@@ -881,8 +878,7 @@ def make_volume(series: Series, settings: VolumeSettings) -> Volume:
     slices, weighted by overlap, because single slices 5 mm apart would miss most aneurysms; pixels are area
     means or, where the image grows, linear, 0 outside of it. CT: ct_window becomes 0..255; else
     mr_percentiles of the box. Of the slices outside up to 30 are decoded, to find the head. ValueError if
-    more than a tenth cannot be decoded.
-    """
+    more than a tenth cannot be decoded."""
     num_slices, num_rendered = len(series.frames), 0
     grid = canonical_grid(series)
     # All over again without the slices that turn out faulty: they came out as zeros, or are blank.
@@ -910,7 +906,7 @@ def make_volume(series: Series, settings: VolumeSettings) -> Volume:
     return Volume(voxels, affine, notes, doubts)
 
 
-def place_box(grid: Grid, settings: VolumeSettings, notes: list[str]) -> Box:
+def place_box(grid: Grid, settings: VolumeSettings, notes: list) -> Box:
     """The box under the head, less its upper roi_skip_mm where the scan shows the top and twice as much. Its
     edge is moved to the middle slice's nearest pixel edge, so that resizing is exact."""
     bottom, covered = grid.extent_mm(0)
@@ -938,7 +934,7 @@ def place_box(grid: Grid, settings: VolumeSettings, notes: list[str]) -> Box:
     return Box(low, size_mm / shape, shape, window, starts)
 
 
-def weigh_slices(grid: Grid, box: Box) -> tuple[ndarray, ndarray]:
+def weigh_slices(grid: Grid, box: Box) -> tuple:
     """`slab_weights` along `through`, 0 beside the scan; linear where slices not across z are sparse."""
     weights, covered = slab_weights(grid.spans, box.edges(grid.through))
     if grid.through != 0 and np.median(np.diff(grid.spans)) > box.steps[grid.through]:
@@ -973,7 +969,7 @@ def render_box(grid: Grid, box: Box, weights: ndarray, limits: Interval) -> ndar
     return np.ascontiguousarray(np.moveaxis(slabs, 0, grid.through))
 
 
-def load_window(grid: Grid, box: Box, limits: Interval, k: int) -> tuple[ndarray, float, float]:
+def load_window(grid: Grid, box: Box, limits: Interval, k: int) -> tuple:
     """(window, gain, bias): stored values of slice k in the box, (h, w) float32, clipped at the limits, the
     lower one outside of the image and for padding. limits -> 0..1 is gain * window + bias."""
     frame = grid.frames[k]
@@ -1038,13 +1034,13 @@ def choose_limits(grid: Grid, box: Box, settings: VolumeSettings) -> Interval:
     return dark, bright if bright > dark else dark + 1
 
 
-def pick_evenly(items: ndarray, count: int) -> list[int]:
+def pick_evenly(items: ndarray, count: int) -> list:
     """At most `count` of the items, evenly spread, first and last among them."""
     picks = np.linspace(0, len(items) - 1, min(count, len(items)))
     return items[picks.round().astype(int)].tolist()
 
 
-def doubt_voxels(grid: Grid, box: Box, voxels: ndarray, covered: ndarray, notes: list[str]) -> list[str]:
+def doubt_voxels(grid: Grid, box: Box, voxels: ndarray, covered: ndarray, notes: list) -> list:
     """What makes voxels implausible, of what was scanned in the box: every slab, every third pixel."""
     doubts = []
     num_slices = len(grid.order)
@@ -1083,7 +1079,7 @@ def doubt_voxels(grid: Grid, box: Box, voxels: ndarray, covered: ndarray, notes:
 
 
 # --- head ---------------------------------------------------------------------------------------------------
-def find_head(grid: Grid) -> tuple[float, float, float] | None:
+def find_head(grid: Grid) -> tuple | None:
     """(top, centre y, centre x) of the head in mm, or None, from up to 24 slices at about 3 mm per pixel.
     Top: the highest level where the head's cross-section exceeds 1000 mm2 (in a narrow scan 28 mm times its
     width); between axial slices bisected down to 2 mm. Centre: of the bounding box over 100 mm below it."""
@@ -1148,7 +1144,7 @@ def find_sliced_top(grid: Grid, head: Masks, pixel_mm: ndarray, least_mm2: float
     return min(bottom + pixel_mm[0] * (rows[-1] + 1), covered)
 
 
-def find_centre(grid: Grid, head: Masks, pixel_mm: ndarray, top: float) -> tuple[float, float]:
+def find_centre(grid: Grid, head: Masks, pixel_mm: ndarray, top: float) -> tuple:
     """mm (y, x) of the middle of the head's bounding box over 100 mm below the top."""
     numbers, *pixels = np.nonzero(np.stack(list(head.values())))
     slices = np.array(list(head))[numbers]

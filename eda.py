@@ -52,8 +52,7 @@ CURVES = {  # columns of log.csv, with their meaning
     "val_loss": "Loss on patients held back. Rising while the other falls: overfitting.",
     "wauc": "wAUC on patients held back, without annotated crops. Chance is 0.5.",
 }
-# columns of text, even if all are empty
-TEXT = dict.fromkeys((UID, "patient", "plane", "reason", "notes", "sex"), str)
+TEXT = dict.fromkeys((UID, "patient", "plane", "reason", "notes", "sex"), str)  # even if all are empty
 SIDES = ["mm from the right", "mm from the front", "mm below the top"]  # of the box; columns of points
 NAMES = list(LABELS)  # columns of the truth
 PROBS = [f"probability of {name}" for name in LABELS]  # columns of out-of-fold predictions
@@ -67,7 +66,7 @@ list_series = functools.cache(find_series)
 
 
 # --- what there is ------------------------------------------------------------------------------------------
-def read_cache(cache: Path, limit: int | None = None) -> tuple[DataFrame, DataFrame]:
+def read_cache(cache: Path, limit: int | None = None) -> tuple:
     """A row per series: index.csv, labels, the volume's settings or why it is unreadable; a row per point."""
     columns = [*TEXT, *MEASURES, "status", "modality", "num_points", "points_inside"]
     table = read_csv(cache / "index.csv", columns, dtype=TEXT, nrows=limit)
@@ -96,7 +95,7 @@ def read_cache(cache: Path, limit: int | None = None) -> tuple[DataFrame, DataFr
     return table, DataFrame(points, columns=[UID, "artery", *SIDES])
 
 
-def read_runs(outputs: Path) -> tuple[dict[str, DataFrame], list[str]]:
+def read_runs(outputs: Path) -> tuple:
     """Tables of all runs ({} without one): oof (truth, PROBS, weight), log, proposals, lists of metrics.json;
     the runs of a `group` differ in seed and fold. And a line for each that is unfinished or unreadable."""
     tables, faults = defaultdict(list), []
@@ -230,7 +229,7 @@ def points_section(points: DataFrame) -> str:
         </div></section>"""
 
 
-def find_troubles(table: DataFrame) -> dict[str, DataFrame]:
+def find_troubles(table: DataFrame) -> dict:
     """Title -> a row per case; notes that differ in numbers only are of one kind."""
     outside = table.query("points_inside < num_points")
     years = table["PatientAge"].map(common.parse_age)
@@ -248,7 +247,7 @@ def find_troubles(table: DataFrame) -> dict[str, DataFrame]:
     }
 
 
-def results_section(runs: dict[str, DataFrame], result: dict) -> str:
+def results_section(runs: dict, result: dict) -> str:
     """Groups of runs beside each other, all runs last and on top; result: common.score of all."""
     scores, figures, parts = [], [], []
     for column, caption in CURVES.items():
@@ -259,7 +258,7 @@ def results_section(runs: dict[str, DataFrame], result: dict) -> str:
     axes = new_chart("false alarms: share of negatives", "sensitivity: share of positives")
     for group, rows in [*runs["oof"].groupby("group"), ("all runs", runs["oof"])]:
         table = pool_oof(rows)
-        wauc = interval(score(table, table[PROBS].to_numpy(), 500), "wauc")
+        wauc = interval(score(table, table[PROBS].to_numpy()), "wauc")
         scores.append({"runs": group, "wAUC": wauc, "nearly constant": rows["is_constant"].any()})
         false_alarms, sensitivity, _ = roc_curve(table[PRESENT], table[PROB_PRESENT])
         axes.plot(false_alarms, sensitivity, label=group)
@@ -274,7 +273,7 @@ def results_section(runs: dict[str, DataFrame], result: dict) -> str:
         <div class="grid">{"".join(figures)}</div>{"".join(parts)}</section>"""
 
 
-def cases_section(runs: dict[str, DataFrame], pooled: DataFrame, cache: Path) -> str:
+def cases_section(runs: dict, pooled: DataFrame, cache: Path) -> str:
     """The predictions that are most wrong, of positives and of negatives."""
     errors = abs(pooled[PRESENT] - pooled[PROB_PRESENT])
     ordered = pooled.loc[errors.sort_values(ascending=False).index]
@@ -444,7 +443,7 @@ def make_page(cache: Path, src: Path, outputs: Path, limit: int | None = None) -
         for title, rows in find_troubles(table).items():
             parts.append(f"<h3>{title}: {len(rows)}</h3>{show_table(rows)}")
             if len(rows):
-                warnings.append(f"{title}: {len(rows)}; first {' '.join(map(str, rows.iloc[0]))}")
+                warnings.append(f"{title}: {len(rows)}; first {rows.iloc[0].to_json()[1:-1]}")
         sections += [data_section(table), images_section(table, cache, src), points_section(points)]
         sections.append(f'<section id="trouble"><h2>What went wrong</h2>{"".join(parts)}</section>')
     if runs:
@@ -464,8 +463,8 @@ def make_page(cache: Path, src: Path, outputs: Path, limit: int | None = None) -
         <nav>{"".join(f'<a href="#{name}">{title}</a>' for name, title in names)}</nav><main>
         <p>python eda.py --cache {escape(cache.absolute().name)} --src {escape(src.absolute().name)}
         --outputs {escape(outputs.absolute().name)}{f" --limit {limit}" if limit else ""};
-        {time.strftime("%Y-%m-%d %H:%M %Z")}; Python {sys.version.split()[0]}, torch {torch.__version__},
-        pandas {pd.__version__}, numpy {np.__version__}. Research software, not a medical device.</p>
+        {time.strftime("%Y-%m-%d %H:%M %Z")}; Python {sys.version.split()[0]}, torch {torch.__version__}.
+        Research software, not a medical device.</p>
         {"".join(f"<p><b>{escape(text)}</b></p>" for text in facts)}<h3>Look at this first</h3>
         <ul>{"".join(f"<li>{escape(text)}</li>" for text in warnings or ["Nothing stands out."])}</ul>
         {"".join(sections)}</main></body></html>

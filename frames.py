@@ -204,7 +204,7 @@ def parse_header(head: bytes) -> dict:
                 header[ATTRIBUTES[tag][0]] = value
 
 
-def parse_element(head: bytes, position: int, explicit: bool) -> tuple[int, bytes, int, int]:
+def parse_element(head: bytes, position: int, explicit: bool) -> tuple:
     """(tag, VR, length, start of the value) of the little-endian element at `position`."""
     if explicit:
         group, element, vr, length = EXPLICIT_ELEMENT.unpack_from(head, position)
@@ -378,7 +378,7 @@ def unpack(data: bytes, limit: int) -> bytes:
 
 # --- which series -------------------------------------------------------------------------------------------
 @one_line_errors
-def read_identity(path: Path) -> tuple[str, str] | None:
+def read_identity(path: Path) -> tuple | None:
     """((0020,000E) SeriesInstanceUID, (0010,0020) PatientID) of an image, "" where absent; None if it is too
     damaged to tell, empty or blank. ValueError if it is not an image. At most HEAD_BYTES are unpacked."""
     try:
@@ -472,7 +472,7 @@ class Frame:
 Frames = list[Frame]
 
 
-def image_types(header: dict) -> list[str]:
+def image_types(header: dict) -> list:
     return [value.strip() for value in header.get("ImageType", "").upper().split("\\")]
 
 
@@ -545,7 +545,7 @@ def unit_directions(orientation: tuple) -> ndarray:
     return np.full((2, 3), np.nan)
 
 
-def image_position(tags: dict, remarks: list[str]) -> ndarray:
+def image_position(tags: dict, remarks: list) -> ndarray:
     """(3,) mm of the first pixel's centre; NaN where it is missing."""
     position = np.array(tags.get("ImagePositionPatient", ()))
     if position.shape == (3,) and np.abs(position).max() < 1e5:
@@ -554,7 +554,7 @@ def image_position(tags: dict, remarks: list[str]) -> ndarray:
     return np.full(3, np.nan)
 
 
-def pixel_spacing(tags: dict, remarks: list[str]) -> tuple[float, float]:
+def pixel_spacing(tags: dict, remarks: list) -> tuple:
     """(between rows, between columns) mm; 1 mm where it is missing."""
     spacing = tags.get("PixelSpacing", ())
     if len(spacing) == 2 and all(1e-3 < value < 1e3 for value in spacing):
@@ -563,7 +563,7 @@ def pixel_spacing(tags: dict, remarks: list[str]) -> tuple[float, float]:
     return 1.0, 1.0
 
 
-def rescale_of(tags: dict, remarks: list[str]) -> tuple[float, float]:
+def rescale_of(tags: dict, remarks: list) -> tuple:
     """(slope, intercept). Unsigned CT values without an intercept start at -1024 HU."""
     slope = tags.get("RescaleSlope", 1.0)
     if slope == 0:
@@ -575,7 +575,7 @@ def rescale_of(tags: dict, remarks: list[str]) -> tuple[float, float]:
     return slope, -1024.0
 
 
-def slice_step(tags: dict, row_mm: float) -> tuple[float, str]:
+def slice_step(tags: dict, row_mm: float) -> tuple:
     """(mm from slice to slice, the attribute that says so) where positions do not tell."""
     for name in ("SpacingBetweenSlices", "SliceThickness"):
         step = abs(tags.get(name, 0.0))
@@ -746,7 +746,7 @@ class Stack:
     notes: list[str]
     doubts: list[str]
 
-    def leave_out(self, is_out: list[bool] | ndarray, what: str) -> None:
+    def leave_out(self, is_out: list | ndarray, what: str) -> None:
         """Drop the frames marked, if any, with a note on what they are."""
         if any(is_out):
             self.notes.append(f"{sum(is_out)} {what}")

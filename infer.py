@@ -24,8 +24,7 @@ run  python infer.py --src TEST_DICOMS > submission.csv
      accelerate launch infer.py --src TEST_DICOMS --out submission.csv     several processes share the series
 
 A series that cannot be read, or not in time, gets the prior, which is not a finding: how often each label was
-positive in training. With --budget-hours the mirrored view goes first, then the lightest members, at last the
-remaining series get the prior.
+positive in training. With --budget-hours the mirrored view goes first, then the lightest members.
 exit 0 all well, 3 some rows are the prior (named on stderr), 1 nothing done, 2 wrong usage, 130/143 stopped.
 """
 
@@ -96,7 +95,7 @@ def find_source(src: Path) -> Source:
     else:
         series, _ = dicom.find_series(src) if src.is_dir() else ({}, [])
         if not series:
-            kind = "a file" if src.is_file() else "no DICOM image"
+            kind = "a file" if src.is_file() else "no DICOM image" if src.is_dir() else "no such folder"
             raise ValueError(f"--src {src}: {kind}; expected a folder: a cache, or a tree of DICOM files")
         return Source(False, series)
     index = common.read_csv(src / "index.csv", [UID, "reason"], dtype=str).set_index(UID)
@@ -104,7 +103,7 @@ def find_source(src: Path) -> Source:
     return Source(True, reasons.to_dict() | volumes, settings)
 
 
-def choose_series(source: Source, path: Path | None) -> list[str]:
+def choose_series(source: Source, path: Path | None) -> list:
     """UIDs of the rows: as listed in path (a UID per line, or a CSV), else all, sorted."""
     if path is None:
         return sorted(source.series)
@@ -118,7 +117,7 @@ def choose_series(source: Source, path: Path | None) -> list[str]:
     return uids
 
 
-def read_scans(source: Source, uids: list[str], settings: set, args: Namespace) -> Iterator[tuple | None]:
+def read_scans(source: Source, uids: list, settings: set, args: Namespace) -> Iterator[tuple | None]:
     """((uid, files), scan, None) or ((uid, files), None, why not) as they are read; None while waiting."""
     items = []
     for uid in uids:
@@ -131,14 +130,8 @@ def read_scans(source: Source, uids: list[str], settings: set, args: Namespace) 
         read = partial(read_dicom, settings=settings)
         if source.is_cache:
             read = partial(read_cached, settings=settings, expected=source.settings)
-        yield from common.run_isolated(
-            read,
-            items,
-            workers=args.workers,
-            timeout_s=args.series_timeout,
-            memory_gb=args.memory_gb,
-            tick_s=1,
-        )
+        limits = args.workers, args.series_timeout, args.memory_gb
+        yield from common.run_isolated(read, items, *limits, tick_s=1)
 
 
 def read_cached(item: tuple, settings: set, expected: dict) -> Scan:
@@ -424,7 +417,8 @@ def explain_series(answer: Answer, ensemble: Ensemble, scan: Scan, outputs: dict
         image = find_image(point_mm, scan.series) if scan.series else {}
         if image is not None:
             answer.findings.append(facts | place | image)
-    if answer.findings:
+    answer.findings = answer.findings or [facts]
+    if "voxel" in answer.findings[0]:
         path = folder / f"{safe_uid(answer.uid)}.png"
         common.write_atomic(path, draw_findings(volume, maps.sum(0), answer))
 
@@ -539,7 +533,7 @@ def serve(args: Namespace) -> list[Answer]:
 
 
 # --- the command --------------------------------------------------------------------------------------------
-def parse_arguments(arguments: list[str] | None = None) -> Namespace:
+def parse_arguments(arguments: list | None = None) -> Namespace:
     readers = max(1, common.usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
     parser = common.make_parser(__doc__)
     parser.usage = "infer.py [options]"
@@ -605,7 +599,9 @@ def answer_share(
     """This process's answers. With --out alone a file keeps them, but for the prior, for a second start; it
     is named by all that rows depend on, so that rows of other members or settings are never mixed in."""
     if args.out and args.out.is_file():
-        rows = args.out.read_text(errors="replace").splitlines()[1:]
+        header, *rows = args.out.read_text(errors="replace").splitlines() or [""]
+        if header != ",".join([UID, *LABELS]):
+            raise ValueError(f"--out {args.out}: this file is not a submission; name another")
         others = {row.split(",")[0] for row in rows}.difference(uids)
         if others:
             raise ValueError(f"--out {args.out}: has {len(others)} series that this run lacks; name another")

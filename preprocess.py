@@ -7,7 +7,6 @@ out  --dst DIR    <SeriesInstanceUID>.safetensors: volume uint8 (Z, H, W), annot
                   .patient_key: with which the index hides each PatientID
 run  python preprocess.py --src dicoms --dst cache
      python preprocess.py --src dicoms --dst cache thin --config configs/fold0.yaml configs/locator.yaml
-     python preprocess.py --verify --dst cache
 
 Several folders, each with its config, are filled in one pass that reads each series once. Run it again at
 any time: finished series are kept, failed and changed ones are done, the index is rebuilt from the folder. A
@@ -343,7 +342,9 @@ def list_series(src: Path, folders: list) -> dict[str, list]:
     folders = [folder.resolve() for folder in folders]
     if src.resolve() in folders:
         raise ValueError(f"--dst {src}: it is --src; expected a folder of its own for the volumes")
-    series, strays = dicom.find_series(src) if src.is_dir() else ({}, [])
+    if not src.is_dir():
+        raise ValueError(f"--src {src}: no such folder; expected one with DICOM files")
+    series, strays = dicom.find_series(src)
     if not series:
         raise ValueError(f"{src}: found no DICOM series; expected a folder with DICOM files at any depth")
     strays = [stray for stray in strays if stray[0].parent.resolve() not in folders]
@@ -380,8 +381,12 @@ def preprocess(args: Namespace) -> int:
     series = list_series(args.src, args.dst)
     shard, num_shards = args.shard
     uids = sorted(series)[: args.limit][shard::num_shards]
-    if labels and not labels.keys() & series.keys():
-        log_shard(f"none of the {len(series)} series is in {labels_path}: nothing to train on")
+    missing = series.keys() - labels.keys()
+    if labels and missing:
+        log_shard(f"{len(missing)} of {len(series)} series are not in {labels_path}; first {min(missing)}")
+    odd = [uid for uid in labels if any(not labels[uid][LABELS[point[-1]]] for point in points.get(uid, []))]
+    if odd:
+        log_shard(f"{len(odd)} series have a point whose label is 0 in {labels_path}; first {odd[0]}")
     for dst, cfg in caches.items():
         check_cache(dst, cfg, uids, points)
     for dst in caches:

@@ -158,6 +158,17 @@ def collect_decoys(cfg: Config, train_table: DataFrame) -> ndarray:
     return ((points + 0.5) / shape).round(4)
 
 
+def warn_of_leak(cfg: Config, table: DataFrame) -> None:
+    """Say so where the run that `pretrained` names may have trained on series that validate here."""
+    path = Path(str(cfg.pretrained), common.CHECKPOINT)
+    if path.is_file():
+        _, meta = common.read_safetensors(path, "checkpoint", names=[])
+        is_new = table[UID].isin(meta["val_uids"])
+        num_leaked = (~is_new & (table["fold"] == cfg.fold)).sum()
+        if is_new.any() and num_leaked:  # some held out there: both have the same data
+            log(f"{cfg.pretrained}: trained on {num_leaked} of the series that validate: scores are too high")
+
+
 def load_proposals(cfg: Config, table: DataFrame) -> tuple:
     """Places (n, 3) in LPS mm by series, from the locator that did not train on it; this fold's locator."""
     if not cfg.proposals:
@@ -433,7 +444,8 @@ def write_best(run: Run, row: dict, val_table: DataFrame, logits: ndarray, propo
     low, high = presence.quantile([0.05, 0.95])
     is_present = val_table[LABELS[AP]] == 1
     negatives = presence[~is_present]
-    allowed = {value: (1 - value) * len(negatives) for value in SPECIFICITIES}
+    values = SPECIFICITIES if 0 < len(negatives) < len(presence) else ()
+    allowed = {value: (1 - value) * len(negatives) for value in values}
     points = measure_sensitivity(
         "specificity", allowed, presence[is_present], oof["patient"][is_present], negatives, draws
     )
@@ -558,6 +570,7 @@ def train(cfg: Config, accelerator: Accelerator, args: Namespace) -> None:
         is_val = table["fold"] == cfg.fold
         train_table, val_table = table[~is_val], table[is_val]
         decoys = collect_decoys(cfg, train_table)
+        warn_of_leak(cfg, table)
         proposals, locator = load_proposals(cfg, table)
         state = begin(folder, cfg, accelerator, describe_run(cfg, table, accelerator), args)
         if is_main:
@@ -717,9 +730,7 @@ def make_accelerator(cfg: Config) -> Accelerator:
         log("precision fp16 needs a GPU: this run has no mixed precision")
         precision = "no"
     accelerator = Accelerator(
-        mixed_precision=precision,
-        log_with=cfg.tracker or None,
-        project_dir=Path(cfg.outputs) / cfg.run_name,
+        mixed_precision=precision, log_with=cfg.tracker or None, project_dir=Path(cfg.outputs) / cfg.run_name
     )
     accelerator.gradient_accumulation_steps = 1  # whatever the environment sets
     if accelerator.num_processes == 1 and "ACCELERATE_DYNAMO_BACKEND" in os.environ:

@@ -102,13 +102,19 @@ def test_the_help_of_a_script_lists_the_settings_that_matter_to_it():
 def test_a_label_table_names_all_its_faults_in_one_line(tmp_path):
     table, path = random_table(4), tmp_path / "train.csv"
     table.loc[1, LABELS[2]], table.loc[3, UID] = 2, table[UID][0]
-    faults = f"series 1.2.0 has several rows; {LABELS[2]} holds 2"
+    faults = f"series 1.2.0 has several rows; {LABELS[2]} holds 2 in series {table[UID][1]}; expected 0 or 1"
     texts = {faults: table.to_csv(index=False), "not a readable CSV": "\xff\xfe\0"}
+    texts[f"{LABELS[2]} holds 'yes' in series"] = table.replace({LABELS[2]: {2: "yes"}})[:3].to_csv(
+        index=False
+    )
     texts[f"columns missing: '{LABELS[0]}'"] = table.drop(columns=LABELS[0]).to_csv(index=False)
     for complaint, text in texts.items():
         path.write_text(text, encoding="latin-1")
         with pytest.raises(ValueError, match=f"{path}: {complaint}"):
             common.read_label_table(path)
+    path.unlink()
+    with pytest.raises(ValueError, match=f"{path}: no such file"):
+        common.read_label_table(path)
 
 
 def test_auc_with_weights_and_ties_agrees_with_scikit_learn():

@@ -85,7 +85,7 @@ def work(tmp_path_factory) -> Path:
         write_run(outputs, 10 + fold, val_uids, fold=fold, **settings)
     write_run(outputs, 20, uids[:5], model_name="test_resnet", max_localizer_crops=0)
     (outputs / "unfinished_seed0_fold0").mkdir()
-    (work / "longer.csv").write_text(f"{UID}\n{uids[0]}\n9.1\n9.2\n")
+    (work / "longer.csv").write_text(f"{','.join([UID, *LABELS])}\n{uids[0]}\n9.1\n9.2\n")
     return work
 
 
@@ -216,9 +216,10 @@ def test_a_signal_ends_with_one_line_and_its_code(work, name, code):
     ("--limit 1 >&-", "stdout or stderr is closed"),
     ("--outputs cache", "--outputs cache: no run of train.py"),
     ("--serve", "--serve: No module named 'kaggle_evaluation'"),
-    ("--src nothing", "--src nothing: no DICOM image; expected a folder"),
+    ("--src nothing", "--src nothing: no such folder; expected a folder"),
     ("--src longer.csv", "--src longer.csv: a file; expected a folder"),
     ("--out longer.csv --limit 1", "--out longer.csv: has 2 series that this run lacks"),
+    ("--out cache/train.csv", "--out cache/train.csv: this file is not a submission; name another"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_that_names_the_place(work, words, text):
     command = f"{sys.executable} {ROOT / 'infer.py'} {words}"

@@ -365,7 +365,7 @@ MISTAKES = {  # options -> exit code and last line
     "--src {tmp} --dst {tmp}/c --limit 0": (2, "expected a whole number above 0, found '0'"),
     "--src {tmp} --dst {tmp}/c --workers ²": (2, "expected a whole number above 0, found '²'"),
     "--src {tmp} --dst {tmp}/c --timeout 1.5": (2, "expected a whole number above 0, found '1.5'"),
-    "--src {tmp}/absent --dst {tmp}/c": (1, "preprocess.py: {tmp}/absent: found no DICOM series"),
+    "--src {tmp}/absent --dst {tmp}/c": (1, "preprocess.py: --src {tmp}/absent: no such folder"),
     "--src {tmp} --dst {tmp}/c --set bas_slices=3": (1, "--set bas_slices=3: unknown setting 'bas_slices'"),
     "--verify --dst {tmp}/absent": (1, "{tmp}/absent: no such folder; expected a cache"),
     "--verify --dst {tmp}": (3, "0 volumes agree with their sums; 1 faults"),
@@ -397,11 +397,15 @@ def test_faulty_tables_stop_the_run_before_work_and_odd_labels_are_counted(src, 
     code, err = run_on(src, tmp_path / "cache")
     assert code == 1 and f"{src}/train.csv" in err.splitlines()[-1] and "'Left Knee'" in err.splitlines()[-1]
     assert contents(tmp_path / "cache") == {}
+    table.assign(**dict.fromkeys(LABELS, 0)).to_csv(src / "train.csv", index=False)
+    positive = sorted(table.loc[table["Aneurysm Present"] == 1, UID])
+    _, err = run_on(src, tmp_path / "other")
+    assert f"{len(positive)} series have a point whose label is 0 in {src}/train.csv; first " in err
     table[UID], table["Aneurysm Present"] = "1.2.9" + table.index.astype(str), 1 - table["Aneurysm Present"]
     table.to_csv(src / "train.csv", index=False)
     code, err = run_on(src, tmp_path / "cache")
     assert code == 0 and f"in {len(table)} rows Aneurysm Present and the arteries disagree" in err
-    assert f"none of the {len(table)} series is in {src}/train.csv: nothing to train on" in err
+    assert f"{len(table)} of {len(table)} series are not in {src}/train.csv; first " in err
     code, err = run_on(src, src)
     assert code == 1 and "expected a folder of its own" in err.splitlines()[-1] and contents(src) == {}
 
