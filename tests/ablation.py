@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import common
 from common import AP, LABELS, UID
 
+ROOT = Path(__file__).parents[1]
 CLASSIFY = "task=classify epochs=8 "
 NO_CROPS = CLASSIFY + "max_localizer_crops=0 "
 ROWS = {  # what it is, config, settings
@@ -89,7 +89,7 @@ def main() -> None:
     print(f"{len(truth)} validation series of {table['patient'].nunique()} patients.\n")
     print("| row | seeds | wAUC, mean (range) | of their mean (95 %) | AUC presence | less the row above |")
     print("|---|---|---|---|---|---|")
-    wauc, draws = math.nan, math.nan  # of the row above; all rows draw the same patients
+    wauc = draws = math.nan  # of the row above; all rows draw the same patients
     for row, (text, *_) in ROWS.items():
         probs = [table[list(LABELS)].to_numpy() for table in oof.get(row, [])]
         if not probs:

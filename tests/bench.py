@@ -108,18 +108,10 @@ def run_notebook(folder: Path) -> np.ndarray:
     return (volume[below] * (1 - share) + volume[below + 1] * share).astype(np.uint8)
 
 
-def measure_peak(job: Callable) -> int:
-    """Do a job, return this process's peak memory in MiB; ru_maxrss would be the parent's at the fork."""
-    job()
+def measure_peak(folder: Path) -> int:
+    """Peak memory in MiB of this process with one series; ru_maxrss would be the parent's at the fork."""
+    make_voxels(folder)
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024
-
-
-def print_peak(name: str, job: Callable) -> None:
-    """Peak memory of a worker process that does a job, imports included."""
-    ((_, peak_mib, reason),) = run_isolated(measure_peak, [job], workers=1, timeout_s=36000, memory_gb=100)
-    if reason:
-        raise RuntimeError(reason)
-    print(f"\nPeak memory of {name}: {peak_mib} MiB")
 
 
 def decode(datasets: list[pydicom.Dataset]) -> None:
@@ -140,7 +132,10 @@ def bench_preprocess(args: argparse.Namespace, root: Path) -> None:
         }
         title = f"{SLICES} x {SIZE} x {SIZE} int16, {share} of the slices inside the region"
         compare(title, args.repeats, candidates)
-    print_peak("a worker", candidates["this project"])
+    ((_, peak_mib, reason),) = run_isolated(measure_peak, [folder], workers=1, timeout_s=600, memory_gb=100)
+    if reason:
+        raise RuntimeError(reason)
+    print(f"\nPeak memory of a worker, imports included: {peak_mib} MiB")
     for syntax in (JPEG2000Lossless, JPEGLSLossless, RLELossless):
         folder = root / syntax
         write_ct(folder, args.packed, 160, syntax)
@@ -193,61 +188,42 @@ def bench_infer(args: argparse.Namespace, root: Path) -> None:
     compare(f"a series, 5 x {args.model}, {args.img_size} px", args.repeats, candidates, per=num)
 
 
-def make_loop(name: str, cache: Path, args: argparse.Namespace, waits: list[float]) -> Callable[[], None]:
-    """An epoch of train.py ("ours") or a bare one, on models, series and batches alike."""
+def bench_train(args: argparse.Namespace, root: Path) -> None:
+    """Epochs of train.py and of a bare loop, on models and batches alike."""
     from accelerate import Accelerator
 
     import train
 
-    settings = {"model_name": args.model, "img_size": args.img_size, "pretrained": False}
-    cfg = change(Config(), precision="no", workers=0, epochs=1000, cache=str(cache), **settings)
-    table, accelerator = random_table(args.series), Accelerator()
-    write_cache(cache, table, cfg)
+    settings = {"model_name": args.model, "img_size": args.img_size, "pretrained": False, "workers": 0}
+    cfg = change(Config(), precision="no", epochs=1000, cache=str(root), **settings)
+    table, accelerator, waits = random_table(args.series), Accelerator(), []
+    write_cache(root, table, cfg)
     dataset = common.SeriesDataset(cfg, table, "train", np.full((1, 3), 0.5))
-    if name == "ours":
-        state = train.begin(cache / "run", cfg, accelerator, {}, argparse.Namespace(resume=False))
-        state.model, state.optimizer = accelerator.prepare(state.raw, state.optimizer)
-
-        def run_ours() -> None:
-            start = time.perf_counter()
-            _, waited = train.train_epoch(cfg, accelerator, state, dataset)
-            state.progress.epoch += 1
-            waits.append(waited / (time.perf_counter() - start))
-
-        return run_ours
     items = [dataset[i] for i in range(cfg.batch_size)]
     images = torch.stack([item["image"] for item in items]).to(accelerator.device) / 255
     labels = torch.stack([item["labels"] for item in items]).to(accelerator.device)
     model = common.build_model(cfg).to(accelerator.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    state = train.begin(root / "run", cfg, accelerator, {}, argparse.Namespace(resume=False))
+    state.model, state.optimizer = accelerator.prepare(state.raw, state.optimizer)
+    num_updates = math.ceil(args.series / cfg.batch_size)
 
     def run_bare() -> None:
         """Forward, backward, AdamW on a batch that stays on the device."""
-        for _ in range(math.ceil(args.series / cfg.batch_size)):
+        for _ in range(num_updates):
             logits = model(images).logits
             torch.nn.functional.binary_cross_entropy_with_logits(logits, labels).backward()
             optimizer.step()
             optimizer.zero_grad()
 
-    return run_bare
+    def run_ours() -> None:
+        start = time.perf_counter()
+        _, waited = train.train_epoch(cfg, accelerator, state, dataset)
+        state.progress.epoch += 1
+        waits.append(waited / (time.perf_counter() - start))
 
-
-def run_epochs(name: str, args: argparse.Namespace) -> None:
-    """Two epochs of one loop alone."""
-    with tempfile.TemporaryDirectory() as cache:
-        loop = make_loop(name, Path(cache), args, [])
-        loop()
-        loop()
-
-
-def bench_train(args: argparse.Namespace, root: Path) -> None:
-    """The training loop against a bare one, and the peak memory of each."""
-    waits: list[float] = []
-    loops = {name: make_loop(name, root / name, args, waits) for name in ("bare", "ours")}
-    title = f"an update of {args.model}, {args.img_size} px, batch 2"
-    compare(title, args.repeats, loops, per=math.ceil(args.series / 2))
-    for name in loops:
-        print_peak(name, partial(run_epochs, name, args))
+    title = f"an update of {args.model}, {args.img_size} px, batch {cfg.batch_size}"
+    compare(title, args.repeats, {"bare": run_bare, "ours": run_ours}, per=num_updates)
     print(f"\nours: an epoch of train.py, of which {spread(waits)} waits for data")
 
 
