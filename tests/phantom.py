@@ -34,17 +34,12 @@ from common import LABELS, LOCATIONS, MODALITIES, make_parser, usable_cores
 TABLE = ["SeriesInstanceUID", "PatientAge", "PatientSex", "Modality", *LABELS]  # columns of train.csv
 POINTS = ["SeriesInstanceUID", "SOPInstanceUID", "coordinates", "location"]  # and of train_localizers.csv
 FORMS = {  # transfer syntax, and how often of 20 series
-    "explicit": (uids.ExplicitVRLittleEndian, 5),
-    "implicit": (uids.ImplicitVRLittleEndian, 3),
-    "big endian": (uids.ExplicitVRBigEndian, 1),
-    "deflated": (uids.DeflatedExplicitVRLittleEndian, 1),
-    "RLE": (uids.RLELossless, 2),
-    "JPEG 2000": (uids.JPEG2000Lossless, 2),
-    "JPEG-LS": (uids.JPEGLSLossless, 1),
-    "monochrome1": (uids.ExplicitVRLittleEndian, 1),
-    "enhanced": (uids.ExplicitVRLittleEndian, 3),
-    "enhanced JPEG 2000": (uids.JPEG2000Lossless, 1),
-}
+    "explicit": (uids.ExplicitVRLittleEndian, 5), "implicit": (uids.ImplicitVRLittleEndian, 3),
+    "big endian": (uids.ExplicitVRBigEndian, 1), "deflated": (uids.DeflatedExplicitVRLittleEndian, 1),
+    "RLE": (uids.RLELossless, 2), "JPEG 2000": (uids.JPEG2000Lossless, 2),
+    "JPEG-LS": (uids.JPEGLSLossless, 1), "monochrome1": (uids.ExplicitVRLittleEndian, 1),
+    "enhanced": (uids.ExplicitVRLittleEndian, 3), "enhanced JPEG 2000": (uids.JPEG2000Lossless, 1),
+}  # fmt: skip
 
 # --- anatomy ------------------------------------------------------------------------------------------------
 # Millimetres from the vertex in the head's frame: x to the patient's left, y to the back, z up. Only the left

@@ -47,7 +47,10 @@ def head(points: np.ndarray, centre=(0, 0, 0)) -> np.ndarray:
     return np.where(inside, 40.0, -1000.0)
 
 
-def test_slabs_weigh_slices_by_their_overlap_and_interpolate_between_them():
+def test_a_slice_reaches_to_the_midpoints_but_not_across_a_hole_and_slabs_weigh_slices_by_their_overlap():
+    spans = slice_spans(np.array([0.0, 1.0, 2.0, 4.0]), 9.0)
+    np.testing.assert_allclose(spans, [[-0.5, 0.5], [0.5, 1.5], [1.5, 2.75], [3.25, 4.5]])
+    np.testing.assert_allclose(slice_spans(np.array([7.0]), 3.0), [[5.5, 8.5]])
     spans = np.array([[0.0, 1.0], [1.0, 2.0], [2.0, 4.0]])
     weights, covered = slab_weights(spans, np.array([0.0, 1.5, 3.0, 4.0]))
     np.testing.assert_allclose(weights, [[2 / 3, 1 / 3, 0], [0, 1 / 3, 2 / 3], [0, 0, 1]])
@@ -56,17 +59,11 @@ def test_slabs_weigh_slices_by_their_overlap_and_interpolate_between_them():
     weights, covered = slab_weights(spans, np.array([-0.5, 2.5, 3.5, 4.5, 7.5]))
     assert covered.tolist() == [1.0, 0.25, 0.0, 0.75]
     np.testing.assert_allclose(weights[2], [0, 0, 0.5, 0.5, 0])
+
+
+def test_resizing_is_linear_between_slices_and_exact_from_the_first_edge_on():
     weights = line_weights(np.array([0.0, 2.0, 4.0]), np.array([-1.0, 0.5, 3.0, 9.0]))
     np.testing.assert_allclose(weights, [[1, 0, 0], [0.75, 0.25, 0], [0, 0.5, 0.5], [0, 0, 1]])
-
-
-def test_a_slice_reaches_to_the_midpoints_but_not_across_a_hole():
-    spans = slice_spans(np.array([0.0, 1.0, 2.0, 4.0]), 9.0)
-    np.testing.assert_allclose(spans, [[-0.5, 0.5], [0.5, 1.5], [1.5, 2.75], [3.25, 4.5]])
-    np.testing.assert_allclose(slice_spans(np.array([7.0]), 3.0), [[5.5, 8.5]])
-
-
-def test_resizing_is_exact_from_the_first_edge_on():
     image = np.array([[0.0, 3.0, 6.0, 9.0, 12.0]] * 4, np.float32)
     shrunk = dicom.resize_exactly(image, np.array([0.5, 2 / 3]), (2, 3))  # 0..3 mm holds 0 and half of 3
     np.testing.assert_allclose(shrunk, [[1.0, 5.0, 10.0]] * 2, rtol=1e-6)
@@ -142,17 +139,16 @@ def test_the_upper_part_is_left_out_where_the_scan_shows_the_top(name, rows, is_
         assert lower.spacing_mm[0] * 12 == pytest.approx(full.spacing_mm[0] * 16) == pytest.approx(104)
 
 
-def on_a_table_with_shoulders(points):
-    x, y, z = np.moveaxis(points, -1, 0)
-    table = (np.abs(y - 115) < 3) & (np.abs(x) < 120)  # reaches above the head
-    headrest = (np.abs(np.hypot(x, y + 20) - 118) < 4) & (y > 40)
-    shoulders = (z < -180) & (((x - 30) / 200) ** 2 + ((y - 40) / 100) ** 2 < 1)
-    neck = (z < 0) & (z > -200) & (np.hypot(x, y - 20) < 55)
-    return np.select([table | headrest, shoulders | neck], [100.0, 40.0], head(points))
-
-
 def test_table_headrest_and_shoulders_do_not_move_the_box():
-    series = scan(on_a_table_with_shoulders, L, P, (150, 130, 130), (3.0, 3.4, 3.4))
+    def values(points):
+        x, y, z = np.moveaxis(points, -1, 0)
+        table = (np.abs(y - 115) < 3) & (np.abs(x) < 120)  # reaches above the head
+        headrest = (np.abs(np.hypot(x, y + 20) - 118) < 4) & (y > 40)
+        shoulders = (z < -180) & (((x - 30) / 200) ** 2 + ((y - 40) / 100) ** 2 < 1)
+        neck = (z < 0) & (z > -200) & (np.hypot(x, y - 20) < 55)
+        return np.select([table | headrest, shoulders | neck], [100.0, 40.0], head(points))
+
+    series = scan(values, L, P, (150, 130, 130), (3.0, 3.4, 3.4))
     assert dicom.find_head(dicom.canonical_grid(series)) == pytest.approx((100, 0, 0), abs=5)
 
 
@@ -174,8 +170,8 @@ def test_slices_outside_of_the_region_are_not_decoded():
 
 def stack(images: np.ndarray, modality: str = "CT", at_mm=None, broken=()) -> SimpleNamespace:
     """Axial slices of 2 mm, each of one value (n,), pixels of 2 mm, as large as the box of SETTINGS."""
-    shape = (len(images), 100, 100)
-    series = scan(lambda p: np.zeros(p.shape[:-1]), L, P, shape, (2.0, 2.0, 2.0), (0, 0, 0), modality, at_mm)
+    grid = (len(images), 100, 100), (2.0, 2.0, 2.0)
+    series = scan(head, L, P, *grid, modality=modality, at_mm=at_mm)
     series.images = [np.full((100, 100), value, np.int16) for value in images]
     series.broken = broken
     return series
@@ -248,7 +244,7 @@ def test_padding_is_dark_whatever_its_value_means(modality):
 
 
 def test_few_slices_that_cannot_be_decoded_are_left_out_and_noted_but_many_refused():
-    volume = make_volume(stack(np.array([310] * 40), broken=[11, 12]), SETTINGS)
+    volume = make_volume(stack(np.full(40, 310), broken=[11, 12]), SETTINGS)
     assert "2 slices left out, they cannot be decoded: slice 12 is broken" in volume.notes
     assert (np.median(volume.voxels, axis=(1, 2)) == 132).all()
     for num_slices, broken in ((40, range(5, 40, 6)), (1, [0])):
