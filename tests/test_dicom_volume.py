@@ -13,6 +13,14 @@ from dicom import VolumeSettings, line_weights, make_volume, slab_weights, slice
 SETTINGS = VolumeSettings(base_slices=16, img_size=100, roi_mm=200.0, roi_top_mm=160.0)
 L, P, S = np.eye(3)
 R, A, I = -L, -P, -S
+TURN = cv2.Rodrigues(np.radians([0.0, 14.0, 11.0]))[0]
+ORIENTATIONS = {
+    "axial": (L, P), "axial, feet up": (R, P), "axial, prone": (R, A),
+    "axial, rows and columns swapped": (P, L), "coronal": (L, I), "coronal, from behind": (R, I),
+    "sagittal": (P, I), "sagittal, from the right": (A, I), "sagittal, head down": (P, S),
+    "oblique axial": (TURN @ L, TURN @ P), "oblique sagittal": (TURN @ P, TURN @ I),
+}  # fmt: skip
+BLOB_MM = np.array([-21.0, 13.0, 27.0])  # LPS
 
 
 def scan(values, row_dir, col_dir, shape, spacing_mm, shear=(0, 0, 0), modality="CT", at_mm=None):
@@ -71,37 +79,22 @@ def test_resizing_is_linear_between_slices_and_exact_from_the_first_edge_on():
     np.testing.assert_allclose(mixed, [[0.0, 0.75, 2.25, 3.75, 5.25, 6.75]] * 2, rtol=1e-6)
 
 
-TURN = cv2.Rodrigues(np.radians([0.0, 14.0, 11.0]))[0]
-ORIENTATIONS = {
-    "axial": (L, P), "axial, feet up": (R, P), "axial, prone": (R, A),
-    "axial, rows and columns swapped": (P, L), "coronal": (L, I), "coronal, from behind": (R, I),
-    "sagittal": (P, I), "sagittal, from the right": (A, I), "sagittal, head down": (P, S),
-    "oblique axial": (TURN @ L, TURN @ P), "oblique sagittal": (TURN @ P, TURN @ I),
-}  # fmt: skip
-BLOB = np.array([-21.0, 13.0, 27.0])  # LPS mm
-
-
-def blob(points: np.ndarray) -> np.ndarray:
-    return head(points) + 600 * np.exp(-((points - BLOB) ** 2).sum(axis=-1) / (2 * 5.0**2))
-
-
-def brightest_voxel(voxels: np.ndarray) -> np.ndarray:
-    """Centre of mass (z, y, x) of what is brighter than half of the maximum."""
-    bright = np.where(voxels > voxels.max() / 2, voxels, 0).astype(float)
-    return np.array([(index * bright).sum() / bright.sum() for index in np.indices(bright.shape)])
-
-
 @pytest.mark.parametrize("name, tilt", [*((name, 0) for name in ORIENTATIONS), ("axial", -20), ("axial", 14)])
 def test_a_blob_lies_where_its_millimetres_say_and_axes_grow_upwards_backwards_and_to_the_left(name, tilt):
+    def values(points):
+        return head(points) + 600 * np.exp(-((points - BLOB_MM) ** 2).sum(axis=-1) / (2 * 5.0**2))
+
     shear = np.tan(np.deg2rad(tilt)) * P  # of a gantry
-    volume = make_volume(scan(blob, *ORIENTATIONS[name], (70, 72, 122), (3.3, 3.3, 1.8), shear), SETTINGS)
+    volume = make_volume(scan(values, *ORIENTATIONS[name], (70, 72, 122), (3.3, 3.3, 1.8), shear), SETTINGS)
     assert volume.voxels.shape == (16, 100, 100) and volume.voxels.dtype == np.uint8
     assert volume.voxels.max() > 150
-    np.testing.assert_allclose(brightest_voxel(volume.voxels), to_voxel(BLOB, volume.affine)[0], atol=0.5)
+    bright = np.where(volume.voxels > volume.voxels.max() / 2, volume.voxels, 0).astype(float)
+    centre = [(index * bright).sum() / bright.sum() for index in np.indices(bright.shape)]  # of mass
+    np.testing.assert_allclose(centre, to_voxel(BLOB_MM, volume.affine)[0], atol=0.5)
     directions = z, y, x = volume.affine[:3, :3].T / np.array(volume.spacing_mm)[:, None]
     assert min(z @ S, y @ P, x @ L) > 0.9
     np.testing.assert_allclose(directions @ directions.T, np.eye(3), atol=1e-9)
-    np.testing.assert_allclose(to_voxel(to_lps(BLOB, volume.affine), volume.affine)[0], BLOB, atol=1e-9)
+    np.testing.assert_allclose(to_voxel(to_lps(BLOB_MM, volume.affine), volume.affine)[0], BLOB_MM, atol=1e-9)
     assert volume.spacing_mm[1:] == pytest.approx((2.0, 2.0))
 
 
@@ -219,11 +212,10 @@ def test_missing_slices_are_filled_by_position_and_noted(hole_mm, num_interpolat
 
 
 def test_each_mr_slice_has_its_own_rescale_whose_slope_may_be_negative():
-    stored = np.array([100, 50, 600, 75, 700, 100])
-    series = stack(stored, "MR")
-    for frame, slope in zip(series.frames, [1, 2, 0.5, 4, -1, 5], strict=True):
-        frame.slope, frame.intercept = slope, 1200 * (slope < 0)  # 100, 100, 300, 300, 500, 500
-    for image in series.images:
+    series = stack(np.array([100, 50, 600, 75, 700, 100]), "MR")
+    slopes = [1, 2, 0.5, 4, -1, 5]  # with the intercept of slice 4: 100, 100, 300, 300, 500, 500
+    for frame, image, slope in zip(series.frames, series.images, slopes, strict=True):
+        frame.slope, frame.intercept = slope, 1200 * (slope < 0)
         image[0, 0] += 1  # else it would count as blank
     volume = make_volume(series, replace(SETTINGS, base_slices=3, mr_percentiles=(0.1, 99.9)))
     assert np.median(volume.voxels, axis=(1, 2)).tolist() == [0, 128, 255]

@@ -49,7 +49,7 @@ def place(d: Dataset, point: dict[str, float]) -> np.ndarray:
     return np.array(position.ImagePositionPatient, float) + offset
 
 
-def test_files_form_the_challenges_tree(dicoms, headers):
+def test_files_form_the_challenges_tree_in_every_modality_plane_and_storage(dicoms, headers):
     table, points = pd.read_csv(dicoms / "train.csv"), pd.read_csv(dicoms / "train_localizers.csv")
     assert list(table) == ["SeriesInstanceUID", "PatientAge", "PatientSex", "Modality", *LABELS]
     assert list(points) == ["SeriesInstanceUID", "SOPInstanceUID", "coordinates", "location"]
@@ -59,6 +59,14 @@ def test_files_form_the_challenges_tree(dicoms, headers):
         assert names == {d.SOPInstanceUID for d in datasets}
         assert {d.SeriesInstanceUID for d in datasets} == {uid}
         assert len({d.StudyInstanceUID for d in datasets}) == 1
+    assert set(table.Modality) == set(MODALITIES)
+    assert {job.plane for job in JOBS} == {"axial", "coronal", "sagittal"}
+    flat = [datasets[0] for datasets in headers.values()]
+    assert {d.file_meta.TransferSyntaxUID for d in flat} == {syntax for syntax, _ in phantom.FORMS.values()}
+    assert {d.PhotometricInterpretation for d in flat} == {"MONOCHROME1", "MONOCHROME2"}
+    assert {d.PixelRepresentation for d in flat} == {0, 1}
+    assert {"RescaleIntercept" in d for d in flat if "NumberOfFrames" not in d} == {True, False}
+    assert len({d.PatientID for d in flat}) < len(flat)  # some were scanned twice
 
 
 def test_pydicom_decodes_every_file_to_the_grey_values_that_were_drawn(headers):
@@ -106,17 +114,6 @@ def test_left_is_the_patients_left():
             assert not name.startswith("Left ") or x > 0, name
             assert not name.startswith("Right ") or x < 0, name
             assert 3 <= 2 * half_mm <= 9
-
-
-def test_every_modality_plane_and_storage_occurs(dicoms, headers):
-    assert set(pd.read_csv(dicoms / "train.csv").Modality) == set(MODALITIES)
-    assert {job.plane for job in JOBS} == {"axial", "coronal", "sagittal"}
-    flat = [datasets[0] for datasets in headers.values()]
-    assert {d.file_meta.TransferSyntaxUID for d in flat} == {syntax for syntax, _ in phantom.FORMS.values()}
-    assert {d.PhotometricInterpretation for d in flat} == {"MONOCHROME1", "MONOCHROME2"}
-    assert {d.PixelRepresentation for d in flat} == {0, 1}
-    assert {"RescaleIntercept" in d for d in flat if "NumberOfFrames" not in d} == {True, False}
-    assert len({d.PatientID for d in flat}) < len(flat)  # some were scanned twice
 
 
 def test_a_longer_set_starts_like_a_shorter_one_and_has_the_prevalence_of_the_challenge():
