@@ -22,20 +22,13 @@ from common import AP, LABELS, UID
 
 ROOT = Path(__file__).parents[1]
 CLASSIFY = "task=classify epochs=8 "
+NO_CROPS = CLASSIFY + "max_localizer_crops=0 "
 ROWS = {  # what it is, config, settings
-    "slabs": (
-        "35 channels from scratch, no crops",
-        "base",
-        CLASSIFY + "max_localizer_crops=0 pretrained=false",
-    ),
-    "weights": ("+ ImageNet weights", "base", CLASSIFY + "max_localizer_crops=0"),
+    "slabs": ("35 channels from scratch, no crops", "base", NO_CROPS + "pretrained=false"),
+    "weights": ("+ ImageNet weights", "base", NO_CROPS),
     "crops": ("+ annotated crops", "base", CLASSIFY + "p_localizer_dropout=0 p_global_localizer_off=0"),
     "regularised": ("+ drop-out and off-switch of crops", "base", CLASSIFY),
-    "proposals": (
-        "+ the locator's proposals as crops",
-        "base",
-        CLASSIFY + "proposals=ablation/locator/*_seed0_*",
-    ),
+    "proposals": ("+ proposals of the locator", "base", CLASSIFY + "proposals=ablation/locator/*_seed0_*"),
     "scratch": ("locator from scratch, 32 slabs", "base", "pretrained=false"),
     "locator": ("+ ImageNet weights", "base", ""),
     "locator32": ("+ box from 30 mm below the top", "slabs32", ""),
@@ -61,16 +54,10 @@ def train_all(series: int, seeds: int, num_jobs: int) -> None:
 
     def train(row: str, seed: int, fold: int) -> None:  # refuses to go on with a run of other settings
         _, config, settings = ROWS[row]
-        pairs = [f"seed={seed}", f"fold={fold}", f"outputs=ablation/{row}", *settings.split()]
-        options = itertools.chain.from_iterable(("--set", pair) for pair in pairs)
-        call(
-            "train.py",
-            "--config",
-            f"configs/ablation/{config}.yaml",
-            *options,
-            "--resume",
-            OMP_NUM_THREADS=threads,
-        )
+        options = ["--resume", "--config", f"configs/ablation/{config}.yaml"]
+        for pair in [f"seed={seed}", f"fold={fold}", f"outputs=ablation/{row}", *settings.split()]:
+            options += ["--set", pair]
+        call("train.py", *options, OMP_NUM_THREADS=threads)
 
     # seed 0 of the locator needs both folds: each proposes for the series that it did not train on
     runs = [("locator", 0, 1), *itertools.product(ROWS, range(seeds), [0])]
@@ -102,7 +89,7 @@ def main() -> None:
     print(f"{len(truth)} validation series of {table['patient'].nunique()} patients.\n")
     print("| row | seeds | wAUC, mean (range) | of their mean (95 %) | AUC presence | less the row above |")
     print("|---|---|---|---|---|---|")
-    wauc, draws = math.nan, math.nan  # of the row above; all rows draw the same patients
+    wauc = draws = math.nan  # of the row above; all rows draw the same patients
     for row, (text, *_) in ROWS.items():
         probs = [table[list(LABELS)].to_numpy() for table in oof.get(row, [])]
         if not probs:

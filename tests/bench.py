@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import resource
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,6 +30,7 @@ import numpy as np
 import pydicom
 import torch
 from conftest import change, random_table, write_cache
+from pydicom.pixels import get_decoder
 from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless, generate_uid
 
 import common
@@ -37,7 +38,6 @@ import infer
 from common import Config, run_isolated
 from dicom import VolumeSettings, make_volume, read_series
 
-CTA_LOW, CTA_HIGH = 0.0, 600.0
 SLICES, SIZE = 400, 512  # of the series to preprocess
 
 
@@ -99,7 +99,7 @@ def run_notebook(folder: Path) -> np.ndarray:
     images = []
     for ds in read_all(folder):
         hu = ds.pixel_array.astype(np.float32) * float(ds.RescaleSlope) + float(ds.RescaleIntercept)
-        image = (np.clip((hu - CTA_LOW) / (CTA_HIGH - CTA_LOW), 0, 1) * 255).astype(np.uint8)
+        image = (np.clip(hu / 600, 0, 1) * 255).astype(np.uint8)
         images.append(cv2.resize(image, (384, 384), interpolation=cv2.INTER_LINEAR))
     volume = np.stack(images).astype(np.float32)
     position = np.linspace(0, len(volume) - 1, 32)
@@ -108,37 +108,18 @@ def run_notebook(folder: Path) -> np.ndarray:
     return (volume[below] * (1 - share) + volume[below + 1] * share).astype(np.uint8)
 
 
-def measure_peak(job: Callable) -> int:
-    """Do a job in a worker -> its peak memory in MiB; ru_maxrss would be the parent's at the fork."""
-    job()
+def measure_peak(folder: Path) -> int:
+    """Peak memory in MiB of this process with one series; ru_maxrss would be the parent's at the fork."""
+    make_voxels(folder)
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024
 
 
-def find_peak(job: Callable) -> int:
-    """Peak memory in MiB of a worker process that does a job."""
-    ((_, peak_mib, reason),) = run_isolated(measure_peak, [job], workers=1, timeout_s=36000, memory_gb=100)
-    if reason:
-        raise RuntimeError(reason)
-    return peak_mib
-
-
-def bench_packed(root: Path, args: argparse.Namespace) -> None:
-    """Tables of what a compressed series takes beyond its decoding by pydicom with the same decoder."""
-    for syntax in (JPEG2000Lossless, JPEGLSLossless, RLELossless):
-        folder = root / syntax
-        write_ct(folder, args.packed, 160, syntax)
-        datasets = read_all(folder)
-
-        def decode(datasets: list[pydicom.Dataset] = datasets) -> None:
-            for ds in datasets:
-                ds._pixel_array, ds._pixel_id = None, {}  # pydicom keeps what it decoded
-                _ = ds.pixel_array
-
-        candidates = {"decoding": decode, "everything": partial(make_voxels, folder)}
-        compare(f"{syntax.name}, a slice of {args.packed}", args.repeats, candidates, per=args.packed)
+def decode(datasets: list[pydicom.Dataset]) -> list[tuple]:
+    return [get_decoder(ds.file_meta.TransferSyntaxUID).as_array(ds) for ds in datasets]
 
 
 def bench_preprocess(args: argparse.Namespace, root: Path) -> None:
+    """A plain series against the notebooks' way; compressed ones against their decoding by pydicom alone."""
     for depth_mm, share in ((320, "half"), (160, "all")):
         folder = root / share
         write_ct(folder, SLICES, depth_mm)
@@ -149,125 +130,89 @@ def bench_preprocess(args: argparse.Namespace, root: Path) -> None:
         }
         title = f"{SLICES} x {SIZE} x {SIZE} int16, {share} of the slices inside the region"
         compare(title, args.repeats, candidates)
-    bench_packed(root, args)
-    print(f"\nPeak memory of a worker, imports included: {find_peak(partial(make_voxels, folder))} MiB")
-
-
-def load_members(outputs: Path, num: int, model: str, img_size: int) -> tuple:
-    """An ensemble of num runs with random weights, and infer.py's arguments."""
-    for fold in range(num):
-        cfg = change(Config(), fold=fold, num_folds=5, pretrained=False, model_name=model, img_size=img_size)
-        decoys = np.random.default_rng(fold).random((100, 3)).tolist()
-        meta = {"prior": [0.1] * 14, "decoys": decoys, "val_uids": [], "locator": ""}
-        (outputs / cfg.run_name).mkdir(parents=True)
-        path = outputs / cfg.run_name / infer.CHECKPOINT
-        common.save_checkpoint(path, common.build_model(cfg), cfg, meta)
-    args = infer.parse_arguments(["--src", "bench", "--outputs", str(outputs)])
-    args.is_main = False
-    return infer.load_ensemble(args, [torch.device("cuda" if torch.cuda.is_available() else "cpu")]), args
-
-
-def answer_many(ensemble: infer.Ensemble, args: argparse.Namespace, folder: Path, num: int) -> tuple:
-    """(seconds of infer.py's loop for num copies of a series, as the second to the last take; MiB after
-    each)."""
-    times_s, memory = [], []
-
-    def save(answer: infer.Answer) -> None:
-        if answer.reason:
-            raise RuntimeError(answer.reason)
-        times_s.append(time.perf_counter())
-        memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20)
-
-    source = infer.Source(False, {f"1.{i}": sorted(folder.iterdir()) for i in range(num)}, {})
-    infer.answer_all(ensemble, source, list(source.series), args, save)
-    return (times_s[-1] - times_s[0]) * num / (num - 1), memory
+    ((_, peak_mib, reason),) = run_isolated(measure_peak, [folder], workers=1, timeout_s=600, memory_gb=100)
+    assert not reason, reason
+    print(f"\nPeak memory of a worker, imports included: {peak_mib} MiB")
+    for syntax in (JPEG2000Lossless, JPEGLSLossless, RLELossless):
+        folder = root / syntax
+        write_ct(folder, args.packed, 160, syntax)
+        candidates = {"decoding": partial(decode, read_all(folder)), "volume": partial(make_voxels, folder)}
+        compare(f"{syntax.name}, a slice of {args.packed}", args.repeats, candidates, per=args.packed)
 
 
 def bench_infer(args: argparse.Namespace, root: Path) -> None:
-    """infer.py from DICOM against the members' bare forward and the notebooks' flow."""
-    num, size, folder = args.series, args.img_size, root / "1.2"
+    """infer.py from DICOM against the bare forward of five members with random weights."""
+    num, folder, outputs = args.series, root / "1.2", root / "members"
     write_ct(folder, 200, 160)
-    ensemble, options = load_members(root / "members", 5, args.model, size)
-    image = np.random.default_rng(0).integers(0, 256, (35, size, size), dtype=np.uint8)
+    settings = {"model_name": args.model, "img_size": args.img_size, "pretrained": False}
+    for fold in range(5):
+        cfg = change(Config(), fold=fold, num_folds=5, **settings)
+        decoys = np.random.default_rng(fold).random((100, 3)).tolist()
+        meta = {"prior": [0.1] * 14, "decoys": decoys, "val_uids": [], "locator": ""}
+        path = outputs / cfg.run_name / infer.CHECKPOINT
+        path.parent.mkdir(parents=True)
+        common.save_checkpoint(path, common.build_model(cfg), cfg, meta)
+    options = infer.parse_arguments(["--src", "bench", "--outputs", str(outputs)])
+    options.is_main = False
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ensemble = infer.load_ensemble(options, [device])
+    image = np.random.default_rng(0).integers(0, 256, (35, args.img_size, args.img_size), dtype=np.uint8)
 
-    def predict_all(prepare: Callable = lambda: None) -> None:
+    def run_bare() -> None:
         """For every series a forward pass per member, each answer fetched; nothing overlaps."""
-        for _ in range(num):
-            prepare()
-            for member in ensemble.members:
-                infer.predict_views(member, image, False)
+        for _, member in product(range(num), ensemble.members):
+            infer.predict_views(member, image, False)
 
-    def prepare() -> None:
-        """Read and preprocess as notebooks do."""
-        image[:32] = [cv2.resize(slab, (size, size)) for slab in run_notebook(folder)]
+    def run_ours() -> float:
+        """Seconds of infer.py's loop for num copies of a series, as the second to the last take."""
+        times_s = []
+        source = infer.Source(False, {f"1.{i}": sorted(folder.iterdir()) for i in range(num)})
+        answers = infer.answer_all(
+            ensemble, source, list(source.series), options, save=lambda _: times_s.append(time.perf_counter())
+        )
+        assert not any(answer.reason for answer in answers), answers
+        return (times_s[-1] - times_s[0]) * num / (num - 1)
 
-    candidates = {
-        "bare forward": predict_all,
-        "infer.py from DICOM": lambda: answer_many(ensemble, options, folder, num)[0],
-        "notebook flow": partial(predict_all, prepare),
-    }
-    compare(f"a series, 5 x {args.model}, {size} px", args.repeats, candidates, per=num)
-    tiny = load_members(root / "tiny", 1, "test_efficientnet", 64)
-    write_ct(root / "small", 40, 160)
-    _, memory = answer_many(*tiny, root / "small", 200)
-    print(f"\nMiB of the parent after 20, 100 and 200 series: {memory[19]}, {memory[99]}, {memory[199]}")
+    candidates = {"bare forward": run_bare, "infer.py from DICOM": run_ours}
+    compare(f"a series, 5 x {args.model}, {args.img_size} px", args.repeats, candidates, per=num)
 
 
-def make_loop(name: str, cache: Path, args: argparse.Namespace, waits: list[float]) -> Callable[[], None]:
-    """An epoch of train.py ("ours") or a bare one, on models, series and batches alike."""
+def bench_train(args: argparse.Namespace, root: Path) -> None:
+    """Epochs of train.py and of a bare loop, on models and batches alike."""
     from accelerate import Accelerator
 
     import train
 
-    settings = {"model_name": args.model, "img_size": args.img_size, "precision": "no", "workers": 0}
-    cfg = change(Config(), pretrained=False, epochs=1000, cache=str(cache), **settings)
-    table, accelerator = random_table(args.series), Accelerator()
-    write_cache(cache, table, cfg)
+    settings = {"model_name": args.model, "img_size": args.img_size, "pretrained": False, "workers": 0}
+    cfg = change(Config(), precision="no", epochs=1000, cache=str(root), **settings)
+    table, accelerator, waits = random_table(args.series), Accelerator(), []
+    write_cache(root, table, cfg)
     dataset = common.SeriesDataset(cfg, table, "train", np.full((1, 3), 0.5))
-    if name == "ours":
-        state = train.begin(cache / "run", cfg, accelerator, {}, argparse.Namespace(resume=False))
-        state.model, state.optimizer = accelerator.prepare(state.raw, state.optimizer)
-
-        def run_ours() -> None:
-            start = time.perf_counter()
-            _, waited = train.train_epoch(cfg, accelerator, state, dataset)
-            state.progress.epoch += 1
-            waits.append(waited / (time.perf_counter() - start))
-
-        return run_ours
     items = [dataset[i] for i in range(cfg.batch_size)]
     images = torch.stack([item["image"] for item in items]).to(accelerator.device) / 255
     labels = torch.stack([item["labels"] for item in items]).to(accelerator.device)
     model = common.build_model(cfg).to(accelerator.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    state = train.begin(root / "run", cfg, accelerator, {}, argparse.Namespace(resume=False))
+    state.model, state.optimizer = accelerator.prepare(state.raw, state.optimizer)
+    num_updates = math.ceil(args.series / cfg.batch_size)
 
     def run_bare() -> None:
         """Forward, backward, AdamW on a batch that stays on the device."""
-        for _ in range(math.ceil(args.series / cfg.batch_size)):
+        for _ in range(num_updates):
             logits = model(images).logits
             torch.nn.functional.binary_cross_entropy_with_logits(logits, labels).backward()
             optimizer.step()
             optimizer.zero_grad()
 
-    return run_bare
+    def run_ours() -> None:
+        start = time.perf_counter()
+        _, waited = train.train_epoch(cfg, accelerator, state, dataset)
+        state.progress.epoch += 1
+        waits.append(waited / (time.perf_counter() - start))
 
-
-def run_epochs(name: str, args: argparse.Namespace) -> None:
-    """Two epochs of one loop alone."""
-    with tempfile.TemporaryDirectory() as cache:
-        loop = make_loop(name, Path(cache), args, [])
-        loop()
-        loop()
-
-
-def bench_train(args: argparse.Namespace, root: Path) -> None:
-    """The training loop against a bare one, and the peak memory of each."""
-    waits: list[float] = []
-    loops = {name: make_loop(name, root / name, args, waits) for name in ("bare", "ours")}
-    title = f"an update of {args.model}, {args.img_size} px, batch 2"
-    compare(title, args.repeats, loops, per=math.ceil(args.series / 2))
-    for name in loops:
-        print(f"\nPeak memory of {name}: {find_peak(partial(run_epochs, name, args))} MiB")
+    title = f"an update of {args.model}, {args.img_size} px, batch {cfg.batch_size}"
+    compare(title, args.repeats, {"bare": run_bare, "ours": run_ours}, per=num_updates)
     print(f"\nours: an epoch of train.py, of which {spread(waits)} waits for data")
 
 

@@ -34,17 +34,12 @@ from common import LABELS, LOCATIONS, MODALITIES, make_parser, usable_cores
 TABLE = ["SeriesInstanceUID", "PatientAge", "PatientSex", "Modality", *LABELS]  # columns of train.csv
 POINTS = ["SeriesInstanceUID", "SOPInstanceUID", "coordinates", "location"]  # and of train_localizers.csv
 FORMS = {  # transfer syntax, and how often of 20 series
-    "explicit": (uids.ExplicitVRLittleEndian, 5),
-    "implicit": (uids.ImplicitVRLittleEndian, 3),
-    "big endian": (uids.ExplicitVRBigEndian, 1),
-    "deflated": (uids.DeflatedExplicitVRLittleEndian, 1),
-    "RLE": (uids.RLELossless, 2),
-    "JPEG 2000": (uids.JPEG2000Lossless, 2),
-    "JPEG-LS": (uids.JPEGLSLossless, 1),
-    "monochrome1": (uids.ExplicitVRLittleEndian, 1),
-    "enhanced": (uids.ExplicitVRLittleEndian, 3),
-    "enhanced JPEG 2000": (uids.JPEG2000Lossless, 1),
-}
+    "explicit": (uids.ExplicitVRLittleEndian, 5), "implicit": (uids.ImplicitVRLittleEndian, 3),
+    "big endian": (uids.ExplicitVRBigEndian, 1), "deflated": (uids.DeflatedExplicitVRLittleEndian, 1),
+    "RLE": (uids.RLELossless, 2), "JPEG 2000": (uids.JPEG2000Lossless, 2),
+    "JPEG-LS": (uids.JPEGLSLossless, 1), "monochrome1": (uids.ExplicitVRLittleEndian, 1),
+    "enhanced": (uids.ExplicitVRLittleEndian, 3), "enhanced JPEG 2000": (uids.JPEG2000Lossless, 1),
+}  # fmt: skip
 
 # --- anatomy ------------------------------------------------------------------------------------------------
 # Millimetres from the vertex in the head's frame: x to the patient's left, y to the back, z up. Only the left
@@ -172,12 +167,10 @@ def plan(
 
 
 def make_head(job: Job) -> tuple[np.ndarray, dict, list, list]:
-    """Jittered anatomy of one patient; the aneurysms take no part in any of its draws.
-
-    Returns the skull's scale (3,), the vessels {tissue: {(name, side): tube}}, the parts (tissue, ellipsoid)
-    and the domes, ellipsoids too. A tube (n, 5) holds x, y, z and radius in mm, and the place in units of
-    template points; an ellipsoid its centre (3,), its axes' directions in rows (3, 3) and half their mm (3,).
-    """
+    """Jittered anatomy of one patient: the skull's scale (3,), vessels {tissue: {(name, side): tube}}, parts
+    (tissue, ellipsoid), and domes, ellipsoids that take no part in the other draws. A tube (n, 5) holds x, y,
+    z and radius in mm, and the place in units of template points; an ellipsoid its centre (3,), its axes'
+    directions in rows (3, 3) and half their mm (3,)."""
     rng = generator(job.seed, job.patient, "anatomy")
     scale = np.clip(rng.normal(1, 0.035, 3), 0.93, 1.07)
     rate, phase = rng.normal(0, 1 / 25, (5, 3)), rng.uniform(0, 2 * np.pi, 5)
@@ -542,9 +535,8 @@ def save(d: Dataset, stored: np.ndarray, form: str, path: Path) -> None:
 
 def write_frames(d: Dataset, stored: np.ndarray, scan: Scan, job: Job, folder: Path) -> list[tuple[str, int]]:
     """Write the files of a series. Returns SOPInstanceUID and frame of each slice."""
-    order = list(range(len(stored)))  # the slice of each instance or frame
-    if generator(job.seed, job.number, "order").random() < 0.5:
-        order.reverse()
+    is_reversed = generator(job.seed, job.number, "order").random() < 0.5
+    order = list(range(len(stored)))[:: -1 if is_reversed else 1]  # the slice of each instance or frame
     positions = [[round(v, 6) for v in (scan.affine @ [k, 0, 0, 1])[:3]] for k in range(len(stored))]
     if job.form.startswith("enhanced"):
         d.SOPInstanceUID, d.InstanceNumber = make_uid(job.seed, "instance", job.number), 1

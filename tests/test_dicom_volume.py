@@ -13,6 +13,14 @@ from dicom import VolumeSettings, line_weights, make_volume, slab_weights, slice
 SETTINGS = VolumeSettings(base_slices=16, img_size=100, roi_mm=200.0, roi_top_mm=160.0)
 L, P, S = np.eye(3)
 R, A, I = -L, -P, -S
+TURN = cv2.Rodrigues(np.radians([0.0, 14.0, 11.0]))[0]
+ORIENTATIONS = {
+    "axial": (L, P), "axial, feet up": (R, P), "axial, prone": (R, A),
+    "axial, rows and columns swapped": (P, L), "coronal": (L, I), "coronal, from behind": (R, I),
+    "sagittal": (P, I), "sagittal, from the right": (A, I), "sagittal, head down": (P, S),
+    "oblique axial": (TURN @ L, TURN @ P), "oblique sagittal": (TURN @ P, TURN @ I),
+}  # fmt: skip
+BLOB_MM = np.array([-21.0, 13.0, 27.0])  # LPS
 
 
 def scan(values, row_dir, col_dir, shape, spacing_mm, shear=(0, 0, 0), modality="CT", at_mm=None):
@@ -47,7 +55,10 @@ def head(points: np.ndarray, centre=(0, 0, 0)) -> np.ndarray:
     return np.where(inside, 40.0, -1000.0)
 
 
-def test_slabs_weigh_slices_by_their_overlap_and_interpolate_between_them():
+def test_a_slice_reaches_to_the_midpoints_but_not_across_a_hole_and_slabs_weigh_slices_by_their_overlap():
+    spans = slice_spans(np.array([0.0, 1.0, 2.0, 4.0]), 9.0)
+    np.testing.assert_allclose(spans, [[-0.5, 0.5], [0.5, 1.5], [1.5, 2.75], [3.25, 4.5]])
+    np.testing.assert_allclose(slice_spans(np.array([7.0]), 3.0), [[5.5, 8.5]])
     spans = np.array([[0.0, 1.0], [1.0, 2.0], [2.0, 4.0]])
     weights, covered = slab_weights(spans, np.array([0.0, 1.5, 3.0, 4.0]))
     np.testing.assert_allclose(weights, [[2 / 3, 1 / 3, 0], [0, 1 / 3, 2 / 3], [0, 0, 1]])
@@ -56,17 +67,11 @@ def test_slabs_weigh_slices_by_their_overlap_and_interpolate_between_them():
     weights, covered = slab_weights(spans, np.array([-0.5, 2.5, 3.5, 4.5, 7.5]))
     assert covered.tolist() == [1.0, 0.25, 0.0, 0.75]
     np.testing.assert_allclose(weights[2], [0, 0, 0.5, 0.5, 0])
+
+
+def test_resizing_is_linear_between_slices_and_exact_from_the_first_edge_on():
     weights = line_weights(np.array([0.0, 2.0, 4.0]), np.array([-1.0, 0.5, 3.0, 9.0]))
     np.testing.assert_allclose(weights, [[1, 0, 0], [0.75, 0.25, 0], [0, 0.5, 0.5], [0, 0, 1]])
-
-
-def test_a_slice_reaches_to_the_midpoints_but_not_across_a_hole():
-    spans = slice_spans(np.array([0.0, 1.0, 2.0, 4.0]), 9.0)
-    np.testing.assert_allclose(spans, [[-0.5, 0.5], [0.5, 1.5], [1.5, 2.75], [3.25, 4.5]])
-    np.testing.assert_allclose(slice_spans(np.array([7.0]), 3.0), [[5.5, 8.5]])
-
-
-def test_resizing_is_exact_from_the_first_edge_on():
     image = np.array([[0.0, 3.0, 6.0, 9.0, 12.0]] * 4, np.float32)
     shrunk = dicom.resize_exactly(image, np.array([0.5, 2 / 3]), (2, 3))  # 0..3 mm holds 0 and half of 3
     np.testing.assert_allclose(shrunk, [[1.0, 5.0, 10.0]] * 2, rtol=1e-6)
@@ -74,37 +79,22 @@ def test_resizing_is_exact_from_the_first_edge_on():
     np.testing.assert_allclose(mixed, [[0.0, 0.75, 2.25, 3.75, 5.25, 6.75]] * 2, rtol=1e-6)
 
 
-TURN = cv2.Rodrigues(np.radians([0.0, 14.0, 11.0]))[0]
-ORIENTATIONS = {
-    "axial": (L, P), "axial, feet up": (R, P), "axial, prone": (R, A),
-    "axial, rows and columns swapped": (P, L), "coronal": (L, I), "coronal, from behind": (R, I),
-    "sagittal": (P, I), "sagittal, from the right": (A, I), "sagittal, head down": (P, S),
-    "oblique axial": (TURN @ L, TURN @ P), "oblique sagittal": (TURN @ P, TURN @ I),
-}  # fmt: skip
-BLOB = np.array([-21.0, 13.0, 27.0])  # LPS mm
-
-
-def blob(points: np.ndarray) -> np.ndarray:
-    return head(points) + 600 * np.exp(-((points - BLOB) ** 2).sum(axis=-1) / (2 * 5.0**2))
-
-
-def brightest_voxel(voxels: np.ndarray) -> np.ndarray:
-    """Centre of mass (z, y, x) of what is brighter than half of the maximum."""
-    bright = np.where(voxels > voxels.max() / 2, voxels, 0).astype(float)
-    return np.array([(index * bright).sum() / bright.sum() for index in np.indices(bright.shape)])
-
-
 @pytest.mark.parametrize("name, tilt", [*((name, 0) for name in ORIENTATIONS), ("axial", -20), ("axial", 14)])
 def test_a_blob_lies_where_its_millimetres_say_and_axes_grow_upwards_backwards_and_to_the_left(name, tilt):
+    def values(points):
+        return head(points) + 600 * np.exp(-((points - BLOB_MM) ** 2).sum(axis=-1) / (2 * 5.0**2))
+
     shear = np.tan(np.deg2rad(tilt)) * P  # of a gantry
-    volume = make_volume(scan(blob, *ORIENTATIONS[name], (70, 72, 122), (3.3, 3.3, 1.8), shear), SETTINGS)
+    volume = make_volume(scan(values, *ORIENTATIONS[name], (70, 72, 122), (3.3, 3.3, 1.8), shear), SETTINGS)
     assert volume.voxels.shape == (16, 100, 100) and volume.voxels.dtype == np.uint8
     assert volume.voxels.max() > 150
-    np.testing.assert_allclose(brightest_voxel(volume.voxels), to_voxel(BLOB, volume.affine)[0], atol=0.5)
+    bright = np.where(volume.voxels > volume.voxels.max() / 2, volume.voxels, 0).astype(float)
+    centre = [(index * bright).sum() / bright.sum() for index in np.indices(bright.shape)]  # of mass
+    np.testing.assert_allclose(centre, to_voxel(BLOB_MM, volume.affine)[0], atol=0.5)
     directions = z, y, x = volume.affine[:3, :3].T / np.array(volume.spacing_mm)[:, None]
     assert min(z @ S, y @ P, x @ L) > 0.9
     np.testing.assert_allclose(directions @ directions.T, np.eye(3), atol=1e-9)
-    np.testing.assert_allclose(to_voxel(to_lps(BLOB, volume.affine), volume.affine)[0], BLOB, atol=1e-9)
+    np.testing.assert_allclose(to_voxel(to_lps(BLOB_MM, volume.affine), volume.affine)[0], BLOB_MM, atol=1e-9)
     assert volume.spacing_mm[1:] == pytest.approx((2.0, 2.0))
 
 
@@ -142,17 +132,16 @@ def test_the_upper_part_is_left_out_where_the_scan_shows_the_top(name, rows, is_
         assert lower.spacing_mm[0] * 12 == pytest.approx(full.spacing_mm[0] * 16) == pytest.approx(104)
 
 
-def on_a_table_with_shoulders(points):
-    x, y, z = np.moveaxis(points, -1, 0)
-    table = (np.abs(y - 115) < 3) & (np.abs(x) < 120)  # reaches above the head
-    headrest = (np.abs(np.hypot(x, y + 20) - 118) < 4) & (y > 40)
-    shoulders = (z < -180) & (((x - 30) / 200) ** 2 + ((y - 40) / 100) ** 2 < 1)
-    neck = (z < 0) & (z > -200) & (np.hypot(x, y - 20) < 55)
-    return np.select([table | headrest, shoulders | neck], [100.0, 40.0], head(points))
-
-
 def test_table_headrest_and_shoulders_do_not_move_the_box():
-    series = scan(on_a_table_with_shoulders, L, P, (150, 130, 130), (3.0, 3.4, 3.4))
+    def values(points):
+        x, y, z = np.moveaxis(points, -1, 0)
+        table = (np.abs(y - 115) < 3) & (np.abs(x) < 120)  # reaches above the head
+        headrest = (np.abs(np.hypot(x, y + 20) - 118) < 4) & (y > 40)
+        shoulders = (z < -180) & (((x - 30) / 200) ** 2 + ((y - 40) / 100) ** 2 < 1)
+        neck = (z < 0) & (z > -200) & (np.hypot(x, y - 20) < 55)
+        return np.select([table | headrest, shoulders | neck], [100.0, 40.0], head(points))
+
+    series = scan(values, L, P, (150, 130, 130), (3.0, 3.4, 3.4))
     assert dicom.find_head(dicom.canonical_grid(series)) == pytest.approx((100, 0, 0), abs=5)
 
 
@@ -174,8 +163,8 @@ def test_slices_outside_of_the_region_are_not_decoded():
 
 def stack(images: np.ndarray, modality: str = "CT", at_mm=None, broken=()) -> SimpleNamespace:
     """Axial slices of 2 mm, each of one value (n,), pixels of 2 mm, as large as the box of SETTINGS."""
-    shape = (len(images), 100, 100)
-    series = scan(lambda p: np.zeros(p.shape[:-1]), L, P, shape, (2.0, 2.0, 2.0), (0, 0, 0), modality, at_mm)
+    grid = (len(images), 100, 100), (2.0, 2.0, 2.0)
+    series = scan(head, L, P, *grid, modality=modality, at_mm=at_mm)
     series.images = [np.full((100, 100), value, np.int16) for value in images]
     series.broken = broken
     return series
@@ -223,11 +212,10 @@ def test_missing_slices_are_filled_by_position_and_noted(hole_mm, num_interpolat
 
 
 def test_each_mr_slice_has_its_own_rescale_whose_slope_may_be_negative():
-    stored = np.array([100, 50, 600, 75, 700, 100])
-    series = stack(stored, "MR")
-    for frame, slope in zip(series.frames, [1, 2, 0.5, 4, -1, 5], strict=True):
-        frame.slope, frame.intercept = slope, 1200 * (slope < 0)  # 100, 100, 300, 300, 500, 500
-    for image in series.images:
+    series = stack(np.array([100, 50, 600, 75, 700, 100]), "MR")
+    slopes = [1, 2, 0.5, 4, -1, 5]  # with the intercept of slice 4: 100, 100, 300, 300, 500, 500
+    for frame, image, slope in zip(series.frames, series.images, slopes, strict=True):
+        frame.slope, frame.intercept = slope, 1200 * (slope < 0)
         image[0, 0] += 1  # else it would count as blank
     volume = make_volume(series, replace(SETTINGS, base_slices=3, mr_percentiles=(0.1, 99.9)))
     assert np.median(volume.voxels, axis=(1, 2)).tolist() == [0, 128, 255]
@@ -248,7 +236,7 @@ def test_padding_is_dark_whatever_its_value_means(modality):
 
 
 def test_few_slices_that_cannot_be_decoded_are_left_out_and_noted_but_many_refused():
-    volume = make_volume(stack(np.array([310] * 40), broken=[11, 12]), SETTINGS)
+    volume = make_volume(stack(np.full(40, 310), broken=[11, 12]), SETTINGS)
     assert "2 slices left out, they cannot be decoded: slice 12 is broken" in volume.notes
     assert (np.median(volume.voxels, axis=(1, 2)) == 132).all()
     for num_slices, broken in ((40, range(5, 40, 6)), (1, [0])):

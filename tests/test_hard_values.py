@@ -21,7 +21,9 @@ NOISE = np.random.default_rng(0).normal(0, 8, RADIUS.shape)
 PARTS = [RADIUS < 0.3, RADIUS < 0.88, RADIUS < 1]  # vessel, brain, skull
 HU = np.maximum(np.rint(np.select(PARTS, [350, 38, 900], -1000) + NOISE), -1024).astype(int)
 GREY = np.rint(np.abs(np.select(PARTS, [900, 400, 60], 0) + NOISE)).astype(int)  # magnitudes; a dark skull
+GREY_LEVELS = np.rint(255 * np.clip((HU + 160) / 400, 0, 1)).astype(int)  # of a window from -160 to 240 HU
 AIR = RADIUS >= 1
+CORNERS = np.broadcast_to(np.hypot(*(np.mgrid[:SIZE, :SIZE] - 31.5)) > 31.9, GREY.shape)
 
 
 def write_scan(folder: Path, voxels: np.ndarray, plane="axial", positions=None, **tags) -> None:
@@ -91,9 +93,6 @@ def test_a_ct_is_read_so_that_air_and_tissue_lie_where_hu_says(tmp_path, healthy
     assert np.median(pixels[14:18, 24:28]) == pytest.approx(38, abs=5)
 
 
-GREY_LEVELS = np.rint(255 * np.clip((HU + 160) / 400, 0, 1)).astype(int)  # of a window from -160 to 240 HU
-
-
 @pytest.mark.parametrize("stored, tags, doubt", [
     (HU + 8192, {}, "neither air near -1000 HU nor soft tissue"),
     (GREY_LEVELS, {}, "as in an image made for a screen"),
@@ -122,9 +121,6 @@ def test_a_ct_without_air_or_tissue_is_neither_changed_nor_doubted(tmp_path, nam
     assert series.doubts == []
 
 
-CORNERS = np.broadcast_to(np.hypot(*(np.mgrid[:SIZE, :SIZE] - 31.5)) > 31.9, GREY.shape)
-
-
 @pytest.mark.parametrize("is_fill", [CORNERS, AIR], ids=["corners", "all air"])
 @pytest.mark.parametrize("fill", [-2048, 63488, 32767])
 def test_a_fill_takes_neither_the_percentiles_nor_the_box_of_an_mr(tmp_path, healthy, fill, is_fill):
@@ -149,9 +145,9 @@ def test_inversion_recovery_over_a_far_background_spans_the_grey_levels(tmp_path
 def test_small_negative_mr_values_without_sign_are_black_and_padding_among_tissue_is_not(tmp_path, healthy):
     assert is_equal(volume_of(tmp_path / "mr", (GREY - np.where(AIR, 9, 0)) % 65536, **MR), healthy["MR"])
     for padding in (0, 400):
-        volume = volume_of(tmp_path / f"{padding}", GREY, PixelPaddingValue=padding, **MR)
-        assert is_equal(volume, healthy["MR"])
-        assert noted(read_series(tmp_path / f"{padding}"), "would be tissue") == (padding == 400)
+        folder = tmp_path / f"{padding}"
+        assert is_equal(volume_of(folder, GREY, PixelPaddingValue=padding, **MR), healthy["MR"])
+        assert noted(read_series(folder), "would be tissue") == (padding == 400)
 
 
 @pytest.mark.parametrize("z", [-200.0, 200.0, 400.0, 9000.0])

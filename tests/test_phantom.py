@@ -49,7 +49,7 @@ def place(d: Dataset, point: dict[str, float]) -> np.ndarray:
     return np.array(position.ImagePositionPatient, float) + offset
 
 
-def test_files_form_the_challenges_tree(dicoms, headers):
+def test_files_form_the_challenges_tree_in_every_modality_plane_and_storage(dicoms, headers):
     table, points = pd.read_csv(dicoms / "train.csv"), pd.read_csv(dicoms / "train_localizers.csv")
     assert list(table) == ["SeriesInstanceUID", "PatientAge", "PatientSex", "Modality", *LABELS]
     assert list(points) == ["SeriesInstanceUID", "SOPInstanceUID", "coordinates", "location"]
@@ -59,6 +59,14 @@ def test_files_form_the_challenges_tree(dicoms, headers):
         assert names == {d.SOPInstanceUID for d in datasets}
         assert {d.SeriesInstanceUID for d in datasets} == {uid}
         assert len({d.StudyInstanceUID for d in datasets}) == 1
+    assert set(table.Modality) == set(MODALITIES)
+    assert {job.plane for job in JOBS} == {"axial", "coronal", "sagittal"}
+    flat = [datasets[0] for datasets in headers.values()]
+    assert {d.file_meta.TransferSyntaxUID for d in flat} == {syntax for syntax, _ in phantom.FORMS.values()}
+    assert {d.PhotometricInterpretation for d in flat} == {"MONOCHROME1", "MONOCHROME2"}
+    assert {d.PixelRepresentation for d in flat} == {0, 1}
+    assert {"RescaleIntercept" in d for d in flat if "NumberOfFrames" not in d} == {True, False}
+    assert len({d.PatientID for d in flat}) < len(flat)  # some were scanned twice
 
 
 def test_pydicom_decodes_every_file_to_the_grey_values_that_were_drawn(headers):
@@ -108,32 +116,21 @@ def test_left_is_the_patients_left():
             assert 3 <= 2 * half_mm <= 9
 
 
-def test_every_modality_plane_and_storage_occurs(dicoms, headers):
-    assert set(pd.read_csv(dicoms / "train.csv").Modality) == set(MODALITIES)
-    assert {job.plane for job in JOBS} == {"axial", "coronal", "sagittal"}
-    flat = [datasets[0] for datasets in headers.values()]
-    assert {d.file_meta.TransferSyntaxUID for d in flat} == {syntax for syntax, _ in phantom.FORMS.values()}
-    assert {d.PhotometricInterpretation for d in flat} == {"MONOCHROME1", "MONOCHROME2"}
-    assert {d.PixelRepresentation for d in flat} == {0, 1}
-    assert {"RescaleIntercept" in d for d in flat if "NumberOfFrames" not in d} == {True, False}
-    assert len({d.PatientID for d in flat}) < len(flat)  # some were scanned twice
-
-
-def test_prevalence_is_that_of_the_challenge():
-    counts = np.array([len(job.locations) for job in phantom.plan(1000, 2, 32)])
+def test_a_longer_set_starts_like_a_shorter_one_and_has_the_prevalence_of_the_challenge():
+    jobs = phantom.plan(1000, 0, 40)
+    assert jobs[:40] == JOBS
+    counts = np.array([len(job.locations) for job in jobs])
     assert abs(np.mean(counts > 0) - 0.45) < 0.03
     assert 0.1 < np.mean(counts[counts > 0] > 1) < 0.3
 
 
-def test_the_command_writes_the_same_bytes_with_several_processes(dicoms, tmp_path):
+def test_the_command_writes_the_same_bytes_with_several_processes_and_refuses_another_set(dicoms, tmp_path):
     options = ["--dst", tmp_path, "--series", "40", "--matrix", "40"]
     result = subprocess.run([sys.executable, phantom.__file__, *options], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (0, ""), result.stderr
     assert read_files(tmp_path) == read_files(dicoms)
-
-
-def test_a_shorter_set_is_the_start_of_a_longer_one():
-    assert phantom.plan(120, 0, 40)[:40] == JOBS
+    with pytest.raises(SystemExit, match=r"series of another set; expected none"):
+        phantom.make_set(tmp_path, 2, seed=1, matrix=40)
 
 
 def test_without_aneurysms_only_their_voxels_change(tmp_path):
@@ -156,8 +153,3 @@ def test_without_aneurysms_only_their_voxels_change(tmp_path):
             assert any(np.linalg.norm(voxel - centre) <= radius + reach_mm for centre, radius in domes), job
         changed.add(job.uid)
     assert changed == {job.uid for job in jobs.values() if job.locations} and 4 < len(changed) < 12
-
-
-def test_a_folder_with_another_set_is_refused(dicoms):
-    with pytest.raises(SystemExit, match=r"series of another set; expected none"):
-        phantom.make_set(dicoms, 2, seed=1, matrix=40)
