@@ -32,8 +32,8 @@ shell: install
 # Graded down so that two cores learn something in minutes: 96 pixels, four epochs.
 demo: install
 	rm -rf demo
-	@echo "== 1/6 writing 480 phantom series to train on and 100 of other patients to test"
-	$(BIN)/python tests/phantom.py --dst demo/dicoms --series 480 --seed 0 $(PHANTOMS)
+	@echo "== 1/6 writing 420 phantom series to train on and 100 of other patients to test"
+	$(BIN)/python tests/phantom.py --dst demo/dicoms --series 420 --seed 0 $(PHANTOMS)
 	$(BIN)/python tests/phantom.py --dst demo/held_out --series 100 --seed 1 $(PHANTOMS)
 	@echo "== 2/6 preprocessing"
 	$(BIN)/python preprocess.py --src demo/dicoms --dst demo/cache --config configs/demo.yaml
