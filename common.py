@@ -1,8 +1,6 @@
 """What the scripts share: labels, settings, cache, worker pool, metric, dataset, models, checkpoints, in this
 order. Importing it does no work: no seeding, no logging, no device probe."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import inspect

@@ -4,8 +4,6 @@
 are indexed (z, y, x). Imports no torch, so that worker processes start fast.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import math
@@ -129,7 +127,7 @@ def name_series(folder: str) -> tuple:
     return safe_uid(name), "" if is_uid else folder
 
 
-def group_files(folder: str, files: list, rejected: Rejected) -> dict[tuple, list]:
+def group_files(folder: str, files: list, rejected: Rejected) -> dict:
     """The images of a folder by (series as in `name_series`, PatientID); other files go to `rejected`."""
     by_name = name_series(folder)
     is_uid = not by_name[1]
@@ -786,7 +784,7 @@ class Grid:
         return low, low + self.shape[side] * self.steps[side]
 
 
-def canonical_grid(series: Series, faults: dict[int, str] | None = None) -> Grid:
+def canonical_grid(series: Series, faults: dict | None = None) -> Grid:
     """The grid of a series' usable slices, as far as `faults` are known: neither broken nor blank but at the
     ends. Its axes lean as the scan does, so that nothing is interpolated but across slices."""
     first, normal = series.frames[0], series.normal
@@ -1169,7 +1167,7 @@ def shrink_slice(grid: Grid, factors: ndarray, k: int) -> ndarray:
     return cv2.resize(values[:rows, :columns], blocks[::-1].tolist(), interpolation=cv2.INTER_AREA)
 
 
-def choose_threshold(images: list[ndarray]) -> float:
+def choose_threshold(images: list) -> float:
     """Threshold for MR: half of Otsu's, since dark tissue is head, but at least a tenth of the range."""
     values = np.concatenate([image.ravel() for image in images])
     low, high = np.percentile(values, (1, 99)).tolist()

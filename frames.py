@@ -3,8 +3,6 @@
 `dicom.py` makes series of them. Space is LPS millimetres (x to the left, y to the back, z to the head).
 """
 
-from __future__ import annotations
-
 import errno
 import io
 import itertools
@@ -588,7 +586,7 @@ def is_signed(header: dict) -> bool:
     return header.get("PixelRepresentation") == 1
 
 
-def padding_range(tags: dict) -> tuple[int, int] | None:
+def padding_range(tags: dict) -> tuple | None:
     """(0028,0120) PixelPaddingValue to (0028,0121) PixelPaddingRangeLimit, in the sign of stored values."""
     if "PixelPaddingValue" not in tags:
         return None
@@ -753,7 +751,7 @@ class Stack:
             self.frames = list(itertools.compress(self.frames, np.logical_not(is_out)))
 
 
-def is_between(values: ndarray, limits: tuple[float, float] | None) -> ndarray:
+def is_between(values: ndarray, limits: tuple | None) -> ndarray:
     low, high = limits or (1, 0)
     return (values >= low) & (values <= high)
 

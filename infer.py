@@ -151,6 +151,9 @@ def read_dicom(item: tuple, settings: set) -> Scan:
     if len(settings) > 1:
         series.forget = lambda *_: None  # decoded slices stay for the next volume
     volumes = {each: dicom.make_volume(series, each) for each in settings}
+    for path, reason in series.skipped[:1]:
+        text = f"{len(series.skipped)} files left out, the first {path.name}: {reason}"
+        next(iter(volumes.values())).doubts.append(text)
     frames = [replace(frame, header={}) for frame in series.frames]  # headers are large to send
     series = replace(series, frames=frames, geometry={}, skipped=[])
     return Scan(volumes, series.patient, series)
@@ -225,7 +228,7 @@ def load_ensemble(args: Namespace, devices: list, cache_settings: dict | None = 
     return Ensemble(members, models, prior, points, deadline)
 
 
-def predict_series(ensemble: Ensemble, uid: str, scan: Scan, num_views: int) -> tuple[ndarray, dict]:
+def predict_series(ensemble: Ensemble, uid: str, scan: Scan, num_views: int) -> tuple:
     """probs (14,), the weighted mean of members, and all outputs. FloatingPointError if none is finite."""
     members = ensemble.members[:num_views]
     is_mirrored = num_views > len(ensemble.members)
@@ -332,16 +335,14 @@ class Answer:
     findings: list[dict] = field(default_factory=list)  # with --explain
 
 
-def answer_all(
-    ensemble: Ensemble, source: Source, uids: list[str], args: Namespace, save=None, num_later: int = 0
-) -> list[Answer]:
-    """An answer for each of uids, saved as soon as it is known; num_later series come in other calls."""
+def answer_all(ensemble: Ensemble, source: Source, uids: list, args: Namespace, save=None, later=0) -> list:
+    """An answer for each of uids, saved as soon as it is known; later series come in other calls."""
     deadline, answers = ensemble.deadline, []
     settings = {model.run.cfg.volume for model in ensemble.models}
     bar = common.progress(len(uids), "series", show=args.is_main)
     with bar, closing(read_scans(source, uids, settings, args)) as scans:
         for item in scans:
-            num_left = len(uids) - len(answers) + num_later
+            num_left = len(uids) - len(answers) + later
             num_views = deadline.plan_views(monotonic(), num_left)
             if num_views < deadline.full_views:
                 log_once(f"deadline: {num_views} of {deadline.full_views} views")
@@ -517,7 +518,7 @@ def serve(args: Namespace) -> list[Answer]:
         source = Source(False, {safe_uid(folder.name): folder})
         num_later = max(0, args.num_series - len(answers) - 1)
         try:
-            (answer,) = answer_all(ensemble, source, [folder.name], args, num_later=num_later)
+            (answer,) = answer_all(ensemble, source, [folder.name], args, later=num_later)
         except Exception as error:
             answer = answer_prior(ensemble, folder.name, repr(error))
         answers.append(answer)
@@ -594,8 +595,8 @@ def predict_table(args: Namespace, stdout: io.TextIOBase) -> list[Answer]:
 
 
 def answer_share(
-    ensemble: Ensemble, source: Source, uids: list[str], args: Namespace, state: PartialState
-) -> list[Answer]:
+    ensemble: Ensemble, source: Source, uids: list, args: Namespace, state: PartialState
+) -> list:
     """This process's answers. With --out alone a file keeps them, but for the prior, for a second start; it
     is named by all that rows depend on, so that rows of other members or settings are never mixed in."""
     if args.out and args.out.is_file():

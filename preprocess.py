@@ -228,7 +228,7 @@ def read_patient_key(dst: Path) -> bytes:
     raise ValueError(f"{path}: found {len(key)} bytes, expected 32; delete it and run again")
 
 
-def read_cache(dst: Path, names: tuple | None = ()) -> tuple[dict, list]:
+def read_cache(dst: Path, names: tuple | None = ()) -> tuple:
     """(uid -> metadata of the volumes in dst, the faults of others). Checks tensors where names is None."""
     cached, faults = {}, []
     paths = sorted(dst.glob("*.safetensors"))
@@ -340,6 +340,8 @@ def shard_of(environment: dict) -> str:
 def list_series(src: Path, folders: list) -> dict[str, list]:
     """uid -> files below src; logs how many other files lie outside of the caches' folders, and the first."""
     folders = [folder.resolve() for folder in folders]
+    for folder in filter(Path.is_file, folders):
+        raise ValueError(f"--dst {folder}: a file; expected a folder")
     if src.resolve() in folders:
         raise ValueError(f"--dst {src}: it is --src; expected a folder of its own for the volumes")
     if not src.is_dir():

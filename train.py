@@ -16,8 +16,6 @@ A stopped or killed run goes on after its last finished epoch and ends with the 
 exit 0 trained, 1 refused or failed (one line says why), 2 wrong usage, 130 or 143 stopped by a signal.
 """
 
-from __future__ import annotations
-
 import fcntl
 import glob
 import io

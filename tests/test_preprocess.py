@@ -367,6 +367,7 @@ MISTAKES = {  # options -> exit code and last line
     "--src {tmp} --dst {tmp}/c --timeout 1.5": (2, "expected a whole number above 0, found '1.5'"),
     "--src {tmp}/absent --dst {tmp}/c": (1, "preprocess.py: --src {tmp}/absent: no such folder"),
     "--src {tmp} --dst {tmp}/c --set bas_slices=3": (1, "--set bas_slices=3: unknown setting 'bas_slices'"),
+    "--src {tmp} --dst {tmp}/file": (1, "{tmp}/file: a file; expected a folder"),
     "--verify --dst {tmp}/absent": (1, "{tmp}/absent: no such folder; expected a cache"),
     "--verify --dst {tmp}": (3, "0 volumes agree with their sums; 1 faults"),
 }
@@ -374,6 +375,7 @@ MISTAKES = {  # options -> exit code and last line
 
 @pytest.mark.parametrize("options", MISTAKES)
 def test_mistakes_are_one_line_with_their_exit_code(options, tmp_path):
+    (tmp_path / "file").touch()
     code, err = run(*options.format(tmp=tmp_path).split())
     expected, complaint = MISTAKES[options]
     assert code == expected and complaint.format(tmp=tmp_path) in err.strip().splitlines()[-1]
