@@ -145,9 +145,9 @@ def test_the_top_says_what_was_run_what_came_out_and_what_to_look_at(everything)
     assert "pooled; runs: 4, series: 16, patients: 16" in top
     assert "same for all series: 2. Labels with too few positives for an interval: 12 of 14; without" in top
     assert first.count("NEARLY THE SAME FOR ALL SERIES") == 2 and "test_efficientnet_seed0_fold1" in first
-    assert "Series that failed: 1; first 1.7 no slice could be decoded" in first
-    assert "Doubtful volumes: 1; first 1.4 air is the brightest value" in first
-    assert "Unreadable volumes: 2; first 3.1" in first
+    assert f'Series that failed: 1; first "{UID}":"1.7","reason":"no slice could be decoded"' in first
+    assert f'Doubtful volumes: 1; first "{UID}":"1.4","reason":"air is the brightest value' in first
+    assert f'Unreadable volumes: 2; first "{UID}":"3.1"' in first
     text, cases = Page(everything).text.split("The hardest cases")[-2:]
     # a locator's place: z = 3.5
     assert cases.count("Slab, plane 4 of 0 to 7") == cases.count("Heat map") == 12
@@ -245,7 +245,7 @@ def test_results_are_those_of_the_metric_with_the_draws_they_stand_on(tmp_path):
     acom = result["per_label"][LABELS[6]]
     assert acom["auc"] == pytest.approx(np.mean(pairs))
     rows = eda.pool_oof(runs["oof"].query("group == 'test_efficientnet_weak'"))
-    group = common.score(rows, rows[eda.PROBS].to_numpy(), 500)
+    group = common.score(rows, rows[eda.PROBS].to_numpy())
     interval = f"({group['low']:.2f} to {group['high']:.2f}, {group['draws_used']} draws)"
     text = Page(eda.results_section(runs, result)).text
     assert f"{LABELS[6]} {acom['auc']:.4g} {acom['low']:.4g} {acom['high']:.4g} 200 20" in text
