@@ -68,7 +68,7 @@ def find_table(src: Path, name: str) -> Path | None:
     return None
 
 
-def read_points(path: Path) -> dict[str, list]:
+def read_points(path: Path) -> dict:
     """train_localizers.csv as uid -> [[SOPInstanceUID, x, y (pixels), frame from 0 or None, label], ...]."""
     columns = [UID, "SOPInstanceUID", "coordinates", "location"]
     rows = common.read_csv(path, columns, dtype=str)[columns].itertuples(index=False)
@@ -337,7 +337,7 @@ def shard_of(environment: dict) -> str:
     return "0/1"
 
 
-def list_series(src: Path, folders: list) -> dict[str, list]:
+def list_series(src: Path, folders: list) -> dict:
     """uid -> files below src; logs how many other files lie outside of the caches' folders, and the first."""
     folders = [folder.resolve() for folder in folders]
     for folder in filter(Path.is_file, folders):
@@ -389,6 +389,9 @@ def preprocess(args: Namespace) -> int:
     odd = [uid for uid in labels if any(not labels[uid][LABELS[point[-1]]] for point in points.get(uid, []))]
     if odd:
         log_shard(f"{len(odd)} series have a point whose label is 0 in {labels_path}; first {odd[0]}")
+    absent = points.keys() - series.keys()
+    if absent:
+        log_shard(f"{len(absent)} series of {points_path} are not in {args.src}; first {min(absent)}")
     for dst, cfg in caches.items():
         check_cache(dst, cfg, uids, points)
     for dst in caches:

@@ -156,15 +156,15 @@ def collect_decoys(cfg: Config, train_table: DataFrame) -> ndarray:
     return ((points + 0.5) / shape).round(4)
 
 
-def warn_of_leak(cfg: Config, table: DataFrame) -> None:
-    """Say so where the run that `pretrained` names may have trained on series that validate here."""
+def refuse_leak(cfg: Config, table: DataFrame) -> None:
+    """ValueError if the run that `pretrained` names trained on series that validate here."""
     path = Path(str(cfg.pretrained), common.CHECKPOINT)
     if path.is_file():
         _, meta = common.read_safetensors(path, "checkpoint", names=[])
         is_new = table[UID].isin(meta["val_uids"])
         num_leaked = (~is_new & (table["fold"] == cfg.fold)).sum()
         if is_new.any() and num_leaked:  # some held out there: both have the same data
-            log(f"{cfg.pretrained}: trained on {num_leaked} of the series that validate: scores are too high")
+            raise ValueError(f"{cfg.pretrained}: trained on {num_leaked} series that validate; take its fold")
 
 
 def load_proposals(cfg: Config, table: DataFrame) -> tuple:
@@ -568,7 +568,7 @@ def train(cfg: Config, accelerator: Accelerator, args: Namespace) -> None:
         is_val = table["fold"] == cfg.fold
         train_table, val_table = table[~is_val], table[is_val]
         decoys = collect_decoys(cfg, train_table)
-        warn_of_leak(cfg, table)
+        refuse_leak(cfg, table)
         proposals, locator = load_proposals(cfg, table)
         state = begin(folder, cfg, accelerator, describe_run(cfg, table, accelerator), args)
         if is_main:

@@ -422,8 +422,9 @@ def test_points_outside_of_their_image_or_without_one_are_counted_and_the_first_
     table = pd.read_csv(path, dtype=str).sort_values(UID)
     bad = table[:1].assign(coordinates="{'x': 1, 'y': 48.5}")  # of 48 rows
     unknown, endless = bad.assign(SOPInstanceUID="1.2.3.4.5"), bad.assign(coordinates="{'x': 1e999, 'y': 1}")
-    pd.concat([bad, unknown, endless, table]).to_csv(path, index=False)
+    pd.concat([bad, unknown, endless, table, bad.assign(**{UID: "1.2.9"})]).to_csv(path, index=False)
     code, err = run_on(src, tmp_path / "cache")
+    assert f"1 series of {path} are not in {src}; first 1.2.9\n" in err
     uid, sop_uid = table.iloc[0][[UID, "SOPInstanceUID"]]
     reason = f"{uid}: point left out: (1, 48.5) lies outside of image {sop_uid}"
     assert code == 0 and f"3 annotated points left out in index.csv; first {reason}\n" in err

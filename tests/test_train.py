@@ -286,14 +286,13 @@ def test_sensitivity_has_its_threshold_and_from_5_positives_an_interval():
     assert none["threshold"] == 0.8 and math.isnan(none["sensitivity"])
 
 
-def test_weights_of_a_run_that_trained_on_validation_series_are_said_to_leak(undisturbed, quick, capsys):
+def test_weights_of_a_run_that_trained_on_validation_series_are_refused(undisturbed, quick):
     table = train.load_table(quick)
-    train.warn_of_leak(change(quick, pretrained=str(undisturbed)), table)  # the same fold
-    train.warn_of_leak(change(quick, pretrained=str(undisturbed)), table.assign(**{UID: "9"}))  # other data
-    assert capsys.readouterr().err == ""
-    train.warn_of_leak(change(quick, pretrained=str(undisturbed), fold=1), table)
+    train.refuse_leak(change(quick, pretrained=str(undisturbed)), table)  # the same fold
+    train.refuse_leak(change(quick, pretrained=str(undisturbed)), table.assign(**{UID: "9"}))  # other data
     num = (table["fold"] == 1).sum()
-    assert f"trained on {num} of the series that validate: scores are too high" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"trained on {num} series that validate; take its fold"):
+        train.refuse_leak(change(quick, pretrained=str(undisturbed), fold=1), table)
 
 
 def test_froc_counts_points_found_and_places_far_from_all_points():
