@@ -442,7 +442,7 @@ def write_best(run: Run, row: dict, val_table: DataFrame, logits: ndarray, propo
     low, high = presence.quantile([0.05, 0.95])
     is_present = val_table[LABELS[AP]] == 1
     negatives = presence[~is_present]
-    values = SPECIFICITIES if 0 < len(negatives) < len(presence) else ()
+    values = SPECIFICITIES if common.MIN_POSITIVES <= len(negatives) < len(presence) else ()
     allowed = {value: (1 - value) * len(negatives) for value in values}
     points = measure_sensitivity(
         "specificity", allowed, presence[is_present], oof["patient"][is_present], negatives, draws
