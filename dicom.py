@@ -253,7 +253,7 @@ def list_files(source: Path | list) -> list:
 
 
 def read_frames(paths: list, where: str) -> tuple:
-    """(images, files that are not slices). ValueError if there is no image, or a tenth is damaged."""
+    """(images, files that are not slices). ValueError without any image, or where a tenth is damaged."""
     frames, skipped, num_intact = [], [], 0
     for path in paths:
         try:

@@ -389,8 +389,7 @@ def preprocess(args: Namespace) -> int:
     odd = [uid for uid in labels if any(not labels[uid][LABELS[point[-1]]] for point in points.get(uid, []))]
     if odd:
         log_shard(f"{len(odd)} series have a point whose label is 0 in {labels_path}; first {odd[0]}")
-    absent = points.keys() - series.keys()
-    if absent:
+    if absent := points.keys() - series.keys():
         log_shard(f"{len(absent)} series of {points_path} are not in {args.src}; first {min(absent)}")
     for dst, cfg in caches.items():
         check_cache(dst, cfg, uids, points)
