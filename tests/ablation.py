@@ -103,7 +103,7 @@ def main() -> None:
         seeds = f"{len(waucs)} | {np.mean(waucs):.3f} ({min(waucs):.3f} to {max(waucs):.3f})"
         interval = "{:.3f} to {:.3f}".format(*common.percentile_interval(draws))
         gain = "{:+.3f} to {:+.3f}".format(*common.percentile_interval(draws - above_draws))
-        gain = f"{wauc - above:+.3f} ({gain})" if text.startswith("+") else ""
+        gain = f"{wauc - above:+.3f} ({gain})" if above == above and text.startswith("+") else ""
         print(f"| {text} | {seeds} | {wauc:.3f} ({interval}) | {score['auc'][AP]:.3f} | {gain} |")
 
 
