@@ -139,6 +139,7 @@ class Config:
     locator_stride: Literal[4, 8, 16] = 8  # pixels of a volume per cell of its maps
     heatmap_weight: float = 1.0  # of the map loss beside the label loss
     heatmap_sigma_mm: float = 3.0  # of the Gaussian target around a point
+    train_slabs: int = 0  # a locator's training sample: so many slabs in a row, with a point if any; 0: all
     ensemble_weight: float = 1.0  # of this run in infer.py's mean
     # augmentation, on the batch, on the device
     p_flip: float = 0.5  # left-right, with swapped labels
@@ -151,6 +152,7 @@ class Config:
     # the recipe
     epochs: int = 34
     patience: int = 0  # stop after so many epochs without a better validation wAUC; 0: never
+    keep: Literal["best", "last"] = "best"  # epoch, by validation wAUC; few series choose badly: last
     batch_size: int = 2  # per process
     accumulation: int = 1  # batches per update
     lr: float = 1.0e-4  # peak, after warm-up, for one global batch
@@ -234,8 +236,8 @@ def config_from_dict(values: dict, source: str = "checkpoint") -> Config:
     cfg = Config(volume=VolumeSettings(**volume), **checked)
     if not cfg.fold < cfg.num_folds:
         raise ValueError(f"{source}: fold is {cfg.fold}, expected 0 to {cfg.num_folds - 1} (num_folds - 1)")
-    if cfg.task == "locate" and cfg.proposals:
-        raise ValueError(f"{source}: proposals are for task classify; a locator makes them")
+    if cfg.proposals if cfg.task == "locate" else cfg.train_slabs:
+        raise ValueError(f"{source}: proposals are for task classify, train_slabs for task locate")
     return cfg
 
 
@@ -668,14 +670,13 @@ MAX_POINTS = 8  # annotated points an item carries (the data has at most 5 a ser
 NUM_AUGMENT = 8  # flip, degrees, scale, dx mm, dy mm, gain, offset, slab shift; then one keep flag per slab
 
 
-def draw_augmentation(cfg: Config, rng: Generator) -> ndarray:
-    """(8 + base_slices,) float32: what `augment` in train.py does to one sample."""
-
+def draw_augmentation(cfg: Config, slabs: int, rng: Generator) -> ndarray:
+    """(8 + slabs,) float32: what `augment` in train.py does to one sample."""
     is_flipped = rng.random() < cfg.p_flip
     limits = [cfg.rotate_deg, cfg.scale, cfg.shift_mm, cfg.shift_mm, cfg.intensity, cfg.intensity / 2]
     moves = np.add(rng.uniform(np.negative(limits), limits), [0, 1, 0, 0, 1, 0])
     step = (rng.random() < cfg.p_slab_shift) * rng.choice([-1, 1])
-    is_shown = rng.random(cfg.volume.base_slices) >= cfg.p_slab_drop
+    is_shown = rng.random(slabs) >= cfg.p_slab_drop
     return np.hstack([is_flipped, moves, step, is_shown]).astype(np.float32)
 
 
@@ -722,12 +723,29 @@ def deployed_crops(
     return make_crops(volume, places, decoys, spacing_mm, replace(cfg, crop_jitter_mm=0.0), rng)
 
 
+def cut_slabs(image: ndarray, labels: ndarray, points: ndarray, num: int, rng: Generator) -> tuple:
+    """num neighbouring slabs of image (Z, H, W) -> they, labels (14,) of what they show, their first. They
+    hold one of points (8, 4: label, z, y, x), if any, which move along; others' label becomes -1."""
+    z = points[points[:, 0] >= 0, 1]
+    centre = rng.choice(z) if len(z) else rng.uniform(0, len(image))
+    first = int(np.clip(round(centre - rng.uniform(0, num - 1)), 0, max(0, len(image) - num)))
+    points[:, 1] -= first
+    is_shown = (points[:, 1] > -0.5) & (points[:, 1] < num - 0.5)
+    of_label = points[:, :1] == np.arange(AP)  # (8, 13)
+    is_hidden = of_label.any(0) & ~of_label[is_shown].any(0)  # a label without any point stays
+    points[~is_shown, 0] = -1
+    labels = np.append(labels[:AP] * ~is_hidden, 0)
+    labels[AP] = labels.max()
+    return image[first : first + num], labels, first
+
+
 @dataclass(eq=False)
 class SeriesDataset(torch.utils.data.Dataset):
     """Items of a cache: image uint8 (base_slices + K, H, W), labels float32 (14,), index, affine (4, 4),
-    spacing_mm (3,), augment, points (8, 4): rows of (label, z, y, x) voxels, -1 where none. mode "train":
-    crops in the shares that the config sets; "deploy": what a new patient has, proposals ((n, 3) LPS mm by
-    series) or decoys; points are not even read. All random is a function of (seed, epoch, index)."""
+    spacing_mm (3,), augment, points (8, 4): rows of (label, z, y, x) voxels, -1 where none; first, a number.
+    mode "train": crops in the shares that the config sets, train_slabs slabs from the first on; "deploy":
+    what a new patient has, all slabs, proposals ((n, 3) LPS mm by series) or decoys; points are not even
+    read. All random is a function of (seed, epoch, index)."""
 
     cfg: Config
     table: DataFrame
@@ -755,6 +773,10 @@ class SeriesDataset(torch.utils.data.Dataset):
         if is_training:
             rows = np.column_stack([tensors["point_labels"], tensors["points"]])[:MAX_POINTS]
             points[: len(rows)] = rows
+        labels, first = self.labels[index], 0
+        if is_training and cfg.train_slabs:
+            image, labels, first = cut_slabs(image, labels, points, cfg.train_slabs, rng)
+        slabs = len(image)
         if cfg.num_crops:
             proposals = to_voxel(self.proposals[uid], affine) if self.proposals else None
             if is_training:
@@ -763,8 +785,8 @@ class SeriesDataset(torch.utils.data.Dataset):
             else:
                 crops = deployed_crops(image, spacing_mm, uid, self.decoys, proposals, cfg)
             image = np.concatenate([image, crops])
-        item = {"image": image, "labels": self.labels[index], "points": points, "affine": affine}
-        item |= {"spacing_mm": spacing_mm.astype(np.float32), "augment": draw_augmentation(cfg, rng)}
+        item = {"image": image, "labels": labels, "points": points, "affine": affine, "first": first}
+        item |= {"spacing_mm": spacing_mm.astype(np.float32), "augment": draw_augmentation(cfg, slabs, rng)}
         return {name: torch.tensor(array) for name, array in item.items()} | {"index": index}
 
     def draw_places(self, points: ndarray, proposals: ndarray | None, rng: Generator) -> tuple:
@@ -804,7 +826,7 @@ class Classifier(nn.Module):
         head = {"num_classes": len(LABELS), "drop_rate": cfg.drop_rate}
         self.net = create_backbone(cfg, in_chans=cfg.in_chans, **head)
 
-    def forward(self, images: Tensor) -> Output:
+    def forward(self, images: Tensor, first: Tensor | None = None) -> Output:
         return Output(self.net((images - 0.5) / 0.5), None)
 
 
@@ -812,12 +834,14 @@ class Locator(nn.Module):
     """A 2-D network shared by all slabs that finds candidate places and names their arteries. Each slab goes
     through the backbone with its two neighbours as colours. Its features at strides 4 to 16 meet at
     locator_stride, get the place (z, y, x) as a further input and one 3 x 3 x 3 convolution across slabs.
-    One map finds (p), a softmax over 13 names each cell (q). (B, Z, H, W) in [0, 1] -> Output with maps (B,
-    13, Z, H / stride, W / stride): logits of p q. A label's logit is its map's peak, presence that of p."""
+    One map finds (p), a softmax over 13 names each cell (q). (B, Z, H, W) in [0, 1], slabs `first` (B,) and
+    on of the volume -> Output with maps (B, 13, Z, H / stride, W / stride): logits of p q. A label's logit is
+    its map's peak, presence that of p."""
 
     def __init__(self, cfg: Config):
         super().__init__()
         width, self.stride = cfg.locator_width, cfg.locator_stride
+        self.last_slab = max(1, cfg.volume.base_slices - 1)
         # timm's "getter" builds no layers beyond the last: weights without a gradient stop DDP
         options = {"in_chans": 3, "features_only": True, "feature_cls": "getter"}
         reductions = create_backbone(cfg, **options).feature_info.reduction()
@@ -832,7 +856,7 @@ class Locator(nn.Module):
         self.name = nn.Conv3d(width, len(LOCATIONS), 1)
         nn.init.constant_(self.find.bias, -4.0)  # a positive cell is rare
 
-    def forward(self, images: Tensor) -> Output:
+    def forward(self, images: Tensor, first: Tensor | None = None) -> Output:
         batch, slabs, height, width = images.shape
         size = (height // self.stride, width // self.stride)
         images = (images - 0.5) / 0.5
@@ -840,9 +864,11 @@ class Locator(nn.Module):
         triples = torch.stack([padded[:, i : i + slabs] for i in range(3)], dim=2)  # (B, Z, 3, H, W)
         merged = self.merge_features(triples.flatten(0, 1), size)  # (B Z, D, h, w)
         merged = merged.unflatten(0, (batch, slabs)).transpose(1, 2)  # (B, D, Z, h, w)
-        axes = [torch.linspace(-1, 1, n, device=images.device, dtype=merged.dtype) for n in (slabs, *size)]
-        place = torch.stack(torch.meshgrid(*axes, indexing="ij"))
-        mixed = self.mix(merged + self.place(place[None]))
+        first = images.new_zeros(1) if first is None else first
+        z = (first[:, None] + torch.arange(slabs, device=images.device)) * 2 / self.last_slab - 1  # (B, Z)
+        y, x = (torch.linspace(-1, 1, n, device=images.device) for n in size)
+        place = torch.stack(torch.broadcast_tensors(z[:, :, None, None], y[:, None], x), dim=1)
+        mixed = self.mix(merged + self.place(place))
         find_logits = self.find(mixed).float()  # (B, 1, Z, h, w)
         log_names = self.name(mixed).float().log_softmax(1)  # (B, 13, Z, h, w)
         log_probs = F.logsigmoid(find_logits) + log_names

@@ -198,10 +198,10 @@ def augment(batch: dict, cfg: Config) -> tuple:
     since crops have a centre to themselves. points (B, 8, 4) follow; label -1: a row holds none."""
     images = batch["image"]
     points = batch["points"].clone()
-    slabs = cfg.volume.base_slices
     values = batch["augment"][..., None, None]
     flip, degrees, scale, dx, dy, gain, offset, step = values[:, : common.NUM_AUGMENT].unbind(1)  # (B, 1, 1)
     is_shown = values[:, common.NUM_AUGMENT :]  # (B, Z, 1, 1)
+    slabs = is_shown.shape[1]
     # Labels and crops of mirrored samples; the grid below mirrors slabs and points on the way.
     is_flipped = flip > 0.5
     labels = torch.where(is_flipped[:, 0], batch["labels"][:, SWAP], batch["labels"])
@@ -319,7 +319,7 @@ def train_epoch(cfg: Config, accelerator: Accelerator, state: TrainState, datase
             waited += perf_counter() - clock
             images, labels, points = augment(batch, cfg)
             with accelerator.autocast():
-                output = state.model(images)
+                output = state.model(images, batch["first"])
             batch_losses = label_loss(output.logits, labels, cfg.label_smoothing)
             if output.maps is not None:
                 targets = map_targets(points, output.maps.shape, batch["spacing_mm"], cfg)
@@ -591,7 +591,7 @@ def train(cfg: Config, accelerator: Accelerator, args: Namespace) -> None:
         f"update, lr {cfg.lr:g}; {accelerator.device.type}, precision {accelerator.mixed_precision}"
     )
     accelerator.init_trackers("aneurysm", {key: str(value) for key, value in progress.identity.items()})
-    best_epoch = max(progress.history, key=quality, default={"epoch": 0})["epoch"]
+    best_epoch = find_best(progress.history, cfg)
     while progress.epoch < min(cfg.epochs, best_epoch + (cfg.patience or cfg.epochs)):
         clock = perf_counter()
         loss_sum, waited = train_epoch(cfg, accelerator, state, train_set)
@@ -616,7 +616,7 @@ def train(cfg: Config, accelerator: Accelerator, args: Namespace) -> None:
             f"{seconds:.0f} s; {seconds * (cfg.epochs - progress.epoch) / 60:.0f} min left"
         )
         accelerator.log(row, step=progress.epoch)
-        best_epoch = max(progress.history, key=quality)["epoch"]
+        best_epoch = find_best(progress.history, cfg)
         if is_main:
             if best_epoch == progress.epoch:
                 progress.metrics = metrics | write_best(run, row, val_table, logits, proposed)
@@ -659,9 +659,12 @@ def begin(folder: Path, cfg: Config, accelerator: Accelerator, identity: dict, a
     return TrainState(model, model, ema, optimizer, progress, parts)
 
 
-def quality(row: dict) -> float:
-    """What the best epoch has most of: wAUC or, where that is undefined (a fold of one class), less loss."""
-    return -row["val_loss"] if math.isnan(row["wauc"]) else row["wauc"]
+def find_best(history: list, cfg: Config) -> int:
+    """The epoch to keep, 0 of none: of most wAUC, or least loss where that is undefined (one class)."""
+    if cfg.keep == "last":
+        return len(history)
+    scores = [-row["val_loss"] if math.isnan(row["wauc"]) else row["wauc"] for row in history]
+    return int(np.argmax(scores)) + 1 if scores else 0
 
 
 @contextmanager

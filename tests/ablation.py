@@ -32,8 +32,11 @@ ROWS = {  # what it is, config, settings
     "scratch": ("locator from scratch, 32 slabs", "base", "pretrained=false"),
     "locator": ("+ ImageNet weights", "base", ""),
     "locator32": ("+ box from 30 mm below the top", "slabs32", ""),
-    "locator64": ("+ 64 slabs", "slabs64", ""),
-    "locator96": ("+ 96 slabs", "slabs96", ""),
+    "window32": ("+ 11 slabs a sample, 9 epochs: the same cost", "slabs32", "train_slabs=11 epochs=9"),
+    "window64": ("+ 22 of 64 slabs a sample", "slabs64", "train_slabs=22 epochs=9"),
+    "window96": ("+ 33 of 96 slabs a sample", "slabs96", "train_slabs=33 epochs=9"),
+    "locator64": ("locator, all of 64 slabs, 3 epochs", "slabs64", ""),
+    "locator96": ("locator, all of 96 slabs, 3 epochs", "slabs96", ""),
 }
 
 

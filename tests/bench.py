@@ -3,6 +3,7 @@
 in   nothing: series, noise to train on, and members with random weights go into a temporary folder
 out  Markdown tables on stdout; progress on stderr
 run  python tests/bench.py preprocess     (or train, infer: --series N a round, --model, --img-size)
+     python tests/bench.py train --config configs/locator.yaml --set batch_size=2
 
 Every round runs all candidates in turn, so that a busy machine slows all alike; figures are medians over the
 rounds [smallest, largest]. One process, one thread, files in the page cache, unless the table says otherwise.
@@ -11,15 +12,16 @@ rounds [smallest, largest]. One process, one thread, files in the page cache, un
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 import tempfile
 import time
+import unittest.mock
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -178,42 +180,57 @@ def bench_infer(args: argparse.Namespace, root: Path) -> None:
 
 
 def bench_train(args: argparse.Namespace, root: Path) -> None:
-    """Epochs of train.py and of a bare loop, on models and batches alike."""
-    from accelerate import Accelerator
-
+    """Updates of train.py, without the start of its loaders, and of a bare loop on a batch that stays on the
+    device: models, batches and precision alike, weights random."""
     import train
 
-    settings = {"model_name": args.model, "img_size": args.img_size, "pretrained": False, "workers": 0}
-    cfg = change(Config(), precision="no", epochs=1000, cache=str(root), **settings)
-    table, accelerator, waits = random_table(args.series), Accelerator(), []
+    settings = [] if args.config else [f"model_name={args.model}", f"img_size={args.img_size}"]
+    overrides = [*settings, *args.set, "pretrained=false", "epochs=1000", f"cache={root}"]
+    cfg = train.fit_workers(common.load_config(args.config, overrides))
+    table, accelerator, waits = random_table(args.series), train.make_accelerator(cfg), []
     write_cache(root, table, cfg)
     dataset = common.SeriesDataset(cfg, table, "train", np.full((1, 3), 0.5))
-    items = [dataset[i] for i in range(cfg.batch_size)]
-    images = torch.stack([item["image"] for item in items]).to(accelerator.device) / 255
-    labels = torch.stack([item["labels"] for item in items]).to(accelerator.device)
-    model = common.build_model(cfg).to(accelerator.device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     state = train.begin(root / "run", cfg, accelerator, {}, argparse.Namespace(resume=False))
     state.model, state.optimizer = accelerator.prepare(state.raw, state.optimizer)
-    num_updates = math.ceil(args.series / cfg.batch_size)
 
-    def run_bare() -> None:
-        """Forward, backward, AdamW on a batch that stays on the device."""
-        for _ in range(num_updates):
-            logits = model(images).logits
-            torch.nn.functional.binary_cross_entropy_with_logits(logits, labels).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    def run_ours() -> None:
-        start = time.perf_counter()
-        _, waited = train.train_epoch(cfg, accelerator, state, dataset)
+    def run_ours() -> float:
+        """Seconds of a batch."""
+        times_s = []
+        bar = SimpleNamespace(update=lambda: times_s.append(time.perf_counter()), close=lambda: None)
+        with unittest.mock.patch("common.progress", lambda *_: bar):
+            _, waited = train.train_epoch(cfg, accelerator, state, dataset)
         state.progress.epoch += 1
-        waits.append(waited / (time.perf_counter() - start))
+        waits.append(waited)
+        return (times_s[-1] - times_s[0]) / (len(times_s) - 1) / cfg.accumulation
 
-    title = f"an update of {args.model}, {args.img_size} px, batch {cfg.batch_size}"
-    compare(title, args.repeats, {"bare": run_bare, "ours": run_ours}, per=num_updates)
-    print(f"\nours: an epoch of train.py, of which {spread(waits)} waits for data")
+    run_ours()
+    is_gpu = accelerator.device.type == "cuda"
+    memory = f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if is_gpu else "CPU"
+    batch = next(train.load_batches(dataset, [range(cfg.batch_size)], accelerator.device))
+    images, labels, _ = train.augment(batch, cfg)
+    model = common.build_model(cfg).to(accelerator.device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    scaler = torch.amp.GradScaler(enabled=accelerator.scaler is not None)
+
+    def run_bare() -> float:
+        """Seconds of forward, backward and AdamW, mean of five."""
+        start = time.perf_counter()
+        for _ in range(5):
+            with accelerator.autocast():
+                logits = model(images).logits
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), labels)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        loss.item()  # waits for the GPU
+        return (time.perf_counter() - start) / 5
+
+    title = (
+        f"{cfg.model_name}, {cfg.volume.img_size} px, {accelerator.mixed_precision}, batch {cfg.batch_size}"
+    )
+    compare(title, args.repeats, {"bare": run_bare, "ours": run_ours})
+    print(f"\nours: {memory}; waited for data in an epoch of {args.series} series: {spread(waits)} s")
 
 
 def main() -> None:
@@ -223,6 +240,8 @@ def main() -> None:
     for name, default in {"repeats": 5, "packed": 40, "series": 12, "img-size": 256}.items():
         parser.add_argument(f"--{name}", type=common.positive_int, default=default)
     parser.add_argument("--model", default="maxvit_rmlp_pico_rw_256")
+    parser.add_argument("--config", help="of train: a config instead of --model and --img-size")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="of train")
     args = parser.parse_args()
     if args.command != "train":
         cv2.setNumThreads(1)

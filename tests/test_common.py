@@ -195,6 +195,25 @@ def test_a_sample_is_a_pure_function_of_seed_epoch_and_index(tmp_path):
         assert not torch.equal(same["augment"], item["augment"])
 
 
+@pytest.mark.parametrize("labels, points", [([2, 5], [(2, 1, 10, 12), (5, 6, 20, 9)]), ([3], []), ([], [])])
+def test_a_sample_of_three_slabs_shows_a_point_and_has_the_labels_of_what_it_shows(tmp_path, labels, points):
+    whole = dataset(tmp_path, points, "deploy", train_slabs=3, task="locate")[0]["image"]
+    assert len(whole) == 8
+    part = dataset(tmp_path, points, train_slabs=3, task="locate")
+    part.labels = np.array([[k in labels for k in range(13)] + [bool(labels)]], np.float32)
+    starts = set()
+    for part.epoch in range(60):
+        item = part[0]
+        first = item["first"].item()
+        starts.add(first)
+        assert torch.equal(item["image"], whole[first : first + 3]) and len(item["augment"]) == 8 + 3
+        shown = [[k, z - first, y, x] for k, z, y, x in points if first <= z < first + 3]
+        assert item["points"][item["points"][:, 0] >= 0].tolist() == shown
+        expected = [row[0] for row in shown] if points else labels  # a label without any point stays
+        assert item["labels"].nonzero().flatten().tolist() == expected + [13] * bool(expected)
+    assert starts == ({0, 1, 4, 5} if points else set(range(6)))
+
+
 def test_crops_show_annotated_points_decoys_or_proposals_as_the_settings_say(tmp_path):
     def image(mode: str, off: float, dropout: float, proposed: float, **options) -> np.ndarray:
         options |= {"p_global_localizer_off": off, "p_localizer_dropout": dropout, "p_proposal": proposed}
@@ -269,6 +288,13 @@ def test_locator_maps_add_up_to_its_finding_and_peak_at_its_logits():
     assert maps.shape == (2, 13, 8, 4, 4) and torch.equal(logits[:, :13], maps.flatten(2).amax(-1))
     peaks = torch.sigmoid(maps).sum(1).flatten(1).amax(1)
     assert torch.allclose(peaks, torch.sigmoid(logits[:, 13]), atol=1e-6) and peaks.std() > 0
+
+
+def test_a_locator_sees_in_some_slabs_what_it_sees_in_all():
+    images = torch.rand(2, 8, 32, 32)
+    model = common.build_model(replace(TINY, task="locate")).eval()
+    part = model(images[:, 2:7], torch.tensor([2, 2]))  # a slab's map depends on the two above and below
+    torch.testing.assert_close(part.maps[:, :, 2], model(images).maps[:, :, 4], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("task", "other"), [("classify", "locate"), ("locate", "classify")])
