@@ -556,7 +556,8 @@ def call_safely(function: Callable, memory_gb: float, item: Any) -> tuple:
 
 
 # --- metric -------------------------------------------------------------------------------------------------
-MIN_POSITIVES = 5  # of a label whose AUC gets an interval
+MIN_PATIENTS = 5  # with a label and without it, for an interval
+UNDEFINED = f"–: fewer than {MIN_PATIENTS} patients with or without, or a class is missing."
 
 
 def sigmoid(logits: ndarray) -> ndarray:
@@ -625,35 +626,49 @@ def percentile_interval(values: ndarray) -> list:
     return pd.Series(values).quantile([0.025, 0.975]).tolist()
 
 
-def summarise_draws(values: ndarray) -> dict:
-    """The 95 % interval of drawn values, NaN if less than a tenth is defined; and how many are."""
-    used = values[np.isfinite(values)]
+def summarise_draws(values: ndarray, *classes: Sequence) -> dict:
+    """The 95 % interval of values drawn from classes, each given by the patients of its rows, and how many
+    are defined: NaN if a tenth or less. None counts where a class has fewer than MIN_PATIENTS."""
+    is_enough = min(len(set(patients)) for patients in classes) >= MIN_PATIENTS
+    used = values[np.isfinite(values) & is_enough]
     low, high = percentile_interval(used) if len(used) > 0.1 * len(values) else (np.nan, np.nan)
     return {"low": low, "high": high, "draws_used": len(used)}
 
 
+def describe_wauc(result: dict) -> str:
+    """`0.7738 (95 % interval 0.7070 to 0.8368, 1385 draws)` of a score, or why it has no interval."""
+    interval = "95 % interval {low:.4f} to {high:.4f}, {draws_used} draws"
+    if np.isnan(result["low"]):
+        interval = "no interval: {num_present} patients with an aneurysm, {num_absent} without, "
+        interval += "{draws_used} usable draws"
+    return f"{{wauc:.4f}} ({interval})".format(**result)
+
+
 def score(table: DataFrame, probs: ndarray, draws: int = 2000) -> dict:
-    """wAUC of probs (N, 14) with its interval over patients, AUC per label (no interval below MIN_POSITIVES),
+    """wAUC of probs (N, 14) with its interval over patients, AUC per label (no interval below MIN_PATIENTS),
     wAUC per modality and plane. table: rows aligned with probs; patient, Modality, plane, the labels."""
     table = table.reset_index(drop=True)
     labels = table[list(LABELS)].to_numpy(float)
     overall = weighted_auc(labels, probs)
-    aucs = bootstrap_aucs(labels, probs, table["patient"], draws)
+    patients = table["patient"]
+    aucs = bootstrap_aucs(labels, probs, patients, draws)
+    classes = [(patients[truth > 0.5], patients[truth <= 0.5]) for truth in labels.T]
+    present, absent = classes[AP]
     result = {
         "wauc": overall["wauc"],
-        **summarise_draws(combine_aucs(aucs, labels)),
+        **summarise_draws(combine_aucs(aucs, labels), present, absent),
         "num_series": len(table),
-        "num_patients": table["patient"].nunique(),
+        "num_patients": patients.nunique(),
+        "num_present": present.nunique(),
+        "num_absent": absent.nunique(),
         "undefined": overall["undefined"],
         "per_label": {},
         "per_modality": {},
         "per_plane": {},
     }
     for k, name in enumerate(LABELS):
-        positives = int(labels[:, k].sum())
-        drawn = aucs[:, k] if positives >= MIN_POSITIVES else np.empty(0)
-        summary = {"auc": overall["auc"][k], **summarise_draws(drawn), "positives": positives}
-        result["per_label"][name] = summary
+        summary = {"auc": overall["auc"][k], **summarise_draws(aucs[:, k], *classes[k])}
+        result["per_label"][name] = summary | {"positives": len(classes[k][0])}
     for column in ("Modality", "plane"):
         for value, rows in table.groupby(column):
             part = weighted_auc(labels[rows.index], probs[rows.index])

@@ -36,7 +36,7 @@ from pandas import DataFrame
 from sklearn.metrics import roc_curve
 
 import common
-from common import AP, LABELS, UID, load_volume, log, read_csv, score, volume_path
+from common import AP, LABELS, UID, UNDEFINED, load_volume, log, read_csv, score, volume_path
 from dicom import VolumeSettings, find_series, make_volume, read_series, to_lps, to_voxel
 
 MEASURES = {  # columns of index.csv, with their meaning
@@ -61,7 +61,6 @@ PLACE = ["x_mm", "y_mm", "z_mm"]  # columns of proposals.csv, LPS
 WHOLE_HEAD = VolumeSettings(base_slices=256, img_size=256, roi_mm=280.0, roi_top_mm=600.0)
 REACH_MM, NEAR_MM = 20.0, 8.0  # half of a projection; points shown on a slab
 CHART_STYLE = {"font.size": 8, "text.parse_math": False, "image.cmap": "gray", "legend.frameon": False}
-UNDEFINED = f"–: fewer than {common.MIN_POSITIVES} positives, or a class is missing."
 list_series = functools.cache(find_series)
 
 
@@ -258,7 +257,7 @@ def results_section(runs: dict, result: dict) -> str:
     axes = new_chart("false alarms: share of negatives", "sensitivity: share of positives")
     for group, rows in [*runs["oof"].groupby("group"), ("all runs", runs["oof"])]:
         table = pool_oof(rows)
-        wauc = interval(score(table, table[PROBS].to_numpy()), "wauc")
+        wauc = common.describe_wauc(score(table, table[PROBS].to_numpy()))
         scores.append({"runs": group, "wAUC": wauc, "nearly constant": rows["is_constant"].any()})
         false_alarms, sensitivity, _ = roc_curve(table[PRESENT], table[PROB_PRESENT])
         axes.plot(false_alarms, sensitivity, label=group)
@@ -390,13 +389,6 @@ def hide_folders(error: Exception) -> str:
     return re.sub(r"\S*/", "", str(error))
 
 
-def interval(result: dict, name: str) -> str:
-    """`0.712 (0.65 to 0.77, 1990 draws)`, or why there is no interval."""
-    if np.isnan(result["low"]):
-        return f"{result[name]:.3f} (too few positives for an interval)"
-    return f"{result[name]:.3f} ({result['low']:.2f} to {result['high']:.2f}, {result['draws_used']} draws)"
-
-
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --fore: #1c1e21; --soft: #5c6166; --line: #d5d8db; }
 @media screen and (prefers-color-scheme: dark) {
@@ -419,13 +411,13 @@ th, td { border: 1px solid var(--line); padding: 2px 7px; min-width: 4em; vertic
 
 
 def describe_score(result: dict, oof: DataFrame, constant: ndarray) -> str:
-    few = [row for row in result["per_label"].values() if not row["draws_used"]]
+    few = [row for row in result["per_label"].values() if np.isnan(row["low"])]
     return (
-        f"wAUC {interval(result, 'wauc')}: predictions out of fold, pooled; runs: {oof['run'].nunique()}, "
-        f"series: {result['num_series']}, patients: {result['num_patients']}. In brackets: 95 % interval, "
-        f"from draws of patients in which each label keeps both classes. Runs that predict nearly the "
-        f"same for all series: {len(constant)}. Labels with too few positives for an interval: {len(few)} of "
-        f"14; without a class, so not in the wAUC: {len(result['undefined'])}."
+        f"wAUC {common.describe_wauc(result)}: predictions out of fold, pooled; runs: "
+        f"{oof['run'].nunique()}, series: {result['num_series']}, patients: {result['num_patients']}. The "
+        f"draws are of patients, and keep both classes of each label. Runs that predict nearly the same for "
+        f"all series: {len(constant)}. Labels with too few patients for an interval: {len(few)} of 14; "
+        f"without a class, so not in the wAUC: {len(result['undefined'])}."
     )
 
 

@@ -483,12 +483,12 @@ def describe_score(answers: list[Answer], labels: DataFrame, members: list[Membe
     table["patient"] = [by_uid[uid].patient or uid for uid in table[UID]]
     result = common.score(table, np.stack([by_uid[uid].probs for uid in table[UID]]))
     text = "\n".join(
-        DataFrame.from_dict(result[part], "index").to_string(float_format="%.3f")
+        DataFrame.from_dict(result[part], "index").to_string(float_format="%.3f", na_rep="–")
         for part in ("per_label", "per_modality")
     )
     text += (
-        f"\nwAUC {result['wauc']:.4f} (95 % interval {result['low']:.4f} to {result['high']:.4f}, "
-        f"{result['draws_used']} draws), {len(table)} series of {result['num_patients']} patients"
+        f"\n{common.UNDEFINED}\nwAUC {common.describe_wauc(result)}, {len(table)} series of "
+        f"{result['num_patients']} patients"
     )
     in_all = set.intersection(*(set(member.run.meta["val_uids"]) for member in members))
     num_trained = len(set(table[UID]) - in_all)

@@ -143,7 +143,7 @@ def test_the_top_says_what_was_run_what_came_out_and_what_to_look_at(everything)
     assert "python eda.py --cache cache --src dicoms --outputs outputs; 20" in top and "torch" in top
     assert "series: 19, patients: 19, ok: 17, doubtful: 1, failed: 1" in top
     assert "pooled; runs: 4, series: 16, patients: 16" in top
-    assert "same for all series: 2. Labels with too few positives for an interval: 12 of 14; without" in top
+    assert "same for all series: 2. Labels with too few patients for an interval: 12 of 14; without" in top
     assert first.count("NEARLY THE SAME FOR ALL SERIES") == 2 and "test_efficientnet_seed0_fold1" in first
     assert f'Series that failed: 1; first "{UID}":"1.7","reason":"no slice could be decoded"' in first
     assert f'Doubtful volumes: 1; first "{UID}":"1.4","reason":"air is the brightest value' in first
@@ -246,16 +246,13 @@ def test_results_are_those_of_the_metric_with_the_draws_they_stand_on(tmp_path):
     assert acom["auc"] == pytest.approx(np.mean(pairs))
     rows = eda.pool_oof(runs["oof"].query("group == 'test_efficientnet_weak'"))
     group = common.score(rows, rows[eda.PROBS].to_numpy())
-    interval = f"({group['low']:.2f} to {group['high']:.2f}, {group['draws_used']} draws)"
     text = Page(eda.results_section(runs, result)).text
     assert f"{LABELS[6]} {acom['auc']:.4g} {acom['low']:.4g} {acom['high']:.4g} 200 20" in text
     assert f"{LABELS[0]} – – – 0 0" in text  # one class: no AUC, no interval
-    assert f"test_efficientnet_weak {group['wauc']:.3f} {interval}" in text
+    assert f"test_efficientnet_weak {common.describe_wauc(group)}" in text
     assert "test_efficientnet_seed0_fold0 0.9 0.61 0.5 – 0 " in text  # what metrics.json has as null
     assert "test_efficientnet_seed0_fold0 2 – " in text and "None" not in text
-    assert "–: fewer than 5 positives, or a class is missing" in text
-    few = {"auc": 0.9583, "low": np.nan, "high": np.nan, "draws_used": 0}
-    assert eda.interval(few, "auc") == "0.958 (too few positives for an interval)"
+    assert "–: fewer than 5 patients with or without, or a class is missing" in text
 
 
 def test_phantoms_are_shown_from_their_files_where_the_volume_lies(tmp_path):

@@ -126,7 +126,12 @@ def reference(work) -> pd.DataFrame:
     assert list(table.index) == sorted(path.stem for path in (work / "cache").glob("*.safetensors"))
     assert table.to_numpy().min() >= 0 and table.to_numpy().max() <= 1 and table.std().min() > 0
     messages = ["unfinished_seed0_fold0", "so does a child", "no --src: predicting the training cache"]
-    messages += ["wAUC", "auc_present", "10 series of 9 patients", "10 rows, 0 of them the prior"]
+    messages += [
+        " patients with an aneurysm, ",
+        "auc_present",
+        "10 series of 9 patients",
+        "10 rows, 0 of them the prior",
+    ]
     messages += ["10 of 10 scored series were not held out by all members"]
     assert all(text in stderr for text in messages), stderr
     return table
