@@ -626,22 +626,21 @@ def percentile_interval(values: ndarray) -> list:
     return pd.Series(values).quantile([0.025, 0.975]).tolist()
 
 
-def summarise_draws(values: ndarray, *classes: Sequence) -> dict:
-    """The 95 % interval of values drawn from classes, each given by the patients of its rows, and how many
-    are defined: NaN if a tenth or less. None counts where a class has fewer than MIN_PATIENTS."""
-    is_enough = min(len(set(patients)) for patients in classes) >= MIN_PATIENTS
-    used = values[np.isfinite(values) & is_enough]
+def summarise_draws(values: ndarray, counts: Iterable) -> dict:
+    """The 95 % interval of drawn values, and how many are defined: NaN if a tenth or less. None counts where
+    one of the numbers of patients that they were drawn from, with and without, is below MIN_PATIENTS."""
+    used = values[np.isfinite(values) & (min(counts) >= MIN_PATIENTS)]
     low, high = percentile_interval(used) if len(used) > 0.1 * len(values) else (np.nan, np.nan)
     return {"low": low, "high": high, "draws_used": len(used)}
 
 
 def describe_wauc(result: dict) -> str:
     """`0.7738 (95 % interval 0.7070 to 0.8368, 1385 draws)` of a score, or why it has no interval."""
-    interval = "95 % interval {low:.4f} to {high:.4f}, {draws_used} draws"
+    text = "{wauc:.4f} (95 % interval {low:.4f} to {high:.4f}, {draws_used} draws)"
     if np.isnan(result["low"]):
-        interval = "no interval: {num_present} patients with an aneurysm, {num_absent} without, "
-        interval += "{draws_used} usable draws"
-    return f"{{wauc:.4f}} ({interval})".format(**result)
+        text = "{wauc:.4f} (no interval: {per_label[Aneurysm Present][positives]} series with an aneurysm "
+        text += "of {num_series}, {num_patients} patients, {draws_used} usable draws)"
+    return text.format(**result)
 
 
 def score(table: DataFrame, probs: ndarray, draws: int = 2000) -> dict:
@@ -652,23 +651,20 @@ def score(table: DataFrame, probs: ndarray, draws: int = 2000) -> dict:
     overall = weighted_auc(labels, probs)
     patients = table["patient"]
     aucs = bootstrap_aucs(labels, probs, patients, draws)
-    classes = [(patients[truth > 0.5], patients[truth <= 0.5]) for truth in labels.T]
-    present, absent = classes[AP]
+    counts = [patients.groupby(truth).nunique() for truth in labels.T]
     result = {
         "wauc": overall["wauc"],
-        **summarise_draws(combine_aucs(aucs, labels), present, absent),
+        **summarise_draws(combine_aucs(aucs, labels), counts[AP]),
         "num_series": len(table),
         "num_patients": patients.nunique(),
-        "num_present": present.nunique(),
-        "num_absent": absent.nunique(),
         "undefined": overall["undefined"],
         "per_label": {},
         "per_modality": {},
         "per_plane": {},
     }
     for k, name in enumerate(LABELS):
-        summary = {"auc": overall["auc"][k], **summarise_draws(aucs[:, k], *classes[k])}
-        result["per_label"][name] = summary | {"positives": len(classes[k][0])}
+        summary = {"auc": overall["auc"][k], **summarise_draws(aucs[:, k], counts[k])}
+        result["per_label"][name] = summary | {"positives": int(labels[:, k].sum())}
     for column in ("Modality", "plane"):
         for value, rows in table.groupby(column):
             part = weighted_auc(labels[rows.index], probs[rows.index])

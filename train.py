@@ -495,7 +495,7 @@ def measure_sensitivity(
             weights = common.patient_weights(patients, draws)
             drawn = weights @ is_above.to_numpy() / weights.sum(1)
         point = {"threshold": threshold, "sensitivity": float(is_above.mean()), "positives": len(scores)}
-        points.append({name: value} | point | common.summarise_draws(drawn, patients))
+        points.append({name: value} | point | common.summarise_draws(drawn, [len(set(patients))]))
     return points
 
 
