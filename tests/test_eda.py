@@ -119,6 +119,7 @@ def everything(tmp_path_factory) -> str:
     write_set(folder / "cache", SEVEN + [{"uid": uid} for uid in [*UIDS[6:], "3.1", "3.2"]])
     (folder / "cache" / "3.1.safetensors").write_bytes(b"not a volume")
     (folder / "cache" / "3.2.safetensors").unlink()
+    (folder / "cache" / "faults.csv").write_text("fault,case\nA point whose label is 0,1.5\n")
     write_runs(folder / "outputs", UIDS, strength=0.001)
     write_runs(folder / "outputs", UIDS, task="locate")
     done = run_script(folder)
@@ -145,9 +146,10 @@ def test_the_top_says_what_was_run_what_came_out_and_what_to_look_at(everything)
     assert "pooled; runs: 4, series: 16, patients: 16" in top
     assert "same for all series: 2. Labels with too few patients for an interval: 12 of 14; without" in top
     assert first.count("NEARLY THE SAME FOR ALL SERIES") == 2 and "test_efficientnet_seed0_fold1" in first
-    assert f'Series that failed: 1; first "{UID}":"1.7","reason":"no slice could be decoded"' in first
-    assert f'Doubtful volumes: 1; first "{UID}":"1.4","reason":"air is the brightest value' in first
-    assert f'Unreadable volumes: 2; first "{UID}":"3.1"' in first
+    assert "Series that failed: 1; first 1.7: reason no slice could be decoded" in first
+    assert "Doubtful volumes: 1; first 1.4: reason air is the brightest value" in first
+    assert "Unreadable volumes: 2; first 3.1: unreadable " in first
+    assert "Faults of labels, points and files: 1; first A point whose label is 0: case 1.5" in first
     text, cases = Page(everything).text.split("The hardest cases")[-2:]
     # a locator's place: z = 3.5
     assert cases.count("Slab, plane 4 of 0 to 7") == cases.count("Heat map") == 12
@@ -161,7 +163,7 @@ def test_what_is_absent_or_broken_is_said_and_the_rest_goes_on(tmp_path):
     text = report(tmp_path).text
     for line in ("series: 1, patients: 1", "Positive series of 0 with labels", "No annotated points"):
         assert line in text
-    assert "No finished training runs" in text and "The volume alone is shown" in text
+    assert "no finished training runs in " in text and "The volume alone is shown" in text
     write_set(tmp_path / "cache", [{"uid": "1.1", "status": "failed", "reason": "empty folder"}])
     text = report(tmp_path).text
     assert "empty folder" in text and "No readable volume" in text
@@ -169,9 +171,11 @@ def test_what_is_absent_or_broken_is_said_and_the_rest_goes_on(tmp_path):
     for name, content in (("train.csv", '"'), ("index.csv", "a,b\n1,2\n"), ("index.csv", "")):
         (tmp_path / "cache" / name).write_text(content)
         text = report(tmp_path).text
-        assert f"No data from the folder cache: {name}: " in text and "The results" in text
+        assert f"no data: {tmp_path}/cache/{name}: " in text and "The results" in text
     (tmp_path / "cache" / "index.csv").unlink()
-    assert "No data from the folder cache: index.csv: " in report(tmp_path).text
+    done = run_script(tmp_path, "--cache", "wrong")
+    assert done.returncode == 0 and "no data: wrong/index.csv: no such file; expected" in done.stderr
+    assert "python eda.py --cache wrong --src dicoms" in done.stdout
 
 
 def test_runs_that_are_unfinished_or_broken_are_named_and_left_out(tmp_path):
@@ -224,11 +228,11 @@ def test_points_outside_other_ages_and_kinds_of_notes_are_listed(tmp_path):
     rows = [{"uid": f"3.{i}", "notes": text, "age": 50 - i} for i, text in enumerate(notes)]
     rows.append({"uid": "3.4", "sex": "M", "points": [(6, 9, 31, 31)], "points_inside": 0})
     write_set(tmp_path, rows, PatientAge=50, PatientSex="Female")
-    troubles = eda.find_troubles(eda.read_cache(tmp_path)[0])
+    troubles = eda.find_troubles(eda.read_cache(tmp_path)[0], tmp_path)
     assert troubles["Points outside the box"].to_numpy().tolist() == [["3.4", 1, 0]]
     assert troubles["Age or sex unlike train.csv"][UID].tolist() == ["3.1", "3.2", "3.4"]
     counts = troubles["Kinds of repairs and assumptions"].to_numpy().tolist()
-    assert counts == [["gap of n mm (n images)", 2], ["a", 1], ["no (0020,0032) in n files", 1]]
+    assert counts == [["gap of 3.5 mm (2 images)", 2], ["a", 1], ["no (0020,0032) in 3 files", 1]]
 
 
 def test_results_are_those_of_the_metric_with_the_draws_they_stand_on(tmp_path):

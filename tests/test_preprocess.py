@@ -184,9 +184,12 @@ def test_names_that_are_not_utf8_and_foreign_files_do_no_harm(src, tmp_path):
     (folder / "mask.safetensors").write_bytes(b"not ours")
     for expected in ("7 series, 7 cached, 0 kept, 0 failed", "7 series, 0 cached, 7 kept, 0 failed"):
         code, err = run_on(src, tmp_path / "cache")
-        assert code == 0 and expected in err and "B\udce4r.txt: not DICOM" in err
+        assert code == 0 and expected in err and "1; first B\udce4r.txt\n" in err
     rows = index(tmp_path / "cache")
     assert len(rows) == 7 and r"Bericht_Fran\udce7ois.txt" in rows[folder.name]["notes"]
+    assert r"not DICOM,B\udce4r.txt" in (tmp_path / "cache" / "faults.csv").read_text()
+    meta = load_volume(tmp_path / "cache" / f"{folder.name}.safetensors")[1]
+    assert meta["left_out"] == ["Bericht_Fran\udce7ois.txt", "mask.safetensors"]
 
 
 def test_finished_series_are_kept_and_changed_ones_done_again(src, cache):
@@ -379,6 +382,7 @@ def test_mistakes_are_one_line_with_their_exit_code(options, tmp_path):
     code, err = run(*options.format(tmp=tmp_path).split())
     expected, complaint = MISTAKES[options]
     assert code == expected and complaint.format(tmp=tmp_path) in err.strip().splitlines()[-1]
+    assert code != 1 or err.count("\n") == 1
 
 
 def test_bad_points_are_one_line_with_their_number_in_bounded_time(tmp_path):
@@ -402,12 +406,16 @@ def test_faulty_tables_stop_the_run_before_work_and_odd_labels_are_counted(src, 
     table.assign(**dict.fromkeys(LABELS, 0)).to_csv(src / "train.csv", index=False)
     positive = sorted(table.loc[table["Aneurysm Present"] == 1, UID])
     _, err = run_on(src, tmp_path / "other")
-    assert f"{len(positive)} series have a point whose label is 0 in {src}/train.csv; first " in err
+    assert f"A point whose label is 0 in train.csv: {len(positive)}; first {positive[0]}\n" in err
     table[UID], table["Aneurysm Present"] = "1.2.9" + table.index.astype(str), 1 - table["Aneurysm Present"]
     table.to_csv(src / "train.csv", index=False)
     code, err = run_on(src, tmp_path / "cache")
-    assert code == 0 and f"in {len(table)} rows Aneurysm Present and the arteries disagree" in err
-    assert f"{len(table)} of {len(table)} series are not in {src}/train.csv; first " in err
+    assert f"Aneurysm Present and arteries disagree in train.csv: {len(table)}; first 1.2.9" in err
+    assert code == 0 and f"Series not in train.csv: {len(table)}; first " in err
+    faults = pd.read_csv(tmp_path / "cache" / "faults.csv", dtype=str).query(
+        "fault == 'Series not in train.csv'"
+    )
+    assert faults["case"].tolist() == sorted(os.listdir(src / "series"))
     code, err = run_on(src, src)
     assert code == 1 and "expected a folder of its own" in err.splitlines()[-1] and contents(src) == {}
 
@@ -424,7 +432,7 @@ def test_points_outside_of_their_image_or_without_one_are_counted_and_the_first_
     unknown, endless = bad.assign(SOPInstanceUID="1.2.3.4.5"), bad.assign(coordinates="{'x': 1e999, 'y': 1}")
     pd.concat([bad, unknown, endless, table, bad.assign(**{UID: "1.2.9"})]).to_csv(path, index=False)
     code, err = run_on(src, tmp_path / "cache")
-    assert f"1 series of {path} are not in {src}; first 1.2.9\n" in err
+    assert "Series of train_localizers.csv not in --src: 1; first 1.2.9\n" in err
     uid, sop_uid = table.iloc[0][[UID, "SOPInstanceUID"]]
     reason = f"{uid}: point left out: (1, 48.5) lies outside of image {sop_uid}"
     assert code == 0 and f"3 annotated points left out in index.csv; first {reason}\n" in err
