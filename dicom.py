@@ -1046,8 +1046,8 @@ def doubt_voxels(grid: Grid, box: Box, voxels: ndarray, covered: ndarray, notes:
     least_mm = np.full(3, 60.0)
     least_mm[grid.through] = 20
     if num_slices < 5 or (size_mm < least_mm).any():
-        size = f"{num_slices} slices, {z:.3g} x {y:.3g} x {x:.3g} mm"
-        doubts.append(f"{size}: too little of a head; expected 5 slices, 20 mm across and 60 mm along them")
+        size = f"slices: {num_slices}, {z:.3g} x {y:.3g} x {x:.3g} mm"
+        doubts.append(f"too little of a head: {size}; expected 5, 20 mm across and 60 mm along them")
     indices = [np.flatnonzero(is_scanned(grid, box, axis)) for axis in range(3)]
     if not all(map(len, indices)):
         return doubts

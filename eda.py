@@ -234,7 +234,7 @@ def find_troubles(table: DataFrame, cache: Path) -> dict:
     notes = table["notes"].str.split("; ").explode()
     notes = notes[notes != ""]
     kinds = notes.str.replace(r"(?<!\w)[-+]?\d[\d.]*(?![\w,]*\))", "n", regex=True)
-    examples = notes.groupby(kinds).transform("first")
+    examples = notes.rename("such as").groupby(kinds).transform("first")
     path = cache / "faults.csv"
     faults = read_csv(path, ["fault", "case"], dtype=str) if path.is_file() else DataFrame()
     return {

@@ -419,7 +419,7 @@ def explain_series(answer: Answer, ensemble: Ensemble, scan: Scan, outputs: dict
     if findings:
         png = draw_findings(volume, maps.sum(0), answer, findings)
         common.write_atomic(folder / f"{safe_uid(answer.uid)}.png", png)
-    log_any("\n".join([*lines, f"  {path}: {len(findings)} places, with a picture of them"]))
+    log_any("\n".join([*lines, f"  {path}: {len(findings)} places"]))
 
 
 def find_image(point_mm: ndarray, series: Series) -> dict | None:
