@@ -1043,11 +1043,10 @@ def doubt_voxels(grid: Grid, box: Box, voxels: ndarray, covered: ndarray, notes:
     doubts = []
     num_slices = len(grid.order)
     z, y, x = size_mm = np.array([np.ptp(grid.extent_mm(axis)) for axis in range(3)])
-    least_mm = np.full(3, 60.0)
-    least_mm[grid.through] = 20
+    least_mm = np.where(np.arange(3) == grid.through, 20, 60)
     if num_slices < 5 or (size_mm < least_mm).any():
-        size = f"slices: {num_slices}, {z:.3g} x {y:.3g} x {x:.3g} mm"
-        doubts.append(f"too little of a head: {size}; expected 5, 20 mm across and 60 mm along them")
+        size = f"{z:.3g} x {y:.3g} x {x:.3g} mm; expected 5, 20 mm across and 60 mm along them"
+        doubts.append(f"too little of a head: slices: {num_slices}, {size}")
     indices = [np.flatnonzero(is_scanned(grid, box, axis)) for axis in range(3)]
     if not all(map(len, indices)):
         return doubts

@@ -145,12 +145,13 @@ def data_section(table: DataFrame) -> str:
     settings = table["settings"].value_counts().reset_index(name="series")
     planes = pd.crosstab(table["plane"], table["modality"], margins=True)
     positives = table.groupby("modality")[NAMES].sum().T.reset_index(names="label")
-    figures = [draw_histogram(text, table, column, "modality") for column, text in MEASURES.items()]
     return f"""<section id="data"><h2>The data</h2>
         {show_table(settings, "Settings of the volumes; the box reaches down from the top of the head.")}
         {show_table(planes.reset_index(), "Series by plane and modality.")}
         {show_table(positives, f"Positive series of {table[PRESENT].count()} with labels in train.csv.")}
-        <div class="grid">{"".join(figures)}</div></section>"""
+        <div class="grid">
+        {"".join(draw_histogram(text, table, column, "modality") for column, text in MEASURES.items())}
+        </div></section>"""
 
 
 @dataclass(frozen=True)
@@ -220,14 +221,16 @@ def show_example(row: dict, scan: Scan, src: Path) -> str:
 
 def points_section(points: DataFrame) -> str:
     """All annotated points in the frame of the box, along its three sides."""
-    figures = [draw_histogram("All annotated points in the box.", points, side, "artery") for side in SIDES]
+    text = "All annotated points in the box."
     return f"""<section id="points"><h2>Where the aneurysms are</h2>
-        <div class="grid">{"".join(figures) if len(points) else absent("No annotated points in the cache.")}
+        <div class="grid">{absent("No annotated points in the cache.") if points.empty else ""}
+        {"".join(draw_histogram(text, points, side, "artery") for side in SIDES if len(points))}
         </div></section>"""
 
 
 def find_troubles(table: DataFrame, cache: Path) -> dict:
     """Title -> a row per case; notes that differ in numbers only are of one kind, shown by one of them."""
+    outside = table.query("points_inside < num_points")
     years = table["PatientAge"].map(common.parse_age)
     sexes = table["sex"] + table["PatientSex"].astype(str).str[0]
     is_other = (abs(table["age"] - years) >= 1) | sexes.isin(["FM", "MF"])
@@ -241,9 +244,7 @@ def find_troubles(table: DataFrame, cache: Path) -> dict:
         "Series that failed": table.query("status == 'failed'")[[UID, "reason"]],
         "Doubtful volumes": table.query("status == 'doubtful'")[[UID, "reason", "notes"]],
         "Unreadable volumes": table[[UID, "unreadable"]].dropna(),
-        "Points outside the box": table.query("points_inside < num_points")[
-            [UID, "num_points", "points_inside"]
-        ],
+        "Points outside the box": outside[[UID, "num_points", "points_inside"]],
         "Age or sex unlike train.csv": table.loc[is_other, [UID, "age", "PatientAge", "sex", "PatientSex"]],
         "Faults of labels, points and files": faults,
         "Kinds of repairs and assumptions": examples.value_counts().reset_index(name="series"),
@@ -251,8 +252,9 @@ def find_troubles(table: DataFrame, cache: Path) -> dict:
 
 
 def trouble_section(troubles: dict) -> str:
-    parts = [f"<h3>{title}: {len(rows)}</h3>{show_table(rows)}" for title, rows in troubles.items()]
-    return f'<section id="trouble"><h2>What went wrong</h2>{"".join(parts)}</section>'
+    return f"""<section id="trouble"><h2>What went wrong</h2>
+        {"".join(f"<h3>{title}: {len(rows)}</h3>{show_table(rows)}" for title, rows in troubles.items())}
+        </section>"""
 
 
 def results_section(runs: dict, result: dict) -> str:
@@ -423,12 +425,12 @@ HEAD = f"""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Intracran
 
 
 def describe_score(result: dict, oof: DataFrame, constant: ndarray) -> str:
-    few = [row for row in result["per_label"].values() if np.isnan(row["low"])]
+    num_few = sum(np.isnan(row["low"]) for row in result["per_label"].values())
     return (
         f"wAUC {common.describe_wauc(result)}: predictions out of fold, pooled; runs: "
         f"{oof['run'].nunique()}, series: {result['num_series']}, patients: {result['num_patients']}. The "
         f"draws are of patients, and keep both classes of each label. Runs that predict nearly the same for "
-        f"all series: {len(constant)}. Labels with too few patients for an interval: {len(few)} of 14; "
+        f"all series: {len(constant)}. Labels with too few patients for an interval: {num_few} of 14; "
         f"without a class, so not in the wAUC: {len(result['undefined'])}."
     )
 

@@ -109,8 +109,8 @@ def choose_series(source: Source, path: Path | None) -> list:
     lines = path.read_text("utf-8-sig").splitlines()
     rows = [re.split(r'[ "]*[,;\t][ "]*', line.strip(' "')) for line in lines]
     column = next((row.index(UID) for row in rows if UID in row), 0)
-    cells = [row[column] for row in rows if len(row) > column]
-    uids = [uid for uid in dict.fromkeys(cells) if uid not in ("", UID)]
+    cells = dict.fromkeys(row[column] for row in rows if len(row) > column)
+    uids = [uid for uid in cells if uid not in ("", UID)]
     if not uids:
         raise ValueError(f"{path}: lists no series; expected a UID per line, or a CSV with a column {UID}")
     return uids
@@ -169,8 +169,8 @@ class Member:
 
 @dataclass
 class Ensemble:
-    members: list[Member]  # the heaviest first: a deadline cuts from the end
-    models: list[Member]  # the members, and locators that only propose
+    members: list  # the heaviest first: a deadline cuts from the end
+    models: list  # the members, and locators that only propose
     prior: ndarray  # (14,) mean share of positives in the members' training folds
     points: list  # operating points, the mean over members, by growing specificity
     deadline: Deadline
@@ -181,9 +181,10 @@ def check_run(run: Run, cache_settings: dict | None) -> None:
     settings, metrics = common.volume_settings(run.cfg), run.folder / "metrics.json"
     if difference := common.describe_difference(cache_settings or settings, settings):
         raise ValueError(f"{run.folder}: the cache does not fit: {difference}")
-    if metrics.is_file() and json.loads(metrics.read_text()).get("is_nearly_constant"):
-        log(f"{run.folder}: its predictions are nearly the same for all series")
-    elif not metrics.is_file() and (run.folder / "last").is_dir():
+    if metrics.is_file():
+        if json.loads(metrics.read_text()).get("is_nearly_constant"):
+            log(f"{run.folder}: its predictions are nearly the same for all series")
+    elif (run.folder / "last").is_dir():
         log(f"{run.folder}: this run of train.py is not finished, its best epoch so far is used")
 
 
@@ -390,11 +391,9 @@ def explain_series(answer: Answer, ensemble: Ensemble, scan: Scan, outputs: dict
     if not locators:
         log_once("--explain: no locator among the members that ran, so no picture and no findings")
         return
-    cfg, maps = locators[0].run.cfg, []
-    for model in locators:  # of one kind: they see the same volume at the same stride
-        other = model.run.cfg
-        if (other.volume, other.locator_stride) == (cfg.volume, cfg.locator_stride):
-            maps.append(outputs[model].maps)
+    cfg = locators[0].run.cfg
+    alike = [model for model in locators if model.run.cfg.volume == cfg.volume]
+    maps = [outputs[model].maps for model in alike if model.run.cfg.locator_stride == cfg.locator_stride]
     volume, maps = scan.volumes[cfg.volume], np.mean(maps, axis=0)
     present = answer.probs[AP]
     lines = [f"{answer.uid}: {LABELS[AP]} {present:.3f}"]
@@ -417,7 +416,7 @@ def explain_series(answer: Answer, ensemble: Ensemble, scan: Scan, outputs: dict
             findings.append(facts | place | image)
     common.write_json(path, findings or [facts])
     if findings:
-        png = draw_findings(volume, maps.sum(0), answer, findings)
+        png = draw_findings(volume, maps.sum(0), findings)
         common.write_atomic(folder / f"{safe_uid(answer.uid)}.png", png)
     log_any("\n".join([*lines, f"  {path}: {len(findings)} places"]))
 
@@ -425,8 +424,7 @@ def explain_series(answer: Answer, ensemble: Ensemble, scan: Scan, outputs: dict
 def find_image(point_mm: ndarray, series: Series) -> dict | None:
     """The nearest image to a point (LPS mm), its column and row there; None over half a gap outside."""
     away_mm = series.normal @ point_mm - series.positions_mm
-    half_gap_mm = series.spacing_mm[0] / 2
-    if away_mm.min() > half_gap_mm or away_mm.max() < -half_gap_mm:
+    if max(away_mm.min(), -away_mm.max()) > series.spacing_mm[0] / 2:
         return None
     frame = series.frames[np.abs(away_mm).argmin()]
     offset_mm = point_mm - frame.position
@@ -439,7 +437,7 @@ def find_image(point_mm: ndarray, series: Series) -> dict | None:
     }
 
 
-def draw_findings(volume: Volume, heat: ndarray, answer: Answer, findings: list) -> bytes:
+def draw_findings(volume: Volume, heat: ndarray, findings: list) -> bytes:
     """A PNG with a row per finding: its slab plain, and under the heat (Z, h, w; absolute) with a cross."""
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
@@ -465,7 +463,7 @@ def draw_findings(volume: Volume, heat: ndarray, answer: Answer, findings: list)
         plain.hlines(bottom, 3, 3 + 20 / volume.spacing_mm[2], color="gray")
         plain.text(3, bottom, "20 mm", color="gray", va="bottom")
     figure.colorbar(image, ax=panels, shrink=0.5, label="probability of an aneurysm at this place")
-    figure.suptitle(f"{answer.uid}\n{LABELS[AP]} {answer.probs[AP]:.3f}. Not for diagnosis.")
+    figure.suptitle(f"{finding[UID]}\n{LABELS[AP]} {finding[LABELS[AP]]:.3f}. Not for diagnosis.")
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=80)
     return png.getvalue()
@@ -484,10 +482,8 @@ def describe_score(answers: list, labels: DataFrame, members: list) -> str:
         DataFrame.from_dict(result[part], "index").to_string(float_format="%.3f", na_rep="–")
         for part in ("per_label", "per_modality")
     )
-    text += (
-        f"\n{common.UNDEFINED}\nwAUC {common.describe_wauc(result)}, {len(table)} series of "
-        f"{result['num_patients']} patients"
-    )
+    text += f"\n{common.UNDEFINED}\nwAUC {common.describe_wauc(result)}, "
+    text += f"{len(table)} series of {result['num_patients']} patients"
     in_all = set.intersection(*(set(member.run.meta["val_uids"]) for member in members))
     num_trained = len(set(table[UID]) - in_all)
     if num_trained:
@@ -571,13 +567,11 @@ def predict_table(args: Namespace, stdout: io.TextIOBase) -> list:
         args.explain.mkdir(parents=True, exist_ok=True)
     ensemble = load_ensemble(args, [state.device], source.settings)
     log(f"{len(uids)} series, {len(ensemble.members)} members, {state.num_processes} processes")
-    answers = answer_share(ensemble, source, uids, args, state)
-    by_uid = {answer.uid: answer for answer in gather_object(answers)}
+    answers = gather_object(answer_share(ensemble, source, uids, args, state))
     if not state.is_main_process:
         return []
-    answers = [by_uid[uid] for uid in uids]
-    table = DataFrame({answer.uid: answer.probs for answer in answers}, index=LABELS).T
-    text = table.to_csv(index_label=UID, float_format="%.8g")
+    table = DataFrame({answer.uid: answer.probs for answer in answers}, index=LABELS)
+    text = table[uids].T.to_csv(index_label=UID, float_format="%.8g")
     if args.out:
         common.write_atomic(args.out, text.encode())
     else:

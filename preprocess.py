@@ -2,12 +2,11 @@
 
 in   --src DIR    any tree of DICOM files; train.csv and train_localizers.csv in it or beside it, if any
 out  --dst DIR    <SeriesInstanceUID>.safetensors: volume uint8 (Z, H, W), annotated points and their labels;
-                  its metadata names under left_out every file of the series that is not in the volume;
+                  its metadata has under left_out the names of the series' files that are not in it;
                   index.csv: a row per series: ok, doubtful (a volume that looks wrong) or failed, and why;
-                  faults.csv: series whose labels or points contradict each other, or are missing; files
-                  of no series;
-                  train.csv and its sum: a copy of the labels; <uid>.failed.txt: reasons, for the index;
-                  .patient_key: with which the index hides each PatientID
+                  faults.csv: labels and points that contradict each other or are missing; stray files;
+                  train.csv and its sum: the labels; <uid>.failed.txt: reasons, for the index; .patient_key:
+                  with which the index hides each PatientID
 run  python preprocess.py --src dicoms --dst cache
      python preprocess.py --src dicoms --dst cache thin --config configs/fold0.yaml configs/locator.yaml
 
@@ -311,8 +310,7 @@ def verify(dst: Path) -> int:
 
 # --- the command --------------------------------------------------------------------------------------------
 def parse_arguments() -> Namespace:
-    labels = "\n".join(["labels, the columns of train.csv:", *LABELS])
-    parser = common.make_parser(f"{__doc__}\n{labels}", VolumeSettings)
+    parser = common.make_parser(f"{__doc__}\nlabels of train.csv: {', '.join(LABELS)}", VolumeSettings)
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--src", type=Path, metavar="DIR")
     task.add_argument("--verify", action="store_true")
@@ -342,7 +340,7 @@ def parse_shard(text: str) -> tuple:
 def shard_of(environment: dict) -> str:
     """I/N of this process among those that torchrun, accelerate launch or a Slurm array from 0 started."""
     for index, count in (("RANK", "WORLD_SIZE"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")):
-        if index in environment and count in environment:
+        with suppress(KeyError):
             return f"{environment[index]}/{environment[count]}"
     return "0/1"
 
@@ -444,7 +442,7 @@ def run_jobs(jobs: list, args: Namespace) -> Counter:
 
 def summarise(index: pd.DataFrame) -> None:
     """Log what the index says of these series: how many of each kind, and the first."""
-    inside, total = index["points_inside"].sum(), index["num_points"].sum()
+    inside, total = index[["points_inside", "num_points"]].sum()
     if total:
         log_shard(f"{inside:.0f} of {total:.0f} annotated points lie inside the volumes")
     notes = index["notes"].str.split("; ").explode().dropna()
