@@ -110,10 +110,10 @@ class Job:
     """A series, and the folders that are to hold its volume, each with the config of its volumes."""
 
     uid: str
-    files: list[Path]
+    files: list
     points: list  # the annotated ones, as read_points gives them
     labels: dict  # its row of the label table
-    caches: dict[Path, Config]
+    caches: dict
 
 
 def sample_files(job: Job) -> bytes:

@@ -88,8 +88,6 @@ def write_runs(outputs: Path, uids: list[str], strength: float = 2.0, **settings
 
 
 class Page(html.parser.HTMLParser):
-    """Collects tags, attributes and the text."""
-
     def __init__(self, markup: str):
         super().__init__()
         self.tags, self.attributes, words = set(), [], []
@@ -103,7 +101,6 @@ class Page(html.parser.HTMLParser):
 
 
 def report(folder: Path) -> Page:
-    """The page on what lies in a folder."""
     return Page(eda.make_page(folder / "cache", folder / "dicoms", folder / "outputs"))
 
 

@@ -74,7 +74,6 @@ def index(folder: Path) -> dict[str, dict]:
 
 
 def cache_alone(uid: str, files: list[Path], dst: Path, cfg: Config, points: list = ()) -> Path:
-    """The volume that cache_series makes of these files."""
     dst.mkdir(exist_ok=True)
     (dst / ".patient_key").write_bytes(KEY)
     assert preprocess.cache_series(preprocess.Job(uid, files, list(points), {}, {dst: cfg})) == ["cached"]
@@ -305,7 +304,6 @@ def test_a_full_disk_is_one_line_that_names_the_file(phantoms, tmp_path):
 
 
 def test_broken_series_fail_alone_and_are_tried_again(src, phantoms, cached, tmp_path):
-    """Files that are not DICOM, and a memory bomb."""
     dst, uid = tmp_path / "cache", sorted(os.listdir(src / "series"))[2]
     for path in (src / "series" / uid).iterdir():
         path.write_bytes(b"this is not a DICOM file" * 100)
@@ -313,8 +311,7 @@ def test_broken_series_fail_alone_and_are_tried_again(src, phantoms, cached, tmp
     bomb = src / "series" / "1.2.777" / "bomb.dcm"
     write_slice(bomb, syntax=DeflatedExplicitVRLittleEndian, SeriesInstanceUID="1.2.777", **tags)
     command = (src, dst, "--memory-gb", 1)
-    code, err = run_on(*command)
-    rows = index(dst)
+    (code, err), rows = run_on(*command), index(dst)
     assert code == 3 and len(rows) == 7 and "Traceback" not in err
     failed = {name for name, row in rows.items() if row["status"] != "ok"}
     assert failed == {uid, "1.2.777"}
@@ -328,7 +325,6 @@ def test_broken_series_fail_alone_and_are_tried_again(src, phantoms, cached, tmp
 
 
 def flip_bit(path: Path) -> None:
-    """Of the byte in the middle."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
