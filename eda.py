@@ -69,9 +69,8 @@ def read_cache(cache: Path, limit: int | None = None) -> tuple:
     """A row per series: index.csv, labels, the volume's settings or why it is unreadable; a row per point."""
     columns = [*TEXT, *MEASURES, "status", "modality", "num_points", "points_inside"]
     table = read_csv(cache / "index.csv", columns, dtype=TEXT, nrows=limit)
-    labels = DataFrame(columns=[UID])
-    if (cache / "train.csv").is_file():
-        labels = common.read_label_table(cache / "train.csv")
+    path = cache / "train.csv"
+    labels = common.read_label_table(path) if path.is_file() else DataFrame(columns=[UID])
     labels = labels.reindex(columns=[UID, "Modality", "PatientAge", "PatientSex", *NAMES])
     table = table.merge(labels, on=UID, how="left")
     table["modality"] = table["Modality"].combine_first(table["modality"])  # CTA rather than CT

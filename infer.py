@@ -340,8 +340,7 @@ def answer_all(ensemble: Ensemble, source: Source, uids: list, args: Namespace, 
     bar = common.progress(len(uids), "series", show=args.is_main)
     with bar, closing(read_scans(source, uids, settings, args)) as scans:
         for item in scans:
-            num_left = len(uids) - len(answers) + later
-            num_views = deadline.plan_views(monotonic(), num_left)
+            num_views = deadline.plan_views(monotonic(), len(uids) - len(answers) + later)
             if num_views < deadline.full_views:
                 log_once(f"deadline: {num_views} of {deadline.full_views} views")
             if num_views == 0:
@@ -391,7 +390,7 @@ def explain_series(answer: Answer, ensemble: Ensemble, scan: Scan, outputs: dict
     if not locators:
         log_once("--explain: no locator among the members that ran, so no picture and no findings")
         return
-    cfg = locators[0].run.cfg
+    cfg = locators[0].run.cfg  # only maps of the same volume at the same stride have a mean
     alike = [model for model in locators if model.run.cfg.volume == cfg.volume]
     maps = [outputs[model].maps for model in alike if model.run.cfg.locator_stride == cfg.locator_stride]
     volume, maps = scan.volumes[cfg.volume], np.mean(maps, axis=0)

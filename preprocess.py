@@ -370,10 +370,10 @@ def check_cache(dst: Path, cfg: Config, uids: list, points: dict) -> None:
     settings = common.volume_settings(cfg)
     others = [meta["settings"] for meta in cached.values() if meta["settings"] != settings]
     if others:
-        difference = common.describe_difference(others[0], settings)
         raise ValueError(
-            f"{dst}: {len(others)} volumes have other settings: {difference}. Choose another --dst, or "
-            f"delete these volumes to make them again"
+            f"{dst}: {len(others)} volumes have other settings: "
+            f"{common.describe_difference(others[0], settings)}. Choose another --dst, or delete these "
+            f"volumes to make them again"
         )
     if not points and any(cached[uid]["num_points"] for uid in uids if uid in cached):
         raise ValueError(
