@@ -558,7 +558,8 @@ def call_safely(function: Callable, memory_gb: float, item: Any) -> tuple:
 
 
 # --- metric -------------------------------------------------------------------------------------------------
-MIN_POSITIVES = 5  # of a label whose AUC gets an interval
+MIN_PATIENTS = 5  # with a label and without it, for an interval
+UNDEFINED = f"–: fewer than {MIN_PATIENTS} patients with or without, or a class is missing."
 
 
 def sigmoid(logits: ndarray) -> ndarray:
@@ -627,35 +628,45 @@ def percentile_interval(values: ndarray) -> list:
     return pd.Series(values).quantile([0.025, 0.975]).tolist()
 
 
-def summarise_draws(values: ndarray) -> dict:
-    """The 95 % interval of drawn values, NaN if less than a tenth is defined; and how many are."""
-    used = values[np.isfinite(values)]
+def summarise_draws(values: ndarray, counts: Iterable) -> dict:
+    """The 95 % interval of drawn values, and how many are defined: NaN if a tenth or less. None counts where
+    one of the numbers of patients that they were drawn from, with and without, is below MIN_PATIENTS."""
+    used = values[np.isfinite(values) & (min(counts) >= MIN_PATIENTS)]
     low, high = percentile_interval(used) if len(used) > 0.1 * len(values) else (np.nan, np.nan)
     return {"low": low, "high": high, "draws_used": len(used)}
 
 
+def describe_wauc(result: dict) -> str:
+    """`0.7738 (95 % interval 0.7070 to 0.8368, 1385 draws)` of a score, or why it has no interval."""
+    text = "{wauc:.4f} (95 % interval {low:.4f} to {high:.4f}, {draws_used} draws)"
+    if np.isnan(result["low"]):
+        text = "{wauc:.4f} (no interval: {per_label[Aneurysm Present][positives]} series with an aneurysm "
+        text += "of {num_series}, {num_patients} patients, {draws_used} usable draws)"
+    return text.format(**result)
+
+
 def score(table: DataFrame, probs: ndarray, draws: int = 2000) -> dict:
-    """wAUC of probs (N, 14) with its interval over patients, AUC per label (no interval below MIN_POSITIVES),
+    """wAUC of probs (N, 14) with its interval over patients, AUC per label (no interval below MIN_PATIENTS),
     wAUC per modality and plane. table: rows aligned with probs; patient, Modality, plane, the labels."""
     table = table.reset_index(drop=True)
     labels = table[list(LABELS)].to_numpy(float)
     overall = weighted_auc(labels, probs)
-    aucs = bootstrap_aucs(labels, probs, table["patient"], draws)
+    patients = table["patient"]
+    aucs = bootstrap_aucs(labels, probs, patients, draws)
+    counts = [patients.groupby(truth).nunique() for truth in labels.T]
     result = {
         "wauc": overall["wauc"],
-        **summarise_draws(combine_aucs(aucs, labels)),
+        **summarise_draws(combine_aucs(aucs, labels), counts[AP]),
         "num_series": len(table),
-        "num_patients": table["patient"].nunique(),
+        "num_patients": patients.nunique(),
         "undefined": overall["undefined"],
         "per_label": {},
         "per_modality": {},
         "per_plane": {},
     }
     for k, name in enumerate(LABELS):
-        positives = int(labels[:, k].sum())
-        drawn = aucs[:, k] if positives >= MIN_POSITIVES else np.empty(0)
-        summary = {"auc": overall["auc"][k], **summarise_draws(drawn), "positives": positives}
-        result["per_label"][name] = summary
+        summary = {"auc": overall["auc"][k], **summarise_draws(aucs[:, k], counts[k])}
+        result["per_label"][name] = summary | {"positives": int(labels[:, k].sum())}
     for column in ("Modality", "plane"):
         for value, rows in table.groupby(column):
             part = weighted_auc(labels[rows.index], probs[rows.index])

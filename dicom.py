@@ -1042,8 +1042,11 @@ def doubt_voxels(grid: Grid, box: Box, voxels: ndarray, covered: ndarray, notes:
     """What makes voxels implausible, of what was scanned in the box: every slab, every third pixel."""
     doubts = []
     num_slices = len(grid.order)
-    if num_slices < 5:
-        doubts.append(f"number of slices: {num_slices}, too few for a head; expected at least 5")
+    z, y, x = size_mm = np.array([np.ptp(grid.extent_mm(axis)) for axis in range(3)])
+    least_mm = np.where(np.arange(3) == grid.through, 20, 60)
+    if num_slices < 5 or (size_mm < least_mm).any():
+        size = f"{z:.3g} x {y:.3g} x {x:.3g} mm; expected 5, 20 mm across and 60 mm along them"
+        doubts.append(f"too little of a head: slices: {num_slices}, {size}")
     indices = [np.flatnonzero(is_scanned(grid, box, axis)) for axis in range(3)]
     if not all(map(len, indices)):
         return doubts
@@ -1057,14 +1060,6 @@ def doubt_voxels(grid: Grid, box: Box, voxels: ndarray, covered: ndarray, notes:
     for is_poor, why in ((~is_covered, "interpolated over missing slices"), (is_empty, "empty")):
         if is_poor.any():
             notes.append(f"{is_poor.mean():.0%} of the slabs ({is_poor.sum()}) are {why}")
-    if num_slices < 5:
-        return doubts
-    size_mm = np.array([np.ptp(grid.extent_mm(axis)) for axis in range(3)])
-    least_mm = np.full(3, 60.0)
-    least_mm[grid.through] = min(25, 0.5 * num_slices)  # a slab of 24 slices of 1 mm is one
-    if num_slices >= 20 and (size_mm < least_mm).any():
-        z, y, x = size_mm
-        doubts.append(f"{z:.0f} x {y:.0f} x {x:.0f} mm were scanned: too small for a head")
     shares = cv2.calcHist([slabs], [0], None, [256], [0, 256]) / slabs.size
     for share, limit, what in (
         ((is_empty | ~is_covered).mean(), 0.25, "is interpolated over missing slices, or empty"),

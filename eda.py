@@ -36,7 +36,7 @@ from pandas import DataFrame
 from sklearn.metrics import roc_curve
 
 import common
-from common import AP, LABELS, UID, load_volume, log, read_csv, score, volume_path
+from common import AP, LABELS, UID, UNDEFINED, load_volume, log, read_csv, score, volume_path
 from dicom import VolumeSettings, find_series, make_volume, read_series, to_lps, to_voxel
 
 MEASURES = {  # columns of index.csv, with their meaning
@@ -61,7 +61,6 @@ PLACE = ["x_mm", "y_mm", "z_mm"]  # columns of proposals.csv, LPS
 WHOLE_HEAD = VolumeSettings(base_slices=256, img_size=256, roi_mm=280.0, roi_top_mm=600.0)
 REACH_MM, NEAR_MM = 20.0, 8.0  # half of a projection; points shown on a slab
 CHART_STYLE = {"font.size": 8, "text.parse_math": False, "image.cmap": "gray", "legend.frameon": False}
-UNDEFINED = f"–: fewer than {common.MIN_POSITIVES} positives, or a class is missing."
 list_series = functools.cache(find_series)
 
 
@@ -70,9 +69,8 @@ def read_cache(cache: Path, limit: int | None = None) -> tuple:
     """A row per series: index.csv, labels, the volume's settings or why it is unreadable; a row per point."""
     columns = [*TEXT, *MEASURES, "status", "modality", "num_points", "points_inside"]
     table = read_csv(cache / "index.csv", columns, dtype=TEXT, nrows=limit)
-    labels = DataFrame(columns=[UID])
-    if (cache / "train.csv").is_file():
-        labels = common.read_label_table(cache / "train.csv")
+    path = cache / "train.csv"
+    labels = common.read_label_table(path) if path.is_file() else DataFrame(columns=[UID])
     labels = labels.reindex(columns=[UID, "Modality", "PatientAge", "PatientSex", *NAMES])
     table = table.merge(labels, on=UID, how="left")
     table["modality"] = table["Modality"].combine_first(table["modality"])  # CTA rather than CT
@@ -126,6 +124,8 @@ def read_runs(outputs: Path) -> tuple:
         for name, table in parts.items():
             table.insert(0, "run", folder.name)
             tables[name].append(table)
+    if not tables:
+        faults.append(f"no finished training runs in {outputs}")
     return {name: pd.concat(parts) for name, parts in tables.items()}, faults
 
 
@@ -144,14 +144,13 @@ def data_section(table: DataFrame) -> str:
     settings = table["settings"].value_counts().reset_index(name="series")
     planes = pd.crosstab(table["plane"], table["modality"], margins=True)
     positives = table.groupby("modality")[NAMES].sum().T.reset_index(names="label")
-    figures = []
-    for column, meaning in MEASURES.items():
-        figures.append(draw_histogram(meaning, table, column, "modality"))
     return f"""<section id="data"><h2>The data</h2>
         {show_table(settings, "Settings of the volumes; the box reaches down from the top of the head.")}
         {show_table(planes.reset_index(), "Series by plane and modality.")}
         {show_table(positives, f"Positive series of {table[PRESENT].count()} with labels in train.csv.")}
-        <div class="grid">{"".join(figures)}</div></section>"""
+        <div class="grid">
+        {"".join(draw_histogram(text, table, column, "modality") for column, text in MEASURES.items())}
+        </div></section>"""
 
 
 @dataclass(frozen=True)
@@ -221,30 +220,40 @@ def show_example(row: dict, scan: Scan, src: Path) -> str:
 
 def points_section(points: DataFrame) -> str:
     """All annotated points in the frame of the box, along its three sides."""
-    figures = []
-    for side in SIDES:
-        figures.append(draw_histogram("All annotated points in the box.", points, side, "artery"))
+    text = "All annotated points in the box."
     return f"""<section id="points"><h2>Where the aneurysms are</h2>
-        <div class="grid">{"".join(figures) if len(points) else absent("No annotated points in the cache.")}
+        <div class="grid">{absent("No annotated points in the cache.") if points.empty else ""}
+        {"".join(draw_histogram(text, points, side, "artery") for side in SIDES if len(points))}
         </div></section>"""
 
 
-def find_troubles(table: DataFrame) -> dict:
-    """Title -> a row per case; notes that differ in numbers only are of one kind."""
+def find_troubles(table: DataFrame, cache: Path) -> dict:
+    """Title -> a row per case; notes that differ in numbers only are of one kind, shown by one of them."""
     outside = table.query("points_inside < num_points")
     years = table["PatientAge"].map(common.parse_age)
     sexes = table["sex"] + table["PatientSex"].astype(str).str[0]
     is_other = (abs(table["age"] - years) >= 1) | sexes.isin(["FM", "MF"])
     notes = table["notes"].str.split("; ").explode()
-    notes = notes[notes != ""].str.replace(r"(?<!\w)[-+]?\d[\d.]*(?![\w,]*\))", "n", regex=True)
+    notes = notes[notes != ""]
+    kinds = notes.str.replace(r"(?<!\w)[-+]?\d[\d.]*(?![\w,]*\))", "n", regex=True)
+    examples = notes.rename("such as").groupby(kinds).transform("first")
+    path = cache / "faults.csv"
+    faults = read_csv(path, ["fault", "case"], dtype=str) if path.is_file() else DataFrame()
     return {
         "Series that failed": table.query("status == 'failed'")[[UID, "reason"]],
         "Doubtful volumes": table.query("status == 'doubtful'")[[UID, "reason", "notes"]],
-        "Unreadable volumes": table.dropna(subset="unreadable")[[UID, "unreadable"]],
+        "Unreadable volumes": table[[UID, "unreadable"]].dropna(),
         "Points outside the box": outside[[UID, "num_points", "points_inside"]],
         "Age or sex unlike train.csv": table.loc[is_other, [UID, "age", "PatientAge", "sex", "PatientSex"]],
-        "Kinds of repairs and assumptions": notes.value_counts().reset_index(name="series"),
+        "Faults of labels, points and files": faults,
+        "Kinds of repairs and assumptions": examples.value_counts().reset_index(name="series"),
     }
+
+
+def trouble_section(troubles: dict) -> str:
+    return f"""<section id="trouble"><h2>What went wrong</h2>
+        {"".join(f"<h3>{title}: {len(rows)}</h3>{show_table(rows)}" for title, rows in troubles.items())}
+        </section>"""
 
 
 def results_section(runs: dict, result: dict) -> str:
@@ -258,7 +267,7 @@ def results_section(runs: dict, result: dict) -> str:
     axes = new_chart("false alarms: share of negatives", "sensitivity: share of positives")
     for group, rows in [*runs["oof"].groupby("group"), ("all runs", runs["oof"])]:
         table = pool_oof(rows)
-        wauc = interval(score(table, table[PROBS].to_numpy()), "wauc")
+        wauc = common.describe_wauc(score(table, table[PROBS].to_numpy()))
         scores.append({"runs": group, "wAUC": wauc, "nearly constant": rows["is_constant"].any()})
         false_alarms, sensitivity, _ = roc_curve(table[PRESENT], table[PROB_PRESENT])
         axes.plot(false_alarms, sensitivity, label=group)
@@ -332,12 +341,12 @@ def show_chart(caption: str, axes: Axes) -> str:
 
 def draw_histogram(caption: str, table: DataFrame, column: str, kind: str) -> str:
     """How often a column has which value, stacked by another column."""
-    table = table.dropna(subset=column).reset_index()
+    table = table.dropna(subset=column)
     if table.empty:
         return absent(f"{caption} No series states it.")
-    values = table.pivot(columns=kind, values=column).round(3)  # equal but for rounding: equal
+    values = dict(iter(table[column].round(3).groupby(table[kind])))  # equal but for rounding: equal
     axes = new_chart(column, "number")
-    axes.hist(values.to_numpy(), 25, stacked=True, label=list(values))
+    axes.hist(list(values.values()), 25, stacked=True, label=list(values))
     return show_chart(caption, axes)
 
 
@@ -390,13 +399,6 @@ def hide_folders(error: Exception) -> str:
     return re.sub(r"\S*/", "", str(error))
 
 
-def interval(result: dict, name: str) -> str:
-    """`0.712 (0.65 to 0.77, 1990 draws)`, or why there is no interval."""
-    if np.isnan(result["low"]):
-        return f"{result[name]:.3f} (too few positives for an interval)"
-    return f"{result[name]:.3f} ({result['low']:.2f} to {result['high']:.2f}, {result['draws_used']} draws)"
-
-
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --fore: #1c1e21; --soft: #5c6166; --line: #d5d8db; }
 @media screen and (prefers-color-scheme: dark) {
@@ -416,36 +418,44 @@ table { border-collapse: collapse; overflow-wrap: normal; font-variant-numeric: 
 th, td { border: 1px solid var(--line); padding: 2px 7px; min-width: 4em; vertical-align: top; }
 @media print { nav { display: none; } .table { overflow: visible; max-height: none; } }
 """
+HEAD = f"""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Intracranial aneurysms</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style>
+<body><h1>Intracranial aneurysms</h1>"""
 
 
 def describe_score(result: dict, oof: DataFrame, constant: ndarray) -> str:
-    few = [row for row in result["per_label"].values() if not row["draws_used"]]
+    num_few = sum(np.isnan(row["low"]) for row in result["per_label"].values())
     return (
-        f"wAUC {interval(result, 'wauc')}: predictions out of fold, pooled; runs: {oof['run'].nunique()}, "
-        f"series: {result['num_series']}, patients: {result['num_patients']}. In brackets: 95 % interval, "
-        f"from draws of patients in which each label keeps both classes. Runs that predict nearly the "
-        f"same for all series: {len(constant)}. Labels with too few positives for an interval: {len(few)} of "
-        f"14; without a class, so not in the wAUC: {len(result['undefined'])}."
+        f"wAUC {common.describe_wauc(result)}: predictions out of fold, pooled; runs: "
+        f"{oof['run'].nunique()}, series: {result['num_series']}, patients: {result['num_patients']}. The "
+        f"draws are of patients, and keep both classes of each label. Runs that predict nearly the same for "
+        f"all series: {len(constant)}. Labels with too few patients for an interval: {num_few} of 14; "
+        f"without a class, so not in the wAUC: {len(result['undefined'])}."
     )
 
 
 def make_page(cache: Path, src: Path, outputs: Path, limit: int | None = None) -> str:
     """What was run, what came out and what to look at first; then the sections."""
-    sections, facts, parts = [], [], []
+    sections, facts, troubles = [], [], {}
     runs, warnings = read_runs(outputs)
     try:
         table, points = read_cache(cache, limit)
+        troubles = find_troubles(table, cache)
     except (OSError, ValueError) as error:
-        warnings.append(f"No data from the folder {cache.absolute().name}: {hide_folders(error)}")
-    else:
+        warnings.append(f"no data: {error}")
+    if not (runs or troubles):
+        raise ValueError(f"nothing to report on: {'; '.join(warnings)}")
+    for text in warnings:
+        log(text)
+    if troubles:
         counts = [f"{status}: {num}" for status, num in table["status"].value_counts().items()]
         facts.append(f"series: {len(table)}, patients: {table['patient'].nunique()}, {', '.join(counts)}")
-        for title, rows in find_troubles(table).items():
-            parts.append(f"<h3>{title}: {len(rows)}</h3>{show_table(rows)}")
+        for title, rows in troubles.items():
             if len(rows):
-                warnings.append(f"{title}: {len(rows)}; first {rows.iloc[0].to_json()[1:-1]}")
+                first = f"{rows.iat[0, 0]}: {rows.columns[1]} {rows.iat[0, 1]}"
+                warnings.append(f"{title}: {len(rows)}; first {first}")
         sections += [data_section(table), images_section(table, cache, src), points_section(points)]
-        sections.append(f'<section id="trouble"><h2>What went wrong</h2>{"".join(parts)}</section>')
+        sections.append(trouble_section(troubles))
     if runs:
         pooled = pool_oof(runs["oof"])
         result = score(pooled, pooled[PROBS].to_numpy())
@@ -454,41 +464,34 @@ def make_page(cache: Path, src: Path, outputs: Path, limit: int | None = None) -
         for name in constant:
             warnings.insert(0, f"{name} PREDICTS NEARLY THE SAME FOR ALL SERIES: its score is chance.")
         sections += [results_section(runs, result), cases_section(runs, pooled, cache)]
-    else:
-        facts.append("No finished training runs.")
     names = re.findall(r'<section id="(\w+)"><h2>(.*?)</h2>', "".join(sections))
-    return f"""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Intracranial aneurysms</title>
-        <meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style>
-        <body><h1>Intracranial aneurysms</h1>
+    return f"""{HEAD}
         <nav>{"".join(f'<a href="#{name}">{title}</a>' for name, title in names)}</nav><main>
-        <p>python eda.py --cache {escape(cache.absolute().name)} --src {escape(src.absolute().name)}
-        --outputs {escape(outputs.absolute().name)}{f" --limit {limit}" if limit else ""};
+        <p>python eda.py --cache {escape(str(cache))} --src {escape(str(src))}
+        --outputs {escape(str(outputs))}{f" --limit {limit}" if limit else ""};
         {time.strftime("%Y-%m-%d %H:%M %Z")}; Python {sys.version.split()[0]}, torch {torch.__version__}.
         Research software, not a medical device.</p>
         {"".join(f"<p><b>{escape(text)}</b></p>" for text in facts)}<h3>Look at this first</h3>
         <ul>{"".join(f"<li>{escape(text)}</li>" for text in warnings or ["Nothing stands out."])}</ul>
-        {"".join(sections)}</main></body></html>
-"""
+        {"".join(sections)}</main></body></html>"""
 
 
 def main() -> int:
     parser = common.make_parser(__doc__)
     parser.usage = "eda.py [options]"
-    for option, default in (("--cache", "cache"), ("--src", "dicoms"), ("--outputs", "outputs")):
-        parser.add_argument(option, type=Path, default=default, help=SUPPRESS)  # the manual lists them
+    for name, default in {"cache": "cache", "src": "dicoms", "outputs": "outputs"}.items():
+        parser.add_argument(f"--{name}", type=Path, default=default, help=SUPPRESS)  # the manual lists them
     parser.add_argument("--limit", type=common.positive_int, help=SUPPRESS)
     args = parser.parse_args()
-    index = args.cache / "index.csv"
-    if not index.is_file() and not args.outputs.is_dir():
-        log(f"eda.py: nothing to report on: no {index}, no folder {args.outputs}")
-        return 1
     try:
         with common.reserve_stdout() as stdout, matplotlib.rc_context(CHART_STYLE):
             stdout.write(make_page(**vars(args)))
+            return 0
+    except ValueError as error:
+        log(f"eda.py: {error}")
     except OSError as error:  # a full disk, or a reader such as `head` that has gone
         log(f"eda.py: {error.filename or 'stdout'}: {error.strerror or error}")
-        return 1
-    return 0
+    return 1
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ in   --src DIR           a cache of preprocess.py, or a tree of DICOM files of a
 out  stdout              CSV: SeriesInstanceUID and the 14 labels, a row per series; messages go to stderr
      --out FILE          the same into FILE, unless that holds series that this run leaves out; started again,
                          it goes on with the rows in .FILE.*.rows (not with --explain, --labels)
-     --explain DIR       a picture of each series, and findings.json: presence, the strictest operating point
-                         that it passes, and of the likeliest places artery, score, LPS mm and, from DICOM,
-                         image, frame (from 0), column and row; needs a locator among the runs
+     --explain DIR       of each series UID.png, and UID.findings.json: presence, the strictest operating
+                         point that it passes, and of the likeliest places artery, score, LPS mm and, from
+                         DICOM, image, frame (from 0), column and row; needs a locator among the runs
 how  --tta               average with the mirrored view (default: off)
      --precision P       fp16 (default on a GPU), bf16 or no (default on a CPU)
      --budget-hours H    answer all series within this time (default: no limit)
@@ -42,7 +42,7 @@ from argparse import SUPPRESS, Namespace
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
@@ -58,7 +58,7 @@ from pandas import DataFrame
 import common
 import dicom
 from common import AP, CHECKPOINT, LABELS, SWAP, UID, Output, Run, log, positive_int, propose, sigmoid
-from dicom import Series, Volume, VolumeSettings, safe_uid, to_lps, to_voxel
+from dicom import Series, Volume, safe_uid, to_lps, to_voxel
 
 SHARED = Path(os.environ.get("KAGGLE_SHARED", "/kaggle/shared"))  # emptied after each call of --serve
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": None}  # of autocast; None: float32
@@ -71,16 +71,15 @@ log_any = partial(log, everywhere=True)  # from any process
 class Source:
     """The series by UID: the cached volume or the DICOM files (a list or a folder) of each, or why not."""
 
-    is_cache: bool
     series: dict
-    settings: dict | None = None  # of a cache's volumes
+    settings: dict | None = None  # of a cache's volumes; None: DICOM files
 
 
 @dataclass
 class Scan:
     """What was read of a series."""
 
-    volumes: dict[VolumeSettings, Volume]  # one for each of the ensemble's settings
+    volumes: dict  # VolumeSettings -> Volume, one for each of the ensemble's settings
     patient: str = ""  # (0010,0020) PatientID, in a cache its hash
     series: Series | None = None  # without pixels and headers; a cache knows none
 
@@ -97,10 +96,10 @@ def find_source(src: Path) -> Source:
         if not series:
             kind = "a file" if src.is_file() else "no DICOM image" if src.is_dir() else "no such folder"
             raise ValueError(f"--src {src}: {kind}; expected a folder: a cache, or a tree of DICOM files")
-        return Source(False, series)
+        return Source(series)
     index = common.read_csv(src / "index.csv", [UID, "reason"], dtype=str).set_index(UID)
     reasons = "in preprocessing: " + index["reason"].fillna("its volume is missing")
-    return Source(True, reasons.to_dict() | volumes, settings)
+    return Source(reasons.to_dict() | volumes, settings)
 
 
 def choose_series(source: Source, path: Path | None) -> list:
@@ -110,8 +109,8 @@ def choose_series(source: Source, path: Path | None) -> list:
     lines = path.read_text("utf-8-sig").splitlines()
     rows = [re.split(r'[ "]*[,;\t][ "]*', line.strip(' "')) for line in lines]
     column = next((row.index(UID) for row in rows if UID in row), 0)
-    cells = [row[column] for row in rows if len(row) > column]
-    uids = [uid for uid in dict.fromkeys(cells) if uid not in ("", UID)]
+    cells = dict.fromkeys(row[column] for row in rows if len(row) > column)
+    uids = [uid for uid in cells if uid not in ("", UID)]
     if not uids:
         raise ValueError(f"{path}: lists no series; expected a UID per line, or a CSV with a column {UID}")
     return uids
@@ -128,7 +127,7 @@ def read_scans(source: Source, uids: list, settings: set, args: Namespace) -> It
             items.append((uid, files))
     if items:
         read = partial(read_dicom, settings=settings)
-        if source.is_cache:
+        if source.settings:
             read = partial(read_cached, settings=settings, expected=source.settings)
         limits = args.workers, args.series_timeout, args.memory_gb
         yield from common.run_isolated(read, items, *limits, tick_s=1)
@@ -150,10 +149,9 @@ def read_dicom(item: tuple, settings: set) -> Scan:
     series = dicom.read_series(files, uid)
     if len(settings) > 1:
         series.forget = lambda *_: None  # decoded slices stay for the next volume
-    volumes = {each: dicom.make_volume(series, each) for each in settings}
     for path, reason in series.skipped[:1]:
-        text = f"{len(series.skipped)} files left out, the first {path.name}: {reason}"
-        next(iter(volumes.values())).doubts.append(text)
+        series.doubts.append(f"{len(series.skipped)} files left out, the first {path.name}: {reason}")
+    volumes = {each: dicom.make_volume(series, each) for each in settings}
     frames = [replace(frame, header={}) for frame in series.frames]  # headers are large to send
     series = replace(series, frames=frames, geometry={}, skipped=[])
     return Scan(volumes, series.patient, series)
@@ -171,10 +169,10 @@ class Member:
 
 @dataclass
 class Ensemble:
-    members: list[Member]  # the heaviest first: a deadline cuts from the end
-    models: list[Member]  # the members, and locators that only propose
+    members: list  # the heaviest first: a deadline cuts from the end
+    models: list  # the members, and locators that only propose
     prior: ndarray  # (14,) mean share of positives in the members' training folds
-    points: list[dict]  # operating points, the mean over members, by growing specificity
+    points: list  # operating points, the mean over members, by growing specificity
     deadline: Deadline
 
 
@@ -183,9 +181,10 @@ def check_run(run: Run, cache_settings: dict | None) -> None:
     settings, metrics = common.volume_settings(run.cfg), run.folder / "metrics.json"
     if difference := common.describe_difference(cache_settings or settings, settings):
         raise ValueError(f"{run.folder}: the cache does not fit: {difference}")
-    if metrics.is_file() and json.loads(metrics.read_text()).get("is_nearly_constant"):
-        log(f"{run.folder}: its predictions are nearly the same for all series")
-    elif not metrics.is_file() and (run.folder / "last").is_dir():
+    if metrics.is_file():
+        if json.loads(metrics.read_text()).get("is_nearly_constant"):
+            log(f"{run.folder}: its predictions are nearly the same for all series")
+    elif (run.folder / "last").is_dir():
         log(f"{run.folder}: this run of train.py is not finished, its best epoch so far is used")
 
 
@@ -213,8 +212,8 @@ def load_ensemble(args: Namespace, devices: list, cache_settings: dict | None = 
     folders = filter(Path.is_dir, sorted(args.outputs.glob("*")))
     if (args.outputs / CHECKPOINT).is_file():
         folders = [args.outputs]
-    members = [load(folder.resolve()) for folder in folders]
-    members = [member for member in members if member and member.run.cfg.ensemble_weight > 0]
+    members = filter(None, [load(folder.resolve()) for folder in folders])
+    members = [member for member in members if member.run.cfg.ensemble_weight > 0]
     if not members:
         raise ValueError(f"--outputs {args.outputs}: no run of train.py to use; expected {CHECKPOINT} there")
     members.sort(key=lambda member: -member.run.cfg.ensemble_weight)
@@ -332,7 +331,6 @@ class Answer:
     probs: ndarray  # (14,)
     reason: str = ""  # why it is the prior
     patient: str = ""
-    findings: list[dict] = field(default_factory=list)  # with --explain
 
 
 def answer_all(ensemble: Ensemble, source: Source, uids: list, args: Namespace, save=None, later=0) -> list:
@@ -342,8 +340,7 @@ def answer_all(ensemble: Ensemble, source: Source, uids: list, args: Namespace, 
     bar = common.progress(len(uids), "series", show=args.is_main)
     with bar, closing(read_scans(source, uids, settings, args)) as scans:
         for item in scans:
-            num_left = len(uids) - len(answers) + later
-            num_views = deadline.plan_views(monotonic(), num_left)
+            num_views = deadline.plan_views(monotonic(), len(uids) - len(answers) + later)
             if num_views < deadline.full_views:
                 log_once(f"deadline: {num_views} of {deadline.full_views} views")
             if num_views == 0:
@@ -388,47 +385,45 @@ def answer_prior(ensemble: Ensemble, uid: str, reason: str) -> Answer:
 
 
 def explain_series(answer: Answer, ensemble: Ensemble, scan: Scan, outputs: dict, folder: Path) -> None:
-    """List places in the mean map of the first kind of locator, draw <uid>.png, say the answer in words."""
+    """Write and draw places in the mean map of the first kind of locator, and say the answer in words."""
     locators = [model for model in outputs if model.run.cfg.task == "locate"]
     if not locators:
         log_once("--explain: no locator among the members that ran, so no picture and no findings")
         return
-    cfg, maps = locators[0].run.cfg, []
-    for model in locators:  # of one kind: they see the same volume at the same stride
-        other = model.run.cfg
-        if (other.volume, other.locator_stride) == (cfg.volume, cfg.locator_stride):
-            maps.append(outputs[model].maps)
+    cfg = locators[0].run.cfg  # only maps of the same volume at the same stride have a mean
+    alike = [model for model in locators if model.run.cfg.volume == cfg.volume]
+    maps = [outputs[model].maps for model in alike if model.run.cfg.locator_stride == cfg.locator_stride]
     volume, maps = scan.volumes[cfg.volume], np.mean(maps, axis=0)
     present = answer.probs[AP]
     lines = [f"{answer.uid}: {LABELS[AP]} {present:.3f}"]
     facts = {UID: answer.uid, LABELS[AP]: round(present, 4), "operating_point": None}
     for point in ensemble.points:
-        side = "below"
-        if present >= point["threshold"]:
-            side, facts["operating_point"] = "above", point
         text = f"{point['threshold']:.3f}, the threshold of specificity {point['specificity']:.2f}"
-        lines.append(f"  {side} {text}, sensitivity {point['sensitivity']:.2f}")
+        is_passed = present >= point["threshold"]
+        if is_passed:
+            facts["operating_point"] = point
+        lines.append(f"  {'above' if is_passed else 'below'} {text}, sensitivity {point['sensitivity']:.2f}")
     for k in np.argsort(-answer.probs[:AP])[:3]:
         lines.append(f"  {LABELS[k]} {answer.probs[k]:.3f}")
-    log_any("\n".join(lines))
+    path, findings = folder / f"{safe_uid(answer.uid)}.findings.json", []
     for *voxel, score, label in propose(maps, volume.spacing_mm, cfg).tolist():
         place = {"artery": LABELS[int(label)], "score": round(score, 4), "voxel": voxel}
         (point_mm,) = to_lps(voxel, volume.affine)
         place["lps_mm"] = point_mm.round(2).tolist()
         image = find_image(point_mm, scan.series) if scan.series else {}
         if image is not None:
-            answer.findings.append(facts | place | image)
-    answer.findings = answer.findings or [facts]
-    if "voxel" in answer.findings[0]:
-        path = folder / f"{safe_uid(answer.uid)}.png"
-        common.write_atomic(path, draw_findings(volume, maps.sum(0), answer))
+            findings.append(facts | place | image)
+    common.write_json(path, findings or [facts])
+    if findings:
+        png = draw_findings(volume, maps.sum(0), findings)
+        common.write_atomic(folder / f"{safe_uid(answer.uid)}.png", png)
+    log_any("\n".join([*lines, f"  {path}: {len(findings)} places"]))
 
 
 def find_image(point_mm: ndarray, series: Series) -> dict | None:
     """The nearest image to a point (LPS mm), its column and row there; None over half a gap outside."""
     away_mm = series.normal @ point_mm - series.positions_mm
-    half_gap_mm = series.spacing_mm[0] / 2
-    if away_mm.min() > half_gap_mm or away_mm.max() < -half_gap_mm:
+    if max(away_mm.min(), -away_mm.max()) > series.spacing_mm[0] / 2:
         return None
     frame = series.frames[np.abs(away_mm).argmin()]
     offset_mm = point_mm - frame.position
@@ -441,15 +436,15 @@ def find_image(point_mm: ndarray, series: Series) -> dict | None:
     }
 
 
-def draw_findings(volume: Volume, heat: ndarray, answer: Answer) -> bytes:
+def draw_findings(volume: Volume, heat: ndarray, findings: list) -> bytes:
     """A PNG with a row per finding: its slab plain, and under the heat (Z, h, w; absolute) with a cross."""
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
-    num = len(answer.findings)
+    num = len(findings)
     figure = Figure((9, 1 + 4 * num), layout="constrained")
     panels = figure.subplots(num, 2, squeeze=False)
-    for (plain, overlay), finding in zip(panels, answer.findings, strict=True):
+    for (plain, overlay), finding in zip(panels, findings, strict=True):
         z, y, x = finding["voxel"]
         slab = round(z)
         for axes in (plain, overlay):
@@ -467,13 +462,13 @@ def draw_findings(volume: Volume, heat: ndarray, answer: Answer) -> bytes:
         plain.hlines(bottom, 3, 3 + 20 / volume.spacing_mm[2], color="gray")
         plain.text(3, bottom, "20 mm", color="gray", va="bottom")
     figure.colorbar(image, ax=panels, shrink=0.5, label="probability of an aneurysm at this place")
-    figure.suptitle(f"{answer.uid}\n{LABELS[AP]} {answer.probs[AP]:.3f}. Not for diagnosis.")
+    figure.suptitle(f"{finding[UID]}\n{LABELS[AP]} {finding[LABELS[AP]]:.3f}. Not for diagnosis.")
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=80)
     return png.getvalue()
 
 
-def describe_score(answers: list[Answer], labels: DataFrame, members: list[Member]) -> str:
+def describe_score(answers: list, labels: DataFrame, members: list) -> str:
     """The score for people. Warns of series that may have trained a member."""
     by_uid = {safe_uid(answer.uid): answer for answer in answers}
     table = labels[labels[UID].isin(by_uid)]
@@ -483,13 +478,11 @@ def describe_score(answers: list[Answer], labels: DataFrame, members: list[Membe
     table["patient"] = [by_uid[uid].patient or uid for uid in table[UID]]
     result = common.score(table, np.stack([by_uid[uid].probs for uid in table[UID]]))
     text = "\n".join(
-        DataFrame.from_dict(result[part], "index").to_string(float_format="%.3f")
+        DataFrame.from_dict(result[part], "index").to_string(float_format="%.3f", na_rep="–")
         for part in ("per_label", "per_modality")
     )
-    text += (
-        f"\nwAUC {result['wauc']:.4f} (95 % interval {result['low']:.4f} to {result['high']:.4f}, "
-        f"{result['draws_used']} draws), {len(table)} series of {result['num_patients']} patients"
-    )
+    text += f"\n{common.UNDEFINED}\nwAUC {common.describe_wauc(result)}, "
+    text += f"{len(table)} series of {result['num_patients']} patients"
     in_all = set.intersection(*(set(member.run.meta["val_uids"]) for member in members))
     num_trained = len(set(table[UID]) - in_all)
     if num_trained:
@@ -500,7 +493,7 @@ def describe_score(answers: list[Answer], labels: DataFrame, members: list[Membe
     return text
 
 
-def serve(args: Namespace) -> list[Answer]:
+def serve(args: Namespace) -> list:
     """Answer the gateway: the hidden one, or outside of a submission the local one."""
     try:
         from kaggle_evaluation.rsna_inference_server import RSNAInferenceServer
@@ -515,7 +508,7 @@ def serve(args: Namespace) -> list[Answer]:
     def predict(series_path: str) -> DataFrame:
         """A row of 14 probabilities; the prior if anything goes wrong: an exception would end the run."""
         folder = Path(series_path)
-        source = Source(False, {safe_uid(folder.name): folder})
+        source = Source({safe_uid(folder.name): folder})
         num_later = max(0, args.num_series - len(answers) - 1)
         try:
             (answer,) = answer_all(ensemble, source, [folder.name], args, later=num_later)
@@ -558,7 +551,7 @@ def parse_arguments(arguments: list | None = None) -> Namespace:
     return args
 
 
-def predict_table(args: Namespace, stdout: io.TextIOBase) -> list[Answer]:
+def predict_table(args: Namespace, stdout: io.TextIOBase) -> list:
     """Write the table of --src; several processes share the series. The main one's answers are all."""
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=1))
@@ -573,22 +566,16 @@ def predict_table(args: Namespace, stdout: io.TextIOBase) -> list[Answer]:
         args.explain.mkdir(parents=True, exist_ok=True)
     ensemble = load_ensemble(args, [state.device], source.settings)
     log(f"{len(uids)} series, {len(ensemble.members)} members, {state.num_processes} processes")
-    answers = answer_share(ensemble, source, uids, args, state)
-    by_uid = {answer.uid: answer for answer in gather_object(answers)}
+    answers = gather_object(answer_share(ensemble, source, uids, args, state))
     if not state.is_main_process:
         return []
-    answers = [by_uid[uid] for uid in uids]
-    table = DataFrame({answer.uid: answer.probs for answer in answers}, index=LABELS).T
-    text = table.to_csv(index_label=UID, float_format="%.8g")
+    table = DataFrame({answer.uid: answer.probs for answer in answers}, index=LABELS)
+    text = table[uids].T.to_csv(index_label=UID, float_format="%.8g")
     if args.out:
         common.write_atomic(args.out, text.encode())
     else:
         with stdout:  # a closed file is not flushed again as Python ends
             stdout.write(text)
-    if args.explain:
-        findings = [row for answer in answers for row in answer.findings]
-        common.write_json(args.explain / "findings.json", findings)
-        log(f"{args.explain}: {len(findings)} places in findings.json, a picture of each series that has any")
     if args.labels:
         log(describe_score(answers, labels, ensemble.members))
     return answers

@@ -2,9 +2,11 @@
 
 in   --src DIR    any tree of DICOM files; train.csv and train_localizers.csv in it or beside it, if any
 out  --dst DIR    <SeriesInstanceUID>.safetensors: volume uint8 (Z, H, W), annotated points and their labels;
+                  its metadata has under left_out the names of the series' files that are not in it;
                   index.csv: a row per series: ok, doubtful (a volume that looks wrong) or failed, and why;
-                  train.csv and its sum: a copy of the labels; <uid>.failed.txt: reasons, for the index;
-                  .patient_key: with which the index hides each PatientID
+                  faults.csv: labels and points that contradict each other or are missing; stray files;
+                  train.csv and its sum: the labels; <uid>.failed.txt: reasons, for the index; .patient_key:
+                  with which the index hides each PatientID
 run  python preprocess.py --src dicoms --dst cache
      python preprocess.py --src dicoms --dst cache thin --config configs/fold0.yaml configs/locator.yaml
 
@@ -89,14 +91,17 @@ def read_points(path: Path) -> dict:
     return points
 
 
-def read_labels(path: Path) -> dict:
-    """The label table by UID. Says how many rows contradict themselves."""
-    table = common.read_label_table(path).set_index(UID)
-    is_odd = table[list(LOCATIONS)].any(axis=1) != table[LABELS[AP]].astype(bool)
-    if is_odd.any():
-        example = is_odd.idxmax()
-        log_shard(f"{path}: in {is_odd.sum()} rows {LABELS[AP]} and the arteries disagree, as in {example}")
-    return table.to_dict("index")
+def find_faults(labels: dict, points: dict, series: dict, strays: list) -> pd.DataFrame:
+    """A row per series that a table lacks, or whose row contradicts itself or its points; and per stray."""
+    faults = [(f"Series not in {LABEL_TABLE}", uid) for uid in series.keys() - labels.keys() if labels]
+    faults += [(f"Series of {POINT_TABLE} not in --src", uid) for uid in points.keys() - series.keys()]
+    for uid, row in labels.items():
+        if any(row[name] for name in LOCATIONS) != row[LABELS[AP]]:
+            faults.append((f"{LABELS[AP]} and arteries disagree in {LABEL_TABLE}", uid))
+        if not all(row[LABELS[label]] for *_, label in points.get(uid, ())):
+            faults.append((f"A point whose label is 0 in {LABEL_TABLE}", uid))
+    faults += [(f"Files left out: {reason}", path.name) for path, reason in strays]
+    return pd.DataFrame(sorted(faults), columns=["fault", "case"]).set_index("fault")
 
 
 # --- one series ---------------------------------------------------------------------------------------------
@@ -105,10 +110,10 @@ class Job:
     """A series, and the folders that are to hold its volume, each with the config of its volumes."""
 
     uid: str
-    files: list[Path]
+    files: list
     points: list  # the annotated ones, as read_points gives them
     labels: dict  # its row of the label table
-    caches: dict[Path, Config]
+    caches: dict
 
 
 def sample_files(job: Job) -> bytes:
@@ -146,6 +151,7 @@ def cache_series(job: Job) -> list | OSError:
         notes = [*series.notes, *volume.notes]
         for file, reason in series.skipped[:1]:
             notes.append(f"{len(series.skipped)} of {len(job.files)} files left out: {file.name}: {reason}")
+        used = {frame.path for frame in series.frames}
         points, point_labels, problems = place_points(series, volume.affine, job.points)
         meta = describe_series(series, job, key) | {
             **made_from,
@@ -154,6 +160,7 @@ def cache_series(job: Job) -> list | OSError:
             "points_inside": int(common.is_inside(points, volume.voxels.shape).sum()),
             "notes": [hide_folders(note, job.files) for note in notes + problems],
             "doubts": volume.doubts,
+            "left_out": [path.name for path in job.files if path not in used],
         }
         sop_uids = {sop_uid for sop_uid, _ in series.geometry}
         try:
@@ -257,7 +264,7 @@ def record_outcome(job: Job, dst: Path, reason: str | None) -> None:
         record.unlink(missing_ok=True)
 
 
-def build_index(dst: Path, cached: dict) -> tuple[pd.DataFrame, bytes]:
+def build_index(dst: Path, cached: dict) -> tuple:
     """The index, from the folder's failures and volumes alone, and its CSV, with escapes such as \\udce4."""
     rows = {}
     for path in dst.glob("*.failed.txt"):
@@ -303,7 +310,7 @@ def verify(dst: Path) -> int:
 
 # --- the command --------------------------------------------------------------------------------------------
 def parse_arguments() -> Namespace:
-    parser = common.make_parser(__doc__, VolumeSettings)
+    parser = common.make_parser(f"{__doc__}\nlabels of train.csv: {', '.join(LABELS)}", VolumeSettings)
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--src", type=Path, metavar="DIR")
     task.add_argument("--verify", action="store_true")
@@ -323,22 +330,23 @@ def parse_arguments() -> Namespace:
 
 
 def parse_shard(text: str) -> tuple:
-    index, _, count = text.partition("/")
-    if index.isdecimal() and count.isdecimal() and int(index) < int(count):
-        return int(index), int(count)
+    with suppress(ValueError):
+        index, count = map(int, text.split("/"))
+        if 0 <= index < count:
+            return index, count
     raise ArgumentTypeError(f"{text!r}: expected I/N with I from 0 to N-1, for example 0/4")
 
 
 def shard_of(environment: dict) -> str:
     """I/N of this process among those that torchrun, accelerate launch or a Slurm array from 0 started."""
     for index, count in (("RANK", "WORLD_SIZE"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")):
-        if index in environment and count in environment:
+        with suppress(KeyError):
             return f"{environment[index]}/{environment[count]}"
     return "0/1"
 
 
-def list_series(src: Path, folders: list) -> dict:
-    """uid -> files below src; logs how many other files lie outside of the caches' folders, and the first."""
+def list_series(src: Path, folders: list) -> tuple:
+    """uid -> files below src; (other file, reason), but for tables and what lies in the caches' folders."""
     folders = [folder.resolve() for folder in folders]
     for folder in filter(Path.is_file, folders):
         raise ValueError(f"--dst {folder}: a file; expected a folder")
@@ -349,11 +357,11 @@ def list_series(src: Path, folders: list) -> dict:
     series, strays = dicom.find_series(src)
     if not series:
         raise ValueError(f"{src}: found no DICOM series; expected a folder with DICOM files at any depth")
-    strays = [stray for stray in strays if stray[0].parent.resolve() not in folders]
-    strays = [f"{path}: {reason}" for path, reason in strays if path.suffix != ".csv"]
-    if strays:
-        log(f"{len(strays)} files left out; first {strays[0]}")
-    return series
+    return series, [
+        (path, reason)
+        for path, reason in strays
+        if path.suffix != ".csv" and path.parent.resolve() not in folders
+    ]
 
 
 def check_cache(dst: Path, cfg: Config, uids: list, points: dict) -> None:
@@ -362,10 +370,10 @@ def check_cache(dst: Path, cfg: Config, uids: list, points: dict) -> None:
     settings = common.volume_settings(cfg)
     others = [meta["settings"] for meta in cached.values() if meta["settings"] != settings]
     if others:
-        difference = common.describe_difference(others[0], settings)
         raise ValueError(
-            f"{dst}: {len(others)} volumes have other settings: {difference}. Choose another --dst, or "
-            f"delete these volumes to make them again"
+            f"{dst}: {len(others)} volumes have other settings: "
+            f"{common.describe_difference(others[0], settings)}. Choose another --dst, or delete these "
+            f"volumes to make them again"
         )
     if not points and any(cached[uid]["num_points"] for uid in uids if uid in cached):
         raise ValueError(
@@ -377,25 +385,21 @@ def preprocess(args: Namespace) -> int:
     """The run from tables to summary; exit code. ValueError (wrong input) and OSError (disk) are main's."""
     configs = [common.load_config(path, args.set) for path in args.config]
     caches = dict(zip(args.dst, configs, strict=False))
+    series, strays = list_series(args.src, args.dst)
     labels_path, points_path = (find_table(args.src, name) for name in (LABEL_TABLE, POINT_TABLE))
-    labels = read_labels(labels_path) if labels_path else {}
+    labels = common.read_label_table(labels_path).set_index(UID).to_dict("index") if labels_path else {}
     points = read_points(points_path) if points_path else {}
-    series = list_series(args.src, args.dst)
     shard, num_shards = args.shard
     uids = sorted(series)[: args.limit][shard::num_shards]
-    missing = series.keys() - labels.keys()
-    if labels and missing:
-        log_shard(f"{len(missing)} of {len(series)} series are not in {labels_path}; first {min(missing)}")
-    odd = [uid for uid in labels if any(not labels[uid][LABELS[point[-1]]] for point in points.get(uid, []))]
-    if odd:
-        log_shard(f"{len(odd)} series have a point whose label is 0 in {labels_path}; first {odd[0]}")
-    if absent := points.keys() - series.keys():
-        log_shard(f"{len(absent)} series of {points_path} are not in {args.src}; first {min(absent)}")
+    faults = find_faults(labels, points, series, strays)
+    for fault, cases in faults.groupby("fault")["case"]:
+        log_shard(f"{fault}: {len(cases)}; first {cases.iloc[0]}")
     for dst, cfg in caches.items():
         check_cache(dst, cfg, uids, points)
     for dst in caches:
         dst.mkdir(parents=True, exist_ok=True)
         read_patient_key(dst)
+        write_atomic(dst / "faults.csv", faults.to_csv().encode(errors="backslashreplace"))
         if labels_path:
             data = labels_path.read_bytes()
             write_atomic(dst / LABEL_TABLE, data)
@@ -438,7 +442,7 @@ def run_jobs(jobs: list, args: Namespace) -> Counter:
 
 def summarise(index: pd.DataFrame) -> None:
     """Log what the index says of these series: how many of each kind, and the first."""
-    inside, total = index["points_inside"].sum(), index["num_points"].sum()
+    inside, total = index[["points_inside", "num_points"]].sum()
     if total:
         log_shard(f"{inside:.0f} of {total:.0f} annotated points lie inside the volumes")
     notes = index["notes"].str.split("; ").explode().dropna()

@@ -442,7 +442,7 @@ def write_best(run: Run, row: dict, val_table: DataFrame, logits: ndarray, propo
     low, high = presence.quantile([0.05, 0.95])
     is_present = val_table[LABELS[AP]] == 1
     negatives = presence[~is_present]
-    values = SPECIFICITIES if common.MIN_POSITIVES <= len(negatives) < len(presence) else ()
+    values = SPECIFICITIES if common.MIN_PATIENTS <= len(negatives) < len(presence) else ()
     allowed = {value: (1 - value) * len(negatives) for value in values}
     points = measure_sensitivity(
         "specificity", allowed, presence[is_present], oof["patient"][is_present], negatives, draws
@@ -483,7 +483,7 @@ def measure_sensitivity(
     name: str, allowed: dict, scores: Sequence, patients: Sequence, negatives: Sequence, draws: int
 ) -> list:
     """For each value of `name` the share of scores above the lowest threshold that at most the allowed number
-    of negatives exceed, with its 95 % interval over the patients; fewer than MIN_POSITIVES have none."""
+    of negatives exceed, with its 95 % interval over the patients; fewer than MIN_PATIENTS have none."""
     ranked = [*sorted(negatives, reverse=True), 0.0]
     points = []
     for value, number in allowed.items():
@@ -491,11 +491,11 @@ def measure_sensitivity(
         threshold = math.ceil(1e6 * highest) / 1e6  # rounded up, so that the last bits do not matter
         is_above = pd.Series(scores, dtype=float) > threshold
         drawn = np.empty(0)
-        if len(scores) >= common.MIN_POSITIVES:
+        if len(scores):
             weights = common.patient_weights(patients, draws)
             drawn = weights @ is_above.to_numpy() / weights.sum(1)
         point = {"threshold": threshold, "sensitivity": float(is_above.mean()), "positives": len(scores)}
-        points.append({name: value} | point | common.summarise_draws(drawn))
+        points.append({name: value} | point | common.summarise_draws(drawn, [len(set(patients))]))
     return points
 
 
@@ -513,9 +513,8 @@ def finish(folder: Path, accelerator: Accelerator, progress: Progress) -> None:
         "versions": {name: version(name) for name in modules},
     }
     log(
-        f"{folder}: best epoch {metrics['best_epoch']}, wAUC {metrics['wauc']:.4f} (95 % interval "
-        f"{metrics['low']:.4f} to {metrics['high']:.4f}: {metrics['draws_used']} draws of "
-        f"{metrics['num_patients']} patients), {len(metrics['undefined'])} labels of one class without an AUC"
+        f"{folder}: best epoch {metrics['best_epoch']}, wAUC {common.describe_wauc(metrics)}, "
+        f"{metrics['num_patients']} patients; {len(metrics['undefined'])} labels of one class without an AUC"
     )
     if metrics["is_nearly_constant"]:
         log(
@@ -612,7 +611,7 @@ def train(cfg: Config, accelerator: Accelerator, args: Namespace) -> None:
         progress.history.append(row)
         log(
             f"epoch {progress.epoch}/{cfg.epochs}: loss {row['train_loss']:.4f}, validation "
-            f"{row['val_loss']:.4f}, wAUC {row['wauc']:.4f} ({row['low']:.3f} to {row['high']:.3f}), "
+            f"{row['val_loss']:.4f}, wAUC {common.describe_wauc(metrics)}, "
             f"{seconds:.0f} s; {seconds * (cfg.epochs - progress.epoch) / 60:.0f} min left"
         )
         accelerator.log(row, step=progress.epoch)

@@ -154,10 +154,13 @@ def test_bootstrap_draws_patients_not_rows_and_says_how_many_draws_lost_a_class(
     assert 0 < alone["low"] < common.weighted_auc(labels, probs)["wauc"] < alone["high"] < 1
     assert copied["high"] - copied["low"] == pytest.approx(alone["high"] - alone["low"], rel=0.1)
     assert copied["per_modality"]["CTA"]["wauc"] == pytest.approx(alone["wauc"])
-    labels = np.zeros((6, 14))
-    labels[0] = 1  # a draw without the first patient (1/3 of all) has no positive
-    result = scored(labels, rng.random((6, 14)), range(6))
-    assert result["draws_used"] == pytest.approx(2000 * (1 - (5 / 6) ** 6), rel=0.1)
+    labels = np.ones((10, 14))
+    labels[5:] = labels[1:, 3] = 0  # a draw without the first patient (1/3 of all) has no positive of label 3
+    result = scored(labels, rng.random((10, 14)), range(10))
+    assert result["draws_used"] == pytest.approx(2000 * (1 - 0.9**10), rel=0.1) and result["low"] > 0
+    result = scored(labels, rng.random((10, 14)), [0, 0, *range(1, 9)])  # five positives of four patients
+    assert np.isnan([result["high"], result["per_label"][LABELS[13]]["low"]]).all()
+    assert "(no interval: 5 series with an aneurysm of 10, 9 patients" in common.describe_wauc(result)
 
 
 def test_crop_is_centred_on_its_point_covers_crop_mm_and_averages_the_slabs_within_reach():

@@ -52,8 +52,7 @@ def start(src: Path, dst: Path, *arguments: object, **environment: str) -> subpr
 
 def run(*command: str, **environment: str) -> tuple[int, str]:
     """(exit code, stderr) of a run in this process, which is faster."""
-    err = io.StringIO()
-    argv = mock.patch.object(sys, "argv", ["preprocess.py", *command])
+    err, argv = io.StringIO(), mock.patch.object(sys, "argv", ["preprocess.py", *command])
     ranks = mock.patch.dict(os.environ, environment)
     with argv, ranks, mock.patch.object(signal, "signal"), contextlib.redirect_stderr(err):
         try:
@@ -75,7 +74,6 @@ def index(folder: Path) -> dict[str, dict]:
 
 
 def cache_alone(uid: str, files: list[Path], dst: Path, cfg: Config, points: list = ()) -> Path:
-    """The volume that cache_series makes of these files."""
     dst.mkdir(exist_ok=True)
     (dst / ".patient_key").write_bytes(KEY)
     assert preprocess.cache_series(preprocess.Job(uid, files, list(points), {}, {dst: cfg})) == ["cached"]
@@ -184,9 +182,12 @@ def test_names_that_are_not_utf8_and_foreign_files_do_no_harm(src, tmp_path):
     (folder / "mask.safetensors").write_bytes(b"not ours")
     for expected in ("7 series, 7 cached, 0 kept, 0 failed", "7 series, 0 cached, 7 kept, 0 failed"):
         code, err = run_on(src, tmp_path / "cache")
-        assert code == 0 and expected in err and "B\udce4r.txt: not DICOM" in err
+        assert code == 0 and expected in err and "1; first B\udce4r.txt\n" in err
     rows = index(tmp_path / "cache")
     assert len(rows) == 7 and r"Bericht_Fran\udce7ois.txt" in rows[folder.name]["notes"]
+    assert r"not DICOM,B\udce4r.txt" in (tmp_path / "cache" / "faults.csv").read_text()
+    meta = load_volume(tmp_path / "cache" / f"{folder.name}.safetensors")[1]
+    assert meta["left_out"] == ["Bericht_Fran\udce7ois.txt", "mask.safetensors"]
 
 
 def test_finished_series_are_kept_and_changed_ones_done_again(src, cache):
@@ -195,16 +196,14 @@ def test_finished_series_are_kept_and_changed_ones_done_again(src, cache):
     folders = sorted((src / "series").iterdir(), key=lambda folder: -len(list(folder.iterdir())))
     sorted(folders[0].iterdir())[0].unlink()
     flip_bit(sorted(folders[1].iterdir())[1])
-    before = contents(cache)
-    code, err = run_on(src, cache)
+    before, (code, err) = contents(cache), run_on(src, cache)
     assert code == 0 and "6 series, 2 cached, 4 kept, 0 failed" in err
     changed = {name for name, data in contents(cache).items() if data != before[name]}
     assert changed == {f"{folder.name}.safetensors" for folder in folders[:2]}
 
 
 def test_other_settings_and_a_run_that_would_lose_points_are_refused_and_change_nothing(src, cache):
-    before = contents(cache)
-    code, err = run_on(src, cache, "--set", "roi_mm=180.0")
+    before, (code, err) = contents(cache), run_on(src, cache, "--set", "roi_mm=180.0")
     assert code == 1 and "6 volumes have other settings: roi_mm 200.0 (expected 180.0)" in err
     (src / "train_localizers.csv").unlink()
     code, err = run_on(src, cache)
@@ -305,7 +304,6 @@ def test_a_full_disk_is_one_line_that_names_the_file(phantoms, tmp_path):
 
 
 def test_broken_series_fail_alone_and_are_tried_again(src, phantoms, cached, tmp_path):
-    """Files that are not DICOM, and a memory bomb."""
     dst, uid = tmp_path / "cache", sorted(os.listdir(src / "series"))[2]
     for path in (src / "series" / uid).iterdir():
         path.write_bytes(b"this is not a DICOM file" * 100)
@@ -313,8 +311,7 @@ def test_broken_series_fail_alone_and_are_tried_again(src, phantoms, cached, tmp
     bomb = src / "series" / "1.2.777" / "bomb.dcm"
     write_slice(bomb, syntax=DeflatedExplicitVRLittleEndian, SeriesInstanceUID="1.2.777", **tags)
     command = (src, dst, "--memory-gb", 1)
-    code, err = run_on(*command)
-    rows = index(dst)
+    (code, err), rows = run_on(*command), index(dst)
     assert code == 3 and len(rows) == 7 and "Traceback" not in err
     failed = {name for name, row in rows.items() if row["status"] != "ok"}
     assert failed == {uid, "1.2.777"}
@@ -328,7 +325,6 @@ def test_broken_series_fail_alone_and_are_tried_again(src, phantoms, cached, tmp
 
 
 def flip_bit(path: Path) -> None:
-    """Of the byte in the middle."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
@@ -376,9 +372,9 @@ MISTAKES = {  # options -> exit code and last line
 @pytest.mark.parametrize("options", MISTAKES)
 def test_mistakes_are_one_line_with_their_exit_code(options, tmp_path):
     (tmp_path / "file").touch()
-    code, err = run(*options.format(tmp=tmp_path).split())
-    expected, complaint = MISTAKES[options]
+    (code, err), (expected, complaint) = run(*options.format(tmp=tmp_path).split()), MISTAKES[options]
     assert code == expected and complaint.format(tmp=tmp_path) in err.strip().splitlines()[-1]
+    assert code != 1 or err.count("\n") == 1
 
 
 def test_bad_points_are_one_line_with_their_number_in_bounded_time(tmp_path):
@@ -402,12 +398,14 @@ def test_faulty_tables_stop_the_run_before_work_and_odd_labels_are_counted(src, 
     table.assign(**dict.fromkeys(LABELS, 0)).to_csv(src / "train.csv", index=False)
     positive = sorted(table.loc[table["Aneurysm Present"] == 1, UID])
     _, err = run_on(src, tmp_path / "other")
-    assert f"{len(positive)} series have a point whose label is 0 in {src}/train.csv; first " in err
+    assert f"A point whose label is 0 in train.csv: {len(positive)}; first {positive[0]}\n" in err
     table[UID], table["Aneurysm Present"] = "1.2.9" + table.index.astype(str), 1 - table["Aneurysm Present"]
     table.to_csv(src / "train.csv", index=False)
     code, err = run_on(src, tmp_path / "cache")
-    assert code == 0 and f"in {len(table)} rows Aneurysm Present and the arteries disagree" in err
-    assert f"{len(table)} of {len(table)} series are not in {src}/train.csv; first " in err
+    assert f"Aneurysm Present and arteries disagree in train.csv: {len(table)}; first 1.2.9" in err
+    assert code == 0 and f"Series not in train.csv: {len(table)}; first " in err
+    faults = (tmp_path / "cache" / "faults.csv").read_text()
+    assert all(f"\nSeries not in train.csv,{uid}\n" in faults for uid in os.listdir(src / "series"))
     code, err = run_on(src, src)
     assert code == 1 and "expected a folder of its own" in err.splitlines()[-1] and contents(src) == {}
 
@@ -424,7 +422,7 @@ def test_points_outside_of_their_image_or_without_one_are_counted_and_the_first_
     unknown, endless = bad.assign(SOPInstanceUID="1.2.3.4.5"), bad.assign(coordinates="{'x': 1e999, 'y': 1}")
     pd.concat([bad, unknown, endless, table, bad.assign(**{UID: "1.2.9"})]).to_csv(path, index=False)
     code, err = run_on(src, tmp_path / "cache")
-    assert f"1 series of {path} are not in {src}; first 1.2.9\n" in err
+    assert "Series of train_localizers.csv not in --src: 1; first 1.2.9\n" in err
     uid, sop_uid = table.iloc[0][[UID, "SOPInstanceUID"]]
     reason = f"{uid}: point left out: (1, 48.5) lies outside of image {sop_uid}"
     assert code == 0 and f"3 annotated points left out in index.csv; first {reason}\n" in err
@@ -450,8 +448,7 @@ def test_a_bad_item_costs_only_itself():
     answers = run_isolated(misbehave, iter(items), workers=2, timeout_s=1.5, memory_gb=1)
     outcomes = {item: result or reason for item, result, reason in answers}
     assert len(outcomes) == len(items) and [outcomes[item] for item in "abcd"] == ["A", "B", "C", "D"]
-    assert "killed by signal 9" in outcomes["dies"]
-    assert outcomes["hangs"] == "took longer than 1.5 s"
+    assert "killed by signal 9" in outcomes["dies"] and outcomes["hangs"] == "took longer than 1.5 s"
     assert outcomes["eats"] == "needs more than 1 GB of memory"
     assert (outcomes["raises"], outcomes["panics"]) == ("two lines", "BaseException: not an Exception")
 
