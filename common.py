@@ -147,7 +147,6 @@ class Config:
     scale: float = 0.10  # in plane, uniform in 1 +-
     shift_mm: float = 8.0  # in plane, uniform in +-
     intensity: float = 0.15  # gain and offset, uniform in 1 +- and +- half of it
-    p_slab_shift: float = 0.3  # share of samples moved by one slab up or down
     p_slab_drop: float = 0.05  # share of slabs blanked
     # the recipe
     epochs: int = 34
@@ -186,7 +185,7 @@ class Config:
 
 
 LIMITS = {  # smallest and largest value of numbers; of all others 0 and 1e9
-    "p_flip p_slab_shift p_slab_drop p_localizer_dropout p_global_localizer_off p_proposal "
+    "p_flip p_slab_drop p_localizer_dropout p_global_localizer_off p_proposal "
     "label_smoothing drop_rate drop_path_rate ema_decay": (0, 1),
     "scale": (0, 0.9),
     "min_peak_mm heatmap_sigma_mm crop_mm roi_mm roi_top_mm": (0.1, 1000),
@@ -678,17 +677,16 @@ def score(table: DataFrame, probs: ndarray, draws: int = 2000) -> dict:
 # --- dataset ------------------------------------------------------------------------------------------------
 NUM_PROPOSALS = 3  # places that a locator names in a series
 MAX_POINTS = 8  # annotated points an item carries (the data has at most 5 a series)
-NUM_AUGMENT = 8  # flip, degrees, scale, dx mm, dy mm, gain, offset, slab shift; then one keep flag per slab
+NUM_AUGMENT = 7  # flip, degrees, scale, dx mm, dy mm, gain, offset; then one keep flag per slab
 
 
 def draw_augmentation(cfg: Config, slabs: int, rng: Generator) -> ndarray:
-    """(8 + slabs,) float32: what `augment` in train.py does to one sample."""
+    """(7 + slabs,) float32: what `augment` in train.py does to one sample."""
     is_flipped = rng.random() < cfg.p_flip
     limits = [cfg.rotate_deg, cfg.scale, cfg.shift_mm, cfg.shift_mm, cfg.intensity, cfg.intensity / 2]
     moves = np.add(rng.uniform(np.negative(limits), limits), [0, 1, 0, 0, 1, 0])
-    step = (rng.random() < cfg.p_slab_shift) * rng.choice([-1, 1])
     is_shown = rng.random(slabs) >= cfg.p_slab_drop
-    return np.hstack([is_flipped, moves, step, is_shown]).astype(np.float32)
+    return np.hstack([is_flipped, moves, is_shown]).astype(np.float32)
 
 
 def cut_crop(volume: ndarray, point: ndarray, spacing_mm: ndarray, cfg: Config) -> ndarray:
@@ -740,14 +738,15 @@ def cut_slabs(image: ndarray, labels: ndarray, points: ndarray, num: int, rng: G
     z = points[points[:, 0] >= 0, 1]
     centre = rng.choice(z) if len(z) else rng.uniform(0, len(image))
     first = int(np.clip(round(centre - rng.uniform(0, num - 1)), 0, max(0, len(image) - num)))
+    image = image[first : first + num]
     points[:, 1] -= first
-    is_shown = (points[:, 1] > -0.5) & (points[:, 1] < num - 0.5)
-    of_label = points[:, :1] == np.arange(AP)  # (8, 13)
-    is_hidden = of_label.any(0) & ~of_label[is_shown].any(0)  # a label without any point stays
+    is_shown = is_inside(points[:, 1:], image.shape)
+    hidden = np.setdiff1d(points[:, 0], points[is_shown, 0])
     points[~is_shown, 0] = -1
-    labels = np.append(labels[:AP] * ~is_hidden, 0)
-    labels[AP] = labels.max()
-    return image[first : first + num], labels, first
+    labels = labels.copy()  # one without any point stays
+    labels[hidden.astype(int)] = 0
+    labels[AP] = labels[:AP].max()
+    return image, labels, first
 
 
 @dataclass(eq=False)
@@ -875,8 +874,10 @@ class Locator(nn.Module):
         triples = torch.stack([padded[:, i : i + slabs] for i in range(3)], dim=2)  # (B, Z, 3, H, W)
         merged = self.merge_features(triples.flatten(0, 1), size)  # (B Z, D, h, w)
         merged = merged.unflatten(0, (batch, slabs)).transpose(1, 2)  # (B, D, Z, h, w)
-        first = images.new_zeros(1) if first is None else first
-        z = (first[:, None] + torch.arange(slabs, device=images.device)) * 2 / self.last_slab - 1  # (B, Z)
+        numbers = torch.arange(slabs, device=images.device)[None]  # (B, Z)
+        if first is not None:
+            numbers = numbers + first[:, None]
+        z = numbers * 2 / self.last_slab - 1
         y, x = (torch.linspace(-1, 1, n, device=images.device) for n in size)
         place = torch.stack(torch.broadcast_tensors(z[:, :, None, None], y[:, None], x), dim=1)
         mixed = self.mix(merged + self.place(place))

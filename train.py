@@ -72,7 +72,7 @@ def load_table(cfg: Config, limit: int | None = None) -> DataFrame:
     if not path.is_file():
         raise ValueError(
             f"{path}: no such file; expected the labels in the cache: put train.csv beside the series and "
-            f"run python preprocess.py --src dicoms --dst {cfg.cache}"
+            f"run python preprocess.py --src dicoms --dst {cfg.cache}, with the --config of this run"
         )
     read_csv(path, ["Modality"])  # folds are balanced over it
     labels = common.read_label_table(path)
@@ -194,12 +194,12 @@ def load_proposals(cfg: Config, table: DataFrame) -> tuple:
 # --- the batch ----------------------------------------------------------------------------------------------
 def augment(batch: dict, cfg: Config) -> tuple:
     """Apply each sample's drawn augmentation on the device: -> images (B, C, H, W) in [0, 1], labels, points.
-    Flip, gain and offset reach all channels; slab shift, drop-out and what moves in plane the slabs alone,
-    since crops have a centre to themselves. points (B, 8, 4) follow; label -1: a row holds none."""
+    Flip, gain and offset reach all channels; drop-out and what moves in plane the slabs alone, since crops
+    have a centre to themselves. points (B, 8, 4) follow; label -1: a row holds none."""
     images = batch["image"]
     points = batch["points"].clone()
     values = batch["augment"][..., None, None]
-    flip, degrees, scale, dx, dy, gain, offset, step = values[:, : common.NUM_AUGMENT].unbind(1)  # (B, 1, 1)
+    flip, degrees, scale, dx, dy, gain, offset = values[:, : common.NUM_AUGMENT].unbind(1)  # (B, 1, 1)
     is_shown = values[:, common.NUM_AUGMENT :]  # (B, Z, 1, 1)
     slabs = is_shown.shape[1]
     # Labels and crops of mirrored samples; the grid below mirrors slabs and points on the way.
@@ -209,10 +209,7 @@ def augment(batch: dict, cfg: Config) -> tuple:
     points[..., 0] = torch.where(is_flipped[:, 0], swap[points[..., 0].long()], points[..., 0])
     crops = images[:, slabs:]
     crops = torch.where(is_flipped[..., None], common.mirror(crops), crops)
-    source = torch.arange(slabs, device=images.device)[:, None, None] - step[:, None].long()  # (B, Z, 1, 1)
-    nearest = source.clamp(0, slabs - 1)
-    moved = images.take_along_dim(nearest, 1) * is_shown * (source == nearest)
-    points[..., 1:2] += step
+    moved = images[:, :slabs] * is_shown
     # out(p) = in(mirror(R p / scale + shift)) in [-1, 1] coordinates; a point moves by the inverse.
     angle = torch.deg2rad(degrees)
     cos = angle.cos()

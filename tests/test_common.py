@@ -209,7 +209,7 @@ def test_a_sample_of_three_slabs_shows_a_point_and_has_the_labels_of_what_it_sho
         item = part[0]
         first = item["first"].item()
         starts.add(first)
-        assert torch.equal(item["image"], whole[first : first + 3]) and len(item["augment"]) == 8 + 3
+        assert torch.equal(item["image"], whole[first : first + 3]) and len(item["augment"]) == 7 + 3
         shown = [[k, z - first, y, x] for k, z, y, x in points if first <= z < first + 3]
         assert item["points"][item["points"][:, 0] >= 0].tolist() == shown
         expected = [row[0] for row in shown] if points else labels  # a label without any point stays
