@@ -1,12 +1,14 @@
 """Write a Kaggle-shaped set of real DICOM files: heads with arteries, some with aneurysms, and their labels.
 
 in   nothing: every number is drawn from --seed
+     --backgrounds DIR    a tree of CT and MR series of heads without aneurysms, to draw the arteries into
 out  --dst DIR    series/<SeriesInstanceUID>/<SOPInstanceUID>.dcm, train.csv, train_localizers.csv
 run  python tests/phantom.py --dst dicoms --series 160 --seed 0
 
 A head is a set of shells, ellipsoids and tubes in millimetres, painted straight onto the grid that a scanner
 would have acquired. Patients, anatomy, acquisition, noise and aneurysms have generators of their own, so that
 only an aneurysm's voxels tell its label: --no-aneurysms-drawn writes the same set without those voxels.
+A real scan keeps its face and comes back under many patients: test on other scans.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ import sys
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from itertools import chain, pairwise, product, repeat
 from pathlib import Path
 
@@ -29,6 +31,8 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.pixels import set_pixel_data
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import dicom
+import frames
 from common import LABELS, LOCATIONS, MODALITIES, make_parser, usable_cores
 
 TABLE = ["SeriesInstanceUID", "PatientAge", "PatientSex", "Modality", *LABELS]  # columns of train.csv
@@ -132,6 +136,7 @@ class Job:
     matrix: int  # pixels across an image
     locations: tuple[str, ...]  # of the aneurysms
     draw_aneurysms: bool
+    background: tuple[Path, ...] = ()  # files of the real series to draw into
 
 
 def plan(
@@ -173,6 +178,8 @@ def make_head(job: Job) -> tuple[np.ndarray, dict, list, list]:
     directions in rows (3, 3) and half their mm (3,)."""
     rng = generator(job.seed, job.patient, "anatomy")
     scale = np.clip(rng.normal(1, 0.035, 3), 0.93, 1.07)
+    if job.background:
+        *_, scale = read_background(job.background)
     rate, phase = rng.normal(0, 1 / 25, (5, 3)), rng.uniform(0, 2 * np.pi, 5)
     height_mm = rng.normal(0, [0.6, 1.4, 1.4], (5, 3))
     size = np.clip(rng.normal(1, 0.08), 0.85, 1.2)
@@ -279,6 +286,13 @@ def rotation(degrees: np.ndarray) -> np.ndarray:
 def make_scan(job: Job) -> Scan:
     """Field of view, spacing, coverage and obliqueness as scanners of that modality have them."""
     rng = generator(job.seed, job.number, "scan")
+    if job.background:
+        _, scan, _ = read_background(job.background)
+        turn = np.eye(4)
+        turn[:3, :3] = rotation(rng.normal(0, 2, 3))
+        turn[:3, 3] = rng.normal(0, 2, 3)
+        grey = {"artery": GREY[job.modality]["artery"] * rng.uniform(0.8, 1.2)}
+        return replace(scan, pose=scan.pose @ turn, grey=grey)
     is_ct, is_axial = job.modality == "CTA", job.plane == "axial"
     pose = np.eye(4)
     pose[:3, :3] = rotation(np.clip(rng.normal(0, 3.5, 3), -8, 8))
@@ -321,6 +335,60 @@ def make_scan(job: Job) -> Scan:
     for name, factor in zip(("artery", "vein", "noise"), rng.uniform(0.85, 1.15, 3), strict=True):
         grey[name] *= factor
     return Scan(shape, affine, thickness_mm, pose, grey)
+
+
+# --- real heads ---------------------------------------------------------------------------------------------
+
+
+@lru_cache(4)
+def read_background(files: tuple[Path, ...]) -> tuple[np.ndarray, Scan, np.ndarray]:
+    """Values (z, y, x) of a real series, HU or 700 near the brightest; its geometry with the head's pose; the
+    head's scale (x, y, z) against the template. ValueError if it shows no head down to its arteries."""
+    series = dicom.read_series(list(files))
+    grid = dicom.canonical_grid(series)
+    head, sides_mm = dicom.find_head(grid), [np.ptp(grid.extent_mm(axis)) for axis in range(3)]
+    if head is None or min(*sides_mm, head[0] - grid.extent_mm(0)[0]) < 120:
+        raise ValueError(f"{series.uid}: no head of 120 mm in each direction; left out")
+    images = [frames.rescale_values(frame, series.stored(i)) for i, frame in enumerate(series.frames)]
+    values = np.nan_to_num(np.array(images, np.float32), nan=-1000 if series.modality == "CT" else 0)
+    if series.modality != "CT":
+        values *= 700 / np.percentile(values, 99.5)
+    pose = np.eye(4)
+    pose[:3, :3] = grid.directions[::-1].T
+    pose[:3, 3] = pose[:3, :3] @ head[::-1]
+    steps = [-(-size // 64) for size in values.shape]
+    part = values[tuple(slice(None, None, step) for step in steps)]
+    voxels = np.indices(part.shape).reshape(3, -1).T * steps
+    z, y, x = grid.directions @ dicom.to_lps(voxels, series.affine).T
+    threshold = -300 if series.modality == "CT" else dicom.choose_threshold([part])
+    is_head = (part.ravel() > threshold) & (abs(z + 70 - head[0]) < 15)
+    # 5 and 95 % of an ellipse lie at 0.806 of its half axes; the template's are 75 and 95 mm
+    width, length = (np.ptp(np.percentile(side[is_head], (5, 95))) / 1.612 for side in (x, y))
+    scale = np.clip([width / 75, length / 95, (width / 75 + length / 95) / 2], 0.85, 1.2)
+    return values, Scan(values.shape, series.affine, series.spacing_mm[0], pose, {}), scale
+
+
+def find_backgrounds(root: Path) -> list[tuple]:
+    """(files, modality, plane) of the series that show a head; the others are named on stderr."""
+    backgrounds = []
+    for files in dicom.find_series(root)[0].values():
+        try:
+            series = dicom.read_series(files)
+            read_background(tuple(files))
+            backgrounds.append((tuple(files), series.modality, series.plane))
+        except ValueError as error:
+            print(f"phantom.py: {error}", file=sys.stderr)
+    if not backgrounds:
+        sys.exit(f"phantom.py: {root}: no series of a head; expected CT or MR, 120 mm in each direction")
+    return backgrounds
+
+
+def draw_into(job: Job, backgrounds: list[tuple]) -> Job:
+    """The job in one of the real heads, the same one for all series of a patient."""
+    number = generator(job.seed, job.patient, "background").integers(len(backgrounds))
+    files, modality, plane = backgrounds[number]
+    of_mr = job.modality if job.modality != "CTA" else "MRA"
+    return replace(job, background=files, modality="CTA" if modality == "CT" else of_mr, plane=plane)
 
 
 # --- painting -----------------------------------------------------------------------------------------------
@@ -430,15 +498,20 @@ def render(job: Job) -> np.ndarray:
         to_head = np.linalg.inv(scan.pose) @ scan.affine @ shift
         width_mm = sum(np.linalg.norm(to_head[:3, i]) for i in (1, 2)) + scan.thickness_mm / count
         canvas = Canvas(np.zeros(scan.shape, np.float32), to_head, width_mm / 3)
-        paint_skull(canvas, scale, scan.grey, clouds)
-        for tissue, part in parts:
-            canvas.paint_ellipsoid(scan.grey[tissue], part)
-        for tissue in ("vein", "artery"):
-            canvas.paint_tubes(scan.grey[tissue], vessels[tissue].values())
+        if job.background:
+            canvas.values += read_background(job.background)[0]
+        else:
+            paint_skull(canvas, scale, scan.grey, clouds)
+            for tissue, part in parts:
+                canvas.paint_ellipsoid(scan.grey[tissue], part)
+            canvas.paint_tubes(scan.grey["vein"], vessels["vein"].values())
+        canvas.paint_tubes(scan.grey["artery"], vessels["artery"].values())
         if job.draw_aneurysms:
             for share, dome in zip(flow, domes, strict=True):
                 canvas.paint_ellipsoid(scan.grey["artery"] * share, dome)
         total += canvas.values / count
+    if job.background:
+        return total  # with its own noise
     noise = generator(job.seed, job.number, "noise")
     for k, image in enumerate(total):
         first = noise.standard_normal(image.shape, dtype=np.float32) * scan.grey["noise"]
@@ -583,9 +656,12 @@ def write_series(job: Job, root: Path) -> tuple[list, list[list]]:
     return [job.uid, *person, job.modality, *labels, max(labels)], points
 
 
-def make_set(dst: Path, series: int, seed: int, workers: int = 1, **options) -> None:
+def make_set(dst: Path, series: int, seed: int, workers: int = 1, backgrounds=None, **options) -> None:
     """Write the set that is planned with these options; the bytes do not depend on `workers`."""
     jobs = plan(series, seed, **options)
+    if backgrounds:
+        heads = find_backgrounds(backgrounds)
+        jobs = [draw_into(job, heads) for job in jobs]
     if {path.name for path in (dst / "series").glob("*")} - {job.uid for job in jobs}:
         sys.exit(f"phantom.py: {dst}: holds series of another set; expected none. Remove it first.")
     with ProcessPoolExecutor(workers) as pool:
@@ -605,6 +681,7 @@ def main() -> None:
     add("--matrix", type=int, default=256, help="pixels across an image (256)")
     add("--modality", choices=MODALITIES, help="this one only (all of them)")
     add("--plane", choices=["axial", "coronal", "sagittal"], help="this one only (all of them)")
+    add("--backgrounds", type=Path, metavar="DIR", help="real CT and MR heads to draw the arteries into")
     add("--plain", action="store_true", help="single-frame, uncompressed little endian only")
     add("--no-aneurysms-drawn", action="store_false", dest="draw_aneurysms", help="same labels, no aneurysm")
     make_set(workers=usable_cores(), **vars(parser.parse_args()))

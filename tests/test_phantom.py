@@ -133,13 +133,41 @@ def test_the_command_writes_the_same_bytes_with_several_processes_and_refuses_an
         phantom.make_set(tmp_path, 2, seed=1, matrix=40)
 
 
-def test_without_aneurysms_only_their_voxels_change(tmp_path):
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory) -> dict[str, tuple]:
+    """Heads that stand for real ones, without aneurysms: job and what find_backgrounds says, by UID."""
+    dst, options = tmp_path_factory.mktemp("heads"), {"matrix": 64, "plain": True, "draw_aneurysms": False}
+    phantom.make_set(dst, 12, 7, **options)
+    found = {head[0][0].parent.name: head for head in phantom.find_backgrounds(dst)}
+    return {job.uid: (job, found[job.uid]) for job in phantom.plan(12, 7, **options) if job.uid in found}
+
+
+def test_a_real_head_is_drawn_into_at_its_place_and_size(heads, tmp_path):
+    assert len(heads) >= 10
+    for job, (files, _, plane) in heads.values():
+        values, scan, scale = phantom.read_background(files)
+        (size, *_), truth = phantom.make_head(job), phantom.make_scan(job)
+        assert plane == job.plane and values.shape == truth.shape
+        away_mm = ((scan.pose - truth.pose) @ [0, 0, -90, 1])[:3]  # where the arteries are
+        assert np.linalg.norm(away_mm) < 8 and scale == pytest.approx(size, abs=0.12)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="no series of a head; expected CT or MR, 120 mm in each direction"):
+        phantom.find_backgrounds(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("is_real", [False, True])
+def test_without_aneurysms_only_their_voxels_change(is_real, heads, tmp_path):
     """So nothing else can tell the label: not the noise, the anatomy, the geometry, nor a name."""
+    jobs, real = phantom.plan(16, 5, 64, plain=True), None
+    if is_real:
+        real = next(iter(heads.values()))[1][0][0].parents[2]
+        jobs = [phantom.draw_into(job, list(phantom.find_backgrounds(real))) for job in jobs]
     for name, is_drawn in (("with", True), ("without", False)):
-        phantom.make_set(tmp_path / name, 16, 5, matrix=64, plain=True, draw_aneurysms=is_drawn)
+        options = {"matrix": 64, "plain": True, "draw_aneurysms": is_drawn, "backgrounds": real}
+        phantom.make_set(tmp_path / name, 16, 5, **options)
     files, others = read_files(tmp_path / "with"), read_files(tmp_path / "without")
     assert files.keys() == others.keys()
-    jobs, changed = {job.uid: job for job in phantom.plan(16, 5, 64, plain=True)}, set()
+    jobs, changed = {job.uid: job for job in jobs}, set()
     for name in [name for name in files if files[name] != others[name]]:
         a, b = dcmread(tmp_path / "with" / name), dcmread(tmp_path / "without" / name)
         differences = np.argwhere(a.pixel_array != b.pixel_array)
