@@ -29,8 +29,8 @@ from pydicom.encaps import encapsulate
 from pydicom.pixels import get_decoder
 
 IMPLICIT, EXPLICIT = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1"  # transfer syntaxes, PS3.5 A
-BIG_ENDIAN, DEFLATED, RLE = "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.5"
-INFLATED = DEFLATED[:-1] + "7"  # what an unpacked dataset says: pydicom would inflate it again
+BIG_ENDIAN, DEFLATED, RLE = "1.2.840.10008.1.2.2", b"1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.5"
+INFLATED = DEFLATED[:-1] + b"7"  # what an unpacked dataset says: pydicom would inflate it again
 DECODERS = {  # compressed transfer syntax -> packages that decode it
     RLE: "pylibjpeg pylibjpeg-rle",
     **{f"1.2.840.10008.1.2.4.{n}": "pylibjpeg pylibjpeg-libjpeg" for n in (50, 51, 57, 70)},  # JPEG
@@ -49,7 +49,7 @@ PIXEL_DATA = 0x7FE00010
 UNDEFINED = 0xFFFFFFFF  # length of an element that ends with a delimiter
 
 
-def tag_table(names: str) -> dict[int, tuple]:
+def tag_table(names: str) -> dict:
     """tag -> (name, VR, whether it has one value) of attributes named as in PS3.6."""
     tags = {datadict.tag_for_keyword(name): name for name in names.split()}
     entries = datadict.DicomDictionary  # tag -> (VR, number of values, ...)
@@ -239,7 +239,7 @@ def skip_sequence(head: bytes, position: int, explicit: bool, depth: int = 0) ->
 
 
 @lru_cache(maxsize=64)  # most values are those of the slice before
-def parse_value(tag: int, vr: str | None, raw: bytes, order: str) -> tuple | float | str | None:
+def parse_value(tag: int, vr: str | None, raw: bytes, order: str) -> object:
     """Text unpadded; numbers as a tuple, or single; None if empty. `vr` is what the file says, if any."""
     _, expected, is_single = ATTRIBUTES[tag]
     if expected not in NUMERIC:
@@ -291,7 +291,7 @@ def slow_header(path: Path) -> dict:
         header = parse_dataset(dataset, order, {})
         header |= {"order": order, "packed": isinstance(file, io.BytesIO)}
         syntax = str(dataset.file_meta.get("TransferSyntaxUID") or implied)
-        header["TransferSyntaxUID"] = syntax.replace(INFLATED, DEFLATED)
+        header["TransferSyntaxUID"] = syntax.replace(INFLATED.decode(), DEFLATED.decode())
         element = file.read(12).ljust(12, b"\0")
         explicit = not implicit and element[4:6] in LONG_VRS
         *tag, length = struct.unpack(order + ("HH4xI" if explicit else "HHI4x"), element)
@@ -330,7 +330,7 @@ def parse_dataset(dataset: pydicom.Dataset, order: str, given: dict) -> dict:
     return header
 
 
-def parse_groups(dataset: pydicom.Dataset, order: str) -> list[dict]:
+def parse_groups(dataset: pydicom.Dataset, order: str) -> list:
     """For each frame of an enhanced file what its and the shared functional groups say (or one item)."""
     groups = []
     for tag in (SHARED_GROUPS, FRAME_GROUPS):
@@ -349,7 +349,7 @@ def open_unpacked(path: Path) -> Iterator[BinaryIO]:
     with open(path, "rb") as file:
         head = file.read(2**16)
         file.seek(0)
-        if head[:2] == GZIP or DEFLATED.encode() in head:
+        if head[:2] == GZIP or DEFLATED in head:
             unpacked = unpack(file.read(MAX_UNPACKED_BYTES), MAX_UNPACKED_BYTES + 1)
             if len(unpacked) > MAX_UNPACKED_BYTES:
                 raise ValueError(f"a bomb? unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB")
@@ -368,9 +368,9 @@ def unpack(data: bytes, limit: int) -> bytes:
 
     if data[:2] == GZIP:
         data = inflate(data, 31)
-    if data[128:132] == b"DICM" and DEFLATED.encode() in data[: 2**16]:
+    if data[128:132] == b"DICM" and DEFLATED in data[: 2**16]:
         end = 144 + int.from_bytes(data[140:144], "little")  # of the file meta group, PS3.10 7.1
-        data = data[:end].replace(DEFLATED.encode(), INFLATED.encode()) + inflate(data[end:], -15)
+        data = data[:end].replace(DEFLATED, INFLATED) + inflate(data[end:], -15)
     return data
 
 
@@ -443,13 +443,13 @@ class Frame:
     position: ndarray  # (3,) centre of the pixel in row 0, column 0; NaN where unknown
     row_dir: ndarray  # (3,) direction of a growing column index; NaN before `orient_frames`
     col_dir: ndarray  # (3,) direction of a growing row index
-    spacing_mm: tuple[float, float]  # between rows, between columns
+    spacing_mm: tuple  # between rows, between columns
     rows: int
     cols: int
     slope: float  # value = slope * stored + intercept
     intercept: float
-    padding: tuple[int, int] | None  # first and last of the stored values that are not tissue
-    remarks: list[str]  # what was assumed for it
+    padding: tuple | None  # first and last of the stored values that are not tissue
+    remarks: list  # what was assumed for it
 
     @cached_property
     def stored(self) -> ndarray:
@@ -614,10 +614,9 @@ def locate_frames(header: dict, file: BinaryIO) -> Spans:
             raise ValueError(f"compressed, but TransferSyntaxUID is {header['TransferSyntaxUID']}")
         frames = group_fragments(stated, offset, size, file)
         count = len(frames)
-    elif stated or length % frame_bytes > 1:
-        count = max(stated, 1)
     else:
-        count = max(length // frame_bytes, 1)
+        has_full_frames = length % frame_bytes <= 1  # the pixel data may end with a padding byte
+        count = stated or max(1, has_full_frames * (length // frame_bytes))
     if rows * cols > MAX_FRAME_PIXELS or count > MAX_FRAMES or frame_bytes * count > MAX_PIXEL_BYTES:
         raise ValueError(f"absurd size: {image}; limits: {MAX_FRAMES} frames, {MAX_PIXEL_BYTES >> 20} MiB")
     if length == UNDEFINED:
@@ -741,8 +740,8 @@ class Stack:
 
     frames: Frames
     where: str  # for errors
-    notes: list[str]
-    doubts: list[str]
+    notes: list
+    doubts: list
 
     def leave_out(self, is_out: list | ndarray, what: str) -> None:
         """Drop the frames marked, if any, with a note on what they are."""
@@ -802,7 +801,7 @@ def repair_values(stack: Stack) -> None:
 def repair_group(stack: Stack) -> None:
     """`repair_values` of a group, by the pixels of five of its frames."""
     first, probes = stack.frames[0], []
-    for i in {len(stack.frames) * k // 6 for k in (1, 2, 3, 4, 5)}:
+    for i in {len(stack.frames) * k // 6 for k in range(1, 6)}:
         frame = stack.frames[i]
         with suppress(ValueError):  # told when the slice is used
             frame.stored = decode(frame)
