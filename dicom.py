@@ -48,9 +48,7 @@ PLANES = ("sagittal", "coronal", "axial")  # slices lie along x, y, z
 X, Y, Z = np.eye(3)
 USUAL_DIRECTIONS = ((Y, -Z), (X, -Z), (X, Y))  # of rows and columns in these planes
 BLANK = "blank"
-Rejected = list[tuple[Path, str]]  # files that are not images, or not slices, with the reason
 Masks = dict[int, ndarray]  # slice k -> (h, w) uint8
-Interval = tuple[float, float]  # from, to
 VOLUME_VERSION = 2  # to be raised with each change of the code that changes a volume's voxels
 
 
@@ -127,8 +125,8 @@ def name_series(folder: str) -> tuple:
     return safe_uid(name), "" if is_uid else folder
 
 
-def group_files(folder: str, files: list, rejected: Rejected) -> dict:
-    """The images of a folder by (series as in `name_series`, PatientID); other files go to `rejected`."""
+def group_files(folder: str, files: list, rejected: list) -> dict:
+    """Images of a folder by (series as in `name_series`, PatientID); (other file, reason) into `rejected`."""
     by_name = name_series(folder)
     is_uid = not by_name[1]
     groups = defaultdict(list)
@@ -174,7 +172,7 @@ class Series:
     spacing_mm: tuple  # slice (median gap), row, column
     plane: str  # axial, coronal or sagittal: the nearest
     notes: list  # everything that was left out, assumed or repaired
-    skipped: Rejected  # files that are not slices, with the reason
+    skipped: list  # (file that is not a slice, reason)
     geometry: dict  # (SOPInstanceUID, frame index) -> every image, left-out ones too
     doubts: list  # why the volume may be wrong
 
@@ -197,7 +195,7 @@ class Series:
         """(3,) LPS mm of column `x`, row `y` of an image, `f` its frame (from 0). ValueError if unknown."""
         if f is None and (sop_uid, 1) in self.geometry:
             raise ValueError(f"series {self.uid}: {sop_uid} has several frames, and no frame is named")
-        frame = self.geometry.get((sop_uid, int(f or 0)))
+        frame = self.geometry.get((sop_uid, f or 0))
         if frame is None or np.isnan(frame.position).any():
             raise ValueError(f"series {self.uid}: no image {sop_uid}, frame {f or 0}, with a position")
         row_mm, col_mm = frame.spacing_mm
@@ -205,10 +203,9 @@ class Series:
 
 
 def read_series(source: Path | list, uid: str | None = None) -> Series:
-    """One volume from a folder of any depth, or from a list of files. Images of series `uid` are used if any,
-    else all. The volume is of the largest group that agrees in series, size, orientation and pixel spacing
-    (`select_geometry`), with one image per position (`place_slices`). ValueError (one line) if there is no
-    volume: mosaics, projections, radiographs, reports."""
+    """One volume from a folder of any depth or a list of files, of the images of series `uid` if any, else of
+    all: those that agree in series, size, orientation and pixel spacing (`select_geometry`), one per position
+    (`place_slices`). ValueError in one line if none: mosaics, projections, radiographs, reports."""
     where = f"{len(source)} files" if isinstance(source, list) else str(source)
     if not isinstance(source, list):
         source = [Path(folder, name) for folder, _, names in os.walk(source) for name in names] or [source]
@@ -491,9 +488,7 @@ def is_comb(frames: Frames) -> bool:
     frames = sorted(frames, key=image_number)
     ranks, gaps = rank_positions(frames), np.diff(distinct_positions(frames))
     counts, steps = np.bincount(ranks), np.diff(ranks)
-    if (counts == 1).mean() < 0.4 or len(gaps) < 7:
-        return False
-    if np.percentile(gaps, 90) > 1.5 * np.median(gaps):
+    if (counts == 1).mean() < 0.4 or len(gaps) < 7 or np.percentile(gaps, 90) > 1.5 * np.median(gaps):
         return False
     if (steps >= 0).all() or (steps <= 0).all():
         return False
@@ -579,7 +574,7 @@ def alternate(frames: Frames) -> ndarray:
 
 def select_volume(stack: Stack) -> None:
     """Leave a single volume where an attribute, or the order of images, tells several complete ones apart."""
-    for name in VOLUME_KEYS:
+    for name in VOLUME_KEYS.split():
         select_labelled(stack, [key_value(frame, name) for frame in stack.frames], name)
     for name in ("InstanceNumber", "AcquisitionTime", "order of files"):
         values = [key_value(frame, name) for frame in stack.frames]
@@ -858,9 +853,8 @@ def make_volume(series: Series, settings: VolumeSettings) -> Volume:
     The box is measured from the top, because that is the end that every head scan shares. It is roi_mm wide,
     centred on the head, and roi_top_mm deep, along z cut to what was scanned. A slab is the mean of its
     slices, weighted by overlap, because single slices 5 mm apart would miss most aneurysms; pixels are area
-    means or, where the image grows, linear, 0 outside of it. CT: ct_window becomes 0..255; else
-    mr_percentiles of the box. Of the slices outside up to 30 are decoded, to find the head. ValueError if
-    more than a tenth cannot be decoded."""
+    means or, where the image grows, linear, 0 outside of it. ct_window, in MR mr_percentiles of the box,
+    become 0..255. Up to 30 slices outside of it show the head. ValueError if over a tenth do not decode."""
     num_slices, num_rendered = len(series.frames), 0
     grid = canonical_grid(series)
     # All over again without the slices that turn out faulty: they came out as zeros, or are blank.
@@ -900,8 +894,7 @@ def place_box(grid: Grid, settings: VolumeSettings, notes: list) -> Box:
     low = np.array(head) - side_mm / 2
     low[0] = max(head[0] - settings.roi_top_mm, bottom)
     depth_mm = head[0] - low[0]
-    is_top_shown = covered - head[0] > 2
-    if is_top_shown and depth_mm > 2 * settings.roi_skip_mm:
+    if covered - head[0] > 2 and depth_mm > 2 * settings.roi_skip_mm:
         depth_mm -= settings.roi_skip_mm
     size_mm = np.array([depth_mm, side_mm, side_mm])
     shape = np.array([settings.base_slices, num_pixels, num_pixels])
@@ -930,7 +923,7 @@ def is_scanned(grid: Grid, box: Box, axis: int) -> ndarray:
     return is_between(box.middles(axis), tuple(grid.extents_mm[axis]))
 
 
-def render_box(grid: Grid, box: Box, weights: ndarray, limits: Interval) -> ndarray:
+def render_box(grid: Grid, box: Box, weights: ndarray, limits: tuple) -> ndarray:
     """Voxels (Z, H, W) from the weights (voxels along `through`, slices). Slices are clipped, or bone would
     outshine an artery, then merged, then resized once per slab: both are linear, so the order is free."""
     shape = box.shape[grid.image_axes]
@@ -951,7 +944,7 @@ def render_box(grid: Grid, box: Box, weights: ndarray, limits: Interval) -> ndar
     return np.ascontiguousarray(np.moveaxis(slabs, 0, grid.through))
 
 
-def load_window(grid: Grid, box: Box, limits: Interval, k: int) -> tuple:
+def load_window(grid: Grid, box: Box, limits: tuple, k: int) -> tuple:
     """(window, gain, bias): stored values of slice k in the box, (h, w) float32, clipped at the limits, the
     lower one outside of the image and for padding. limits -> 0..1 is gain * window + bias."""
     frame = grid.frames[k]
@@ -992,7 +985,7 @@ def resize_exactly(image: ndarray, factors: ndarray, shape: ndarray) -> ndarray:
     return image[:rows, :columns]
 
 
-def choose_limits(grid: Grid, box: Box, settings: VolumeSettings) -> Interval:
+def choose_limits(grid: Grid, box: Box, settings: VolumeSettings) -> tuple:
     """ct_window, or mr_percentiles of the rescaled pixels in the box (up to 30,000 of each of 16 slices).
     Padding counts as black air in a magnitude image, and not at all where zero is far from all tissue."""
     if grid.series.modality == "CT":
@@ -1121,8 +1114,8 @@ def find_sliced_top(grid: Grid, head: Masks, pixel_mm: ndarray, least_mm2: float
     return min(bottom + pixel_mm[0] * (rows[-1] + 1), covered)
 
 
-def find_centre(grid: Grid, head: Masks, pixel_mm: ndarray, top: float) -> tuple:
-    """mm (y, x) of the middle of the head's bounding box over 100 mm below the top."""
+def find_centre(grid: Grid, head: Masks, pixel_mm: ndarray, top: float) -> ndarray:
+    """(2,) mm (y, x) of the middle of the head's bounding box over 100 mm below the top."""
     numbers, *pixels = np.nonzero(np.stack(list(head.values())))
     slices = np.array(list(head))[numbers]
     points = np.empty((3, len(slices)))
@@ -1131,7 +1124,7 @@ def find_centre(grid: Grid, head: Masks, pixel_mm: ndarray, top: float) -> tuple
     points[grid.image_axes] = edges + (np.array(pixels) + 0.5) * pixel_mm[:, None]
     points = points[:, points[0] < top]
     box = points[1:, points[0] >= min(top - 100, points[0].max())]
-    return tuple((box.min(axis=1) + box.max(axis=1)) / 2)
+    return (box.min(axis=1) + box.max(axis=1)) / 2
 
 
 def shrink_slice(grid: Grid, factors: ndarray, k: int) -> ndarray:
@@ -1139,7 +1132,7 @@ def shrink_slice(grid: Grid, factors: ndarray, k: int) -> ndarray:
     frame = grid.frames[k]
     values = rescale_values(frame, grid.image(k))
     if frame.padding:
-        air = -1024 if grid.series.modality == "CT" else 0
+        air = -1024 if frame.is_ct else 0
         values[np.isnan(values)] = np.fmin.reduce(values, axis=None, initial=air)
     blocks = np.maximum(1, grid.shape // factors)
     rows, columns = blocks * factors

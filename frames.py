@@ -96,18 +96,15 @@ MODALITIES = {"1.2.840.10008.5.1.4.1.1.2": "CT", "1.2.840.10008.5.1.4.1.1.4": "M
 PROJECTION = re.compile(r"\b(MIP|MINIP|MAXIP|MIN IP|MAX IP|PROJECTION|VOLUME RENDERED|VRT)\b")
 SCOUT = re.compile(r"\b(LOCALIZER|SCOUT|TOPOGRAM|SURVIEW)\b")
 # What tells the volumes of one series apart, in the order tried; then the order of images does.
-# fmt: off
 VOLUME_KEYS = (
-    "ImageType", "EchoNumbers", "EchoTime", "TemporalPositionIdentifier", "DiffusionBValue",
-    "AcquisitionNumber", "AcquisitionTime", "TriggerTime", "StackID",
+    "ImageType EchoNumbers EchoTime TemporalPositionIdentifier DiffusionBValue AcquisitionNumber "
+    "AcquisitionTime TriggerTime StackID"
 )
-# fmt: on
 PHASE_TYPES = {"P", "PHASE", "R", "REAL", "I", "IMAGINARY", "PHASE MAP", "B0", "B0 MAP"}
 AIR_HU = (-1100, -900)
 TISSUE_HU = (-20, 120)
 BONE_HU, HIGHEST_HU = 300, 3200  # but for metal
 MOST_FILL = 0.4  # share of an image; a round field of view leaves 0.21 over
-Spans = list[list[tuple[int, int]]]  # for each frame the (offset, length) pieces of its pixel data
 
 
 def one_line_errors(function: Callable) -> Callable:
@@ -344,7 +341,7 @@ def parse_groups(dataset: pydicom.Dataset, order: str) -> list:
 
 
 @contextmanager
-def open_unpacked(path: Path) -> Iterator[BinaryIO]:
+def open_unpacked(path: Path) -> Iterator:
     """`path` open for reading; a gzipped or deflated file is unpacked in memory."""
     with open(path, "rb") as file:
         head = file.read(2**16)
@@ -598,8 +595,8 @@ def padding_range(tags: dict) -> tuple | None:
 
 
 # --- pixels -------------------------------------------------------------------------------------------------
-def locate_frames(header: dict, file: BinaryIO) -> Spans:
-    """Where the pixels of each frame are. ValueError if that is absurd or the file too short. Without
+def locate_frames(header: dict, file: BinaryIO) -> list:
+    """The `spans` of `read_header`. ValueError if that is absurd or the file too short. Without
     (0028,0008) NumberOfFrames the pixel data's length, or code streams, tell."""
     rows, cols, bits = (header.get(name, 0) for name in ("Rows", "Columns", "BitsAllocated"))
     samples, stated = header.get("SamplesPerPixel", 1), header.get("NumberOfFrames", 0)
@@ -629,7 +626,7 @@ def locate_frames(header: dict, file: BinaryIO) -> Spans:
     return [[(offset + i * frame_bytes, frame_bytes)] for i in range(count)]
 
 
-def group_fragments(stated: int, offset: int, size: int, file: BinaryIO) -> Spans:
+def group_fragments(stated: int, offset: int, size: int, file: BinaryIO) -> list:
     """Fragments of encapsulated pixel data by frame, which starts where a code stream does (PS3.5 A.4)."""
     frames = []
     num_fragments = 0
@@ -830,7 +827,7 @@ def sample_pixels(frames: Frames) -> Samples:
         stride = 1 + math.isqrt(frame.rows * frame.cols // 16_000)
         pixels = frame.stored[::stride, ::stride]
         slopes = np.full(pixels.size, frame.slope)
-        rows.append((pixels.ravel(), slopes, pixels[[0, 0, -1, -1], [0, -1, 0, -1]]))
+        rows.append((pixels.ravel(), slopes, pixels[[0, -1]][:, [0, -1]].ravel()))
     return Samples(*map(np.concatenate, zip(*rows, strict=True)))
 
 

@@ -40,12 +40,12 @@ from pathlib import Path
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports needs no traceback
 
-import numpy as np
+from numpy import ndarray
 from pandas import DataFrame, isna
 
 import common
 import dicom
-from common import AP, LABELS, LOCATIONS, UID, Config, log, volume_path, write_atomic
+from common import AP, LABELS, LOCATIONS, UID, Config, load_volume, log, progress, volume_path, write_atomic
 from dicom import Series, VolumeSettings, safe_uid
 
 LABEL_TABLE = "train.csv"
@@ -140,7 +140,7 @@ def cache_series(job: Job) -> list | OSError:
         source = hmac.digest(key, samples, "sha256").hex()[:16]
         made_from = {"source": source, "settings": common.volume_settings(cfg)}
         with suppress(FileNotFoundError, ValueError):
-            _, meta = common.load_volume(path)
+            _, meta = load_volume(path)
             if meta == meta | made_from:
                 outcomes.append("kept")
                 continue
@@ -178,7 +178,7 @@ def hide_folders(text: str, files: list) -> str:
     return text
 
 
-def place_points(series: Series, affine: np.ndarray, points: list) -> tuple:
+def place_points(series: Series, affine: ndarray, points: list) -> tuple:
     """Annotated points as voxels (P, 3), their labels (P,), and a note for each that lies in no image."""
     places, labels, problems = [], [], []
     for sop_uid, x, y, frame, label in points:
@@ -191,7 +191,7 @@ def place_points(series: Series, affine: np.ndarray, points: list) -> tuple:
             labels.append(label)
         except ValueError as error:
             problems.append(f"{LEFT_OUT}: {error}")
-    return dicom.to_voxel(np.array(places).reshape(-1, 3), affine), labels, problems
+    return dicom.to_voxel(places, affine), labels, problems
 
 
 def describe_series(series: Series, job: Job, key: bytes) -> dict:
@@ -199,7 +199,7 @@ def describe_series(series: Series, job: Job, key: bytes) -> dict:
     frame = series.frames[0]
     header = frame.header
     low, high = dicom.canonical_grid(series).extents_mm[0]
-    slice_mm, row_mm, col_mm = (round(float(length), 4) for length in series.spacing_mm)
+    slice_mm, row_mm, col_mm = (round(length, 4) for length in series.spacing_mm)
     years = common.parse_age(header.get("PatientAge") or job.labels.get("PatientAge"))
     sex = header.get("PatientSex") or str(job.labels.get("PatientSex"))[:1]
     patient = series.patient.encode(errors="surrogatepass")
@@ -240,10 +240,10 @@ def read_cache(dst: Path, names: tuple | None = ()) -> tuple:
     """(uid -> metadata of the volumes in dst, the faults of others). Checks tensors where names is None."""
     cached, faults = {}, []
     paths = sorted(dst.glob("*.safetensors"))
-    with common.progress(len(paths), desc="verify", show=names is None) as bar:
+    with progress(len(paths), desc="verify", show=names is None) as bar:
         for path in paths:
             try:
-                _, meta = common.load_volume(path, names)
+                _, meta = load_volume(path, names)
                 if meta["uid"] != path.stem:
                     raise ValueError(f"{path}: holds series {meta['uid']}; run preprocess.py again")
                 cached[path.stem] = meta
@@ -425,7 +425,7 @@ def run_jobs(jobs: list, args: Namespace) -> Counter:
     counts = Counter()
     while jobs:
         results = common.run_isolated(cache_series, jobs, args.workers, args.timeout, args.memory_gb)
-        bar = common.progress(len(jobs), desc="preprocess")
+        bar = progress(len(jobs), desc="preprocess")
         jobs = []
         with bar, closing(results):
             for job, outcomes, reason in results:
