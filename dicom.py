@@ -694,9 +694,9 @@ class Volume:
     doubts: list  # why it may be wrong, the series' doubts among them
 
     @property
-    def spacing_mm(self) -> tuple:
-        """(z, y, x)"""
-        return tuple(norm(self.affine[:3, :3], axis=0).tolist())
+    def spacing_mm(self) -> list:
+        """[z, y, x]"""
+        return norm(self.affine[:3, :3], axis=0).tolist()
 
 
 @dataclass(frozen=True)
@@ -1132,7 +1132,7 @@ def shrink_slice(grid: Grid, factors: ndarray, k: int) -> ndarray:
     frame = grid.frames[k]
     values = rescale_values(frame, grid.image(k))
     if frame.padding:
-        air = -1024 if frame.is_ct else 0
+        air = -1024 if grid.series.modality == "CT" else 0
         values[np.isnan(values)] = np.fmin.reduce(values, axis=None, initial=air)
     blocks = np.maximum(1, grid.shape // factors)
     rows, columns = blocks * factors
