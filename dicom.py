@@ -20,11 +20,11 @@ import cv2
 import numpy as np
 from numpy import ndarray
 from numpy.lib.stride_tricks import sliding_window_view
+from numpy.linalg import inv, norm
 from numpy.polynomial.polynomial import polyfit
 
 from frames import (
     VOLUME_KEYS,
-    Frame,
     Frames,
     Stack,
     image_difference,
@@ -48,9 +48,7 @@ PLANES = ("sagittal", "coronal", "axial")  # slices lie along x, y, z
 X, Y, Z = np.eye(3)
 USUAL_DIRECTIONS = ((Y, -Z), (X, -Z), (X, Y))  # of rows and columns in these planes
 BLANK = "blank"
-Rejected = list[tuple[Path, str]]  # files that are not images, or not slices, with the reason
 Masks = dict[int, ndarray]  # slice k -> (h, w) uint8
-Interval = tuple[float, float]  # from, to
 VOLUME_VERSION = 2  # to be raised with each change of the code that changes a volume's voxels
 
 
@@ -127,8 +125,8 @@ def name_series(folder: str) -> tuple:
     return safe_uid(name), "" if is_uid else folder
 
 
-def group_files(folder: str, files: list, rejected: Rejected) -> dict:
-    """The images of a folder by (series as in `name_series`, PatientID); other files go to `rejected`."""
+def group_files(folder: str, files: list, rejected: list) -> dict:
+    """Images of a folder by (series as in `name_series`, PatientID); (other file, reason) into `rejected`."""
     by_name = name_series(folder)
     is_uid = not by_name[1]
     groups = defaultdict(list)
@@ -166,20 +164,17 @@ class Series:
 
     uid: str
     modality: str  # CT or MR
-    patient: str  # (0010,0020) PatientID; like age and sex "" where absent
-    age: str
-    sex: str
+    patient: str  # (0010,0020) PatientID, "" where absent
     frames: Frames
     positions_mm: ndarray  # (n,) along the normal
     normal: ndarray  # (3,)
     affine: ndarray  # (4, 4) (z, y, x) -> LPS mm; least squares where gaps are uneven; sheared if tilted
-    spacing_mm: tuple[float, float, float]  # slice (median gap), row, column
+    spacing_mm: tuple  # slice (median gap), row, column
     plane: str  # axial, coronal or sagittal: the nearest
-    transfer_syntax: str
-    notes: list[str]  # everything that was left out, assumed or repaired
-    skipped: Rejected  # files that are not slices, with the reason
-    geometry: dict[tuple, Frame]  # (SOPInstanceUID, frame index) -> every image, left-out ones too
-    doubts: list[str]  # why the volume may be wrong
+    notes: list  # everything that was left out, assumed or repaired
+    skipped: list  # (file that is not a slice, reason)
+    geometry: dict  # (SOPInstanceUID, frame index) -> every image, left-out ones too
+    doubts: list  # why the volume may be wrong
 
     def stored(self, i: int) -> ndarray:
         """(rows, cols) integers of slice `i`, read-only. ValueError naming a file that does not decode."""
@@ -200,7 +195,7 @@ class Series:
         """(3,) LPS mm of column `x`, row `y` of an image, `f` its frame (from 0). ValueError if unknown."""
         if f is None and (sop_uid, 1) in self.geometry:
             raise ValueError(f"series {self.uid}: {sop_uid} has several frames, and no frame is named")
-        frame = self.geometry.get((sop_uid, int(f or 0)))
+        frame = self.geometry.get((sop_uid, f or 0))
         if frame is None or np.isnan(frame.position).any():
             raise ValueError(f"series {self.uid}: no image {sop_uid}, frame {f or 0}, with a position")
         row_mm, col_mm = frame.spacing_mm
@@ -208,12 +203,13 @@ class Series:
 
 
 def read_series(source: Path | list, uid: str | None = None) -> Series:
-    """One volume from a folder of any depth, or from a list of files. Images of series `uid` are used if any,
-    else all. The volume is of the largest group that agrees in series, size, orientation and pixel spacing
-    (`select_geometry`), with one image per position (`place_slices`). ValueError (one line) if there is no
-    volume: mosaics, projections, radiographs, reports."""
+    """One volume from a folder of any depth or a list of files, of the images of series `uid` if any, else of
+    all: those that agree in series, size, orientation and pixel spacing (`select_geometry`), one per position
+    (`place_slices`). ValueError in one line if none: mosaics, projections, radiographs, reports."""
     where = f"{len(source)} files" if isinstance(source, list) else str(source)
-    frames, skipped = read_frames(list_files(source), where)
+    if not isinstance(source, list):
+        source = [Path(folder, name) for folder, _, names in os.walk(source) for name in names] or [source]
+    frames, skipped = read_frames(sorted(source, key=natural_key), where)
     stack = Stack(frames, where, [], [])
     is_other = [frame.header.get("SeriesInstanceUID", uid) != uid for frame in frames]
     if uid and not all(is_other):
@@ -228,28 +224,17 @@ def read_series(source: Path | list, uid: str | None = None) -> Series:
     header = stack.frames[0].header
     placement = measure_stack(stack)
     repair_values(stack)
-    folder = os.path.abspath(stack.frames[0].path.parent)
     return Series(
-        uid=safe_uid(uid or header.get("SeriesInstanceUID") or folder),
+        uid=safe_uid(uid or header.get("SeriesInstanceUID") or where),
         modality=modality_of(header),
         patient=header.get("PatientID", ""),
-        age=header.get("PatientAge", ""),
-        sex=header.get("PatientSex", ""),
         frames=stack.frames,
-        transfer_syntax=header["TransferSyntaxUID"],
         notes=stack.notes,
         skipped=skipped,
         geometry=geometry,
         doubts=stack.doubts,
         **placement,
     )
-
-
-def list_files(source: Path | list) -> list:
-    """The files of a folder of any depth, or those given, in their natural order."""
-    if not isinstance(source, list):
-        source = [Path(folder, name) for folder, _, names in os.walk(source) for name in names] or [source]
-    return sorted(source, key=natural_key)
 
 
 def read_frames(paths: list, where: str) -> tuple:
@@ -278,7 +263,7 @@ def read_frames(paths: list, where: str) -> tuple:
     return frames, skipped
 
 
-def index_images(frames: Frames) -> dict[tuple, Frame]:
+def index_images(frames: Frames) -> dict:
     """(SOPInstanceUID, frame index) -> image, without UIDs that images at several places share."""
     images = defaultdict(list)
     for frame in frames:
@@ -303,8 +288,7 @@ def drop_copies(stack: Stack) -> None:
 
 def add_remarks(stack: Stack) -> None:
     """Note what was assumed for the images, each once with its number."""
-    counts = Counter(text for frame in stack.frames for text in frame.remarks)
-    for text, count in counts.items():
+    for text, count in Counter(text for frame in stack.frames for text in frame.remarks).items():
         remark = f"{text} ({count} of {len(stack.frames)} images)"
         stack.notes.append(remark)
         if text.startswith("no valid (0028,0030)"):
@@ -317,11 +301,8 @@ def orient_frames(stack: Stack) -> None:
     is_missing = [np.isnan(frame.row_dir[0]) for frame in frames]
     if not any(is_missing):
         return
-    points = frame_points(frames)
-    points = points[np.isfinite(points).all(axis=1)]
-    extent = np.zeros(3)
-    if len(points):
-        extent = np.ptp(np.percentile(points, (10, 90), axis=0), axis=0)
+    points = [frame.position for frame in frames if np.isfinite(frame.position[0])]
+    extent = np.ptp(np.percentile(points or [X], (10, 90), axis=0), axis=0)
     text = f"no valid (0020,0037) ImageOrientationPatient in {sum(is_missing)} of {len(frames)} images"
     plane = 2
     if extent.max() > SAME_POSITION_MM:
@@ -384,7 +365,7 @@ def select_geometry(stack: Stack) -> None:
     stack.frames = best
 
 
-def group_by_geometry(frames: Frames) -> list[Frames]:
+def group_by_geometry(frames: Frames) -> list:
     """Groups of equal pixel spacing (0.2 %) and orientation (0.02 from the median; of a few images 0.001)."""
     tolerance = 0.02 if len(frames) >= 8 else 0.001
     geometry = np.array([[*10 * np.log(f.spacing_mm), *f.row_dir, *f.col_dir] for f in frames])
@@ -421,21 +402,21 @@ def place_slices(stack: Stack) -> Frames:
     """Leave one image per position along +normal; returns every image with its position. Sources of positions
     are tried until nearly all images differ in position, and neighbours are alike."""
     num_images = len(stack.frames)
-    attempts = []
+    first = None
     for source, is_certain, frames in position_sources(stack.frames):
         attempt = Stack(frames, stack.where, [f"slices placed by {source}"] if source else [], [])
         drop_strays(attempt)
         select_volume(attempt)
         num_positions = len(distinct_positions(attempt.frames))
-        attempts.append((attempt, frames, num_positions, source))
+        first = first or (attempt, frames, num_positions, source)
         is_full = len(attempt.frames) <= max(1.1 * num_positions, num_positions + 1)
         is_stack = num_positions > 1 or num_images == 1
-        if is_full and is_stack and (is_certain or is_ordered(attempt.frames, attempts[0][2])):
+        if is_full and is_stack and (is_certain or is_ordered(attempt.frames, first[2])):
             break
         if not source and is_comb(attempt.frames):
             break
     else:
-        attempt, frames, num_positions, source = attempts[0]
+        attempt, frames, num_positions, source = first
         counts = np.bincount(rank_positions(attempt.frames))
         if num_positions > 1 and (counts == np.median(counts)).mean() < 0.9:
             raise ValueError(
@@ -457,7 +438,7 @@ def place_slices(stack: Stack) -> Frames:
     return frames
 
 
-def position_sources(frames: Frames) -> Iterator[tuple]:
+def position_sources(frames: Frames) -> Iterator:
     """(where positions come from, whether they are beyond doubt, frames so placed), the best source first."""
     is_known = np.isfinite(frame_points(frames)[:, 0])
     if is_known.all():
@@ -491,7 +472,7 @@ def place_on_line(frames: Frames, values: ndarray, step_mm: float) -> tuple:
         origin, slope = polyfit(known_values, known, 1)
         errors = origin + np.outer(known_values, slope) - known
         if np.abs(errors).max() < 0.51:
-            step, line_step = slope, np.linalg.norm(slope)
+            step, line_step = slope, norm(slope)
         elif slope @ frames[0].normal < 0:
             step = -step
     if len(known):
@@ -507,9 +488,7 @@ def is_comb(frames: Frames) -> bool:
     frames = sorted(frames, key=image_number)
     ranks, gaps = rank_positions(frames), np.diff(distinct_positions(frames))
     counts, steps = np.bincount(ranks), np.diff(ranks)
-    if (counts == 1).mean() < 0.4 or len(gaps) < 7:
-        return False
-    if np.percentile(gaps, 90) > 1.5 * np.median(gaps):
+    if (counts == 1).mean() < 0.4 or len(gaps) < 7 or np.percentile(gaps, 90) > 1.5 * np.median(gaps):
         return False
     if (steps >= 0).all() or (steps <= 0).all():
         return False
@@ -536,8 +515,8 @@ def drop_strays(stack: Stack) -> None:
     points = frame_points(stack.frames)[by_number]
     padded = np.pad(points, ((2, 2), (0, 0)), mode="reflect")
     medians = np.median(sliding_window_view(padded, 5, axis=0), axis=-1)
-    jumps = np.linalg.norm(points - medians, axis=1)
-    steps = np.linalg.norm(np.diff(points, axis=0), axis=1)
+    jumps = norm(points - medians, axis=1)
+    steps = norm(np.diff(points, axis=0), axis=1)
     is_stray[by_number] |= jumps > 3 * max(gap, np.median(steps))
     if is_stray.sum() <= max(1, len(points) // 10):
         place = stack.frames[is_stray.argmax()].position.round(1).tolist()
@@ -589,14 +568,13 @@ def alternate(frames: Frames) -> ndarray:
     gaps = np.diff(distinct_positions(frames))
     if len(gaps) < 8:
         return np.zeros(len(frames))
-    even, odd = (np.percentile(gaps[start::2], (10, 90)) for start in (0, 1))
-    is_alternate = even[1] < 0.8 * odd[0] or odd[1] < 0.8 * even[0]
-    return rank_positions(frames) % 2 * is_alternate
+    narrow, wide = sorted(np.percentile(gaps[start::2], (10, 90)).tolist() for start in (0, 1))
+    return rank_positions(frames) % 2 * (narrow[1] < 0.8 * wide[0])
 
 
 def select_volume(stack: Stack) -> None:
     """Leave a single volume where an attribute, or the order of images, tells several complete ones apart."""
-    for name in VOLUME_KEYS:
+    for name in VOLUME_KEYS.split():
         select_labelled(stack, [key_value(frame, name) for frame in stack.frames], name)
     for name in ("InstanceNumber", "AcquisitionTime", "order of files"):
         values = [key_value(frame, name) for frame in stack.frames]
@@ -685,11 +663,11 @@ def measure_stack(stack: Stack) -> dict:
         gap, widest = float(np.median(gaps)), gaps.argmax()
         start, step = polyfit(np.arange(len(points)), points, 1)
         _, drift = polyfit(positions, points, 1)  # by mm along the normal
-        tilt = np.linalg.norm(drift - normal)
+        tilt = norm(drift - normal)
         if gaps[widest] > 1.5 * gap:
             stack.notes.append(
-                f"{(gaps > 1.5 * gap).sum()} gaps of more than 1.5 x the median {gap:.3f} mm, the widest of "
-                f"{gaps[widest]:.3f} mm after slice {widest}: slices missing or uneven"
+                f"slices missing or uneven: gaps of more than 1.5 x the median {gap:.3f} mm: "
+                f"{(gaps > 1.5 * gap).sum()}, the widest of {gaps[widest]:.3f} mm after slice {widest}"
             )
         if tilt > 1e-3:
             stack.notes.append(f"tilted: the stack leaves the slice normal by {tilt:.4f} mm per mm")
@@ -712,13 +690,13 @@ class Volume:
 
     voxels: ndarray  # (Z, H, W) uint8
     affine: ndarray  # (4, 4) from (z, y, x, 1) to LPS mm
-    notes: list[str]
-    doubts: list[str]  # why it may be wrong, the series' doubts among them
+    notes: list
+    doubts: list  # why it may be wrong, the series' doubts among them
 
     @property
-    def spacing_mm(self) -> tuple:
-        """(z, y, x)"""
-        return tuple(np.linalg.norm(self.affine[:3, :3], axis=0).tolist())
+    def spacing_mm(self) -> list:
+        """[z, y, x]"""
+        return norm(self.affine[:3, :3], axis=0).tolist()
 
 
 @dataclass(frozen=True)
@@ -748,17 +726,17 @@ class Grid:
     series: Series
     directions: ndarray  # (3, 3) a row per canonical axis: its unit vector in LPS
     through: int  # the axis across slices: 0 axial, 1 coronal, 2 sagittal
-    image_axes: list[int]
+    image_axes: list
     is_transposed: int  # 1: image[row, column] -> image[column, row]
     flips: ndarray  # (2,) after that: 1, or -1 where an image axis runs backwards
     steps: ndarray  # (2,) mm per pixel along the image axes
     shape: ndarray  # (2,) pixels along the image axes
-    order: list[int]  # (n,) index into series.frames
+    order: list  # (n,) index into series.frames
     frames: Frames  # in this order
     centres: ndarray  # (n,) mm along `through`
     spans: ndarray  # (n, 2) mm that each slice stands for
     edges: ndarray  # (n, 2) mm of the outer edge of each slice's first pixel
-    faults: dict[int, str]  # index into series.frames, of those decoded so far -> "", BLANK or an error
+    faults: dict  # index into series.frames, of those decoded so far -> "", BLANK or an error
 
     def image(self, k: int) -> ndarray:
         """Stored values of slice k along its canonical axes, zeros if they cannot be decoded (`faults`)."""
@@ -775,13 +753,14 @@ class Grid:
         image = stored.T if self.is_transposed else stored
         return image[:: self.flips[0], :: self.flips[1]]
 
-    def extent_mm(self, axis: int) -> Interval:
-        """Outer edges of what was scanned along a canonical axis (in the image: of the middle slice)."""
-        if axis == self.through:
-            return self.spans.min(), self.spans.max()
-        side = self.image_axes.index(axis)
-        low = self.edges[len(self.edges) // 2, side]
-        return low, low + self.shape[side] * self.steps[side]
+    @property
+    def extents_mm(self) -> ndarray:
+        """(3, 2) outer edges of what was scanned along each axis, in the image those of the middle slice."""
+        extents = np.empty((3, 2))
+        extents[self.through] = self.spans.min(), self.spans.max()
+        low = self.edges[len(self.edges) // 2]
+        extents[self.image_axes] = np.stack([low, low + self.shape * self.steps], axis=1)
+        return extents
 
 
 def canonical_grid(series: Series, faults: dict | None = None) -> Grid:
@@ -859,7 +838,7 @@ def line_weights(centres: ndarray, targets: ndarray) -> ndarray:
 
 def to_voxel(points_lps: ndarray, affine: ndarray) -> ndarray:
     """LPS mm (P, 3) -> voxels (P, 3), (z, y, x); voxel centres are whole numbers."""
-    return to_lps(points_lps, np.linalg.inv(affine))
+    return to_lps(points_lps, inv(affine))
 
 
 def to_lps(voxels: ndarray, affine: ndarray) -> ndarray:
@@ -874,9 +853,8 @@ def make_volume(series: Series, settings: VolumeSettings) -> Volume:
     The box is measured from the top, because that is the end that every head scan shares. It is roi_mm wide,
     centred on the head, and roi_top_mm deep, along z cut to what was scanned. A slab is the mean of its
     slices, weighted by overlap, because single slices 5 mm apart would miss most aneurysms; pixels are area
-    means or, where the image grows, linear, 0 outside of it. CT: ct_window becomes 0..255; else
-    mr_percentiles of the box. Of the slices outside up to 30 are decoded, to find the head. ValueError if
-    more than a tenth cannot be decoded."""
+    means or, where the image grows, linear, 0 outside of it. ct_window, in MR mr_percentiles of the box,
+    become 0..255. Up to 30 slices outside of it show the head. ValueError if over a tenth do not decode."""
     num_slices, num_rendered = len(series.frames), 0
     grid = canonical_grid(series)
     # All over again without the slices that turn out faulty: they came out as zeros, or are blank.
@@ -907,17 +885,16 @@ def make_volume(series: Series, settings: VolumeSettings) -> Volume:
 def place_box(grid: Grid, settings: VolumeSettings, notes: list) -> Box:
     """The box under the head, less its upper roi_skip_mm where the scan shows the top and twice as much. Its
     edge is moved to the middle slice's nearest pixel edge, so that resizing is exact."""
-    bottom, covered = grid.extent_mm(0)
+    bottom, covered = grid.extents_mm[0]
     head = find_head(grid)
     if head is None:
         notes.append("head not found: the box starts at the top of the scan, centred on it")
-        head = covered, np.mean(grid.extent_mm(1)), np.mean(grid.extent_mm(2))
+        head = covered, *grid.extents_mm[1:].mean(axis=1)
     side_mm, num_pixels = settings.roi_mm, settings.img_size
     low = np.array(head) - side_mm / 2
     low[0] = max(head[0] - settings.roi_top_mm, bottom)
     depth_mm = head[0] - low[0]
-    is_top_shown = covered - head[0] > 2
-    if is_top_shown and depth_mm > 2 * settings.roi_skip_mm:
+    if covered - head[0] > 2 and depth_mm > 2 * settings.roi_skip_mm:
         depth_mm -= settings.roi_skip_mm
     size_mm = np.array([depth_mm, side_mm, side_mm])
     shape = np.array([settings.base_slices, num_pixels, num_pixels])
@@ -943,10 +920,10 @@ def weigh_slices(grid: Grid, box: Box) -> tuple:
 
 def is_scanned(grid: Grid, box: Box, axis: int) -> ndarray:
     """Of the voxels along an axis, whether their middles lie in what was scanned."""
-    return is_between(box.middles(axis), grid.extent_mm(axis))
+    return is_between(box.middles(axis), tuple(grid.extents_mm[axis]))
 
 
-def render_box(grid: Grid, box: Box, weights: ndarray, limits: Interval) -> ndarray:
+def render_box(grid: Grid, box: Box, weights: ndarray, limits: tuple) -> ndarray:
     """Voxels (Z, H, W) from the weights (voxels along `through`, slices). Slices are clipped, or bone would
     outshine an artery, then merged, then resized once per slab: both are linear, so the order is free."""
     shape = box.shape[grid.image_axes]
@@ -967,7 +944,7 @@ def render_box(grid: Grid, box: Box, weights: ndarray, limits: Interval) -> ndar
     return np.ascontiguousarray(np.moveaxis(slabs, 0, grid.through))
 
 
-def load_window(grid: Grid, box: Box, limits: Interval, k: int) -> tuple:
+def load_window(grid: Grid, box: Box, limits: tuple, k: int) -> tuple:
     """(window, gain, bias): stored values of slice k in the box, (h, w) float32, clipped at the limits, the
     lower one outside of the image and for padding. limits -> 0..1 is gain * window + bias."""
     frame = grid.frames[k]
@@ -1008,7 +985,7 @@ def resize_exactly(image: ndarray, factors: ndarray, shape: ndarray) -> ndarray:
     return image[:rows, :columns]
 
 
-def choose_limits(grid: Grid, box: Box, settings: VolumeSettings) -> Interval:
+def choose_limits(grid: Grid, box: Box, settings: VolumeSettings) -> tuple:
     """ct_window, or mr_percentiles of the rescaled pixels in the box (up to 30,000 of each of 16 slices).
     Padding counts as black air in a magnitude image, and not at all where zero is far from all tissue."""
     if grid.series.modality == "CT":
@@ -1042,7 +1019,7 @@ def doubt_voxels(grid: Grid, box: Box, voxels: ndarray, covered: ndarray, notes:
     """What makes voxels implausible, of what was scanned in the box: every slab, every third pixel."""
     doubts = []
     num_slices = len(grid.order)
-    z, y, x = size_mm = np.array([np.ptp(grid.extent_mm(axis)) for axis in range(3)])
+    z, y, x = size_mm = np.ptp(grid.extents_mm, axis=1)
     least_mm = np.where(np.arange(3) == grid.through, 20, 60)
     if num_slices < 5 or (size_mm < least_mm).any():
         size = f"{z:.3g} x {y:.3g} x {x:.3g} mm; expected 5, 20 mm across and 60 mm along them"
@@ -1094,7 +1071,7 @@ def find_head(grid: Grid) -> tuple | None:
 
     masks = {k: mask_slice(k) for k in picks}
     head = {k: largest_component(mask, mask) for k, mask in masks.items()}
-    least_mm2 = min(1000, *(28 * np.ptp(grid.extent_mm(axis)) for axis in (1, 2)))
+    least_mm2 = min(1000, *28 * np.ptp(grid.extents_mm[1:], axis=1))
     if grid.through == 0:
         follow_head(masks, head)
         top = find_axial_top(grid, head, mask_slice, least_mm2 / pixel_mm.prod())
@@ -1133,12 +1110,12 @@ def find_sliced_top(grid: Grid, head: Masks, pixel_mm: ndarray, least_mm2: float
     rows = np.flatnonzero(areas_mm2 > least_mm2)
     if len(rows) == 0:
         return None
-    bottom, covered = grid.extent_mm(0)
+    bottom, covered = grid.extents_mm[0]
     return min(bottom + pixel_mm[0] * (rows[-1] + 1), covered)
 
 
-def find_centre(grid: Grid, head: Masks, pixel_mm: ndarray, top: float) -> tuple:
-    """mm (y, x) of the middle of the head's bounding box over 100 mm below the top."""
+def find_centre(grid: Grid, head: Masks, pixel_mm: ndarray, top: float) -> ndarray:
+    """(2,) mm (y, x) of the middle of the head's bounding box over 100 mm below the top."""
     numbers, *pixels = np.nonzero(np.stack(list(head.values())))
     slices = np.array(list(head))[numbers]
     points = np.empty((3, len(slices)))
@@ -1147,7 +1124,7 @@ def find_centre(grid: Grid, head: Masks, pixel_mm: ndarray, top: float) -> tuple
     points[grid.image_axes] = edges + (np.array(pixels) + 0.5) * pixel_mm[:, None]
     points = points[:, points[0] < top]
     box = points[1:, points[0] >= min(top - 100, points[0].max())]
-    return tuple((box.min(axis=1) + box.max(axis=1)) / 2)
+    return (box.min(axis=1) + box.max(axis=1)) / 2
 
 
 def shrink_slice(grid: Grid, factors: ndarray, k: int) -> ndarray:

@@ -82,7 +82,7 @@ def read_cache(cache: Path, limit: int | None = None) -> tuple:
         except (OSError, ValueError) as error:
             faults[uid] = hide_folders(error)
             continue
-        settings[uid] = json.dumps(meta["settings"])
+        settings[uid] = re.sub("[{}']", "", f"{meta['settings']}")
         height_mm = meta["settings"]["base_slices"] * meta["spacing_mm"][0]
         places_mm = (tensors["points"] + 0.5) * meta["spacing_mm"]
         for label, (z, y, x) in zip(tensors["point_labels"], places_mm, strict=True):
@@ -178,9 +178,7 @@ def read_scan(uid: str, cache: Path) -> Scan:
 
 def read_whole_head(scan: Scan, uid: str, src: Path) -> Scan:
     """The same series read again from DICOM: a volume over a larger box."""
-    files = src / "series" / uid
-    if not files.is_dir():
-        files = list_series(src)[0].get(uid, [])
+    files = list_series(src)[0].get(uid, [])
     volume = make_volume(read_series(files, uid), WHOLE_HEAD)
     return replace(scan, voxels=volume.voxels, affine=volume.affine)
 

@@ -29,8 +29,8 @@ from pydicom.encaps import encapsulate
 from pydicom.pixels import get_decoder
 
 IMPLICIT, EXPLICIT = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1"  # transfer syntaxes, PS3.5 A
-BIG_ENDIAN, DEFLATED, RLE = "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.5"
-INFLATED = DEFLATED[:-1] + "7"  # what an unpacked dataset says: pydicom would inflate it again
+BIG_ENDIAN, DEFLATED, RLE = "1.2.840.10008.1.2.2", b"1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.5"
+INFLATED = DEFLATED[:-1] + b"7"  # what an unpacked dataset says: pydicom would inflate it again
 DECODERS = {  # compressed transfer syntax -> packages that decode it
     RLE: "pylibjpeg pylibjpeg-rle",
     **{f"1.2.840.10008.1.2.4.{n}": "pylibjpeg pylibjpeg-libjpeg" for n in (50, 51, 57, 70)},  # JPEG
@@ -49,7 +49,7 @@ PIXEL_DATA = 0x7FE00010
 UNDEFINED = 0xFFFFFFFF  # length of an element that ends with a delimiter
 
 
-def tag_table(names: str) -> dict[int, tuple]:
+def tag_table(names: str) -> dict:
     """tag -> (name, VR, whether it has one value) of attributes named as in PS3.6."""
     tags = {datadict.tag_for_keyword(name): name for name in names.split()}
     entries = datadict.DicomDictionary  # tag -> (VR, number of values, ...)
@@ -96,18 +96,15 @@ MODALITIES = {"1.2.840.10008.5.1.4.1.1.2": "CT", "1.2.840.10008.5.1.4.1.1.4": "M
 PROJECTION = re.compile(r"\b(MIP|MINIP|MAXIP|MIN IP|MAX IP|PROJECTION|VOLUME RENDERED|VRT)\b")
 SCOUT = re.compile(r"\b(LOCALIZER|SCOUT|TOPOGRAM|SURVIEW)\b")
 # What tells the volumes of one series apart, in the order tried; then the order of images does.
-# fmt: off
 VOLUME_KEYS = (
-    "ImageType", "EchoNumbers", "EchoTime", "TemporalPositionIdentifier", "DiffusionBValue",
-    "AcquisitionNumber", "AcquisitionTime", "TriggerTime", "StackID",
+    "ImageType EchoNumbers EchoTime TemporalPositionIdentifier DiffusionBValue AcquisitionNumber "
+    "AcquisitionTime TriggerTime StackID"
 )
-# fmt: on
 PHASE_TYPES = {"P", "PHASE", "R", "REAL", "I", "IMAGINARY", "PHASE MAP", "B0", "B0 MAP"}
 AIR_HU = (-1100, -900)
 TISSUE_HU = (-20, 120)
 BONE_HU, HIGHEST_HU = 300, 3200  # but for metal
 MOST_FILL = 0.4  # share of an image; a round field of view leaves 0.21 over
-Spans = list[list[tuple[int, int]]]  # for each frame the (offset, length) pieces of its pixel data
 
 
 def one_line_errors(function: Callable) -> Callable:
@@ -239,7 +236,7 @@ def skip_sequence(head: bytes, position: int, explicit: bool, depth: int = 0) ->
 
 
 @lru_cache(maxsize=64)  # most values are those of the slice before
-def parse_value(tag: int, vr: str | None, raw: bytes, order: str) -> tuple | float | str | None:
+def parse_value(tag: int, vr: str | None, raw: bytes, order: str) -> object:
     """Text unpadded; numbers as a tuple, or single; None if empty. `vr` is what the file says, if any."""
     _, expected, is_single = ATTRIBUTES[tag]
     if expected not in NUMERIC:
@@ -291,7 +288,7 @@ def slow_header(path: Path) -> dict:
         header = parse_dataset(dataset, order, {})
         header |= {"order": order, "packed": isinstance(file, io.BytesIO)}
         syntax = str(dataset.file_meta.get("TransferSyntaxUID") or implied)
-        header["TransferSyntaxUID"] = syntax.replace(INFLATED, DEFLATED)
+        header["TransferSyntaxUID"] = syntax.replace(INFLATED.decode(), DEFLATED.decode())
         element = file.read(12).ljust(12, b"\0")
         explicit = not implicit and element[4:6] in LONG_VRS
         *tag, length = struct.unpack(order + ("HH4xI" if explicit else "HHI4x"), element)
@@ -330,7 +327,7 @@ def parse_dataset(dataset: pydicom.Dataset, order: str, given: dict) -> dict:
     return header
 
 
-def parse_groups(dataset: pydicom.Dataset, order: str) -> list[dict]:
+def parse_groups(dataset: pydicom.Dataset, order: str) -> list:
     """For each frame of an enhanced file what its and the shared functional groups say (or one item)."""
     groups = []
     for tag in (SHARED_GROUPS, FRAME_GROUPS):
@@ -344,12 +341,12 @@ def parse_groups(dataset: pydicom.Dataset, order: str) -> list[dict]:
 
 
 @contextmanager
-def open_unpacked(path: Path) -> Iterator[BinaryIO]:
+def open_unpacked(path: Path) -> Iterator:
     """`path` open for reading; a gzipped or deflated file is unpacked in memory."""
     with open(path, "rb") as file:
         head = file.read(2**16)
         file.seek(0)
-        if head[:2] == GZIP or DEFLATED.encode() in head:
+        if head[:2] == GZIP or DEFLATED in head:
             unpacked = unpack(file.read(MAX_UNPACKED_BYTES), MAX_UNPACKED_BYTES + 1)
             if len(unpacked) > MAX_UNPACKED_BYTES:
                 raise ValueError(f"a bomb? unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB")
@@ -368,9 +365,9 @@ def unpack(data: bytes, limit: int) -> bytes:
 
     if data[:2] == GZIP:
         data = inflate(data, 31)
-    if data[128:132] == b"DICM" and DEFLATED.encode() in data[: 2**16]:
+    if data[128:132] == b"DICM" and DEFLATED in data[: 2**16]:
         end = 144 + int.from_bytes(data[140:144], "little")  # of the file meta group, PS3.10 7.1
-        data = data[:end].replace(DEFLATED.encode(), INFLATED.encode()) + inflate(data[end:], -15)
+        data = data[:end].replace(DEFLATED, INFLATED) + inflate(data[end:], -15)
     return data
 
 
@@ -443,13 +440,13 @@ class Frame:
     position: ndarray  # (3,) centre of the pixel in row 0, column 0; NaN where unknown
     row_dir: ndarray  # (3,) direction of a growing column index; NaN before `orient_frames`
     col_dir: ndarray  # (3,) direction of a growing row index
-    spacing_mm: tuple[float, float]  # between rows, between columns
+    spacing_mm: tuple  # between rows, between columns
     rows: int
     cols: int
     slope: float  # value = slope * stored + intercept
     intercept: float
-    padding: tuple[int, int] | None  # first and last of the stored values that are not tissue
-    remarks: list[str]  # what was assumed for it
+    padding: tuple | None  # first and last of the stored values that are not tissue
+    remarks: list  # what was assumed for it
 
     @cached_property
     def stored(self) -> ndarray:
@@ -598,8 +595,8 @@ def padding_range(tags: dict) -> tuple | None:
 
 
 # --- pixels -------------------------------------------------------------------------------------------------
-def locate_frames(header: dict, file: BinaryIO) -> Spans:
-    """Where the pixels of each frame are. ValueError if that is absurd or the file too short. Without
+def locate_frames(header: dict, file: BinaryIO) -> list:
+    """The `spans` of `read_header`. ValueError if that is absurd or the file too short. Without
     (0028,0008) NumberOfFrames the pixel data's length, or code streams, tell."""
     rows, cols, bits = (header.get(name, 0) for name in ("Rows", "Columns", "BitsAllocated"))
     samples, stated = header.get("SamplesPerPixel", 1), header.get("NumberOfFrames", 0)
@@ -614,10 +611,9 @@ def locate_frames(header: dict, file: BinaryIO) -> Spans:
             raise ValueError(f"compressed, but TransferSyntaxUID is {header['TransferSyntaxUID']}")
         frames = group_fragments(stated, offset, size, file)
         count = len(frames)
-    elif stated or length % frame_bytes > 1:
-        count = max(stated, 1)
     else:
-        count = max(length // frame_bytes, 1)
+        has_full_frames = length % frame_bytes <= 1  # the pixel data may end with a padding byte
+        count = stated or max(1, has_full_frames * (length // frame_bytes))
     if rows * cols > MAX_FRAME_PIXELS or count > MAX_FRAMES or frame_bytes * count > MAX_PIXEL_BYTES:
         raise ValueError(f"absurd size: {image}; limits: {MAX_FRAMES} frames, {MAX_PIXEL_BYTES >> 20} MiB")
     if length == UNDEFINED:
@@ -630,7 +626,7 @@ def locate_frames(header: dict, file: BinaryIO) -> Spans:
     return [[(offset + i * frame_bytes, frame_bytes)] for i in range(count)]
 
 
-def group_fragments(stated: int, offset: int, size: int, file: BinaryIO) -> Spans:
+def group_fragments(stated: int, offset: int, size: int, file: BinaryIO) -> list:
     """Fragments of encapsulated pixel data by frame, which starts where a code stream does (PS3.5 A.4)."""
     frames = []
     num_fragments = 0
@@ -741,8 +737,8 @@ class Stack:
 
     frames: Frames
     where: str  # for errors
-    notes: list[str]
-    doubts: list[str]
+    notes: list
+    doubts: list
 
     def leave_out(self, is_out: list | ndarray, what: str) -> None:
         """Drop the frames marked, if any, with a note on what they are."""
@@ -802,7 +798,7 @@ def repair_values(stack: Stack) -> None:
 def repair_group(stack: Stack) -> None:
     """`repair_values` of a group, by the pixels of five of its frames."""
     first, probes = stack.frames[0], []
-    for i in {len(stack.frames) * k // 6 for k in (1, 2, 3, 4, 5)}:
+    for i in {len(stack.frames) * k // 6 for k in range(1, 6)}:
         frame = stack.frames[i]
         with suppress(ValueError):  # told when the slice is used
             frame.stored = decode(frame)
@@ -831,7 +827,7 @@ def sample_pixels(frames: Frames) -> Samples:
         stride = 1 + math.isqrt(frame.rows * frame.cols // 16_000)
         pixels = frame.stored[::stride, ::stride]
         slopes = np.full(pixels.size, frame.slope)
-        rows.append((pixels.ravel(), slopes, pixels[[0, 0, -1, -1], [0, -1, 0, -1]]))
+        rows.append((pixels.ravel(), slopes, pixels[[0, -1]][:, [0, -1]].ravel()))
     return Samples(*map(np.concatenate, zip(*rows, strict=True)))
 
 

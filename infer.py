@@ -37,6 +37,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import zlib
 from argparse import SUPPRESS, Namespace
 from collections.abc import Iterator
@@ -116,7 +117,7 @@ def choose_series(source: Source, path: Path | None) -> list:
     return uids
 
 
-def read_scans(source: Source, uids: list, settings: set, args: Namespace) -> Iterator[tuple | None]:
+def read_scans(source: Source, uids: list, settings: set, args: Namespace) -> Iterator:
     """((uid, files), scan, None) or ((uid, files), None, why not) as they are read; None while waiting."""
     items = []
     for uid in uids:
@@ -212,8 +213,8 @@ def load_ensemble(args: Namespace, devices: list, cache_settings: dict | None = 
     folders = filter(Path.is_dir, sorted(args.outputs.glob("*")))
     if (args.outputs / CHECKPOINT).is_file():
         folders = [args.outputs]
-    members = filter(None, [load(folder.resolve()) for folder in folders])
-    members = [member for member in members if member.run.cfg.ensemble_weight > 0]
+    members = [load(folder.resolve()) for folder in folders]
+    members = [member for member in members if member and member.run.cfg.ensemble_weight > 0]
     if not members:
         raise ValueError(f"--outputs {args.outputs}: no run of train.py to use; expected {CHECKPOINT} there")
     members.sort(key=lambda member: -member.run.cfg.ensemble_weight)
@@ -618,23 +619,19 @@ def answer_share(
         return [*done.values(), *answer_all(ensemble, source, left, args, save)]
 
 
-def interrupt(number: int, _: object) -> None:
-    raise KeyboardInterrupt(number)
-
-
 def main() -> int:
     args = parse_arguments()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         stdout = common.reserve_stdout()
         answers = serve(args) if args.serve else predict_table(args, stdout)
         num_prior = sum(bool(answer.reason) for answer in answers)
         log(f"{len(answers)} rows, {num_prior} of them the prior; {monotonic() - args.started:.1f} s")
         return 3 if num_prior else 0
-    except KeyboardInterrupt as stop:
-        log(f"infer.py: stopped by {signal.Signals(stop.args[0]).name}; with --out a second start goes on")
-        return 128 + stop.args[0]
+    except SystemExit as stop:
+        log(f"infer.py: stopped by {signal.Signals(stop.code - 128).name}; with --out a second start goes on")
+        return stop.code
     except ValueError as error:
         log_any(f"infer.py: {error}")
     except OSError as error:  # a write to a full disk does not say where

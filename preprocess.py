@@ -40,12 +40,12 @@ from pathlib import Path
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports needs no traceback
 
-import numpy as np
-import pandas as pd
+from numpy import ndarray
+from pandas import DataFrame, isna
 
 import common
 import dicom
-from common import AP, LABELS, LOCATIONS, UID, Config, log, volume_path, write_atomic
+from common import AP, LABELS, LOCATIONS, UID, Config, load_volume, log, progress, volume_path, write_atomic
 from dicom import Series, VolumeSettings, safe_uid
 
 LABEL_TABLE = "train.csv"
@@ -91,7 +91,7 @@ def read_points(path: Path) -> dict:
     return points
 
 
-def find_faults(labels: dict, points: dict, series: dict, strays: list) -> pd.DataFrame:
+def find_faults(labels: dict, points: dict, series: dict, strays: list) -> DataFrame:
     """A row per series that a table lacks, or whose row contradicts itself or its points; and per stray."""
     faults = [(f"Series not in {LABEL_TABLE}", uid) for uid in series.keys() - labels.keys() if labels]
     faults += [(f"Series of {POINT_TABLE} not in --src", uid) for uid in points.keys() - series.keys()]
@@ -101,7 +101,7 @@ def find_faults(labels: dict, points: dict, series: dict, strays: list) -> pd.Da
         if not all(row[LABELS[label]] for *_, label in points.get(uid, ())):
             faults.append((f"A point whose label is 0 in {LABEL_TABLE}", uid))
     faults += [(f"Files left out: {reason}", path.name) for path, reason in strays]
-    return pd.DataFrame(sorted(faults), columns=["fault", "case"]).set_index("fault")
+    return DataFrame(sorted(faults), columns=["fault", "case"]).set_index("fault")
 
 
 # --- one series ---------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def cache_series(job: Job) -> list | OSError:
         source = hmac.digest(key, samples, "sha256").hex()[:16]
         made_from = {"source": source, "settings": common.volume_settings(cfg)}
         with suppress(FileNotFoundError, ValueError):
-            _, meta = common.load_volume(path)
+            _, meta = load_volume(path)
             if meta == meta | made_from:
                 outcomes.append("kept")
                 continue
@@ -178,7 +178,7 @@ def hide_folders(text: str, files: list) -> str:
     return text
 
 
-def place_points(series: Series, affine: np.ndarray, points: list) -> tuple:
+def place_points(series: Series, affine: ndarray, points: list) -> tuple:
     """Annotated points as voxels (P, 3), their labels (P,), and a note for each that lies in no image."""
     places, labels, problems = [], [], []
     for sop_uid, x, y, frame, label in points:
@@ -191,16 +191,17 @@ def place_points(series: Series, affine: np.ndarray, points: list) -> tuple:
             labels.append(label)
         except ValueError as error:
             problems.append(f"{LEFT_OUT}: {error}")
-    return dicom.to_voxel(np.array(places).reshape(-1, 3), affine), labels, problems
+    return dicom.to_voxel(places, affine), labels, problems
 
 
 def describe_series(series: Series, job: Job, key: bytes) -> dict:
     """What a volume says of its series; age and sex are the label table's where the files have none."""
     frame = series.frames[0]
-    low, high = dicom.canonical_grid(series).extent_mm(0)
-    slice_mm, row_mm, col_mm = (round(float(length), 4) for length in series.spacing_mm)
-    years = common.parse_age(series.age or job.labels.get("PatientAge"))
-    sex = series.sex or str(job.labels.get("PatientSex"))[:1]
+    header = frame.header
+    low, high = dicom.canonical_grid(series).extents_mm[0]
+    slice_mm, row_mm, col_mm = (round(length, 4) for length in series.spacing_mm)
+    years = common.parse_age(header.get("PatientAge") or job.labels.get("PatientAge"))
+    sex = header.get("PatientSex") or str(job.labels.get("PatientSex"))[:1]
     patient = series.patient.encode(errors="surrogatepass")
     return {
         "uid": job.uid,
@@ -208,7 +209,7 @@ def describe_series(series: Series, job: Job, key: bytes) -> dict:
         "modality": series.modality,
         "plane": series.plane,
         "patient": hmac.digest(key, patient, "sha256").hex()[:12] if patient else "",
-        "age": "" if pd.isna(years) else int(years),
+        "age": "" if isna(years) else int(years),
         "sex": sex if sex in ("F", "M") else "",
         "num_slices": len(series.frames),
         "rows": frame.rows,
@@ -216,9 +217,9 @@ def describe_series(series: Series, job: Job, key: bytes) -> dict:
         "slice_mm": slice_mm,
         "row_mm": row_mm,
         "col_mm": col_mm,
-        "thickness_mm": round(frame.header.get("SliceThickness", 0), 4) or "",
+        "thickness_mm": round(header.get("SliceThickness", 0), 4) or "",
         "coverage_mm": round(high - low, 2),  # along z
-        "transfer_syntax": series.transfer_syntax,
+        "transfer_syntax": header["TransferSyntaxUID"],
     }
 
 
@@ -239,10 +240,10 @@ def read_cache(dst: Path, names: tuple | None = ()) -> tuple:
     """(uid -> metadata of the volumes in dst, the faults of others). Checks tensors where names is None."""
     cached, faults = {}, []
     paths = sorted(dst.glob("*.safetensors"))
-    with common.progress(len(paths), desc="verify", show=names is None) as bar:
+    with progress(len(paths), desc="verify", show=names is None) as bar:
         for path in paths:
             try:
-                _, meta = common.load_volume(path, names)
+                _, meta = load_volume(path, names)
                 if meta["uid"] != path.stem:
                     raise ValueError(f"{path}: holds series {meta['uid']}; run preprocess.py again")
                 cached[path.stem] = meta
@@ -275,12 +276,12 @@ def build_index(dst: Path, cached: dict) -> tuple:
         reason, notes = "; ".join(meta["doubts"]), "; ".join(meta["notes"])
         status = "doubtful" if reason else "ok"
         rows[uid] = meta | {"status": status, "reason": reason, "notes": notes}
-    index = pd.DataFrame.from_dict(rows, orient="index", dtype=object).sort_index()
+    index = DataFrame.from_dict(rows, orient="index", dtype=object).sort_index()
     index = index.reindex(columns=INDEX_COLUMNS.split()).rename_axis(UID)
     return index, index.to_csv(lineterminator="\n").encode(errors="backslashreplace")
 
 
-def write_index(dst: Path) -> pd.DataFrame:
+def write_index(dst: Path) -> DataFrame:
     """Rebuild index.csv from the folder."""
     cached, faults = read_cache(dst)
     for fault in faults:
@@ -424,7 +425,7 @@ def run_jobs(jobs: list, args: Namespace) -> Counter:
     counts = Counter()
     while jobs:
         results = common.run_isolated(cache_series, jobs, args.workers, args.timeout, args.memory_gb)
-        bar = common.progress(len(jobs), desc="preprocess")
+        bar = progress(len(jobs), desc="preprocess")
         jobs = []
         with bar, closing(results):
             for job, outcomes, reason in results:
@@ -440,7 +441,7 @@ def run_jobs(jobs: list, args: Namespace) -> Counter:
     return counts
 
 
-def summarise(index: pd.DataFrame) -> None:
+def summarise(index: DataFrame) -> None:
     """Log what the index says of these series: how many of each kind, and the first."""
     inside, total = index[["points_inside", "num_points"]].sum()
     if total:
