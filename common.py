@@ -752,10 +752,9 @@ def cut_slabs(image: ndarray, labels: ndarray, points: ndarray, num: int, rng: G
 @dataclass(eq=False)
 class SeriesDataset(torch.utils.data.Dataset):
     """Items of a cache: image uint8 (base_slices + K, H, W), labels float32 (14,), index, affine (4, 4),
-    spacing_mm (3,), augment, points (8, 4): rows of (label, z, y, x) voxels, -1 where none; first, a number.
-    mode "train": crops in the shares that the config sets, train_slabs slabs from the first on; "deploy":
-    what a new patient has, all slabs, proposals ((n, 3) LPS mm by series) or decoys; points are not even
-    read. All random is a function of (seed, epoch, index)."""
+    spacing_mm (3,), augment, points (8, 4): label, z, y, x in voxels, -1 where none; first: slab. "train":
+    crops in the config's shares, train_slabs slabs; "deploy": what a new patient has, all slabs, proposals
+    ((n, 3) LPS mm by series) or decoys; no points. All random is a function of (seed, epoch, index)."""
 
     cfg: Config
     table: DataFrame

@@ -8,9 +8,9 @@ in   --src DIR           a cache of preprocess.py, or a tree of DICOM files of a
 out  stdout              CSV: SeriesInstanceUID and the 14 labels, a row per series; messages go to stderr
      --out FILE          the same into FILE, unless that holds series that this run leaves out; started again,
                          it goes on with the rows in .FILE.*.rows (not with --explain, --labels)
-     --explain DIR       of each series UID.png, and UID.findings.json: presence, the strictest operating
-                         point that it passes, and of the likeliest places artery, score, LPS mm and, from
-                         DICOM, image, frame (from 0), column and row; needs a locator among the runs
+     --explain DIR       of each series UID.png and UID.findings.json, of all findings.json: presence, the
+                         strictest operating point passed, and of the likeliest places artery, score, LPS mm
+                         and, from DICOM, image, frame (from 0), column and row; needs a locator
 how  --tta               average with the mirrored view (default: off)
      --precision P       fp16 (default on a GPU), bf16 or no (default on a CPU)
      --budget-hours H    answer all series within this time (default: no limit)
@@ -37,7 +37,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import zlib
 from argparse import SUPPRESS, Namespace
 from collections.abc import Iterator
@@ -579,6 +578,9 @@ def predict_table(args: Namespace, stdout: io.TextIOBase) -> list:
             stdout.write(text)
     if args.labels:
         log(describe_score(answers, labels, ensemble.members))
+    if args.explain:
+        parts = [json.loads(path.read_text()) for path in sorted(args.explain.glob("*.findings.json"))]
+        common.write_json(args.explain / "findings.json", list(itertools.chain(*parts)))
     return answers
 
 
@@ -619,19 +621,23 @@ def answer_share(
         return [*done.values(), *answer_all(ensemble, source, left, args, save)]
 
 
+def interrupt(number: int, _: object) -> None:
+    raise KeyboardInterrupt(number)
+
+
 def main() -> int:
     args = parse_arguments()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        signal.signal(number, interrupt)
     try:
         stdout = common.reserve_stdout()
         answers = serve(args) if args.serve else predict_table(args, stdout)
         num_prior = sum(bool(answer.reason) for answer in answers)
         log(f"{len(answers)} rows, {num_prior} of them the prior; {monotonic() - args.started:.1f} s")
         return 3 if num_prior else 0
-    except SystemExit as stop:
-        log(f"infer.py: stopped by {signal.Signals(stop.code - 128).name}; with --out a second start goes on")
-        return stop.code
+    except KeyboardInterrupt as stop:
+        log(f"infer.py: stopped by {signal.Signals(stop.args[0]).name}; with --out a second start goes on")
+        return 128 + stop.args[0]
     except ValueError as error:
         log_any(f"infer.py: {error}")
     except OSError as error:  # a write to a full disk does not say where

@@ -346,8 +346,8 @@ def read_background(files: tuple[Path, ...]) -> tuple[np.ndarray, Scan, np.ndarr
     head's scale (x, y, z) against the template. ValueError if it shows no head down to its arteries."""
     series = dicom.read_series(list(files))
     grid = dicom.canonical_grid(series)
-    head, sides_mm = dicom.find_head(grid), [np.ptp(grid.extent_mm(axis)) for axis in range(3)]
-    if head is None or min(*sides_mm, head[0] - grid.extent_mm(0)[0]) < 120:
+    head, sides_mm = dicom.find_head(grid), np.ptp(grid.extents_mm, axis=1)
+    if head is None or min(*sides_mm, head[0] - grid.extents_mm[0, 0]) < 120:
         raise ValueError(f"{series.uid}: no head of 120 mm in each direction; left out")
     images = [frames.rescale_values(frame, series.stored(i)) for i, frame in enumerate(series.frames)]
     values = np.nan_to_num(np.array(images, np.float32), nan=-1000 if series.modality == "CT" else 0)

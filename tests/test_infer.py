@@ -421,8 +421,11 @@ def test_one_scan_is_answered_in_words_with_a_picture_and_where_to_look(work):
     run(work, "--explain", "pictures", "--series-list", "one.csv")
     assert set(json.loads(other_path.read_text())[0]) == known  # from the cache
     assert json.loads(path.read_text()) == findings  # an earlier scan's stay
+    everything = json.loads((pictures / "findings.json").read_text())
+    assert {row[UID] for row in everything} == {folder.name, other.name} and findings[0] in everything
     options = ("--outputs", "outputs/test_resnet_seed0_fold0", "--limit", "1", "--explain", "none")
-    assert "no locator among the members" in run(work, *options)[1] and list((work / "none").iterdir()) == []
+    assert "no locator among the members" in run(work, *options)[1]
+    assert [path.read_text() for path in (work / "none").iterdir()] == ["[]"]
 
 
 def test_low_heat_does_not_glow_and_high_heat_does():
