@@ -338,8 +338,6 @@ def make_scan(job: Job) -> Scan:
 
 
 # --- real heads ---------------------------------------------------------------------------------------------
-
-
 @lru_cache(4)
 def read_background(files: tuple[Path, ...]) -> tuple[np.ndarray, Scan, np.ndarray]:
     """Values (z, y, x) of a real series, HU or 700 near the brightest; its geometry with the head's pose; the
@@ -392,8 +390,6 @@ def draw_into(job: Job, backgrounds: list[tuple]) -> Job:
 
 
 # --- painting -----------------------------------------------------------------------------------------------
-
-
 def coordinates(affine: np.ndarray, box: tuple[slice, ...]) -> list[np.ndarray]:
     """x, y and z in mm of every voxel in a box, each of the box's shape."""
     k, j, i = (np.arange(s.start, s.stop, dtype=np.float32) for s in box)
@@ -525,8 +521,6 @@ def render(job: Job) -> np.ndarray:
 
 
 # --- DICOM --------------------------------------------------------------------------------------------------
-
-
 def make_dataset(**values: object) -> Dataset:
     """A dataset of these attributes."""
     d = Dataset()
