@@ -1,10 +1,12 @@
 """Small things that several test files share: a tiny config, random labels, a cache without DICOM."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 
 import common
 from common import LABELS, UID, Config
@@ -14,6 +16,20 @@ from dicom import VolumeSettings
 def change(cfg: Config, **settings) -> Config:
     """The config with other values of some settings, by their names in YAML."""
     return common.config_from_dict(common.config_to_dict(cfg) | settings)
+
+
+def expect_refusal(pattern: str, function: Callable, *arguments: object, kind: type = ValueError) -> str:
+    """The message of the error that the call raises, of this kind and with this pattern in it."""
+    with pytest.raises(kind, match=pattern) as error:
+        function(*arguments)
+    return str(error.value)
+
+
+def flip_bit(path: Path, position: int | None = None) -> None:
+    """Change the lowest bit of one byte of a file, by default of the middle one."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 if position is None else position] ^= 1
+    path.write_bytes(data)
 
 
 VOLUME = VolumeSettings(base_slices=8, img_size=32, roi_mm=160.0)
