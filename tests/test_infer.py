@@ -21,7 +21,7 @@ import phantom
 import pydicom
 import pytest
 import torch
-from conftest import write_cached_series
+from conftest import expect_refusal, write_cached_series
 from safetensors.torch import load_file, save_file
 
 import common
@@ -35,10 +35,8 @@ BASE = Config(model_name="test_efficientnet", pretrained=False, volume=VOLUME, d
 PRIOR = np.linspace(0.1, 0.4, 14)
 RATES = [(0.9, 0.1), (0.95, 0.2), (0.99, 0.999)]  # specificity and threshold
 POINTS = [{"specificity": rate, "threshold": threshold, "sensitivity": 0.7} for rate, threshold in RATES]
-PATCHED = """
-import os, signal, sys
-sys.path.insert(0, sys.argv.pop(1))
-import infer
+NOISY = """
+import infer, os, signal, sys
 answer_series, calls = infer.answer_series, []
 def noisy(*args):
     calls.append(os.system("echo so does a child") or print("a library prints"))
@@ -91,7 +89,7 @@ def work(tmp_path_factory) -> Path:
 
 def run(work: Path, *arguments: str, code: int = 0, start: tuple = (str(ROOT / "infer.py"),), **environment):
     """stdout and stderr of infer.py, run as a user does in the folder `work`."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
     command = [sys.executable, *start, *arguments]
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stderr
@@ -120,7 +118,7 @@ def blank_scan(grey: int = 0) -> infer.Scan:
 @pytest.fixture(scope="session")
 def reference(work) -> pd.DataFrame:
     """infer.py on the cache, mirrored view included, while a library and a child process print to stdout."""
-    stdout, stderr = run(work, str(ROOT), "--tta", "--labels", "cache/train.csv", start=("-c", PATCHED))
+    stdout, stderr = run(work, "--tta", "--labels", "cache/train.csv", start=("-c", NOISY))
     table = read_table(io.StringIO(stdout))
     assert len(stdout.splitlines()) == 11 and list(table.columns) == list(LABELS)
     assert list(table.index) == sorted(path.stem for path in (work / "cache").glob("*.safetensors"))
@@ -164,7 +162,7 @@ def test_dicom_gives_the_rows_of_the_cache_also_when_killed_beside_broken_series
     (tree / reference.index[0] / "lost.dcm").write_bytes(b"not DICOM")
     (work / "list.csv").write_text("\n".join([UID, "1.2.5", *reference.index[::-1], "1.2.3", "1.2.4"]))
     options = ["--src", "tree", "--tta", "--out", out.name, "--series-list", "list.csv"]
-    run(work, str(ROOT), *options, start=("-c", PATCHED), code=-signal.SIGKILL, SIGNAL="SIGKILL")
+    run(work, *options, start=("-c", NOISY), code=-signal.SIGKILL, SIGNAL="SIGKILL")
     (rows,) = (path for path in work.iterdir() if path.name.startswith(".out[1].csv."))
     assert not out.exists() and len(rows.read_text().splitlines()) == 4
     rows.write_text(rows.read_text() + f"{reference.index[0]},0.5,0.")
@@ -209,7 +207,7 @@ def test_a_gateway_gets_the_same_rows_from_the_25_tags_of_the_hidden_test_or_the
 
 @pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_ends_with_one_line_and_its_code(work, name, code):
-    stdout, stderr = run(work, str(ROOT), start=("-c", PATCHED), code=code, SIGNAL=name)
+    stdout, stderr = run(work, start=("-c", NOISY), code=code, SIGNAL=name)
     assert stdout == "" and f"stopped by {name}" in stderr and "Traceback" not in stderr
 
 
@@ -310,8 +308,8 @@ def test_a_member_not_finite_is_left_out_and_a_row_of_none_is_the_prior(work, tm
     assert "answered by the prior, which is not a finding: FloatingPointError('no member gave finite" in text
     error = RuntimeError("CUDA error: an illegal memory access")  # every later row would be the prior
     monkeypatch.setattr(infer, "predict_series", Mock(side_effect=error))
-    with pytest.raises(OSError, match=r"CUDA error: an illegal memory.*1\.2\.3"):
-        infer.answer_series(ensemble, item, 5, args)
+    complaint = r"CUDA error: an illegal memory.*1\.2\.3"
+    expect_refusal(complaint, infer.answer_series, ensemble, item, 5, args, kind=OSError)
 
 
 @pytest.mark.parametrize("hard_last", [False, True])
@@ -367,8 +365,7 @@ def test_a_list_of_series_is_read_with_marks_semicolons_blanks_and_empty_lines(t
         path.write_text(text, encoding="utf-8")
         assert infer.choose_series(source, path) == ["1.2", "1.3"]
     path.write_text(f"\n{UID}\n")
-    with pytest.raises(ValueError, match="lists no series"):
-        infer.choose_series(source, path)
+    expect_refusal("lists no series", infer.choose_series, source, path)
 
 
 def test_rows_of_other_members_or_settings_lie_in_another_file(work, tmp_path):
@@ -395,8 +392,8 @@ def test_a_place_is_the_one_that_series_point_gives_back_and_none_beyond_half_a_
         along_mm = away_mm @ series.normal
         assert abs(along_mm) <= series.spacing_mm[0] / 2 + 1e-6  # the nearest image
         assert np.linalg.norm(away_mm - along_mm * series.normal) < 0.05
-    for frame, sign in ((series.frames[0], -1), (series.frames[-1], 1)):
-        step_mm = sign * series.spacing_mm[0] * series.normal
+    gap_mm = series.spacing_mm[0] * series.normal
+    for frame, step_mm in ((series.frames[0], -gap_mm), (series.frames[-1], gap_mm)):
         assert infer.find_image(frame.position + 0.4 * step_mm, series)["SOPInstanceUID"] == frame.sop_uid
         assert infer.find_image(frame.position + 0.6 * step_mm, series) is None
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -94,7 +93,6 @@ def phantoms(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def cached(phantoms, tmp_path_factory) -> Path:
-    """An undisturbed run of the script."""
     folder = tmp_path_factory.mktemp("cache")
     process = start(phantoms, folder)
     out, err = process.communicate(timeout=120)
@@ -196,7 +194,9 @@ def test_names_that_are_not_utf8_and_foreign_files_do_no_harm(src, tmp_path):
     assert meta["left_out"] == ["Bericht_Fran\udce7ois.txt", "mask.safetensors"]
 
 
-def test_finished_series_are_kept_and_changed_ones_done_again(src, cache):
+def test_finished_series_are_kept_changed_ones_made_anew_and_other_settings_or_lost_points_refused(
+    src, cache
+):
     for path in src.rglob("*.dcm"):
         os.utime(path, (0, 0))  # the place and the times have changed; that alone counts for nothing
     folders = sorted((src / "series").iterdir(), key=lambda folder: -len(list(folder.iterdir())))
@@ -206,9 +206,6 @@ def test_finished_series_are_kept_and_changed_ones_done_again(src, cache):
     assert "6 series, 2 cached, 4 kept, 0 failed" in run_on(src, cache)
     changed = {name for name, data in contents(cache).items() if data != before[name]}
     assert changed == {f"{folder.name}.safetensors" for folder in folders[:2]}
-
-
-def test_other_settings_and_a_run_that_would_lose_points_are_refused_and_change_nothing(src, cache):
     before, complaint = contents(cache), "6 volumes have other settings: roi_mm 200.0 (expected 180.0)"
     assert complaint in run_on(src, cache, "--set", "roi_mm=180.0", code=1)
     (src / "train_localizers.csv").unlink()
@@ -225,11 +222,8 @@ def test_folders_filled_in_one_pass_equal_those_filled_alone_at_one_reading(src,
     for module, name in ((dicom, "read_series"), (frames, "decode")):
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, f=function: counts.update([f"{f} {a[0]}"]) or f(*a))
-
-    def run_here(function: Callable, jobs: list, *_: object) -> Iterator[tuple]:
-        return ((job, *common.call_safely(function, 4, job)) for job in jobs)
-
-    monkeypatch.setattr(common, "run_isolated", run_here)
+    safely = common.call_safely  # in this process
+    monkeypatch.setattr(common, "run_isolated", lambda f, jobs, *_: ((x, *safely(f, 4, x)) for x in jobs))
     configs, alone, together = ([tmp_path / f"{name}{i}" for i in range(2)] for name in ("c", "alone", "dst"))
     for config, dst in zip(configs, alone, strict=True):
         config.write_text("roi_mm: 180" if config == configs[1] else "")
@@ -250,11 +244,14 @@ def test_folders_filled_in_one_pass_equal_those_filled_alone_at_one_reading(src,
 
 def test_shards_and_runs_that_meet_on_one_cache_make_the_same(phantoms, cached, tmp_path):
     command = (phantoms, tmp_path / "cache", "--workers", 1)
-    rank = start(*command, RANK="1", WORLD_SIZE="2")
-    processes = [start(*command, "--shard", "0/2"), rank, start(*command)]
+    processes = [
+        start(*command),
+        start(*command, "--shard", "0/2"),
+        start(*command, RANK="1", WORLD_SIZE="2"),
+    ]
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], errors
-    assert "shard 0 of 2: 3 series" in errors[0] and "shard 1 of 2: 3 series" in errors[1]
+    assert "shard 0 of 2: 3 series" in errors[1] and "shard 1 of 2: 3 series" in errors[2]
     slurm = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "3"}
     assert preprocess.shard_of({}) == "0/1" and preprocess.shard_of(slurm) == "2/3"
     assert contents(tmp_path / "cache", "*") == contents(cached, "*")
@@ -267,14 +264,13 @@ def test_a_limited_run_takes_the_first_series_and_says_that_labels_are_missing(p
 
 
 def test_kills_leave_no_trace(phantoms, cached, tmp_path):
-    """Runs that are killed with their workers up to 0.1 s after a volume."""
     dst, rng, counts = tmp_path / "cache", np.random.default_rng(0), [0]
     for _ in range(4):
         process = start(phantoms, dst, "--workers", 1)
         while process.poll() is None and len(contents(dst)) == counts[-1]:
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.1))
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)  # with its workers
         process.communicate()
         for path in dst.glob("*.safetensors"):
             load_volume(path)  # ValueError if it differs from its sums
@@ -424,10 +420,8 @@ def test_points_outside_of_their_image_or_without_one_are_counted_and_the_first_
 def misbehave(item: str) -> str:
     if item == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
-    if item == "hangs":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     while item == "hangs":
-        pass
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     errors = {"raises": ValueError("two\n  lines"), "panics": BaseException("not an Exception")}
     if item in errors:
         raise errors[item]

@@ -18,12 +18,12 @@ from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
-import pytest
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import TINY, change, expect_refusal, flip_bit, random_table, write_cache, write_cached_series
+from pytest import MonkeyPatch, approx, fixture, mark
 from safetensors.torch import load_file
 
 import common
@@ -45,7 +45,7 @@ NO_DECOYS = np.zeros((0, 3))
 os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 
 
-@pytest.fixture(scope="module")
+@fixture(scope="module")
 def quick(tmp_path_factory) -> common.Config:
     """A quick recipe with a cache of 32 series."""
     return write_cache(tmp_path_factory.mktemp("cache"), random_table(32), QUICK)
@@ -62,7 +62,7 @@ def run(folder: Path, cfg: common.Config, *options: str, code: int = 0) -> str:
     """stderr of train.py's main in this process."""
     errors = io.StringIO()
     torch.set_num_threads(1)  # sums have other last bits with more; the processes started here have one too
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
+    with MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
         patch.setattr(sys, "argv", ["train.py", *arguments(folder, cfg, *options)])
         AcceleratorState._reset_state(reset_partial_state=True)
         try:
@@ -153,7 +153,7 @@ def augment(image: torch.Tensor, place: list, changes: dict[int, float]) -> tupl
     labels = torch.zeros(1, 14)
     labels[0, [2, 6, 13]] = 1
     values = torch.tensor([NEUTRAL])
-    values[0, [*changes]] = torch.tensor([*changes.values()])
+    values[0, [*changes]] = torch.Tensor([*changes.values()])
     batch = {"image": image[None], "labels": labels, "points": points, "augment": values}
     return train.augment(batch, TINY)
 
@@ -164,46 +164,43 @@ def test_flip_gain_and_offset_reach_slabs_and_crops_and_dropout_its_slab():
     image[7] = 0  # the last of 8 slabs
     assert torch.allclose(images[0], image.flip(-1) / 255 * 1.2 + 0.1, atol=1e-5)
     assert labels[0].nonzero().flatten().tolist() == [3, 6, 13]
-    assert points[0, 0].tolist() == pytest.approx([3, 3, 10, 19], abs=1e-4)
+    assert points[0, 0].tolist() == approx([3, 3, 10, 19], abs=1e-4)
     assert (points[:, 1:, 0] == -1).all()
 
 
-@pytest.mark.parametrize("changes", MOVES)
+@mark.parametrize("changes", MOVES)
 def test_points_go_where_augmentation_takes_their_place(changes):
     image = torch.zeros(8, 32, 32, dtype=torch.uint8)
     image[3, 11:14, 19:22] = 250  # a spot around z 3, y 12, x 20
     images, _, points = augment(image, [4.0, 3.0, 12.0, 20.0], changes)
     centre = (images[0].numpy() * np.indices((8, 32, 32))).sum(axis=(1, 2, 3)) / images.sum().item()
-    assert images.sum() > 5 and centre == pytest.approx(points[0, 0, 1:].numpy(), abs=0.1)
+    assert images.sum() > 5 and centre == approx(points[0, 0, 1:].numpy(), abs=0.1)
 
 
-def test_smoothed_targets_are_one_and_99_hundredths():
+def test_label_targets_are_1_and_99_hundredths_and_map_targets_1_at_the_point_falling_off_in_millimetres():
     logits = torch.tensor([[math.log(0.99 / 0.01), math.log(0.01 / 0.99)]])
     least = -(0.99 * math.log(0.99) + 0.01 * math.log(0.01))
     loss = train.label_loss(logits, torch.tensor([[1.0, 0.0]]), 0.02)
-    assert loss.item() == pytest.approx(least, abs=1e-6)
-
-
-def test_map_targets_are_one_at_the_points_cell_and_fall_off_in_millimetres():
+    assert loss.item() == approx(least, abs=1e-6)
     points = torch.full((1, 8, 4), -1.0)
     points[0, 0] = torch.tensor([5.0, 2.0, 11.5, 19.5])  # the centre of cell (2, 1, 2) at stride 8
     spacing = torch.tensor([[4.0, 1.0, 1.0]])
     cfg = change(TINY, locator_stride=8, heatmap_sigma_mm=4.0)
     targets = train.map_targets(points, (1, 13, 8, 4, 4), spacing, cfg)
     assert (targets == 1).nonzero().tolist() == [[0, 5, 2, 1, 2]] and targets[0, 4].sum() == 0
-    assert targets[0, 5, 3, 1, 2].item() == pytest.approx(math.exp(-0.5)) == targets[0, 5, 1, 1, 2].item()
-    assert targets[0, 5, 2, 1, 3].item() == pytest.approx(math.exp(-0.5 * 4))
+    assert targets[0, 5, 3, 1, 2].item() == approx(math.exp(-0.5)) == targets[0, 5, 1, 1, 2].item()
+    assert targets[0, 5, 2, 1, 3].item() == approx(math.exp(-0.5 * 4))
 
 
 def test_rate_warms_up_then_falls_as_a_half_cosine():
     cfg = change(TINY, lr=1.0, min_lr=0.1, epochs=11, warmup_epochs=1)
     rates = [train.learning_rate(update, 10, cfg) for update in range(110)]
-    assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 and rates[10] == 1.0
-    assert rates[60] == pytest.approx((1 + 0.1) / 2) and rates[-1] == pytest.approx(0.1, abs=1e-3)
+    assert rates[0] == approx(0.1) and rates[9] == 1.0 and rates[10] == 1.0
+    assert rates[60] == approx((1 + 0.1) / 2) and rates[-1] == approx(0.1, abs=1e-3)
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
-@pytest.mark.parametrize("task", ["classify", "locate"])
+@mark.parametrize("task", ["classify", "locate"])
 def test_fp16_skips_steps_that_overflow_and_rate_and_ema_wait(quick, tmp_path, task):
     """Autocast and the scaler of fp16, which Accelerate leaves out on the CPU."""
     cfg = change(quick, task=task, warmup_epochs=0)
@@ -249,7 +246,7 @@ def test_a_loader_that_dies_or_a_volume_cut_short_is_named(tmp_path):
         path.write_bytes(path.read_bytes()[:-100])
 
 
-@pytest.mark.parametrize("megabytes, workers", [(64, 2), (5, 0), (4000, 4)])
+@mark.parametrize("megabytes, workers", [(64, 2), (5, 0), (4000, 4)])
 def test_no_more_loaders_than_dev_shm_has_room_for(megabytes, workers, monkeypatch, capsys):
     """A batch of the default recipe has 2 x 35 x 384 x 384 bytes, 9.8 MB: 6 of them fit into 64 MB."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Namespace(free=megabytes * 2**20))
@@ -269,7 +266,7 @@ def test_sensitivity_has_its_threshold_and_from_5_positives_an_interval():
     assert ninety == expected
     assert ninety_five["threshold"] == 0.9 and ninety_five["sensitivity"] == 1 / 5
     expected |= {"sensitivity": 3 / 4, "positives": 4, "draws_used": 0, "low": math.nan, "high": math.nan}
-    assert fewer == pytest.approx(expected, nan_ok=True)
+    assert fewer == approx(expected, nan_ok=True)
     assert none["threshold"] == 0.8 and math.isnan(none["sensitivity"])
 
 
@@ -293,10 +290,10 @@ def test_froc_counts_points_found_and_places_far_from_all_points():
     # false places score 0.7, 0.4, 0.3 in 4 scans; one may pass at 0.25 a scan, so the threshold is 0.4
     froc = [(p["false_per_scan"], p["threshold"], p["sensitivity"]) for p in metrics["froc"]]
     expected = [(0.25, 0.4, 0.5), (0.5, 0.3, 1.0), (1.0, 0.0, 1.0), (2.0, 0.0, 1.0)]
-    assert np.array(froc) == pytest.approx(np.array(expected), abs=2e-6)  # scores are float32
+    assert np.array(froc) == approx(np.array(expected), abs=2e-6)  # scores are float32
 
 
-@pytest.fixture(scope="module")
+@fixture(scope="module")
 def undisturbed(quick, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     run(folder, quick)
@@ -313,13 +310,13 @@ def test_a_run_leaves_what_users_expect(undisturbed, quick):
     assert oof[UID].tolist() == meta["val_uids"] == val_table[UID].tolist() and 0 < len(oof) < 32
     assert not set(train_table["patient"]) & set(oof["patient"])
     truth, probs = val_table[list(LABELS)].to_numpy(float), oof[list(LABELS)].to_numpy()
-    assert metrics["wauc"] == pytest.approx(common.weighted_auc(truth, probs)["wauc"])
+    assert metrics["wauc"] == approx(common.weighted_auc(truth, probs)["wauc"])
     assert metrics["low"] is None and metrics["draws_used"] <= 5  # of 50: no interval
     assert log["epoch"].tolist() == [1, 2, 3, 4] and log["wauc"].max() == metrics["wauc"] == meta["wauc"]
     assert log["epoch"][log["wauc"].argmax()] == metrics["best_epoch"] == meta["epoch"]
     threshold = meta["operating_points"][0]["threshold"]
     assert (probs[truth[:, AP] == 0, AP] <= threshold).mean() >= 0.9
-    assert meta["prior"] == pytest.approx(train_table[list(LABELS)].mean().tolist(), abs=1e-6)
+    assert meta["prior"] == approx(train_table[list(LABELS)].mean().tolist(), abs=1e-6)
 
 
 def test_validation_does_not_depend_on_annotated_points(undisturbed, tmp_path):
@@ -328,7 +325,7 @@ def test_validation_does_not_depend_on_annotated_points(undisturbed, tmp_path):
     dataset = SeriesDataset(cfg, table[table["fold"] == 0], "deploy", np.array(loaded.meta["decoys"]))
     logits, _ = train.predict(loaded.model, dataset, Accelerator(cpu=True))
     reported = pd.read_csv(undisturbed / "oof.csv")[list(LABELS)].to_numpy()
-    assert 1 / (1 + np.exp(-logits)) == pytest.approx(reported, abs=1e-6) and logits.std() > 0
+    assert 1 / (1 + np.exp(-logits)) == approx(reported, abs=1e-6) and logits.std() > 0
 
 
 def test_a_killed_run_resumes_to_the_same_bits(undisturbed, quick, tmp_path, monkeypatch):
@@ -352,7 +349,7 @@ def test_a_killed_run_resumes_to_the_same_bits(undisturbed, quick, tmp_path, mon
     assert outcome(folder) == outcome(undisturbed)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_run_ends_with_one_line_and_the_code_of_its_signal(number, code, quick, tmp_path):
     """The signal goes to the process group, as a scheduler or a terminal sends it: also to the loader."""
     process = start(tmp_path, TRAIN, *arguments(tmp_path, change(quick, workers=1, epochs=1000)))
@@ -385,7 +382,7 @@ def test_damaged_checkpoints_are_skipped_and_used_folders_refused(undisturbed, q
     assert "not locked (Function not implemented)" in run(tmp_path, quick, "--resume")
 
 
-@pytest.fixture(scope="module")
+@fixture(scope="module")
 def pair(quick, tmp_path_factory) -> Path:
     """The folder of what one pair of processes trained: runs tagged `half` and `norm`, every config (with
     test_efficientnet for maxvit_base_tf_384; fold0 to 4 are base.yaml), and a classifier with proposals."""
@@ -425,7 +422,7 @@ def test_two_processes_and_accumulated_batches_follow_one_large_batch(pair, quic
     ours, theirs = (pd.read_csv(path / "log.csv") for path in paths)
     assert ours["lr"].tolist() == theirs["lr"].tolist()
     for name in ("train_loss", "val_loss"):
-        assert ours[name].to_numpy() == pytest.approx(theirs[name].to_numpy(), abs=1e-4)
+        assert ours[name].to_numpy() == approx(theirs[name].to_numpy(), abs=1e-4)
 
 
 def test_two_processes_with_batchnorm_resume_to_the_same_bits_after_a_kill(pair, quick, tmp_path):
@@ -476,7 +473,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_located(quick, tmp_path)
     assert "loss is" in err and "epoch 1, update" in err and "series 1.2." in err
 
 
-@pytest.mark.parametrize("last_line, spread", SPREADS.items())
+@mark.parametrize("last_line, spread", SPREADS.items())
 def test_predictions_nearly_the_same_or_not_finite_are_named(quick, tmp_path, monkeypatch, last_line, spread):
     """Around probability 0.5 a logit counts a quarter: 90 % of these lie within 0.01 and 0.1."""
     logits = np.linspace(-spread, spread, 9, dtype=np.float32)[:, None].repeat(14, axis=1)
@@ -519,7 +516,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("setting", MISTAKES)
+@mark.parametrize("setting", MISTAKES)
 def test_a_users_mistake_is_one_line_and_leaves_no_folder(quick, tmp_path, setting):
     (line,) = run(tmp_path, quick, "--set", setting, code=1).strip().splitlines()
     assert MISTAKES[setting] in line
