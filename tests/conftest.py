@@ -45,8 +45,7 @@ def random_table(num: int, seed: int = 0) -> pd.DataFrame:
     table.insert(0, UID, [f"1.2.{i}" for i in range(num)])
     table["Modality"] = rng.choice(common.MODALITIES, num)
     table["patient"] = [f"p{i - (i % 3 == 1)}" for i in range(num)]
-    table["plane"] = "axial"
-    return table
+    return table.assign(plane="axial")
 
 
 def write_cached_series(folder: Path, uid: str, cfg: Config, points: list, seed: int = 0) -> np.ndarray:

@@ -34,7 +34,6 @@ SMALL = ["--set", "base_slices=8", "--set", "img_size=48"]
 KEY = bytes(range(32))
 HOSTILE = ["{'x': 1, 'y': nan}", "[1, 2]", "{'u': 1}", "", "(" * 199, "-" * 3000 + "1", "__import__('os')"]
 HOSTILE += ["{'x': 1, 'y': 2, 'f': 1e999}", str(list(range(6_000_000)))]
-POINT = [UID, "SOPInstanceUID", "coordinates", "location"]
 
 
 def arguments_for(src: Path, dst: Path, *arguments: object) -> list[str]:
@@ -54,13 +53,10 @@ def start(src: Path, dst: Path, *arguments: object, **environment: str) -> subpr
 def run(*command: str, code: int = 0, **environment: str) -> str:
     """stderr of a run in this process, which is faster, and must end with this exit code."""
     err, argv = io.StringIO(), mock.patch.object(sys, "argv", ["preprocess.py", *command])
-    ranks = mock.patch.dict(os.environ, environment)
-    with argv, ranks, mock.patch.object(signal, "signal"), contextlib.redirect_stderr(err):
-        try:
-            returned = preprocess.main()
-        except SystemExit as ended:
-            returned = ended.code
-    assert returned == code, err.getvalue()
+    ranks, signals = mock.patch.dict(os.environ, environment), mock.patch.object(signal, "signal")
+    with argv, ranks, signals, contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+        sys.exit(preprocess.main())
+    assert ended.value.code == code, err.getvalue()
     return err.getvalue()
 
 
@@ -244,11 +240,8 @@ def test_folders_filled_in_one_pass_equal_those_filled_alone_at_one_reading(src,
 
 def test_shards_and_runs_that_meet_on_one_cache_make_the_same(phantoms, cached, tmp_path):
     command = (phantoms, tmp_path / "cache", "--workers", 1)
-    processes = [
-        start(*command),
-        start(*command, "--shard", "0/2"),
-        start(*command, RANK="1", WORLD_SIZE="2"),
-    ]
+    ranks = {"RANK": "1", "WORLD_SIZE": "2"}
+    processes = [start(*command), start(*command, "--shard", "0/2"), start(*command, **ranks)]
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], errors
     assert "shard 0 of 2: 3 series" in errors[1] and "shard 1 of 2: 3 series" in errors[2]
@@ -314,19 +307,18 @@ def test_broken_series_fail_alone_and_are_tried_again(src, phantoms, cached, tmp
     command = (src, dst, "--memory-gb", 1)
     err, rows = run_on(*command, code=3), index(dst)
     assert len(rows) == 7 and "Traceback" not in err
-    failed = {name for name, row in rows.items() if row["status"] != "ok"}
-    assert failed == {uid, "1.2.777"}
-    assert all(rows[name]["reason"] and f"{name}: failed: {rows[name]['reason']}" in err for name in failed)
+    reasons = {name: row["reason"] for name, row in rows.items() if row["status"] != "ok"}
+    assert reasons.keys() == {uid, "1.2.777"} and all(reasons.values())
+    assert all(f"{name}: failed: {reason}" in err for name, reason in reasons.items())
     shutil.copytree(phantoms / "series" / uid, src / "series" / uid, dirs_exist_ok=True)
     assert "7 series, 1 cached, 5 kept, 1 failed" in run_on(*command, code=3)
-    err = run_on(*command, RANK="0", WORLD_SIZE="1")  # code 3 would make the launcher stop the others
-    assert "0 cached, 6 kept, 1 failed" in err
+    # of several processes: code 3 would make the launcher stop the others
+    assert "0 cached, 6 kept, 1 failed" in run_on(*command, RANK="0", WORLD_SIZE="1")
     assert index(dst)[uid]["status"] == "ok" and contents(dst) == contents(cached)
 
 
 def test_verify_names_what_is_damaged_and_the_next_run_heals_it(phantoms, cached, cache):
-    labels, table = cache / "train.csv", cache / "index.csv"
-    a, b, *_ = sorted(cache.glob("*.safetensors"))
+    labels, table, (a, b, *_) = cache / "train.csv", cache / "index.csv", sorted(cache.glob("*.safetensors"))
     reshaped = a.read_bytes().replace(b"[8,48,48]", b"[8,24,96]")  # as many bytes
     damages = {
         f"{a}: volume differs from its sum": lambda: flip_bit(a),
@@ -376,7 +368,9 @@ def test_bad_points_are_one_line_with_their_number_in_bounded_time(tmp_path):
     path, good = tmp_path / "points.csv", "{'x': 1.5, 'y': 2}"
     for coordinates, location in [*((text, LABELS[3]) for text in HOSTILE), (good, "Left Knee")]:
         rows = [["1.2", "1.2.3", good, LABELS[3]], ["1.2", "1.2.3", coordinates, location]]
-        pd.DataFrame(rows, columns=POINT).to_csv(path, index=False)
+        pd.DataFrame(rows, columns=[UID, "SOPInstanceUID", "coordinates", "location"]).to_csv(
+            path, index=False
+        )
         begin = time.monotonic()
         text = expect_refusal(r"points\.csv: 1 faults: line 3 has", read_points, path)
         assert time.monotonic() - begin < 10 and len(text) < 300 + len(str(path)) and "\n" not in text

@@ -23,7 +23,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import TINY, change, expect_refusal, flip_bit, random_table, write_cache, write_cached_series
-from pytest import MonkeyPatch, approx, fixture, mark
+from pytest import MonkeyPatch, approx, fixture, mark, raises
 from safetensors.torch import load_file
 
 import common
@@ -62,14 +62,11 @@ def run(folder: Path, cfg: common.Config, *options: str, code: int = 0) -> str:
     """stderr of train.py's main in this process."""
     errors = io.StringIO()
     torch.set_num_threads(1)  # sums have other last bits with more; the processes started here have one too
-    with MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
+    with MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors), raises(SystemExit) as ended:
         patch.setattr(sys, "argv", ["train.py", *arguments(folder, cfg, *options)])
         AcceleratorState._reset_state(reset_partial_state=True)
-        try:
-            returned = train.main()
-        except SystemExit as ended:
-            returned = ended.code
-    assert returned == code, errors.getvalue()
+        sys.exit(train.main())
+    assert ended.value.code == code, errors.getvalue()
     return errors.getvalue()
 
 
