@@ -32,6 +32,7 @@ from preprocess import read_patient_key, read_points
 
 SMALL = ["--set", "base_slices=8", "--set", "img_size=48"]
 KEY = bytes(range(32))
+POINT = [UID, "SOPInstanceUID", "coordinates", "location"]
 HOSTILE = ["{'x': 1, 'y': nan}", "[1, 2]", "{'u': 1}", "", "(" * 199, "-" * 3000 + "1", "__import__('os')"]
 HOSTILE += ["{'x': 1, 'y': 2, 'f': 1e999}", str(list(range(6_000_000)))]
 
@@ -368,9 +369,7 @@ def test_bad_points_are_one_line_with_their_number_in_bounded_time(tmp_path):
     path, good = tmp_path / "points.csv", "{'x': 1.5, 'y': 2}"
     for coordinates, location in [*((text, LABELS[3]) for text in HOSTILE), (good, "Left Knee")]:
         rows = [["1.2", "1.2.3", good, LABELS[3]], ["1.2", "1.2.3", coordinates, location]]
-        pd.DataFrame(rows, columns=[UID, "SOPInstanceUID", "coordinates", "location"]).to_csv(
-            path, index=False
-        )
+        pd.DataFrame(rows, columns=POINT).to_csv(path, index=False)
         begin = time.monotonic()
         text = expect_refusal(r"points\.csv: 1 faults: line 3 has", read_points, path)
         assert time.monotonic() - begin < 10 and len(text) < 300 + len(str(path)) and "\n" not in text

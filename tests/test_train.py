@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 
 import common
 import train
-from common import AP, LABELS, UID, SeriesDataset, load_run
+from common import AP, LABELS, UID, Config, SeriesDataset, load_run, volume_path
 from train import load_table, make_folds, refuse_leak
 
 ROOT = Path(__file__).parents[1]
@@ -41,24 +41,25 @@ NEUTRAL = [0.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0] + [1.0] * 8  # augmentation that c
 MOVES = [{}, {0: 1}, {1: 30}, {2: 1.2}, {3: 15, 4: -10}, {0: 1, 1: -20, 2: 0.9, 3: 9}]
 SPREADS = {"NEARLY THE SAME FOR ALL": 0.02, "best epoch 1,": 0.2, "are NaN or infinite": math.nan}
 CLOCKS = ["seconds", "data_wait"]  # columns of log.csv that no two runs share
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 NO_DECOYS = np.zeros((0, 3))
 os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @fixture(scope="module")
-def quick(tmp_path_factory) -> common.Config:
+def quick(tmp_path_factory) -> Config:
     """A quick recipe with a cache of 32 series."""
     return write_cache(tmp_path_factory.mktemp("cache"), random_table(32), QUICK)
 
 
-def arguments(folder: Path, cfg: common.Config, *options: str) -> list[str]:
+def arguments(folder: Path, cfg: Config, *options: str) -> list[str]:
     """Options of a run below folder/outputs."""
     path = folder / f"{cfg.run_name}.yaml"
     path.write_text(yaml.safe_dump(common.config_to_dict(change(cfg, outputs=str(folder / "outputs")))))
     return ["--config", str(path), *options]
 
 
-def run(folder: Path, cfg: common.Config, *options: str, code: int = 0) -> str:
+def run(folder: Path, cfg: Config, *options: str, code: int = 0) -> str:
     """stderr of train.py's main in this process."""
     errors = io.StringIO()
     torch.set_num_threads(1)  # sums have other last bits with more; the processes started here have one too
@@ -70,10 +71,9 @@ def run(folder: Path, cfg: common.Config, *options: str, code: int = 0) -> str:
     return errors.getvalue()
 
 
-def start(folder: Path, *command: str, processes: int = 1) -> subprocess.Popen:
-    """A script as a user starts it, with torchrun where there are several CPU processes."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(torchrun if processes > 1 else []), *command]
+def start(folder: Path, *command: str) -> subprocess.Popen:
+    """A script as a user starts it, with TORCHRUN before it on two CPU processes."""
+    command = [sys.executable, *command]
     return subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -130,7 +130,7 @@ def test_series_in_doubt_are_counted_and_left_out_and_all_faults_reported_at_onc
     assert f"14 series; left out, with their number: {counts}" in capsys.readouterr().err
     assert len(load_table(change(cfg, use_doubtful=True))) == 14 + 2
     assert len(load_table(cfg, limit=8)) == 8
-    paths = [common.volume_path(tmp_path, uid) for uid in table[UID]]
+    paths = [volume_path(tmp_path, uid) for uid in table[UID]]
     paths[15].unlink()
     write_cached_series(tmp_path, "1.2.16", change(QUICK, roi_mm=150.0), [], seed=6)
     paths[17].write_bytes(paths[18].read_bytes())  # the same images twice
@@ -233,7 +233,7 @@ def test_a_loader_that_dies_or_a_volume_cut_short_is_named(tmp_path):
         def __getitem__(self, index: int) -> dict:
             return super().__getitem__(index) if index != 3 else os.kill(os.getpid(), signal.SIGKILL)
 
-    path = common.volume_path(tmp_path, "1.2.3")
+    path = volume_path(tmp_path, "1.2.3")
     cases = [(Killed, 2, "DataLoader worker .* exited unexpectedly")]
     cases += [(SeriesDataset, workers, f".*{path}: not a readable volume") for workers in (0, 1)]
     for kind, workers, complaint in cases:
@@ -247,7 +247,7 @@ def test_a_loader_that_dies_or_a_volume_cut_short_is_named(tmp_path):
 def test_no_more_loaders_than_dev_shm_has_room_for(megabytes, workers, monkeypatch, capsys):
     """A batch of the default recipe has 2 x 35 x 384 x 384 bytes, 9.8 MB: 6 of them fit into 64 MB."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Namespace(free=megabytes * 2**20))
-    assert train.fit_workers(common.Config()).workers == workers
+    assert train.fit_workers(Config()).workers == workers
     assert ("/dev/shm has room" in capsys.readouterr().err) == (workers < 4)
 
 
@@ -318,7 +318,8 @@ def test_a_run_leaves_what_users_expect(undisturbed, quick):
 
 def test_validation_does_not_depend_on_annotated_points(undisturbed, tmp_path):
     loaded = load_run(undisturbed)
-    table = load_table(cfg := write_cache(tmp_path, random_table(32), loaded.cfg, with_points=False))
+    cfg = write_cache(tmp_path, random_table(32), loaded.cfg, with_points=False)
+    table = load_table(cfg)
     dataset = SeriesDataset(cfg, table[table["fold"] == 0], "deploy", np.array(loaded.meta["decoys"]))
     logits, _ = train.predict(loaded.model, dataset, Accelerator(cpu=True))
     reported = pd.read_csv(undisturbed / "oof.csv")[list(LABELS)].to_numpy()
@@ -404,7 +405,7 @@ if os.environ["RANK"] == "1":
     train.load_table = lambda *_: open("a file that rank 1 lacks")
 sys.argv.append("--resume")
 train.main()""")
-    _, errors = start(folder, "all.py", processes=2).communicate(timeout=400)
+    _, errors = start(folder, *TORCHRUN, "all.py").communicate(timeout=400)
     assert "batch 2 x 2 processes x accumulation 1 = 4 series per update, lr 0.002" in errors
     assert errors.count("train.py: ") == errors.count("'a file that rank 1 lacks'\n") == 1, errors
     metrics = [read_metrics(path.parent) for path in folder.glob("outputs/*/metrics.json")]
@@ -425,7 +426,7 @@ def test_two_processes_and_accumulated_batches_follow_one_large_batch(pair, quic
 def test_two_processes_with_batchnorm_resume_to_the_same_bits_after_a_kill(pair, quick, tmp_path):
     cfg = change(quick, **NORM)
     command = [TRAIN, *arguments(tmp_path, cfg, "--resume")]
-    process = start(tmp_path, *command, processes=2)
+    process = start(tmp_path, *TORCHRUN, *command)
     killed = wait_for_checkpoint(tmp_path, process)
     children = list_children(process)
     for pid in (process.pid, *children):  # ranks live on without their launcher
@@ -433,7 +434,7 @@ def test_two_processes_with_batchnorm_resume_to_the_same_bits_after_a_kill(pair,
             os.kill(pid, signal.SIGKILL)
     process.communicate()
     assert len(children) >= 2 and not (killed / "metrics.json").exists()
-    _, errors = start(tmp_path, *command, processes=2).communicate(timeout=300)
+    _, errors = start(tmp_path, *TORCHRUN, *command).communicate(timeout=300)
     assert "resumed after epoch" in errors
     assert outcome(killed) == outcome(pair / killed.name)
 
@@ -476,7 +477,7 @@ def test_predictions_nearly_the_same_or_not_finite_are_named(quick, tmp_path, mo
     logits = np.linspace(-spread, spread, 9, dtype=np.float32)[:, None].repeat(14, axis=1)
     monkeypatch.setattr(train, "train_epoch", lambda *_: (0.0, 0.0))
     monkeypatch.setattr(train, "predict", lambda *_: (logits, ()))
-    err = run(tmp_path, change(quick, epochs=1), code=int(math.isnan(spread)))
+    err = run(tmp_path, change(quick, epochs=1), code=math.isnan(spread))
     assert last_line in err.splitlines()[-1]
     for path in tmp_path.glob("outputs/*/metrics.json"):
         assert read_metrics(path.parent)["is_nearly_constant"] == (spread == 0.02)
