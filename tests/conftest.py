@@ -53,8 +53,7 @@ def write_cached_series(folder: Path, uid: str, cfg: Config, points: list, seed:
     shape = (cfg.volume.base_slices, cfg.volume.img_size, cfg.volume.img_size)
     volume = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
     points = np.array(points, np.float32).reshape(-1, 4)
-    pixel_mm = cfg.volume.roi_mm / cfg.volume.img_size
-    spacing_mm = [4.0, pixel_mm, pixel_mm]
+    spacing_mm = [4.0] + 2 * [cfg.volume.roi_mm / cfg.volume.img_size]
     affine = np.eye(4)  # (z, y, x) -> LPS mm
     affine[:3, :3] = np.diag(spacing_mm)[::-1]
     meta = {"uid": uid, "spacing_mm": spacing_mm, "affine": affine.tolist(), "doubts": [], "patient": ""}
