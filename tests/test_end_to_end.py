@@ -60,7 +60,6 @@ def test_the_documented_train_command_says_in_one_line_what_it_lacks_without_a_h
 
 
 def test_every_command_of_the_readme_parses():
-    """Scripts exist, their options are known to --help, configs exist, make targets too."""
     text = (ROOT / "README.md").read_text()
     lines = "".join(re.findall(r"```bash\n(.*?)```", text, flags=re.S)).splitlines()
     inline = re.findall(r"`!?([^`\n]*\b(?:python|accelerate launch|torchrun) [^`\n]*\.py [^`\n]*)`", text)
@@ -89,7 +88,6 @@ def test_every_command_of_the_readme_parses():
 
 
 def test_the_wheels_for_kaggle_leave_its_numpy_alone(tmp_path):
-    """Where the index can be reached: each wheel for Python 3.11 accepts numpy 1.26, and all are small."""
     text = (ROOT / "README.md").read_text()
     command = re.search(r"pip (download -r requirements-kaggle\.txt [^`]*) -d wheels", text)
     words = [sys.executable, "-m", "pip", *shlex.split(command[1]), "-d", str(tmp_path), "--quiet"]

@@ -397,7 +397,7 @@ def test_a_place_is_the_one_that_series_point_gives_back_and_none_beyond_half_a_
         assert find_image(frame.position + 0.6 * step_mm, series) is None
 
 
-def test_one_scan_is_answered_in_words_with_a_picture_and_where_to_look(work):
+def test_one_scan_is_answered_in_words_with_a_picture_that_glows_where_heat_is_high_and_where_to_look(work):
     (folder, other, *_), pictures = (work / "dicoms" / "series").iterdir(), work / "pictures"
     _, stderr = run(work, "--src", str(folder), "--explain", "pictures")
     assert f"{folder.name}: Aneurysm Present 0." in stderr
@@ -419,9 +419,6 @@ def test_one_scan_is_answered_in_words_with_a_picture_and_where_to_look(work):
     assert json.loads(path.read_text()) == findings  # an earlier scan's stay
     options = ("--outputs", "outputs/test_resnet_seed0_fold0", "--limit", "1", "--explain", "none")
     assert "no locator among the members" in run(work, *options)[1] and list((work / "none").iterdir()) == []
-
-
-def test_low_heat_does_not_glow_and_high_heat_does():
     (volume,) = blank_scan(90).volumes.values()
     findings = [{UID: "1.2", LABELS[AP]: 0.5, "voxel": [5, 20, 30], "artery": "", "score": 0}]
     for heat, low, high in ((0.02, 0, 0), (0.9, 0.2, 1)):
