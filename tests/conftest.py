@@ -67,8 +67,7 @@ def write_cache(folder: Path, table: pd.DataFrame, cfg: Config, with_points: boo
     """What preprocess.py leaves for train.py: a volume per series, index.csv and train.csv; its config."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, row in table.reset_index(drop=True).iterrows():
-        labels = [label for label in range(13) if row[LABELS[label]] and with_points]
-        points = [(label, 2 + label % 4, 8 + label, 24 - label) for label in labels]
+        points = [(k, 2 + k % 4, 8 + k, 24 - k) for k in range(13) if row[LABELS[k]] and with_points]
         write_cached_series(folder, row[UID], cfg, points, i)
     index = table[[UID, "patient", "plane"]].assign(status="ok", reason="", modality="CT")
     index.to_csv(folder / "index.csv", index=False)
