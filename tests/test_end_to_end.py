@@ -1,7 +1,6 @@
 """The whole way, as a user goes it: DICOM -> cache -> folds -> submission -> report; what the README says."""
 
 import io
-import os
 import re
 import shlex
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from phantom import make_set
+from test_infer import run as run_python
 
 import common
 from common import AP, LABELS, UID
@@ -27,11 +27,9 @@ def run(folder: Path, command: str, code: int = 0, **environment: str) -> str:
     """stdout of a command in folder, as the README writes it; stderr of one that fails."""
     module = "-m accelerate.commands.accelerate_cli"
     words = shlex.split(command.removeprefix("python ").replace("accelerate launch", f"{module} launch"))
-    words = [sys.executable, *(str(ROOT / word) if word.endswith(".py") else word for word in words)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    return done.stderr if code else done.stdout
+    words = [str(ROOT / word) if word.endswith(".py") else word for word in words]
+    stdout, stderr = run_python(folder, *words, code=code, start=(), **environment)
+    return stderr if code else stdout
 
 
 def test_the_three_commands_lead_from_dicom_to_a_submission_and_a_report(tmp_path):
@@ -62,7 +60,6 @@ def test_the_documented_train_command_says_in_one_line_what_it_lacks_without_a_h
 
 
 def test_every_command_of_the_readme_parses():
-    """Scripts exist, their options are known to --help, configs exist, make targets too."""
     text = (ROOT / "README.md").read_text()
     lines = "".join(re.findall(r"```bash\n(.*?)```", text, flags=re.S)).splitlines()
     inline = re.findall(r"`!?([^`\n]*\b(?:python|accelerate launch|torchrun) [^`\n]*\.py [^`\n]*)`", text)
@@ -91,7 +88,6 @@ def test_every_command_of_the_readme_parses():
 
 
 def test_the_wheels_for_kaggle_leave_its_numpy_alone(tmp_path):
-    """Where the index can be reached: each wheel for Python 3.11 accepts numpy 1.26, and all are small."""
     text = (ROOT / "README.md").read_text()
     command = re.search(r"pip (download -r requirements-kaggle\.txt [^`]*) -d wheels", text)
     words = [sys.executable, "-m", "pip", *shlex.split(command[1]), "-d", str(tmp_path), "--quiet"]
@@ -108,7 +104,6 @@ def test_the_wheels_for_kaggle_leave_its_numpy_alone(tmp_path):
 
 @pytest.mark.skipif(not (ROOT / "demo/control.csv").is_file(), reason="needs the outcome of `make demo`")
 def test_the_demo_learned_aneurysms_and_nothing_else():
-    """On held-out heads presence is found; on the same heads with the aneurysms erased it is not."""
     truth = pd.read_csv(ROOT / "demo/held_out/train.csv", dtype={UID: str}).set_index(UID)
     lows, highs = {}, {}
     for name in ("submission", "control"):
@@ -118,4 +113,4 @@ def test_the_demo_learned_aneurysms_and_nothing_else():
         aucs = common.bootstrap_aucs(labels, table[list(LABELS)].to_numpy(), table[UID], 2000)
         lows[name], highs[name] = common.percentile_interval(aucs[:, AP])
     assert lows["submission"] > 0.5
-    assert lows["control"] < 0.5 < highs["control"] < 0.75
+    assert lows["control"] < 0.5 < highs["control"] < 0.75  # of the same heads, their aneurysms erased

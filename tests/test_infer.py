@@ -19,15 +19,16 @@ import numpy as np
 import pandas as pd
 import phantom
 import pydicom
-import pytest
 import torch
-from conftest import write_cached_series
+from conftest import expect_refusal, write_cached_series
+from pytest import approx, fixture, mark, raises
 from safetensors.torch import load_file, save_file
 
 import common
 import infer
 from common import AP, LABELS, SWAP, UID, Config, Output, SeriesDataset
 from dicom import Volume, VolumeSettings, make_volume, read_series, to_lps
+from infer import CHECKPOINT, Scan, Source, choose_series, find_image, find_source, parse_arguments
 
 ROOT = Path(__file__).parents[1]
 VOLUME = VolumeSettings(base_slices=8, img_size=64)
@@ -35,10 +36,8 @@ BASE = Config(model_name="test_efficientnet", pretrained=False, volume=VOLUME, d
 PRIOR = np.linspace(0.1, 0.4, 14)
 RATES = [(0.9, 0.1), (0.95, 0.2), (0.99, 0.999)]  # specificity and threshold
 POINTS = [{"specificity": rate, "threshold": threshold, "sensitivity": 0.7} for rate, threshold in RATES]
-PATCHED = """
-import os, signal, sys
-sys.path.insert(0, sys.argv.pop(1))
-import infer
+NOISY = """
+import infer, os, signal, sys
 answer_series, calls = infer.answer_series, []
 def noisy(*args):
     calls.append(os.system("echo so does a child") or print("a library prints"))
@@ -62,11 +61,11 @@ def write_run(outputs: Path, weights: int, val_uids: list[str], locator: str = "
     decoys = np.random.default_rng(weights).random((20, 3)).tolist()
     meta = {"prior": PRIOR.tolist(), "val_uids": val_uids, "decoys": decoys, "locator": locator}
     (outputs / cfg.run_name).mkdir(parents=True)
-    path = outputs / cfg.run_name / infer.CHECKPOINT
+    path = outputs / cfg.run_name / CHECKPOINT
     common.save_checkpoint(path, model, cfg, meta | {"operating_points": POINTS})
 
 
-@pytest.fixture(scope="session")
+@fixture(scope="session")
 def work(tmp_path_factory) -> Path:
     """Ten series of nine patients as DICOM and as a cache, and an ensemble of two folds with locators."""
     work = tmp_path_factory.mktemp("infer")
@@ -91,7 +90,7 @@ def work(tmp_path_factory) -> Path:
 
 def run(work: Path, *arguments: str, code: int = 0, start: tuple = (str(ROOT / "infer.py"),), **environment):
     """stdout and stderr of infer.py, run as a user does in the folder `work`."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
     command = [sys.executable, *start, *arguments]
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stderr
@@ -103,24 +102,23 @@ def read_table(source: Path | io.StringIO) -> pd.DataFrame:
 
 
 def arguments(work: Path, *more: str) -> argparse.Namespace:
-    args = infer.parse_arguments(["--src", f"{work}/cache", "--outputs", f"{work}/outputs", *more])
-    args.is_main = True
-    return args
+    args = parse_arguments(["--src", f"{work}/cache", "--outputs", f"{work}/outputs", *more])
+    return argparse.Namespace(**vars(args), is_main=True)
 
 
 def load(work: Path, *more: str, devices: tuple = (torch.device("cpu"),)) -> infer.Ensemble:
     return infer.load_ensemble(arguments(work, *more), devices, common.volume_settings(BASE))
 
 
-def blank_scan(grey: int = 0) -> infer.Scan:
+def blank_scan(grey: int = 0) -> Scan:
     voxels = np.full((8, 64, 64), grey, np.uint8)
-    return infer.Scan({VOLUME: Volume(voxels, np.diag([4.0, 3.0, 3.0, 1.0]), [], ["air is bright"])})
+    return Scan({VOLUME: Volume(voxels, np.diag([4.0, 3.0, 3.0, 1.0]), [], ["air is bright"])})
 
 
-@pytest.fixture(scope="session")
+@fixture(scope="session")
 def reference(work) -> pd.DataFrame:
     """infer.py on the cache, mirrored view included, while a library and a child process print to stdout."""
-    stdout, stderr = run(work, str(ROOT), "--tta", "--labels", "cache/train.csv", start=("-c", PATCHED))
+    stdout, stderr = run(work, "--tta", "--labels", "cache/train.csv", start=("-c", NOISY))
     table = read_table(io.StringIO(stdout))
     assert len(stdout.splitlines()) == 11 and list(table.columns) == list(LABELS)
     assert list(table.index) == sorted(path.stem for path in (work / "cache").glob("*.safetensors"))
@@ -133,10 +131,10 @@ def reference(work) -> pd.DataFrame:
 
 
 def test_rows_are_the_weighted_mean_of_what_validation_computes(work, reference):
-    uid, total, weights = reference.index[0], np.zeros(14), 0.0
+    uid, total = reference.index[0], np.zeros(14)
     rows = common.read_label_table(work / "cache" / "train.csv").query(f"{UID} == @uid")
     tensors, meta = common.load_volume(common.volume_path(work / "cache", uid))
-    paths = (work / "outputs").glob(f"*/{infer.CHECKPOINT}")
+    paths = (work / "outputs").glob(f"*/{CHECKPOINT}")
     runs = {path.parent.name: common.load_run(path.parent) for path in paths}
     for run_ in runs.values():
         run_.model.requires_grad_(False)
@@ -150,9 +148,8 @@ def test_rows_are_the_weighted_mean_of_what_validation_computes(work, reference)
         image = dataset[0]["image"][None].float() / 255
         probs = [torch.sigmoid(run_.model(view).logits)[0].numpy() for view in (image, image.flip(-1))]
         total += cfg.ensemble_weight * (probs[0] + probs[1][SWAP]) / 2
-        weights += cfg.ensemble_weight
-    assert len(runs) == 5 and weights == 4.0
-    assert np.abs(total / weights - reference.loc[uid].to_numpy()).max() < 1e-5
+    assert len(runs) == 5  # of the weights 1, 1, 1, 0.5 and 0.5
+    assert np.abs(total / 4.0 - reference.loc[uid].to_numpy()).max() < 1e-5
 
 
 def test_dicom_gives_the_rows_of_the_cache_also_when_killed_beside_broken_series(work, reference):
@@ -164,7 +161,7 @@ def test_dicom_gives_the_rows_of_the_cache_also_when_killed_beside_broken_series
     (tree / reference.index[0] / "lost.dcm").write_bytes(b"not DICOM")
     (work / "list.csv").write_text("\n".join([UID, "1.2.5", *reference.index[::-1], "1.2.3", "1.2.4"]))
     options = ["--src", "tree", "--tta", "--out", out.name, "--series-list", "list.csv"]
-    run(work, str(ROOT), *options, start=("-c", PATCHED), code=-signal.SIGKILL, SIGNAL="SIGKILL")
+    run(work, *options, start=("-c", NOISY), code=-signal.SIGKILL, SIGNAL="SIGKILL")
     (rows,) = (path for path in work.iterdir() if path.name.startswith(".out[1].csv."))
     assert not out.exists() and len(rows.read_text().splitlines()) == 4
     rows.write_text(rows.read_text() + f"{reference.index[0]},0.5,0.")
@@ -207,13 +204,13 @@ def test_a_gateway_gets_the_same_rows_from_the_25_tags_of_the_hidden_test_or_the
     assert stderr.count("the time is over: 1 series get the prior") == 11 and "11 rows, 11 of them" in stderr
 
 
-@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
+@mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_ends_with_one_line_and_its_code(work, name, code):
-    stdout, stderr = run(work, str(ROOT), start=("-c", PATCHED), code=code, SIGNAL=name)
+    stdout, stderr = run(work, start=("-c", NOISY), code=code, SIGNAL=name)
     assert stdout == "" and f"stopped by {name}" in stderr and "Traceback" not in stderr
 
 
-@pytest.mark.parametrize("words, text", [
+@mark.parametrize("words, text", [
     ("--limit 1 > /dev/full", "stdout: No space left on device"),
     ("--limit 1 >&-", "stdout or stderr is closed"),
     ("--outputs cache", "--outputs cache: no run of train.py"),
@@ -232,12 +229,12 @@ def test_a_mistake_is_one_line_that_names_the_place(work, words, text):
 
 def test_wrong_usage_has_code_2_and_the_help_lists_each_option_once(capsys):
     for option in ("--limit=0", "--workers=1.5", "--budget-hours=0", "--lim=1", "--out=no/a.csv", "--out=/"):
-        with pytest.raises(SystemExit, match="2"):
-            infer.parse_arguments([option])
+        with raises(SystemExit, match="2"):
+            parse_arguments([option])
         assert option.split("=")[0] in capsys.readouterr().err.splitlines()[-1]
-    names = vars(infer.parse_arguments([])).keys() - {"started"}
-    with pytest.raises(SystemExit, match="0"):
-        infer.parse_arguments(["--help"])
+    names = vars(parse_arguments([])).keys() - {"started"}
+    with raises(SystemExit, match="0"):
+        parse_arguments(["--help"])
     listed = re.findall(r"^(?:in |out|how|) +(--[\w-]+) .*", capsys.readouterr().out, flags=re.MULTILINE)
     assert sorted(listed) == sorted("--" + name.replace("_", "-") for name in names)
 
@@ -265,12 +262,12 @@ def test_what_speaks_against_a_run_is_said_and_a_bad_one_never_spoils_the_good_o
     both = infer.load_ensemble(arguments(work, "--outputs", str(outputs)), [torch.device("cpu")])
     assert sorted(model.run.cfg.volume.base_slices for model in both.models) == [6, 8]
     assert "seed1_fold0: its predictions are nearly the same for all series" in capsys.readouterr().err
-    state = load_file(good.folder / infer.CHECKPOINT)
-    changes = [{"config": common.config_to_dict(good.cfg) | {"img_size": 10**9}}, {"prior": None}]
-    changes.append({"decoys": [[0.5, float("inf"), 0.5]]})
+    state = load_file(good.folder / CHECKPOINT)
+    config = common.config_to_dict(good.cfg) | {"img_size": 10**9}
+    changes = [{"config": config}, {"prior": None}, {"decoys": [[0.5, float("inf"), 0.5]]}]
     for i, meta in enumerate([*(good.meta | change for change in changes), [1, 2]]):
         (outputs / f"bad{i}").mkdir()
-        save_file(state, outputs / f"bad{i}" / infer.CHECKPOINT, {"run": json.dumps(meta)})
+        save_file(state, outputs / f"bad{i}" / CHECKPOINT, {"run": json.dumps(meta)})
     (member,) = load(work, "--outputs", str(outputs)).members
     text = capsys.readouterr().err
     assert member.run.cfg.fold == 2 and member.locator is None and "Traceback" not in text
@@ -291,7 +288,7 @@ def test_proposals_reach_a_classifier_of_another_volume_in_millimetres(work, mon
     monkeypatch.setattr(infer, "predict_views", lambda member, *_: Output(np.zeros((1, 14)), maps))
     monkeypatch.setattr(common, "cut_crop", lambda volume, place, *_: places.append(place) or 0)
     infer.run_member(classifier, "1.2", scan, False, {})
-    assert places[0] == pytest.approx([(24 - 2) / 4, (69 - 1) / 3, (117 - 1) / 3])
+    assert places[0] == approx([(24 - 2) / 4, (69 - 1) / 3, (117 - 1) / 3])
 
 
 def test_a_member_not_finite_is_left_out_and_a_row_of_none_is_the_prior(work, tmp_path, capsys, monkeypatch):
@@ -310,12 +307,12 @@ def test_a_member_not_finite_is_left_out_and_a_row_of_none_is_the_prior(work, tm
     assert "answered by the prior, which is not a finding: FloatingPointError('no member gave finite" in text
     error = RuntimeError("CUDA error: an illegal memory access")  # every later row would be the prior
     monkeypatch.setattr(infer, "predict_series", Mock(side_effect=error))
-    with pytest.raises(OSError, match=r"CUDA error: an illegal memory.*1\.2\.3"):
-        infer.answer_series(ensemble, item, 5, args)
+    complaint = r"CUDA error: an illegal memory.*1\.2\.3"
+    expect_refusal(complaint, infer.answer_series, ensemble, item, 5, args, kind=OSError)
 
 
-@pytest.mark.parametrize("hard_last", [False, True])
-@pytest.mark.parametrize("hours", [0.3, 1, 2, 3, 4, 5, 6, 7, 8.5, 9, 12])
+@mark.parametrize("hard_last", [False, True])
+@mark.parametrize("hours", [0.3, 1, 2, 3, 4, 5, 6, 7, 8.5, 9, 12])
 def test_2500_uneven_series_never_end_late_and_nothing_is_cut_where_there_is_time(hours, hard_last):
     rng, seconds, plans = np.random.default_rng(int(10 * hours)), hours * 3600, []
     size = rng.lognormal(0, 0.7, 2500)
@@ -350,25 +347,24 @@ def test_damaged_and_foreign_volumes_of_a_cache_cost_only_themselves(work, tmp_p
     write_cached_series(tmp_path, "9.3", replace(BASE, volume=replace(VOLUME, roi_mm=150.0)), [])
     (tmp_path / "index.csv").write_text(f"{UID},status,reason\n1.4,failed,no slices\n1.5,ok,\n")
     texts = {"9.2": "not a readable", "9.3": "roi_mm", "1.4": "no slices", "1.5": "missing"}
-    scans = infer.read_scans(infer.find_source(tmp_path), [*texts, good.stem], {VOLUME}, arguments(work))
+    scans = infer.read_scans(find_source(tmp_path), [*texts, good.stem], {VOLUME}, arguments(work))
     reasons = {uid: reason for (uid, _), _, reason in scans}
     assert reasons.pop(good.stem) is None and all(texts[uid] in reasons[uid] for uid in texts)
     tree = tmp_path / "tree"  # of DICOM files, beside which other programs' files do not make it a cache
     shutil.copytree(work / "dicoms" / "series" / good.stem, tree / good.stem)
     (tree / "index.csv").write_text("name;size\na;1\n")
     save_file({"weights": torch.zeros(9)}, tree / "weights.safetensors")
-    assert list(infer.find_source(tree).series) == [good.stem]
+    assert list(find_source(tree).series) == [good.stem]
 
 
 def test_a_list_of_series_is_read_with_marks_semicolons_blanks_and_empty_lines(tmp_path):
-    path, source = tmp_path / "list.csv", infer.Source({})
+    path, source = tmp_path / "list.csv", Source({})
     texts = ["\ufeff1.2\r\n1.3\r\n", f"{UID};Left\n1.2;0\n\n1.3;1\n1.2;0\n", " 1.2 \n\n 1.3\n"]
     for text in (*texts, f'Modality,"{UID}"\nCTA,"1.2"\nMRA,"1.3"\n'):
         path.write_text(text, encoding="utf-8")
-        assert infer.choose_series(source, path) == ["1.2", "1.3"]
+        assert choose_series(source, path) == ["1.2", "1.3"]
     path.write_text(f"\n{UID}\n")
-    with pytest.raises(ValueError, match="lists no series"):
-        infer.choose_series(source, path)
+    expect_refusal("lists no series", choose_series, source, path)
 
 
 def test_rows_of_other_members_or_settings_lie_in_another_file(work, tmp_path):
@@ -376,7 +372,7 @@ def test_rows_of_other_members_or_settings_lie_in_another_file(work, tmp_path):
     for options, num_models, num_files in (((), 5, 1), ((), 5, 1), (("--tta",), 5, 2), ((), 4, 3)):
         args = arguments(work, "--out", str(tmp_path / "out.csv"), *options)
         ensemble.models = ensemble.models[:num_models]
-        assert infer.answer_share(ensemble, infer.Source({}), ["1.2"], args, state)[0].reason
+        assert infer.answer_share(ensemble, Source({}), ["1.2"], args, state)[0].reason
         assert len(list(tmp_path.iterdir())) == num_files
 
 
@@ -389,19 +385,19 @@ def test_a_place_is_the_one_that_series_point_gives_back_and_none_beyond_half_a_
     for settings, volume in scan.volumes.items():  # decoded once
         assert np.array_equal(volume.voxels, make_volume(series, settings).voxels)
     for point_mm in to_lps([[3, 20.0, 40.0], [5, 33.3, 7.1]], scan.volumes[VOLUME].affine):
-        image = infer.find_image(point_mm, series)
+        image = find_image(point_mm, series)
         named_mm = series.point(image["SOPInstanceUID"], image["column"], image["row"], image["frame"])
         away_mm = point_mm - named_mm
         along_mm = away_mm @ series.normal
         assert abs(along_mm) <= series.spacing_mm[0] / 2 + 1e-6  # the nearest image
         assert np.linalg.norm(away_mm - along_mm * series.normal) < 0.05
-    for frame, sign in ((series.frames[0], -1), (series.frames[-1], 1)):
-        step_mm = sign * series.spacing_mm[0] * series.normal
-        assert infer.find_image(frame.position + 0.4 * step_mm, series)["SOPInstanceUID"] == frame.sop_uid
-        assert infer.find_image(frame.position + 0.6 * step_mm, series) is None
+    gap_mm = series.spacing_mm[0] * series.normal
+    for frame, step_mm in ((series.frames[0], -gap_mm), (series.frames[-1], gap_mm)):
+        assert find_image(frame.position + 0.4 * step_mm, series)["SOPInstanceUID"] == frame.sop_uid
+        assert find_image(frame.position + 0.6 * step_mm, series) is None
 
 
-def test_one_scan_is_answered_in_words_with_a_picture_and_where_to_look(work):
+def test_one_scan_is_answered_in_words_with_a_picture_that_glows_where_heat_is_high_and_where_to_look(work):
     (folder, other, *_), pictures = (work / "dicoms" / "series").iterdir(), work / "pictures"
     _, stderr = run(work, "--src", str(folder), "--explain", "pictures")
     assert f"{folder.name}: Aneurysm Present 0." in stderr
@@ -426,13 +422,10 @@ def test_one_scan_is_answered_in_words_with_a_picture_and_where_to_look(work):
     options = ("--outputs", "outputs/test_resnet_seed0_fold0", "--limit", "1", "--explain", "none")
     assert "no locator among the members" in run(work, *options)[1]
     assert [path.read_text() for path in (work / "none").iterdir()] == ["[]"]
-
-
-def test_low_heat_does_not_glow_and_high_heat_does():
     (volume,) = blank_scan(90).volumes.values()
     findings = [{UID: "1.2", LABELS[AP]: 0.5, "voxel": [5, 20, 30], "artery": "", "score": 0}]
     for heat, low, high in ((0.02, 0, 0), (0.9, 0.2, 1)):
         png = infer.draw_findings(volume, np.full((8, 64, 64), heat, np.float32), findings)
-        image = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR).astype(int)
-        panels = image[:, : int(0.85 * image.shape[1])]  # without the colour bar
-        assert low <= (panels[..., 2] - panels[..., 0] > 40).mean() <= high
+        blue, _, red = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR).astype(int).T
+        width = int(0.85 * len(red))  # without the colour bar
+        assert low <= (red[:width] - blue[:width] > 40).mean() <= high
