@@ -16,13 +16,6 @@ from test_dicom_reading import image, write
 import dicom
 from dicom import find_series, safe_uid
 
-
-def write_slice(path: Path, z: float = 0.0, syntax: str = ExplicitVRLittleEndian, **tags: object) -> Path:
-    """A CT image of 512 bytes; a tag given as None is left out."""
-    tags = {"SeriesInstanceUID": "1.2.3.4", "ImagePositionPatient": [0, 0, z]} | tags
-    return write(path, image(pixels=np.zeros((16, 16)), **tags), syntax)
-
-
 GROUPINGS = {  # a file, its SeriesInstanceUID and PatientID (- for none), and the series that it belongs to
     "date folders": "anna/2024.03.01/1 1.2.1 anna 1.2.1, bert/2024.03.01/1 1.2.2 bert 1.2.2",
     "date folders without UIDs": "a/2024.03.01/1 - a 2024.03.01-1of2, b/2024.03.01/1 - b 2024.03.01-2of2",
@@ -34,6 +27,18 @@ GROUPINGS = {  # a file, its SeriesInstanceUID and PatientID (- for none), and t
     "two patients with one UID": "a/1 1.2.3 a 1.2.3-1of2, b/1 1.2.3 b 1.2.3-2of2",
     "vessel masks": "segmentations/1 1.2 a -, 1/1 1.3 a 1.3",
 }
+SEARCH = """import pathlib, resource, sys
+resource.setrlimit(resource.RLIMIT_DATA, (400 * 2**20,) * 2)
+import dicom
+series, rejected = dicom.find_series(pathlib.Path(sys.argv[1]))
+print(*sorted(p.name for p in series["1.2.3.4"]), "not", *sorted(p.name for p, _ in rejected))
+"""
+
+
+def write_slice(path: Path, z: float = 0.0, syntax: str = ExplicitVRLittleEndian, **tags: object) -> Path:
+    """A CT image of 512 bytes; a tag given as None is left out."""
+    tags = {"SeriesInstanceUID": "1.2.3.4", "ImagePositionPatient": [0, 0, z]} | tags
+    return write(path, image(pixels=np.zeros((16, 16)), **tags), syntax)
 
 
 @pytest.mark.filterwarnings("ignore:Invalid value for VR UI")
@@ -69,14 +74,6 @@ def test_damaged_files_count_as_their_folders_series(folder, size, tmp_path):
             path.write_bytes(path.read_bytes()[:size])
     series, rejected = find_series(tmp_path)
     assert {uid: len(files) for uid, files in series.items()} == {"1.2.3.4": 26} and rejected == []
-
-
-SEARCH = """import pathlib, resource, sys
-resource.setrlimit(resource.RLIMIT_DATA, (400 * 2**20,) * 2)
-import dicom
-series, rejected = dicom.find_series(pathlib.Path(sys.argv[1]))
-print(*sorted(p.name for p in series["1.2.3.4"]), "not", *sorted(p.name for p, _ in rejected))
-"""
 
 
 def test_odd_files_cost_the_search_neither_time_nor_memory(tmp_path):

@@ -24,6 +24,25 @@ GREY = np.rint(np.abs(np.select(PARTS, [900, 400, 60], 0) + NOISE)).astype(int) 
 GREY_LEVELS = np.rint(255 * np.clip((HU + 160) / 400, 0, 1)).astype(int)  # of a window from -160 to 240 HU
 AIR = RADIUS >= 1
 CORNERS = np.broadcast_to(np.hypot(*(np.mgrid[:SIZE, :SIZE] - 31.5)) > 31.9, GREY.shape)
+INTERCEPT, NONE, SIGN = {"RescaleIntercept": -1024}, {"RescaleIntercept": None}, {"PixelRepresentation": 1}
+READINGS = {
+    "HU + 1024 with intercept 0": (HU + 1024, {}), "HU - 1024 with intercept 0": (HU - 1024, {}),
+    "HU + 1024 without intercept, signed": (HU + 1024, NONE | SIGN),
+    "HU + 1024 without intercept, unsigned": (HU + 1024, NONE), "HU with intercept -1024": (HU, INTERCEPT),
+    "HU + 1024 with intercept -2048": (HU + 1024, {"RescaleIntercept": -2048}),
+    "HU modulo 65536": (HU % 65536, {}), "HU modulo 65536 with intercept -1024": (HU % 65536, INTERCEPT),
+    "HU modulo 4096 in 12 bits": (HU % 4096, U12), "HU modulo 4096 in 16 bits": (HU % 4096, {}),
+    "HU + 1024 in 12 bits with a sign": (HU + 1024, U12 | SIGN | INTERCEPT),
+    "MONOCHROME1": (3071 - HU, U12 | INTERCEPT | {"PhotometricInterpretation": "MONOCHROME1"}),
+}  # fmt: skip
+ROUND_FIELD = np.hypot(*np.mgrid[-32:32, -32:32]) <= 31
+ODD_CTS = {
+    "inside the head": (38 + NOISE)[:, 20:44, 20:44], "metal": np.where(RADIUS < 0.1, 3071, HU),
+    "no soft tissue": np.where(RADIUS < 1, 900, -1000) + NOISE,
+    "noise": np.random.default_rng(1).integers(-1024, -770, (4, SIZE, SIZE)),
+    "padding of -3024": np.where(ROUND_FIELD, HU, -3024),
+    "lossy padding": np.where(ROUND_FIELD, HU, -2000 + NOISE),
+}  # fmt: skip
 
 
 def write_scan(folder: Path, voxels: np.ndarray, plane="axial", positions=None, **tags) -> None:
@@ -49,19 +68,6 @@ def volume_of(folder: Path, voxels: np.ndarray, *args, **tags) -> Volume:
 def is_equal(volume: Volume, healthy: Volume) -> bool:
     """At most a thousandth of the voxels differ by more than 20 grey levels."""
     return np.mean(np.abs(volume.voxels.astype(int) - healthy.voxels) > 20) <= 0.001
-
-
-INTERCEPT, NONE, SIGN = {"RescaleIntercept": -1024}, {"RescaleIntercept": None}, {"PixelRepresentation": 1}
-READINGS = {
-    "HU + 1024 with intercept 0": (HU + 1024, {}), "HU - 1024 with intercept 0": (HU - 1024, {}),
-    "HU + 1024 without intercept, signed": (HU + 1024, NONE | SIGN),
-    "HU + 1024 without intercept, unsigned": (HU + 1024, NONE), "HU with intercept -1024": (HU, INTERCEPT),
-    "HU + 1024 with intercept -2048": (HU + 1024, {"RescaleIntercept": -2048}),
-    "HU modulo 65536": (HU % 65536, {}), "HU modulo 65536 with intercept -1024": (HU % 65536, INTERCEPT),
-    "HU modulo 4096 in 12 bits": (HU % 4096, U12), "HU modulo 4096 in 16 bits": (HU % 4096, {}),
-    "HU + 1024 in 12 bits with a sign": (HU + 1024, U12 | SIGN | INTERCEPT),
-    "MONOCHROME1": (3071 - HU, U12 | INTERCEPT | {"PhotometricInterpretation": "MONOCHROME1"}),
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -102,16 +108,6 @@ def test_a_ct_that_no_reading_makes_plausible_is_doubted(tmp_path, stored, tags,
     assert doubt in volume_of(tmp_path, stored, **tags).doubts[0]
 
 
-ROUND_FIELD = np.hypot(*np.mgrid[-32:32, -32:32]) <= 31
-ODD_CTS = {
-    "inside the head": (38 + NOISE)[:, 20:44, 20:44], "metal": np.where(RADIUS < 0.1, 3071, HU),
-    "no soft tissue": np.where(RADIUS < 1, 900, -1000) + NOISE,
-    "noise": np.random.default_rng(1).integers(-1024, -770, (4, SIZE, SIZE)),
-    "padding of -3024": np.where(ROUND_FIELD, HU, -3024),
-    "lossy padding": np.where(ROUND_FIELD, HU, -2000 + NOISE),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("name", ODD_CTS)
 def test_a_ct_without_air_or_tissue_is_neither_changed_nor_doubted(tmp_path, name):
     hu = np.rint(ODD_CTS[name]).astype(int)
@@ -124,9 +120,8 @@ def test_a_ct_without_air_or_tissue_is_neither_changed_nor_doubted(tmp_path, nam
 @pytest.mark.parametrize("is_fill", [CORNERS, AIR], ids=["corners", "all air"])
 @pytest.mark.parametrize("fill", [-2048, 63488, 32767])
 def test_a_fill_takes_neither_the_percentiles_nor_the_box_of_an_mr(tmp_path, healthy, fill, is_fill):
-    stored = np.where(is_fill, fill, GREY)
     assert is_fill.mean() > 0.2
-    volume = volume_of(tmp_path / "mr", stored, **MR)
+    volume = volume_of(tmp_path / "mr", np.where(is_fill, fill, GREY), **MR)
     assert is_equal(volume, healthy["MR"]) and volume.doubts == []
 
 
