@@ -167,7 +167,7 @@ def bench_infer(args: argparse.Namespace, root: Path) -> None:
     def run_ours() -> float:
         """Seconds of infer.py's loop for num copies of a series, as the second to the last take."""
         times_s = []
-        source = infer.Source(False, {f"1.{i}": sorted(folder.iterdir()) for i in range(num)})
+        source = infer.Source({f"1.{i}": sorted(folder.iterdir()) for i in range(num)})
         answers = infer.answer_all(
             ensemble, source, list(source.series), options, save=lambda _: times_s.append(time.perf_counter())
         )
