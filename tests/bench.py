@@ -172,7 +172,7 @@ def bench_infer(args: argparse.Namespace, root: Path) -> None:
             ensemble, source, list(source.series), options, save=lambda _: times_s.append(time.perf_counter())
         )
         assert not any(answer.reason for answer in answers), answers
-        return (times_s[-1] - times_s[0]) * num / (num - 1)
+        return np.ptp(times_s) * num / (num - 1)
 
     candidates = {"bare forward": run_bare, "infer.py from DICOM": run_ours}
     compare(f"a series, 5 x {args.model}, {args.img_size} px", args.repeats, candidates, per=num)
@@ -199,7 +199,7 @@ def bench_train(args: argparse.Namespace, root: Path) -> None:
             _, waited = train.train_epoch(cfg, accelerator, state, dataset)
         state.progress.epoch += 1
         waits.append(waited)
-        return (times_s[-1] - times_s[0]) / (len(times_s) - 1) / cfg.accumulation
+        return np.ptp(times_s) / (len(times_s) - 1) / cfg.accumulation
 
     run_ours()
     is_gpu = accelerator.device.type == "cuda"
