@@ -56,12 +56,11 @@ def test_images_are_grouped_by_their_own_uids_and_never_across_patients(name, tm
 
 
 def test_in_a_folder_named_by_its_series_one_file_is_opened(tmp_path, monkeypatch):
-    for k in range(3):
-        for z in range(50):
-            write_slice(tmp_path / f"1.2.{k}" / f"{z}.dcm", z, SeriesInstanceUID=f"1.2.{k}")
+    for k, z in np.ndindex(3, 50):
+        write_slice(tmp_path / f"1.2.{k}" / f"{z}.dcm", z, SeriesInstanceUID=f"1.2.{k}")
     spy = Mock(wraps=dicom.read_identity)
     monkeypatch.setattr(dicom, "read_identity", spy)
-    assert [len(files) for files in find_series(tmp_path)[0].values()] == [50, 50, 50]
+    assert [len(files) for files in find_series(tmp_path)[0].values()] == [50] * 3
     assert [call.args[0].name for call in spy.call_args_list] == ["0.dcm"] * 3
 
 
