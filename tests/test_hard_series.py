@@ -24,6 +24,16 @@ MR = {"Modality": "MR", "SOPClassUID": uid.MRImageStorage, "RescaleIntercept": 0
 PASSES = {"InstanceNumber": tuple(1 + i // 2 + 12 * (i % 2) for i in range(24))}  # even images first
 PASSES["AcquisitionNumber"] = (1, 2) * 12
 SOUND = [(24, 4, PASSES), (24, 4, MR | PASSES), (75, 0.8, MR), (18, 5, MR), (5, 5, {})]
+SPOILED = {  # fault -> what it makes of the positions p (num, 3)
+    "to 5 mm": lambda p: 5 * np.round(p / 5),
+    "rounded": np.trunc,
+    "one position": lambda p: np.full(p.shape, [-108.8, -108.8, -383.447]),
+    # the rest tells in which direction numbers run
+    "half unknown": lambda p: p * (np.arange(len(p)) % 2)[:, None],
+    "half at one place": lambda p: np.r_[[p[len(p) // 4]] * (len(p) // 2), p[len(p) // 2 :]],
+}
+FAULTS = [*SPOILED, "a third missing", "jitter", "no orientation", "orientation of some"]
+FAULTS += ["rounded, no orientation", "rounded, jitter"]
 
 
 def head(n: int = 24, vessel: float = 40, size: int = 32) -> np.ndarray:
@@ -43,6 +53,16 @@ def scan(folder: Path, pixels: np.ndarray, /, plane="axial", start=0.0, step=4.0
         "InstanceNumber": tuple(range(first, first + len(pixels))),
     }  # fmt: skip
     return stack(folder, places, **(defaults | tags))
+
+
+TURNS = {"AcquisitionNumber": tuple(1 + i // 4 for i in range(24))}  # one per turn of the tube
+SLABS = {"SliceThickness": 20.0, "start": 2.0, "first": 201}
+FILLED, AT_SLICE_13 = {"pixels": tuple(head(vessel=300))}, {"start": 52.0, "step": 0.0, "SliceThickness": 4.0}
+AT_SLICE_13["pixels"] = (head()[13],) * 20
+SHUFFLED = head()[np.random.default_rng(0).permutation(24)]
+BOLUS = np.repeat(head(1), 24, axis=0)
+BOLUS[:, 16, 16] = np.linspace(1064, 1400, 24)  # it arrives
+MIRRORED = (PLANES["axial"], [-1, 0, 0, 0, 1, 0]) * 12
 
 
 @pytest.mark.parametrize("plane", ["axial", "sagittal"])
@@ -70,12 +90,6 @@ def test_of_two_ct_phases_the_one_with_filled_vessels_is_read(tmp_path, shifts, 
 def test_sound_and_partial_scans_have_neither_notes_nor_doubts(tmp_path, num, step, tags):
     series = read_series(scan(tmp_path, head(num), step=step, **tags))
     assert len(series.frames) == num and series.notes == [] and make_volume(series, SETTINGS).doubts == []
-
-
-TURNS = {"AcquisitionNumber": tuple(1 + i // 4 for i in range(24))}  # one per turn of the tube
-SLABS = {"SliceThickness": 20.0, "start": 2.0, "first": 201}
-FILLED, AT_SLICE_13 = {"pixels": tuple(head(vessel=300))}, {"start": 52.0, "step": 0.0, "SliceThickness": 4.0}
-AT_SLICE_13["pixels"] = (head()[13],) * 20
 
 
 @pytest.mark.parametrize("shared", [{"SeriesInstanceUID": None}, MR])
@@ -113,18 +127,6 @@ def test_projections_and_scouts_are_known_by_words_of_the_image_type(tmp_path, w
         read_series(tmp_path / "others" / "I1")
 
 
-SPOILED = {  # fault -> what it makes of the positions p (num, 3)
-    "to 5 mm": lambda p: 5 * np.round(p / 5),
-    "rounded": np.trunc,
-    "one position": lambda p: np.full(p.shape, [-108.8, -108.8, -383.447]),
-    # the rest tells in which direction numbers run
-    "half unknown": lambda p: p * (np.arange(len(p)) % 2)[:, None],
-    "half at one place": lambda p: np.r_[[p[len(p) // 4]] * (len(p) // 2), p[len(p) // 2 :]],
-}
-FAULTS = [*SPOILED, "a third missing", "jitter", "no orientation", "orientation of some"]
-FAULTS += ["rounded, no orientation", "rounded, jitter"]
-
-
 def spoil(fault: str, plane: str, num: int, step: float) -> tuple[list, list]:
     """Positions and orientations of `num` images, `step` mm apart, with a fault."""
     points = step * np.outer(range(num), NORMALS[plane])
@@ -159,12 +161,6 @@ def test_images_keep_their_places_in_spite_of_a_fault(tmp_path, is_enhanced, pla
     assert series.plane == plane and series.doubts == []
     assert noted(series, f"InstanceNumber times {abs(step):g} mm") or fault != "one position"
     assert noted(series, "ImageOrientationPatient in", plane) or "orientation" not in fault
-
-
-SHUFFLED = head()[np.random.default_rng(0).permutation(24)]
-BOLUS = np.repeat(head(1), 24, axis=0)
-BOLUS[:, 16, 16] = np.linspace(1064, 1400, 24)  # it arrives
-MIRRORED = (PLANES["axial"], [-1, 0, 0, 0, 1, 0]) * 12
 
 
 @pytest.mark.parametrize("pixels, tags, doubt", [
