@@ -80,8 +80,7 @@ def write_ct(folder: Path, slices: int, depth_mm: float, syntax: str = "") -> No
         ds.SliceThickness, ds.InstanceNumber = depth_mm / slices, i + 1
         ds.SOPInstanceUID = generate_uid(entropy_srcs=[str(folder), str(i)])
         ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
-        stored = np.rint(hu - float(ds.RescaleIntercept)).astype(np.int16)
-        ds.PixelData = np.maximum(stored, 0).tobytes()
+        ds.PixelData = np.rint(hu - float(ds.RescaleIntercept)).clip(0).astype(np.int16).tobytes()
         if syntax:
             ds.compress(syntax)
         ds.save_as(folder / f"{ds.SOPInstanceUID}.dcm")
@@ -168,12 +167,12 @@ def bench_infer(args: argparse.Namespace, root: Path) -> None:
     def run_ours() -> float:
         """Seconds of infer.py's loop for num copies of a series, as the second to the last take."""
         times_s = []
-        source = infer.Source(False, {f"1.{i}": sorted(folder.iterdir()) for i in range(num)})
+        source = infer.Source({f"1.{i}": sorted(folder.iterdir()) for i in range(num)})
         answers = infer.answer_all(
             ensemble, source, list(source.series), options, save=lambda _: times_s.append(time.perf_counter())
         )
         assert not any(answer.reason for answer in answers), answers
-        return (times_s[-1] - times_s[0]) * num / (num - 1)
+        return np.ptp(times_s) * num / (num - 1)
 
     candidates = {"bare forward": run_bare, "infer.py from DICOM": run_ours}
     compare(f"a series, 5 x {args.model}, {args.img_size} px", args.repeats, candidates, per=num)
@@ -194,14 +193,13 @@ def bench_train(args: argparse.Namespace, root: Path) -> None:
     state.model, state.optimizer = accelerator.prepare(state.raw, state.optimizer)
 
     def run_ours() -> float:
-        """Seconds of a batch."""
         times_s = []
         bar = SimpleNamespace(update=lambda: times_s.append(time.perf_counter()), close=lambda: None)
         with unittest.mock.patch("common.progress", lambda *_: bar):
             _, waited = train.train_epoch(cfg, accelerator, state, dataset)
         state.progress.epoch += 1
         waits.append(waited)
-        return (times_s[-1] - times_s[0]) / (len(times_s) - 1) / cfg.accumulation
+        return np.ptp(times_s) / (len(times_s) - 1) / cfg.accumulation
 
     run_ours()
     is_gpu = accelerator.device.type == "cuda"
@@ -226,9 +224,7 @@ def bench_train(args: argparse.Namespace, root: Path) -> None:
         loss.item()  # waits for the GPU
         return (time.perf_counter() - start) / 5
 
-    title = (
-        f"{cfg.model_name}, {cfg.volume.img_size} px, {accelerator.mixed_precision}, batch {cfg.batch_size}"
-    )
+    title = f"{cfg.model_name}, {cfg.volume.img_size} px, {accelerator.mixed_precision}, batch {len(images)}"
     compare(title, args.repeats, {"bare": run_bare, "ours": run_ours})
     print(f"\nours: {memory}; waited for data in an epoch of {args.series} series: {spread(waits)} s")
 

@@ -25,6 +25,8 @@ from frames import decode, fast_header, one_line_errors, read_header, slow_heade
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 REAL = Path(__file__).resolve().parents[2] / "shared" / "dicom"
+EXPECTED = {path.stem: json.loads(path.read_text()) for path in sorted(REAL.glob("expected/*.json"))}
+NO_VOLUME = {"mra_rotating_mip_tiny", "ct_philips_scout", "ct_philips_exam_summary"}
 PLANES = {"axial": [1, 0, 0, 0, 1, 0], "coronal": [1, 0, 0, 0, 0, -1], "sagittal": [0, 1, 0, 0, 0, -1]}
 COMPRESSED = [uid.RLELossless, uid.JPEG2000Lossless, uid.JPEGLSLossless]
 SYNTAXES = [uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian]
@@ -84,11 +86,6 @@ def stack(folder: Path, positions: list[float], **tags: object) -> list[Path]:
     return paths
 
 
-def read_stack(folder: Path, positions: list[float], **tags: object) -> Series:
-    stack(folder, positions, **tags)
-    return read_series(folder)
-
-
 def names(series: Series) -> list[str]:
     return [frame.path.name for frame in series.frames]
 
@@ -141,14 +138,15 @@ def test_of_several_series_the_named_one_else_the_largest_is_read(tmp_path):
 
 
 def test_linked_folders_are_followed_once_and_circles_end(tmp_path):
-    paths = stack(tmp_path / "disk" / "1.2.3", [0, 1, 2])
-    (tmp_path / "src" / "1.2.5").mkdir(parents=True)
-    (tmp_path / "src" / "1.2.5" / "x").write_text("the folder's name is a series all the same")
-    (tmp_path / "src" / "series").symlink_to(tmp_path / "disk")
-    (tmp_path / "src" / "twice").symlink_to(tmp_path / "disk")
-    (tmp_path / "disk" / "back").symlink_to(tmp_path / "src")
-    series, rejected = find_series(tmp_path / "src")
-    assert {uid: len(files) for uid, files in series.items()} == {"1.2.3": len(paths), "1.2.5": 1}
+    src, disk = tmp_path / "src", tmp_path / "disk"
+    stack(disk / "1.2.3", [0, 1, 2])
+    (src / "1.2.5").mkdir(parents=True)
+    (src / "1.2.5" / "x").write_text("the folder's name is a series all the same")
+    (src / "series").symlink_to(disk)
+    (src / "twice").symlink_to(disk)
+    (disk / "back").symlink_to(src)
+    series, rejected = find_series(src)
+    assert {uid: len(files) for uid, files in series.items()} == {"1.2.3": 3, "1.2.5": 1}
     assert rejected == []
 
 
@@ -193,7 +191,7 @@ def test_slices_are_sorted_along_the_normal_and_the_affine_maps_voxels_to_lps(tm
     shuffled = [4.0, 0.0, 6.0, 2.0]  # mm, in the order of files
     points = tuple((origin + mm * normal).round(9).tolist() for mm in shuffled)
     iop = directions.ravel().round(12).tolist()
-    series = read_stack(tmp_path, shuffled, ImageOrientationPatient=iop, ImagePositionPatient=points)
+    series = read_series(stack(tmp_path, shuffled, ImageOrientationPatient=iop, ImagePositionPatient=points))
     assert names(series) == ["I2", "I4", "I1", "I3"]
     voxel = np.array([2, 3, 5, 1])  # (z, y, x, 1): spacing 2 mm, row 0.5, column 0.25
     expected = origin + 2 * 2.0 * normal + 3 * 0.5 * col_dir + 5 * 0.25 * row_dir
@@ -216,14 +214,14 @@ def test_slices_are_sorted_along_the_normal_and_the_affine_maps_voxels_to_lps(tm
     ([0] * 11, {"InstanceNumber": None}, IN_NATURAL_ORDER, "file names"),
 ])  # fmt: skip
 def test_slices_lie_where_the_best_of_their_tags_says(tmp_path, positions, tags, places, note):
-    series = read_stack(tmp_path, positions, SliceThickness=3, **tags)
+    series = read_series(stack(tmp_path, positions, SliceThickness=3, **tags)[::-1])
     assert dict(zip(names(series), offsets(series), strict=True)) == places and noted(series, note)
 
 
 def test_gantry_tilt_shears_the_affine(tmp_path):
     c, s = np.cos(np.radians(15)), np.sin(np.radians(15))
     tilted = [1, 0, 0, 0, round(c, 12), round(s, 12)]  # the table still moves along z
-    series = read_stack(tmp_path, [0, 3, 6], ImageOrientationPatient=tilted)
+    series = read_series(stack(tmp_path, [0, 3, 6], ImageOrientationPatient=tilted))
     np.testing.assert_allclose(series.affine[:3, 0], [0, 0, 3], atol=1e-9)
     np.testing.assert_allclose(series.positions_mm, np.array([0, 3, 6]) * c + 20 * s, atol=1e-6)
     assert noted(series, "tilted", f"{np.tan(np.radians(15)):.4f}")
@@ -256,7 +254,8 @@ def test_copies_of_an_image_are_left_out_and_a_uid_of_several_slices_places_no_p
     (tmp_path / "a" / "copy").write_bytes(paths[0].read_bytes())
     series = read_series(tmp_path / "a")
     assert offsets(series) == [0, 1] and noted(series, "1 copies")
-    series = read_stack(tmp_path / "uid", [0, 1, 2], SOPInstanceUID=("1.2.5", "1.2.5", "1.2.6"))
+    uids = ("1.2.5", "1.2.5", "1.2.6")
+    series = read_series(stack(tmp_path / "uid", [0, 1, 2], SOPInstanceUID=uids))
     assert offsets(series) == [0, 1, 2] and series.point("1.2.6", 0, 0).tolist() == [-10, -20, 2]
     with pytest.raises(ValueError, match=r"no image 1\.2\.5"):  # which of the two is meant?
         series.point("1.2.5", 0, 0)
@@ -281,8 +280,7 @@ def enhanced(positions: list, slopes: list[float], orientations: list | None = N
 
 
 def test_enhanced_frames_have_their_own_geometry_and_rescale(tmp_path):
-    write(tmp_path / "e.dcm", enhanced([[0, 0, 4], [0, 0, 0], [0, 0, 2]], [1, 2, 3]))
-    series = read_series(tmp_path)
+    series = read_series(write(tmp_path / "x", enhanced([[0, 0, 4], [0, 0, 0], [0, 0, 2]], [1, 2, 3])))
     assert [frame.index for frame in series.frames] == [1, 2, 0] and offsets(series) == [0, 2, 4]
     assert [rescale_slice(series, i)[0, 1] for i in range(3)] == [2 * (SIZE + 1), 3 * (2 * SIZE + 1), 1]
     sop_uid = series.frames[0].sop_uid
@@ -310,8 +308,8 @@ def test_missing_and_unreadable_attributes_are_assumed_and_noted(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"-10.0\\-20.0\\1", b"-10.0\\-2O.0\\1"))
     series = read_series(tmp_path / "a")
     assert offsets(series) == [0, 1, 2] and noted(series, "(0020,0032) ImagePositionPatient does not parse")
-    nothing = {"PixelSpacing": None, "RescaleIntercept": None}
-    series = read_stack(tmp_path / "b", [0, 1], ImageOrientationPatient=[0, 0, 0, 0, 0, 0], **nothing)
+    tags = {"ImageOrientationPatient": [0] * 6, "PixelSpacing": None, "RescaleIntercept": None}
+    series = read_series(stack(tmp_path / "b", [0, 1], **tags))
     assert series.spacing_mm == (1, 1, 1) and series.plane == "axial"
     assert noted(series, "ImageOrientationPatient in 2 of 2 images: axial by their positions")
     assert noted(series, "RescaleIntercept: -1024 assumed (2 of 2 images)")
@@ -326,7 +324,7 @@ def test_missing_and_unreadable_attributes_are_assumed_and_noted(tmp_path):
     ([-2000, -1995, 0, 24], PADDING | {"PixelPaddingValue": 0}, [-2000, -1995, 0, 24], "would be tissue"),
 ])  # fmt: skip
 def test_values_are_rescaled_by_slice_inverted_and_padded(tmp_path, stored, tags, expected, note):
-    series = read_stack(tmp_path, [0, 1], pixels=[stored], RescaleIntercept=0, **tags)
+    series = read_series(stack(tmp_path, [0, 1], pixels=[stored], RescaleIntercept=0, **tags))
     assert rescale_slice(series, 1).tolist() == [expected]
     assert noted(series, note) if note else not series.notes
 
@@ -338,7 +336,8 @@ def test_values_are_rescaled_by_slice_inverted_and_padded(tmp_path, stored, tags
 ])  # fmt: skip
 def test_stored_values_are_masked_and_sign_extended(tmp_path, raw, dtype, bits, high, expected):
     pixels = np.full((2, 2), raw, dtype.replace("i", "u")).view(dtype)
-    series = read_stack(tmp_path, [0], pixels=pixels, dtype=dtype, BitsStored=bits, HighBit=high)
+    ds = image(pixels=pixels, dtype=dtype, BitsStored=bits, HighBit=high)
+    series = read_series(write(tmp_path / "x", ds))
     assert series.stored(0).tolist() == [[expected] * 2] * 2
 
 
@@ -346,12 +345,10 @@ def test_stored_values_are_masked_and_sign_extended(tmp_path, raw, dtype, bits, 
 @pytest.mark.parametrize("dtype, lowest, bits", [("u2", 0, 12), ("i2", -(2**15), 16), ("u1", 0, 8)])
 def test_every_lossless_transfer_syntax_gives_the_same_stored_values(tmp_path, syntax, dtype, lowest, bits):
     pixels = np.random.default_rng(0).integers(lowest, 2 ** (bits - 1), (ROWS, COLS)).astype(dtype)
-    write(tmp_path / "x", image(pixels=pixels, dtype=dtype, BitsStored=bits, HighBit=bits - 1), syntax)
-    series = read_series(tmp_path)
-    assert (
-        series.stored(0).tolist() == pixels.tolist()
-        and series.frames[0].header["TransferSyntaxUID"] == syntax
-    )
+    ds = image(pixels=pixels, dtype=dtype, BitsStored=bits, HighBit=bits - 1)
+    series = read_series(write(tmp_path / "x", ds, syntax))
+    assert series.stored(0).tolist() == pixels.tolist()
+    assert series.frames[0].header["TransferSyntaxUID"] == syntax
 
 
 def test_jpeg_baseline_and_colour_become_grey(tmp_path):
@@ -369,11 +366,9 @@ def test_jpeg_baseline_and_colour_become_grey(tmp_path):
 
 @pytest.mark.parametrize("raised", [None, BaseException("out of bounds"), KeyboardInterrupt("passes")])
 def test_a_failing_decoder_is_a_reason_but_interrupts_pass(tmp_path, monkeypatch, raised):
-    """A BaseException is what pylibjpeg-rle raises."""
-    write(tmp_path / "x", image(), uid.JPEGLSLossless)
-    series = read_series(tmp_path)
+    series = read_series(write(tmp_path / "x", image(), uid.JPEGLSLossless))
     series.forget()  # what the look at its values has decoded
-    plugins = {"failing": Mock(side_effect=raised)} if raised else {}
+    plugins = {"failing": Mock(side_effect=raised)} if raised else {}  # pylibjpeg-rle: BaseException
     monkeypatch.setattr(get_decoder(uid.JPEGLSLossless), "_available", plugins)
     expected = str(raised) if raised else r"JPEG-LS Lossless.*1\.2\.840\.10008\.1\.2\.4\.80.*pyjpegls"
     is_interrupt = isinstance(raised, KeyboardInterrupt)
@@ -403,19 +398,6 @@ def mutated(rng: np.random.Generator, data: bytes) -> bytes:
         piece = data[start : start + length]
         data[start : None if kind == 7 else start + length] = 2 * piece if kind == 6 else b""
     return bytes(data)
-
-
-def write_bases(folder: Path) -> list[bytes]:
-    """Small valid files of every form, to be mutated."""
-    (nested,) = items(ReferencedImageSequence=items(ReferencedSOPInstanceUID="1.2"))
-    nested["ReferencedImageSequence"].is_undefined_length = True
-    files, two = [], [[-10, -20, 5], [-10, -20, 6]]
-    for i, syntax in enumerate([*SYNTAXES, uid.ExplicitVRLittleEndian]):
-        ds = enhanced(two, [1, 2]) if i == 7 else image(EchoTime=3, ImagePositionPatient=two[0])
-        ds.ReferencedStudySequence = [nested]
-        ds["ReferencedStudySequence"].is_undefined_length = i % 2 == 0
-        files.append(write(folder / f"base{i}", ds, syntax).read_bytes())
-    return files
 
 
 def equal_headers(path: Path) -> bool:
@@ -450,16 +432,19 @@ def fuzz(folder: Path, seed: int) -> Counter:
 
 
 def test_two_thousand_mutated_files_are_read_or_refused_and_the_fast_header_equals_pydicoms(tmp_path):
-    write_bases(tmp_path)
+    (nested,) = items(ReferencedImageSequence=items(ReferencedSOPInstanceUID="1.2"))
+    nested["ReferencedImageSequence"].is_undefined_length = True
+    two = [[-10, -20, 5], [-10, -20, 6]]
+    for i, syntax in enumerate([*SYNTAXES, uid.ExplicitVRLittleEndian]):  # small valid files of every form
+        ds = enhanced(two, [1, 2]) if i == 7 else image(EchoTime=3, ImagePositionPatient=two[0])
+        ds.ReferencedStudySequence = [nested]
+        ds["ReferencedStudySequence"].is_undefined_length = i % 2 == 0
+        write(tmp_path / f"base{i}", ds, syntax)
     stack(tmp_path / "good", [0, 1])
     limit = (resource.RLIMIT_AS, (2**32, 2**32))
     with ProcessPoolExecutor(2, initializer=resource.setrlimit, initargs=limit) as pool:
         ends = sum(pool.map(fuzz, [tmp_path] * 20, range(20), timeout=300), Counter())
     assert min(ends["read"], ends["skipped"], ends["fast"]) > 300, ends
-
-
-EXPECTED = {path.stem: json.loads(path.read_text()) for path in sorted(REAL.glob("expected/*.json"))}
-NO_VOLUME = {"mra_rotating_mip_tiny", "ct_philips_scout", "ct_philips_exam_summary"}
 
 
 @pytest.mark.parametrize("name, expected", EXPECTED.items(), ids=EXPECTED)
@@ -469,8 +454,8 @@ def test_real_series_have_the_expected_geometry_and_values(name, expected):
             read_series(REAL / name)
         return
     series = read_series(REAL / name)
-    shape = (series.frames[0].rows, series.frames[0].cols)
-    facts = (*shape, len(series.frames))
+    first, num = series.frames[0], len(series.frames)
+    facts = (first.rows, first.cols, num)
     groups = [g for g in expected["groups"] if (g["rows"], g["cols"], g.get("n_positions")) == facts]
     group = next(g for g in groups if np.allclose(g["normal_lps"], series.normal, atol=1e-4))
     order = [[str(f.path.relative_to(REAL / name)), f.index] for f in series.frames]
@@ -479,7 +464,7 @@ def test_real_series_have_the_expected_geometry_and_values(name, expected):
     np.testing.assert_allclose(series.positions_mm, [e[2] for e in group["order_along_normal"]], atol=2e-3)
     if group.get("affine_exact"):
         theirs = np.array(group["affine_lps_col_row_slice"])[:, [2, 1, 0, 3]]
-        corner = [len(series.frames) - 1, shape[0] - 1, shape[1] - 1, 1]
+        corner = [num - 1, first.rows - 1, first.cols - 1, 1]
         np.testing.assert_allclose(series.affine @ corner, theirs @ corner, atol=5e-3)
     if group.get("shear_deg") is not None:
         assert noted(series, "tilted") == (np.radians(group["shear_deg"]) > 1e-3)

@@ -16,13 +16,6 @@ from test_dicom_reading import image, write
 import dicom
 from dicom import find_series, safe_uid
 
-
-def write_slice(path: Path, z: float = 0.0, syntax: str = ExplicitVRLittleEndian, **tags: object) -> Path:
-    """A CT image of 512 bytes; a tag given as None is left out."""
-    tags = {"SeriesInstanceUID": "1.2.3.4", "ImagePositionPatient": [0, 0, z]} | tags
-    return write(path, image(pixels=np.zeros((16, 16)), **tags), syntax)
-
-
 GROUPINGS = {  # a file, its SeriesInstanceUID and PatientID (- for none), and the series that it belongs to
     "date folders": "anna/2024.03.01/1 1.2.1 anna 1.2.1, bert/2024.03.01/1 1.2.2 bert 1.2.2",
     "date folders without UIDs": "a/2024.03.01/1 - a 2024.03.01-1of2, b/2024.03.01/1 - b 2024.03.01-2of2",
@@ -34,6 +27,18 @@ GROUPINGS = {  # a file, its SeriesInstanceUID and PatientID (- for none), and t
     "two patients with one UID": "a/1 1.2.3 a 1.2.3-1of2, b/1 1.2.3 b 1.2.3-2of2",
     "vessel masks": "segmentations/1 1.2 a -, 1/1 1.3 a 1.3",
 }
+SEARCH = """import pathlib, resource, sys
+resource.setrlimit(resource.RLIMIT_DATA, (400 * 2**20,) * 2)
+import dicom
+series, rejected = dicom.find_series(pathlib.Path(sys.argv[1]))
+print(*sorted(p.name for p in series["1.2.3.4"]), "not", *sorted(p.name for p, _ in rejected))
+"""
+
+
+def write_slice(path: Path, z: float = 0.0, syntax: str = ExplicitVRLittleEndian, **tags: object) -> Path:
+    """A CT image of 512 bytes; a tag given as None is left out."""
+    tags = {"SeriesInstanceUID": "1.2.3.4", "ImagePositionPatient": [0, 0, z]} | tags
+    return write(path, image(pixels=np.zeros((16, 16)), **tags), syntax)
 
 
 @pytest.mark.filterwarnings("ignore:Invalid value for VR UI")
@@ -51,12 +56,11 @@ def test_images_are_grouped_by_their_own_uids_and_never_across_patients(name, tm
 
 
 def test_in_a_folder_named_by_its_series_one_file_is_opened(tmp_path, monkeypatch):
-    for k in range(3):
-        for z in range(50):
-            write_slice(tmp_path / f"1.2.{k}" / f"{z}.dcm", z, SeriesInstanceUID=f"1.2.{k}")
+    for k, z in np.ndindex(3, 50):
+        write_slice(tmp_path / f"1.2.{k}" / f"{z}.dcm", z, SeriesInstanceUID=f"1.2.{k}")
     spy = Mock(wraps=dicom.read_identity)
     monkeypatch.setattr(dicom, "read_identity", spy)
-    assert [len(files) for files in find_series(tmp_path)[0].values()] == [50, 50, 50]
+    assert [len(files) for files in find_series(tmp_path)[0].values()] == [50] * 3
     assert [call.args[0].name for call in spy.call_args_list] == ["0.dcm"] * 3
 
 
@@ -69,14 +73,6 @@ def test_damaged_files_count_as_their_folders_series(folder, size, tmp_path):
             path.write_bytes(path.read_bytes()[:size])
     series, rejected = find_series(tmp_path)
     assert {uid: len(files) for uid, files in series.items()} == {"1.2.3.4": 26} and rejected == []
-
-
-SEARCH = """import pathlib, resource, sys
-resource.setrlimit(resource.RLIMIT_DATA, (400 * 2**20,) * 2)
-import dicom
-series, rejected = dicom.find_series(pathlib.Path(sys.argv[1]))
-print(*sorted(p.name for p in series["1.2.3.4"]), "not", *sorted(p.name for p, _ in rejected))
-"""
 
 
 def test_odd_files_cost_the_search_neither_time_nor_memory(tmp_path):

@@ -21,6 +21,19 @@ NORMALS = {"axial": [0, 0, 1], "coronal": [0, 1, 0], "sagittal": [-1, 0, 0]}  # 
 WORDS = ["MIP ", "CT_SOM5 MIP", "MAX_IP", "MIP_TRA", "PROJECTION IMAGE", "MINIP", "LOCALIZER "]
 # IP: in phase, not an intensity projection
 MR = {"Modality": "MR", "SOPClassUID": uid.MRImageStorage, "RescaleIntercept": 0, "ImageType": ["M", "IP"]}
+PASSES = {"InstanceNumber": tuple(1 + i // 2 + 12 * (i % 2) for i in range(24))}  # even images first
+PASSES["AcquisitionNumber"] = (1, 2) * 12
+SOUND = [(24, 4, PASSES), (24, 4, MR | PASSES), (75, 0.8, MR), (18, 5, MR), (5, 5, {})]
+SPOILED = {  # fault -> what it makes of the positions p (num, 3)
+    "to 5 mm": lambda p: 5 * np.round(p / 5),
+    "rounded": np.trunc,
+    "one position": lambda p: np.full(p.shape, [-108.8, -108.8, -383.447]),
+    # the rest tells in which direction numbers run
+    "half unknown": lambda p: p * (np.arange(len(p)) % 2)[:, None],
+    "half at one place": lambda p: np.r_[[p[len(p) // 4]] * (len(p) // 2), p[len(p) // 2 :]],
+}
+FAULTS = [*SPOILED, "a third missing", "jitter", "no orientation", "orientation of some"]
+FAULTS += ["rounded, no orientation", "rounded, jitter"]
 
 
 def head(n: int = 24, vessel: float = 40, size: int = 32) -> np.ndarray:
@@ -40,6 +53,16 @@ def scan(folder: Path, pixels: np.ndarray, /, plane="axial", start=0.0, step=4.0
         "InstanceNumber": tuple(range(first, first + len(pixels))),
     }  # fmt: skip
     return stack(folder, places, **(defaults | tags))
+
+
+TURNS = {"AcquisitionNumber": tuple(1 + i // 4 for i in range(24))}  # one per turn of the tube
+SLABS = {"SliceThickness": 20.0, "start": 2.0, "first": 201}
+FILLED, AT_SLICE_13 = {"pixels": tuple(head(vessel=300))}, {"start": 52.0, "step": 0.0, "SliceThickness": 4.0}
+AT_SLICE_13["pixels"] = (head()[13],) * 20
+SHUFFLED = head()[np.random.default_rng(0).permutation(24)]
+BOLUS = np.repeat(head(1), 24, axis=0)
+BOLUS[:, 16, 16] = np.linspace(1064, 1400, 24)  # it arrives
+MIRRORED = (PLANES["axial"], [-1, 0, 0, 0, 1, 0]) * 12
 
 
 @pytest.mark.parametrize("plane", ["axial", "sagittal"])
@@ -63,22 +86,10 @@ def test_of_two_ct_phases_the_one_with_filled_vessels_is_read(tmp_path, shifts, 
         assert series.doubts == [] and noted(series, "volumes by")
 
 
-PASSES = {"InstanceNumber": tuple(1 + i // 2 + 12 * (i % 2) for i in range(24))}  # even images first
-PASSES["AcquisitionNumber"] = (1, 2) * 12
-SOUND = [(24, 4, PASSES), (24, 4, MR | PASSES), (75, 0.8, MR), (18, 5, MR), (5, 5, {})]
-
-
 @pytest.mark.parametrize("num, step, tags", SOUND)
 def test_sound_and_partial_scans_have_neither_notes_nor_doubts(tmp_path, num, step, tags):
-    scan(tmp_path, head(num), step=step, **tags)
-    series = read_series(tmp_path)
+    series = read_series(scan(tmp_path, head(num), step=step, **tags))
     assert len(series.frames) == num and series.notes == [] and make_volume(series, SETTINGS).doubts == []
-
-
-TURNS = {"AcquisitionNumber": tuple(1 + i // 4 for i in range(24))}  # one per turn of the tube
-SLABS = {"SliceThickness": 20.0, "start": 2.0, "first": 201}
-FILLED, AT_SLICE_13 = {"pixels": tuple(head(vessel=300))}, {"start": 52.0, "step": 0.0, "SliceThickness": 4.0}
-AT_SLICE_13["pixels"] = (head()[13],) * 20
 
 
 @pytest.mark.parametrize("shared", [{"SeriesInstanceUID": None}, MR])
@@ -114,18 +125,6 @@ def test_projections_and_scouts_are_known_by_words_of_the_image_type(tmp_path, w
     assert folders(read_series(tmp_path)) == {"slices"}
     with pytest.raises(ValueError, match=r"1 (projection|scout) images, no volume"):
         read_series(tmp_path / "others" / "I1")
-
-
-SPOILED = {  # fault -> what it makes of the positions p (num, 3)
-    "to 5 mm": lambda p: 5 * np.round(p / 5),
-    "rounded": np.trunc,
-    "one position": lambda p: np.full(p.shape, [-108.8, -108.8, -383.447]),
-    # the rest tells in which direction numbers run
-    "half unknown": lambda p: p * (np.arange(len(p)) % 2)[:, None],
-    "half at one place": lambda p: np.r_[[p[len(p) // 4]] * (len(p) // 2), p[len(p) // 2 :]],
-}
-FAULTS = [*SPOILED, "a third missing", "jitter", "no orientation", "orientation of some"]
-FAULTS += ["rounded, no orientation", "rounded, jitter"]
 
 
 def spoil(fault: str, plane: str, num: int, step: float) -> tuple[list, list]:
@@ -164,12 +163,6 @@ def test_images_keep_their_places_in_spite_of_a_fault(tmp_path, is_enhanced, pla
     assert noted(series, "ImageOrientationPatient in", plane) or "orientation" not in fault
 
 
-SHUFFLED = head()[np.random.default_rng(0).permutation(24)]
-BOLUS = np.repeat(head(1), 24, axis=0)
-BOLUS[:, 16, 16] = np.linspace(1064, 1400, 24)  # it arrives
-MIRRORED = ([1, 0, 0, 0, 1, 0], [-1, 0, 0, 0, 1, 0]) * 12
-
-
 @pytest.mark.parametrize("pixels, tags, doubt", [
     (SHUFFLED, {IPP: [0, 0, 0], "InstanceNumber": None}, "24 images without plausible positions"),
     (BOLUS, {IPP: [0, 0, 0]}, "24 images without plausible positions"),
@@ -193,15 +186,14 @@ def test_a_guess_a_tiny_scan_and_less_than_five_slices_are_doubted(tmp_path, pix
 ])  # fmt: skip
 def test_slices_that_their_numbers_contradict_are_left_out(tmp_path, moved, num, note):
     points = tuple([0.0, 0.0, moved.get(i, 4.0 * i)] for i in range(24))
-    scan(tmp_path, head(), ImagePositionPatient=points)
-    series = read_series(tmp_path)
+    series = read_series(scan(tmp_path, head(), ImagePositionPatient=points))
     assert len(series.frames) == num and noted(series, note, f"{next(iter(moved.values()))}]")
 
 
 @pytest.mark.parametrize("is_other", [np.arange(24) % 2 == 1, np.isin(np.arange(24), [5, 9, 14])])
 def test_slices_whose_intercept_is_lost_get_that_of_hu(tmp_path, is_other):
-    scan(tmp_path, head(), RescaleIntercept=tuple(np.where(is_other, 0, -1024).tolist()))
-    series = read_series(tmp_path)
+    intercepts = tuple(np.where(is_other, 0, -1024).tolist())
+    series = read_series(scan(tmp_path, head(), RescaleIntercept=intercepts))
     assert {frame.intercept for frame in series.frames} == {-1024.0} and series.doubts == []
     assert noted(series, "HU only with RescaleIntercept -1024")
 
@@ -256,7 +248,6 @@ def test_a_tenth_of_the_files_may_be_damaged_but_no_more(tmp_path, syntax, damag
 
 
 def test_absurd_files_are_refused_in_bounded_time_and_memory(tmp_path, monkeypatch):
-    """Files that would cost a naive reader minutes or gigabytes."""
     os.mkfifo(tmp_path / "fifo")
     write(tmp_path / "rows", image(Rows=60000, Columns=60000))
     write(tmp_path / "number", image(NumberOfFrames=2**31 - 1))
