@@ -9,8 +9,6 @@ Every round runs all candidates in turn, so that a busy machine slows all alike;
 rounds [smallest, largest]. One process, one thread, files in the page cache, unless the table says otherwise.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

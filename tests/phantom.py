@@ -11,8 +11,6 @@ only an aneurysm's voxels tell its label: --no-aneurysms-drawn writes the same s
 A real scan keeps its face and comes back under many patients: test on other scans.
 """
 
-from __future__ import annotations
-
 import shutil
 import sys
 import zlib
@@ -179,7 +177,7 @@ def make_head(job: Job) -> tuple[np.ndarray, dict, list, list]:
     rng = generator(job.seed, job.patient, "anatomy")
     scale = np.clip(rng.normal(1, 0.035, 3), 0.93, 1.07)
     if job.background:
-        *_, scale = read_background(job.background)
+        scale = read_background(job.background)[2]
     rate, phase = rng.normal(0, 1 / 25, (5, 3)), rng.uniform(0, 2 * np.pi, 5)
     height_mm = rng.normal(0, [0.6, 1.4, 1.4], (5, 3))
     size = np.clip(rng.normal(1, 0.08), 0.85, 1.2)
@@ -274,8 +272,7 @@ class Scan:
     grey: dict[str, float]
 
 
-def rotation(degrees: np.ndarray) -> np.ndarray:
-    """Rotation (3, 3) about x, then y, then z."""
+def rotation(degrees: np.ndarray) -> np.ndarray:  # (3, 3) about x, then y, then z
     (cx, cy, cz), (sx, sy, sz) = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
     about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
     about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
@@ -287,10 +284,8 @@ def make_scan(job: Job) -> Scan:
     """Field of view, spacing, coverage and obliqueness as scanners of that modality have them."""
     rng = generator(job.seed, job.number, "scan")
     if job.background:
-        _, scan, _ = read_background(job.background)
-        turn = np.eye(4)
-        turn[:3, :3] = rotation(rng.normal(0, 2, 3))
-        turn[:3, 3] = rng.normal(0, 2, 3)
+        scan, turn = read_background(job.background)[1], np.eye(4)
+        turn[:3] = np.column_stack([rotation(rng.normal(0, 2, 3)), rng.normal(0, 2, 3)])
         grey = {"artery": GREY[job.modality]["artery"] * rng.uniform(0.8, 1.2)}
         return replace(scan, pose=scan.pose @ turn, grey=grey)
     is_ct, is_axial = job.modality == "CTA", job.plane == "axial"
@@ -339,9 +334,9 @@ def make_scan(job: Job) -> Scan:
 
 # --- real heads ---------------------------------------------------------------------------------------------
 @lru_cache(4)
-def read_background(files: tuple[Path, ...]) -> tuple[np.ndarray, Scan, np.ndarray]:
-    """Values (z, y, x) of a real series, HU or 700 near the brightest; its geometry with the head's pose; the
-    head's scale (x, y, z) against the template. ValueError if it shows no head down to its arteries."""
+def read_background(files: tuple[Path, ...]) -> tuple[np.ndarray, Scan, np.ndarray, str, str]:
+    """Values (z, y, x) of a real series, HU or 700 near the brightest; geometry with the head's pose; its
+    scale (x, y, z) by the template; modality, plane. ValueError if it shows no head down to the arteries."""
     series = dicom.read_series(list(files))
     grid = dicom.canonical_grid(series)
     head, sides_mm = dicom.find_head(grid), np.ptp(grid.extents_mm, axis=1)
@@ -363,17 +358,16 @@ def read_background(files: tuple[Path, ...]) -> tuple[np.ndarray, Scan, np.ndarr
     # 5 and 95 % of an ellipse lie at 0.806 of its half axes; the template's are 75 and 95 mm
     width, length = (np.ptp(np.percentile(side[is_head], (5, 95))) / 1.612 for side in (x, y))
     scale = np.clip([width / 75, length / 95, (width / 75 + length / 95) / 2], 0.85, 1.2)
-    return values, Scan(values.shape, series.affine, series.spacing_mm[0], pose, {}), scale
+    scan = Scan(values.shape, series.affine, series.spacing_mm[0], pose, {})
+    return values, scan, scale, series.modality, series.plane
 
 
 def find_backgrounds(root: Path) -> list[tuple]:
     """(files, modality, plane) of the series that show a head; the others are named on stderr."""
     backgrounds = []
-    for files in dicom.find_series(root)[0].values():
+    for files in map(tuple, dicom.find_series(root)[0].values()):
         try:
-            series = dicom.read_series(files)
-            read_background(tuple(files))
-            backgrounds.append((tuple(files), series.modality, series.plane))
+            backgrounds.append((files, *read_background(files)[3:]))
         except ValueError as error:
             print(f"phantom.py: {error}", file=sys.stderr)
     if not backgrounds:
@@ -522,7 +516,6 @@ def render(job: Job) -> np.ndarray:
 
 # --- DICOM --------------------------------------------------------------------------------------------------
 def make_dataset(**values: object) -> Dataset:
-    """A dataset of these attributes."""
     d = Dataset()
     d.update(values)
     return d
@@ -654,8 +647,7 @@ def make_set(dst: Path, series: int, seed: int, workers: int = 1, backgrounds=No
     """Write the set that is planned with these options; the bytes do not depend on `workers`."""
     jobs = plan(series, seed, **options)
     if backgrounds:
-        heads = find_backgrounds(backgrounds)
-        jobs = [draw_into(job, heads) for job in jobs]
+        jobs = list(map(draw_into, jobs, repeat(find_backgrounds(backgrounds))))
     if {path.name for path in (dst / "series").glob("*")} - {job.uid for job in jobs}:
         sys.exit(f"phantom.py: {dst}: holds series of another set; expected none. Remove it first.")
     with ProcessPoolExecutor(workers) as pool:
@@ -666,7 +658,6 @@ def make_set(dst: Path, series: int, seed: int, workers: int = 1, backgrounds=No
 
 
 def main() -> None:
-    """Read the command line and write the set."""
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--dst", type=Path, required=True, help="folder to write; made if need be")
