@@ -29,7 +29,7 @@ lint: install
 shell: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $${SHELL:-sh}
 
-# Graded down so that two cores learn something in minutes: 96 pixels, four epochs.
+# Graded down so that two cores learn something in minutes: 112 pixels, ten epochs of a third of the slabs.
 demo: install
 	rm -rf demo
 	@echo "== 1/6 writing 420 phantom series to train on and 100 of other patients to test"

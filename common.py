@@ -70,7 +70,9 @@ def read_csv(path: Path, columns: Sequence, **options) -> DataFrame:
     try:
         table = pd.read_csv(path, **options)
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; expected a CSV table") from None
+        raise ValueError(
+            f"{path}: no such file; expected a CSV table, which preprocess.py ends with"
+        ) from None
     except (ValueError, OSError) as error:  # pandas' parser errors are ValueErrors
         raise ValueError(f"{path}: not a readable CSV: {' '.join(str(error).split())}") from None
     missing = [name for name in columns if name not in table]
@@ -444,7 +446,7 @@ def save_volume(
 
 def load_volume(path: Path, names: Sequence | None = None) -> tuple:
     """(tensors, metadata) of a cached series; names: these alone are read. ValueError if a sum differs."""
-    tensors, record = read_safetensors(path, "volume; run preprocess.py again", "np", "record", names)
+    tensors, record = read_safetensors(path, "volume here; run preprocess.py again", "np", "record", names)
     meta = record.get("meta")
     damaged = dict(content_sums(tensors, meta).items() - record.get("sums", {}).items())
     if damaged:

@@ -4,7 +4,7 @@ in   --src DIR           a cache of preprocess.py, or a tree of DICOM files of a
      --outputs DIR       a folder of runs of train.py, or a run (default: outputs)
      --series-list FILE  only these series: a UID per line, or a CSV with UIDs (default: all)
      --limit N           only the first N (default: all)
-     --labels FILE       print the score against these labels (default: none)
+     --labels FILE       print the score against these labels, a table like train.csv (default: none)
 out  stdout              CSV: SeriesInstanceUID and the 14 labels, a row per series; messages go to stderr
      --out FILE          the same into FILE, unless that holds series that this run leaves out; started again,
                          it goes on with the rows in .FILE.*.rows (not with --explain, --labels)
@@ -220,7 +220,7 @@ def load_ensemble(args: Namespace, devices: list, cache_settings: dict | None = 
     models = list(dict.fromkeys(members + [member.locator for member in members if member.locator]))
     prior = np.mean([member.run.meta["prior"] for member in members], axis=0)
     points = [point for member in members for point in member.run.meta.get("operating_points", [])]
-    table = DataFrame(points, columns=["specificity", "threshold", "sensitivity"])
+    table = DataFrame(points, columns=["specificity", "threshold", "sensitivity", "positives"])
     points = table.groupby("specificity", as_index=False).mean().round(3).to_dict("records")
     num = len(members)
     deadline = Deadline(args.started, 3600 * args.budget_hours, num, num * (1 + args.tta), monotonic())
@@ -396,35 +396,34 @@ def explain_series(answer: Answer, ensemble: Ensemble, scan: Scan, outputs: dict
     volume, maps = scan.volumes[cfg.volume], np.mean(maps, axis=0)
     present = answer.probs[AP]
     lines = [f"{answer.uid}: {LABELS[AP]} {present:.3f}"]
-    facts = {UID: answer.uid, LABELS[AP]: round(present, 4), "operating_point": None}
+    facts = {UID: answer.uid, LABELS[AP]: round(present, 4), "operating_point": None, "doubts": volume.doubts}
     for point in ensemble.points:
-        text = f"{point['threshold']:.3f}, the threshold of specificity {point['specificity']:.2f}"
         is_passed = present >= point["threshold"]
         if is_passed:
             facts["operating_point"] = point
-        lines.append(f"  {'above' if is_passed else 'below'} {text}, sensitivity {point['sensitivity']:.2f}")
+        text = "{threshold:.3f}, threshold of specificity {specificity:.2f}, sensitivity {sensitivity:.2f}"
+        text = f"{'above' if is_passed else 'below'} {text} of {{positives:.0f}} positives"
+        lines.append(f"  {text.format(**point)}")
     for k in np.argsort(-answer.probs[:AP])[:3]:
-        lines.append(f"  {LABELS[k]} {answer.probs[k]:.3f}")
+        lines.append(f"  probability of {LABELS[k]} {answer.probs[k]:.3f}")
     path, findings = folder / f"{safe_uid(answer.uid)}.findings.json", []
     for *voxel, score, label in propose(maps, volume.spacing_mm, cfg).tolist():
         place = {"artery": LABELS[int(label)], "score": round(score, 4), "voxel": voxel}
         (point_mm,) = to_lps(voxel, volume.affine)
         place["lps_mm"] = point_mm.round(2).tolist()
         image = find_image(point_mm, scan.series) if scan.series else {}
-        if image is not None:
-            findings.append(facts | place | image)
-    common.write_json(path, findings or [facts])
-    if findings:
-        png = draw_findings(volume, maps.sum(0), findings)
-        common.write_atomic(folder / f"{safe_uid(answer.uid)}.png", png)
+        findings.append(facts | place | image)
+    common.write_json(path, findings)
+    png = draw_findings(volume, maps.sum(0), findings)
+    common.write_atomic(folder / f"{safe_uid(answer.uid)}.png", png)
     log_any("\n".join([*lines, f"  {path}: {len(findings)} places"]))
 
 
-def find_image(point_mm: ndarray, series: Series) -> dict | None:
-    """The nearest image to a point (LPS mm), its column and row there; None over half a gap outside."""
+def find_image(point_mm: ndarray, series: Series) -> dict:
+    """The nearest image to a point (LPS mm), its column and row there; {} over half a gap outside."""
     away_mm = series.normal @ point_mm - series.positions_mm
     if max(away_mm.min(), -away_mm.max()) > series.spacing_mm[0] / 2:
-        return None
+        return {}
     frame = series.frames[np.abs(away_mm).argmin()]
     offset_mm = point_mm - frame.position
     row_mm, col_mm = frame.spacing_mm
@@ -454,7 +453,7 @@ def draw_findings(volume: Volume, heat: ndarray, findings: list) -> bytes:
             axes.set_title("L", loc="right")
             axes.set_axis_off()
         options = {"extent": grey.get_extent(), "interpolation": "bilinear", "vmin": 0, "vmax": 1}
-        image = overlay.imshow(heat[slab], "inferno", alpha=0.6 * heat[slab], **options)
+        image = overlay.imshow(heat[slab], "inferno", alpha=0.7 * heat[slab] ** 0.5, **options)
         overlay.plot(x, y, "c+", markersize=14)
         overlay.set_title(f"{finding['artery']} {finding['score']:.3f}", fontsize=8)
         plain.set_title(f"slab {slab} (0 to {len(heat) - 1})")

@@ -373,8 +373,8 @@ def check_cache(dst: Path, cfg: Config, uids: list, points: dict) -> None:
     if others:
         raise ValueError(
             f"{dst}: {len(others)} volumes have other settings: "
-            f"{common.describe_difference(others[0], settings)}. Choose another --dst, or delete these "
-            f"volumes to make them again"
+            f"{common.describe_difference(others[0], settings)}. Give the --config that they were made with, "
+            f"another --dst, or delete these volumes to make them again"
         )
     if not points and any(cached[uid]["num_points"] for uid in uids if uid in cached):
         raise ValueError(

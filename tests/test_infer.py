@@ -35,7 +35,7 @@ VOLUME = VolumeSettings(base_slices=8, img_size=64)
 BASE = Config(model_name="test_efficientnet", pretrained=False, volume=VOLUME, drop_path_rate=0.0)
 PRIOR = np.linspace(0.1, 0.4, 14)
 RATES = [(0.9, 0.1), (0.95, 0.2), (0.99, 0.999)]  # specificity and threshold
-POINTS = [{"specificity": rate, "threshold": threshold, "sensitivity": 0.7} for rate, threshold in RATES]
+POINTS = [dict(specificity=rate, threshold=low, sensitivity=0.7, positives=20) for rate, low in RATES]
 NOISY = """
 import infer, os, signal, sys
 answer_series, calls = infer.answer_series, []
@@ -394,15 +394,15 @@ def test_a_place_is_the_one_that_series_point_gives_back_and_none_beyond_half_a_
     gap_mm = series.spacing_mm[0] * series.normal
     for frame, step_mm in ((series.frames[0], -gap_mm), (series.frames[-1], gap_mm)):
         assert find_image(frame.position + 0.4 * step_mm, series)["SOPInstanceUID"] == frame.sop_uid
-        assert find_image(frame.position + 0.6 * step_mm, series) is None
+        assert find_image(frame.position + 0.6 * step_mm, series) == {}
 
 
 def test_one_scan_is_answered_in_words_with_a_picture_that_glows_where_heat_is_high_and_where_to_look(work):
     (folder, other, *_), pictures = (work / "dicoms" / "series").iterdir(), work / "pictures"
     _, stderr = run(work, "--src", str(folder), "--explain", "pictures")
     assert f"{folder.name}: Aneurysm Present 0." in stderr
-    assert "above 0.200, the threshold of specificity 0.95, sensitivity 0.70" in stderr
-    assert "below 0.999, the threshold of specificity 0.99" in stderr
+    assert "above 0.200, threshold of specificity 0.95, sensitivity 0.70 of 20" in stderr
+    assert "below 0.999, threshold of specificity 0.99" in stderr
     assert cv2.imread(str(pictures / f"{folder.name}.png")).shape[0] > 300
     assert f"  pictures/{folder.name}.findings.json: " in stderr
     path, other_path = (pictures / f"{uid}.findings.json" for uid in (folder.name, other.name))
@@ -411,7 +411,7 @@ def test_one_scan_is_answered_in_words_with_a_picture_that_glows_where_heat_is_h
     for row in findings:
         assert 0.2 < row[LABELS[AP]] < 0.999 and row["operating_point"] == POINTS[1]
         assert row["artery"] in LABELS[:AP]
-    known = {UID, LABELS[AP], "operating_point", "artery", "score", "voxel", "lps_mm"}
+    known = {UID, LABELS[AP], "operating_point", "doubts", "artery", "score", "voxel", "lps_mm"}
     assert set(findings[0]) == known | {"SOPInstanceUID", "frame", "column", "row"}
     (work / "one.csv").write_text(other.name)
     run(work, "--explain", "pictures", "--series-list", "one.csv")
