@@ -56,7 +56,7 @@ POSITIVE = $$(awk -F, 'NR > 1 && $$NF == 1 {print $$1; exit}' demo/held_out/trai
 picture:
 	rm -rf demo/picture
 	$(INFER) --src demo/held_out/series/$(POSITIVE) --explain demo/picture > demo/picture.csv
-	$(BIN)/python -c "from PIL import Image; import sys; Image.open(sys.argv[1]).quantize(64).save(sys.argv[2])" \
+	$(BIN)/python -c "from PIL import Image; import sys; Image.open(sys.argv[1]).quantize(256).save(sys.argv[2])" \
 		demo/picture/*.png docs/explain.png
 
 # Weights, slabs, box, crops: what helps? docs/results.md
