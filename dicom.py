@@ -1020,9 +1020,9 @@ def doubt_voxels(grid: Grid, box: Box, voxels: ndarray, covered: ndarray, notes:
     doubts = []
     num_slices = len(grid.order)
     z, y, x = size_mm = np.ptp(grid.extents_mm, axis=1)
-    least_mm = np.where(np.arange(3) == grid.through, 30, 60)
+    least_mm = np.where(np.arange(3) == grid.through, 25, 60)
     if num_slices < 5 or (size_mm < least_mm).any():
-        size = f"{z:.3g} x {y:.3g} x {x:.3g} mm; expected at least 5, 30 mm across them, 60 mm along"
+        size = f"{z:.3g} x {y:.3g} x {x:.3g} mm; expected at least 5, 25 mm across them, 60 mm along"
         doubts.append(f"too little of a head: slices: {num_slices}, {size}")
     indices = [np.flatnonzero(is_scanned(grid, box, axis)) for axis in range(3)]
     if not all(map(len, indices)):
