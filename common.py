@@ -70,9 +70,7 @@ def read_csv(path: Path, columns: Sequence, **options) -> DataFrame:
     try:
         table = pd.read_csv(path, **options)
     except FileNotFoundError:
-        raise ValueError(
-            f"{path}: no such file; expected a CSV table, which preprocess.py ends with"
-        ) from None
+        raise ValueError(f"{path}: no such file; expected a CSV (in a cache: preprocess first)") from None
     except (ValueError, OSError) as error:  # pandas' parser errors are ValueErrors
         raise ValueError(f"{path}: not a readable CSV: {' '.join(str(error).split())}") from None
     missing = [name for name in columns if name not in table]
@@ -746,7 +744,7 @@ def cut_slabs(image: ndarray, labels: ndarray, points: ndarray, num: int, rng: G
     hidden = np.setdiff1d(points[:, 0], points[is_shown, 0])
     points[~is_shown, 0] = -1
     labels = labels.copy()  # one without any point stays
-    labels[hidden.astype(int)] = 0
+    labels[hidden.astype(int)] = 0  # the -1 of rows without a point is presence, which follows
     labels[AP] = labels[:AP].max()
     return image, labels, first
 
