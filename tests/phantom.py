@@ -1,7 +1,8 @@
 """Write a Kaggle-shaped set of real DICOM files: heads with arteries, some with aneurysms, and their labels.
 
 in   nothing: every number is drawn from --seed
-     --backgrounds DIR    a tree of CT and MR series of heads without aneurysms, to draw the arteries into
+     --backgrounds DIR    a tree of CT and MR series of heads without aneurysms, to draw the arteries into;
+                          an MR scan of any kind passes as MRA, T2 or T1post by chance
 out  --dst DIR    series/<SeriesInstanceUID>/<SOPInstanceUID>.dcm, train.csv, train_localizers.csv
 run  python tests/phantom.py --dst dicoms --series 160 --seed 0
 
@@ -27,6 +28,7 @@ import pandas as pd
 from pydicom import uid as uids
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.pixels import set_pixel_data
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dicom
@@ -372,6 +374,7 @@ def find_backgrounds(root: Path) -> list[tuple]:
             print(f"phantom.py: {error}", file=sys.stderr)
     if not backgrounds:
         sys.exit(f"phantom.py: {root}: no series of a head; expected CT or MR, 120 mm in each direction")
+    print(f"phantom.py: {root}: {len(backgrounds)} heads to draw into", file=sys.stderr)
     return backgrounds
 
 
@@ -651,8 +654,8 @@ def make_set(dst: Path, series: int, seed: int, workers: int = 1, backgrounds=No
     if {path.name for path in (dst / "series").glob("*")} - {job.uid for job in jobs}:
         sys.exit(f"phantom.py: {dst}: holds series of another set; expected none. Remove it first.")
     with ProcessPoolExecutor(workers) as pool:
-        run = pool.map if workers > 1 else map
-        rows, points = zip(*run(write_series, jobs, repeat(dst)), strict=True)
+        written = (pool.map if workers > 1 else map)(write_series, jobs, repeat(dst))
+        rows, points = zip(*tqdm(written, "phantoms", len(jobs), mininterval=10), strict=True)
     pd.DataFrame(rows, columns=TABLE).to_csv(dst / "train.csv", index=False)
     pd.DataFrame(chain(*points), columns=POINTS).to_csv(dst / "train_localizers.csv", index=False)
 
