@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dicom import VOLUME_VERSION, VolumeSettings, safe_uid, to_voxel
+from dicom import VOLUME_VERSION, VolumeSettings, safe_uid, to_lps, to_voxel
 
 # --- labels -------------------------------------------------------------------------------------------------
 LABELS = (
@@ -63,6 +63,7 @@ AP = 13  # column of `Aneurysm Present`
 SWAP = [1, 0, 3, 2, 5, 4, 6, 8, 7, 10, 9, 11, 12, 13]  # labels of the mirrored image: labels[:, SWAP]
 MODALITIES = ("CTA", "MRA", "MRI T2", "MRI T1post")
 UID = "SeriesInstanceUID"
+PLACE = ["x_mm", "y_mm", "z_mm"]  # columns of proposals.csv, LPS
 
 
 def read_csv(path: Path, columns: Sequence, **options) -> DataFrame:
@@ -81,13 +82,12 @@ def read_csv(path: Path, columns: Sequence, **options) -> DataFrame:
 
 def read_label_table(path: Path) -> DataFrame:
     """A table such as train.csv, with UIDs as the cache's files are named. ValueError names every fault."""
-    table = read_csv(path, [UID, *LABELS], dtype={UID: str})
+    table = read_csv(path, [UID, "Modality", *LABELS], dtype={UID: str})
     table[UID] = table[UID].astype(str).map(safe_uid)
     repeated = table[UID][table[UID].duplicated()].unique()
     faults = [f"series {uid} has several rows" for uid in repeated[:5]]
     is_odd = {name: ~table[name].isin((0, 1, "0", "1")) for name in LABELS}
-    if "Modality" in table:
-        is_odd["Modality"] = ~table["Modality"].isin(MODALITIES)
+    is_odd["Modality"] = ~table["Modality"].isin(MODALITIES)  # folds are balanced over it
     for name, rows in is_odd.items():
         for uid, value in table.loc[rows, [UID, name]].head(3).itertuples(index=False):
             faults.append(f"{name} holds {value!r} in series {uid}")
@@ -475,7 +475,7 @@ def is_inside(points: ndarray, shape: Sequence) -> ndarray:
 # --- pool ---------------------------------------------------------------------------------------------------
 def run_isolated(
     function: Callable, items: Iterable, workers: int, timeout_s: float, memory_gb: float, tick_s=None
-) -> Iterator[tuple | None]:
+) -> Iterator:
     """Yield (item, function(item), None), or (item, None, reason) where it failed, as they are completed.
     Each item runs in a process, so that a crash, a bomb of memory (over memory_gb; on Linux) or an endless
     loop (over timeout_s) costs that item alone. None comes after each tick_s without an answer."""
@@ -637,11 +637,12 @@ def summarise_draws(values: ndarray, counts: Iterable) -> dict:
 
 def describe_wauc(result: dict) -> str:
     """`0.7738 (95 % interval 0.7070 to 0.8368, 1385 draws)` of a score, or why it has no interval."""
-    text = "{wauc:.4f} (95 % interval {low:.4f} to {high:.4f}, {draws_used} draws)"
+    draws = f"{result['draws_used']} draws)"
     if np.isnan(result["low"]):
-        text = "{wauc:.4f} (no interval: {per_label[Aneurysm Present][positives]} series with an aneurysm "
-        text += "of {num_series}, {num_patients} patients, {draws_used} usable draws)"
-    return text.format(**result)
+        positives = result["per_label"][LABELS[AP]]["positives"]
+        counts = f"{positives} series with an aneurysm of {result['num_series']}"
+        return f"{result['wauc']:.4f} (no interval: {counts}, {result['num_patients']} patients, {draws}"
+    return f"{result['wauc']:.4f} (95 % interval {result['low']:.4f} to {result['high']:.4f}, {draws}"
 
 
 def score(table: DataFrame, probs: ndarray, draws: int = 2000) -> dict:
@@ -989,20 +990,20 @@ def load_fitting(model: nn.Module, state: dict, source: str) -> None:
     log(f"{source}: {len(fitting)} of {len(target)} tensors begin from these weights")
 
 
-def propose(maps: ndarray, spacing_mm: ndarray, cfg: Config) -> ndarray:
-    """Peaks of maps (13, Z, h, w; probabilities): (n <= 3, 5) rows of z, y, x in voxels, score, label."""
+def propose(maps: ndarray, affine: ndarray, cfg: Config) -> ndarray:
+    """Peaks of maps (13, Z, h, w; probabilities): (n <= 3, 5) rows of x, y, z in LPS mm, score, label."""
     cell_size = [1, cfg.locator_stride, cfg.locator_stride]
     cells = np.indices(maps.shape[1:]).reshape(3, -1).T
-    voxels = (cells + 0.5) * cell_size - 0.5
+    places = to_lps((cells + 0.5) * cell_size - 0.5, affine)
     scores = maps.sum(0).ravel()
     labels = maps.argmax(0).ravel()
     peaks = []
     while len(peaks) < NUM_PROPOSALS and scores.max() > 0:
         best = scores.argmax()
-        peaks.append([*voxels[best], scores[best], labels[best]])
-        away_mm = np.linalg.norm((voxels - voxels[best]) * spacing_mm, axis=1)
+        peaks.append([*places[best], scores[best], labels[best]])
+        away_mm = np.linalg.norm(places - places[best], axis=1)
         scores = np.where(away_mm < cfg.min_peak_mm, 0, scores)
-    return np.array(peaks, dtype=np.float32).reshape(-1, 5)
+    return np.reshape(peaks, (-1, 5))
 
 
 # --- checkpoint ---------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ PLANES = ("sagittal", "coronal", "axial")  # slices lie along x, y, z
 X, Y, Z = np.eye(3)
 USUAL_DIRECTIONS = ((Y, -Z), (X, -Z), (X, Y))  # of rows and columns in these planes
 BLANK = "blank"
-Masks = dict[int, ndarray]  # slice k -> (h, w) uint8
+Masks = dict  # slice k -> (h, w) uint8
 VOLUME_VERSION = 2  # to be raised with each change of the code that changes a volume's voxels
 
 

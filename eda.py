@@ -36,7 +36,7 @@ from pandas import DataFrame
 from sklearn.metrics import roc_curve
 
 import common
-from common import AP, LABELS, UID, UNDEFINED, load_volume, log, read_csv, score, volume_path
+from common import AP, LABELS, PLACE, UID, UNDEFINED, load_volume, log, read_csv, score, volume_path
 from dicom import VolumeSettings, find_series, make_volume, read_series, to_lps, to_voxel
 
 MEASURES = {  # columns of index.csv, with their meaning
@@ -57,7 +57,6 @@ SIDES = ["mm from the right", "mm from the front", "mm below the top"]  # of the
 NAMES = list(LABELS)  # columns of the truth
 PROBS = [f"probability of {name}" for name in LABELS]  # columns of out-of-fold predictions
 PRESENT, PROB_PRESENT = NAMES[AP], PROBS[AP]
-PLACE = ["x_mm", "y_mm", "z_mm"]  # columns of proposals.csv, LPS
 WHOLE_HEAD = VolumeSettings(base_slices=256, img_size=256, roi_mm=280.0, roi_top_mm=600.0)
 REACH_MM, NEAR_MM = 20.0, 8.0  # half of a projection; points shown on a slab
 CHART_STYLE = {"font.size": 8, "text.parse_math": False, "image.cmap": "gray", "legend.frameon": False}
@@ -95,7 +94,7 @@ def read_cache(cache: Path, limit: int | None = None) -> tuple:
 
 def read_runs(outputs: Path) -> tuple:
     """Tables of all runs ({} without one): oof (truth, PROBS, weight), log, proposals, lists of metrics.json;
-    the runs of a `group` differ in seed and fold. And a line for each that is unfinished or unreadable."""
+    the runs of a `group` differ in seed and fold. And what speaks against some."""
     tables, faults = defaultdict(list), []
     truth = [f"label {name}" for name in NAMES]
     for path in sorted(outputs.rglob("config.yaml")):
@@ -110,7 +109,7 @@ def read_runs(outputs: Path) -> tuple:
             oof["Modality"] = oof["modality"]  # as common.score wants it
             oof["weight"] = max(cfg.ensemble_weight, 1e-9)  # 0: a locator that only proposes
             parts = {
-                "oof": oof.assign(group=group, is_constant=metrics["is_nearly_constant"]),
+                "oof": oof.assign(group=group),
                 "log": pd.read_csv(folder / "log.csv").assign(group=group),
                 "operating_points": DataFrame(metrics["operating_points"], dtype=float),
                 "froc": DataFrame(metrics.get("froc"), dtype=float),  # of a locator
@@ -118,6 +117,8 @@ def read_runs(outputs: Path) -> tuple:
             if cfg.task == "locate":
                 proposals = read_csv(folder / "proposals.csv", [UID, *PLACE, "score"], dtype=TEXT)
                 parts["proposals"] = proposals.assign(folder=folder)
+            if metrics["is_nearly_constant"]:
+                faults.append(f"{folder.name} PREDICTS NEARLY THE SAME FOR ALL SERIES: its score is chance.")
         except (OSError, ValueError, KeyError) as error:
             faults.append(f"run {folder.name} is left out: {hide_folders(error)}")
             continue
@@ -203,9 +204,10 @@ def images_section(table: DataFrame, cache: Path, src: Path) -> str:
 def show_example(row: dict, scan: Scan, src: Path) -> str:
     """A series: where the box lies in the head, and a slice before and after."""
     axis = {"coronal": 1, "sagittal": 2}.get(row["plane"], 0)
-    head, fault = scan, ""
+    head, fault, before = scan, "", ""
     try:
         head = read_whole_head(scan, row[UID], src)
+        before = show_plane("Before: as acquired", head, axis, scan.place)
     except (ValueError, OSError) as error:
         fault = f"The volume alone is shown: {hide_folders(error)}"
     spacing = f"slices {row['num_slices']:.0f}, {row['slice_mm']:.2f} mm apart"
@@ -214,8 +216,7 @@ def show_example(row: dict, scan: Scan, src: Path) -> str:
         <div class="grid panes">
         {show_plane("Coronal projection", head, 1, scan.place, REACH_MM)}
         {show_plane("Sagittal projection", head, 2, scan.place, REACH_MM)}
-        {show_plane("Before: as acquired", head, axis, scan.place)}
-        {show_plane("After: in the volume", scan, axis, scan.place)}</div>"""
+        {before}{show_plane("In the volume", scan, axis, scan.place)}</div>"""
 
 
 def points_section(points: DataFrame) -> str:
@@ -268,7 +269,7 @@ def results_section(runs: dict, result: dict) -> str:
     for group, rows in [*runs["oof"].groupby("group"), ("all runs", runs["oof"])]:
         table = pool_oof(rows)
         wauc = common.describe_wauc(score(table, table[PROBS].to_numpy()))
-        scores.append({"runs": group, "wAUC": wauc, "nearly constant": rows["is_constant"].any()})
+        scores.append({"runs": group, "wAUC": wauc})
         false_alarms, sensitivity, _ = roc_curve(table[PRESENT], table[PROB_PRESENT])
         axes.plot(false_alarms, sensitivity, label=group)
     figures.append(show_chart("ROC of Aneurysm Present. Chance is the diagonal.", axes))
@@ -299,7 +300,7 @@ def cases_section(runs: dict, pooled: DataFrame, cache: Path) -> str:
     return f"""<section id="cases"><h2>The hardest cases</h2>
         <p>The slab of a locator's likeliest place, else of the annotated one; beside it the locator's
         probability of an aneurysm over the slab: violet 0.3, red 0.5, yellow 0.9.</p>
-        {"".join(cases)}</section>"""
+        {"".join(cases) or absent("None of the predicted series is in the cache.")}</section>"""
 
 
 def show_case(row: dict, places: DataFrame, scan: Scan) -> str:
@@ -423,17 +424,6 @@ HEAD = f"""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Intracran
 <body><h1>Intracranial aneurysms</h1>"""
 
 
-def describe_score(result: dict, oof: DataFrame, constant: ndarray) -> str:
-    num_few = sum(np.isnan(row["low"]) for row in result["per_label"].values())
-    return (
-        f"wAUC {common.describe_wauc(result)}: predictions out of fold, pooled; runs: "
-        f"{oof['run'].nunique()}, series: {result['num_series']}, patients: {result['num_patients']}. The "
-        f"draws are of patients, and keep both classes of each label. Runs that predict nearly the same for "
-        f"all series: {len(constant)}. Labels with too few patients for an interval: {num_few} of 14; "
-        f"without a class, so not in the wAUC: {len(result['undefined'])}."
-    )
-
-
 def make_page(cache: Path, src: Path, outputs: Path, limit: int | None = None) -> str:
     """What was run, what came out and what to look at first; then the sections."""
     sections, facts, troubles = [], [], {}
@@ -459,11 +449,15 @@ def make_page(cache: Path, src: Path, outputs: Path, limit: int | None = None) -
     if runs:
         pooled = pool_oof(runs["oof"])
         result = score(pooled, pooled[PROBS].to_numpy())
-        constant = runs["oof"].query("is_constant")["run"].unique()
-        facts.append(describe_score(result, runs["oof"], constant))
-        for name in constant:
-            warnings.insert(0, f"{name} PREDICTS NEARLY THE SAME FOR ALL SERIES: its score is chance.")
-        sections += [results_section(runs, result), cases_section(runs, pooled, cache)]
+        facts.append(
+            f"wAUC {common.describe_wauc(result)}: predictions out of fold, pooled; runs: "
+            f"{runs['oof']['run'].nunique()}, series: {len(pooled)}, patients: {result['num_patients']}. The "
+            f"draws are of patients. Labels of one class, not in the wAUC: {len(result['undefined'])}."
+        )
+        is_here = pooled[UID].isin([path.stem for path in cache.glob("*.safetensors")])
+        if not is_here.all():
+            warnings.insert(0, f"--cache {cache} lacks {sum(~is_here)} of {len(pooled)} predicted series.")
+        sections += [results_section(runs, result), cases_section(runs, pooled[is_here], cache)]
     names = re.findall(r'<section id="(\w+)"><h2>(.*?)</h2>', "".join(sections))
     return f"""{HEAD}
         <nav>{"".join(f'<a href="#{name}">{title}</a>' for name, title in names)}</nav><main>

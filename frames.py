@@ -464,7 +464,7 @@ class Frame:
         return normal / np.linalg.norm(normal)
 
 
-Frames = list[Frame]
+Frames = list  # of Frame
 
 
 def image_types(header: dict) -> list:

@@ -58,7 +58,7 @@ from pandas import DataFrame
 import common
 import dicom
 from common import AP, CHECKPOINT, LABELS, SWAP, UID, Output, Run, log, positive_int, propose, sigmoid
-from dicom import Series, Volume, safe_uid, to_lps, to_voxel
+from dicom import Series, Volume, safe_uid, to_voxel
 
 SHARED = Path(os.environ.get("KAGGLE_SHARED", "/kaggle/shared"))  # emptied after each call of --serve
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": None}  # of autocast; None: float32
@@ -262,9 +262,8 @@ def run_member(member: Member, uid: str, scan: Scan, is_mirrored: bool, outputs:
     if member.locator:
         maps = run_member(member.locator, uid, scan, is_mirrored, outputs).maps
         locator_cfg = member.locator.run.cfg
-        locator_volume = scan.volumes[locator_cfg.volume]
-        peaks = propose(maps, locator_volume.spacing_mm, locator_cfg)
-        proposals = to_voxel(to_lps(peaks[:, :3], locator_volume.affine), volume.affine)
+        peaks = propose(maps, scan.volumes[locator_cfg.volume].affine, locator_cfg)
+        proposals = to_voxel(peaks[:, :3], volume.affine)
     image = volume.voxels
     if cfg.num_crops:
         decoys = np.array(member.run.meta["decoys"])
@@ -401,18 +400,26 @@ def explain_series(answer: Answer, ensemble: Ensemble, scan: Scan, outputs: dict
         is_passed = present >= point["threshold"]
         if is_passed:
             facts["operating_point"] = point
-        text = "{threshold:.3f}, threshold of specificity {specificity:.2f}, sensitivity {sensitivity:.2f}"
-        text = f"{'above' if is_passed else 'below'} {text} of {{positives:.0f}} positives"
-        lines.append(f"  {text.format(**point)}")
+        lines.append(
+            f"  {'above' if is_passed else 'below'} {point['threshold']:.3f}, threshold of specificity "
+            f"{point['specificity']:.2f}, sensitivity {point['sensitivity']:.2f} of "
+            f"{point['positives']:.0f} positives"
+        )
     for k in np.argsort(-answer.probs[:AP])[:3]:
         lines.append(f"  probability of {LABELS[k]} {answer.probs[k]:.3f}")
     path, findings = folder / f"{safe_uid(answer.uid)}.findings.json", []
-    for *voxel, score, label in propose(maps, volume.spacing_mm, cfg).tolist():
+    for *point_mm, score, label in propose(maps, volume.affine, cfg).tolist():
+        (voxel,) = to_voxel(point_mm, volume.affine).round(1).tolist()
         place = {"artery": LABELS[int(label)], "score": round(score, 4), "voxel": voxel}
-        (point_mm,) = to_lps(voxel, volume.affine)
-        place["lps_mm"] = point_mm.round(2).tolist()
+        place["lps_mm"] = np.round(point_mm, 2).tolist()
         image = find_image(point_mm, scan.series) if scan.series else {}
         findings.append(facts | place | image)
+        right_mm = ((cfg.volume.img_size - 1) / 2 - voxel[2]) * volume.spacing_mm[2]
+        across_mm = {"L": right_mm, "R": -right_mm}.get(place["artery"][0], 0)
+        if across_mm > 10:
+            doubt = f"{place['artery']}, but {across_mm:.0f} mm on the other side of the middle"
+            findings[-1]["doubts"] = [*volume.doubts, doubt]
+            lines.append(f"  doubtful: {doubt}")
     common.write_json(path, findings)
     png = draw_findings(volume, maps.sum(0), findings)
     common.write_atomic(folder / f"{safe_uid(answer.uid)}.png", png)
@@ -455,7 +462,8 @@ def draw_findings(volume: Volume, heat: ndarray, findings: list) -> bytes:
         options = {"extent": grey.get_extent(), "interpolation": "bilinear", "vmin": 0, "vmax": 1}
         image = overlay.imshow(heat[slab], "inferno", alpha=0.7 * heat[slab] ** 0.5, **options)
         overlay.plot(x, y, "c+", markersize=14)
-        overlay.set_title(f"{finding['artery']} {finding['score']:.3f}", fontsize=8)
+        title = "\n".join([f"{finding['artery']} {finding['score']:.3f}", *finding["doubts"]])
+        overlay.set_title(title, fontsize=8, wrap=True)
         plain.set_title(f"slab {slab} (0 to {len(heat) - 1})")
         bottom = len(volume.voxels[slab]) - 3
         plain.hlines(bottom, 3, 3 + 20 / volume.spacing_mm[2], color="gray")
@@ -471,7 +479,7 @@ def describe_score(answers: list, labels: DataFrame, members: list) -> str:
     """The score for people. Warns of series that may have trained a member."""
     by_uid = {safe_uid(answer.uid): answer for answer in answers}
     table = labels[labels[UID].isin(by_uid)]
-    table = table.assign(plane="", Modality=table.get("Modality", "unknown"))
+    table = table.assign(plane="")
     if table.empty:
         raise ValueError(f"--labels: none of the {len(answers)} predicted series is among them")
     table["patient"] = [by_uid[uid].patient or uid for uid in table[UID]]
@@ -481,7 +489,10 @@ def describe_score(answers: list, labels: DataFrame, members: list) -> str:
         for part in ("per_label", "per_modality")
     )
     text += f"\n{common.UNDEFINED}\nwAUC {common.describe_wauc(result)}, "
-    text += f"{len(table)} series of {result['num_patients']} patients"
+    num = len(table)
+    text += f"{num} series of {result['num_patients']} patients"
+    if not num == len(by_uid) == len(labels):
+        text += f"; left out: {len(by_uid) - num} without labels, {len(labels) - num} without a prediction"
     in_all = set.intersection(*(set(member.run.meta["val_uids"]) for member in members))
     num_trained = len(set(table[UID]) - in_all)
     if num_trained:
@@ -564,7 +575,10 @@ def predict_table(args: Namespace, stdout: io.TextIOBase) -> list:
     if args.explain:
         args.explain.mkdir(parents=True, exist_ok=True)
     ensemble = load_ensemble(args, [state.device], source.settings)
-    log(f"{len(uids)} series, {len(ensemble.members)} members, {state.num_processes} processes")
+    log(
+        f"{len(uids)} series, {state.num_processes} processes, {len(ensemble.members)} members: "
+        f"{', '.join(member.run.folder.name for member in ensemble.members)}"
+    )
     answers = gather_object(answer_share(ensemble, source, uids, args, state))
     if not state.is_main_process:
         return []
@@ -590,11 +604,9 @@ def answer_share(
     is named by all that rows depend on, so that rows of other members or settings are never mixed in."""
     if args.out and args.out.is_file():
         header, *rows = args.out.read_text(errors="replace").splitlines() or [""]
-        if header != ",".join([UID, *LABELS]):
-            raise ValueError(f"--out {args.out}: this file is not a submission; name another")
         others = {row.split(",")[0] for row in rows}.difference(uids)
-        if others:
-            raise ValueError(f"--out {args.out}: has {len(others)} series that this run lacks; name another")
+        if others or header != ",".join([UID, *LABELS]):
+            raise ValueError(f"--out {args.out}: no submission, or {len(others)} other series; name another")
     uids = uids[state.process_index :: state.num_processes]
     if args.explain or args.labels or not args.out:
         return answer_all(ensemble, source, uids, args)

@@ -54,13 +54,12 @@ from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader
 
 import common
-from common import AP, LABELS, SWAP, UID, Config, Run, SeriesDataset, log, read_csv, write_atomic
+from common import AP, LABELS, PLACE, SWAP, UID, Config, Run, SeriesDataset, log, read_csv, write_atomic
 from dicom import VolumeSettings, to_lps
 
 SPECIFICITIES = (0.90, 0.95)  # of `Aneurysm Present`
 FALSE_PER_SCAN = (0.25, 0.5, 1.0, 2.0)  # proposals away from every annotated point
 REACH_MM = 10.0  # a proposal this close to an annotated point finds it
-PLACE = ["x_mm", "y_mm", "z_mm"]  # LPS
 PROPOSAL_COLUMNS = [UID, *PLACE, "score", "label"]
 MIN_SPREAD = 0.02  # of 90 % of the predicted probabilities; below it they do not tell series apart
 
@@ -74,7 +73,6 @@ def load_table(cfg: Config, limit: int | None = None) -> DataFrame:
             f"{path}: no such file; expected the labels in the cache: put train.csv beside the series and "
             f"run python preprocess.py --src dicoms --dst {cfg.cache}, with the --config of this run"
         )
-    read_csv(path, ["Modality"])  # folds are balanced over it
     labels = common.read_label_table(path)
     columns = [UID, "status", "patient", "plane"]
     index = read_csv(path.with_name("index.csv"), columns, dtype=str)[columns]
@@ -276,7 +274,7 @@ class Progress:
     identity: dict  # of the run; see describe_run
     epoch: int = 0  # finished ones
     updates: int = 0  # that changed the weights: a scaler may skip some
-    history: list[dict] = field(default_factory=list)  # rows of log.csv
+    history: list = field(default_factory=list)  # rows of log.csv
     metrics: dict = field(default_factory=dict)  # of the best epoch
 
 
@@ -373,9 +371,8 @@ def learning_rate(update: int, per_epoch: int, cfg: Config) -> float:
     return cfg.min_lr + (cfg.lr - cfg.min_lr) * height
 
 
-def load_batches(dataset: SeriesDataset, batches: Iterable, device: torch.device) -> Iterator[dict]:
-    """The batches of these indices on the device, from a new loader, which sees the epoch's number.
-    ValueError names the series that could not be loaded."""
+def load_batches(dataset: SeriesDataset, batches: Iterable, device: torch.device) -> Iterator:
+    """The batches on the device, from a new loader, which sees the epoch. ValueError names a lost series."""
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
@@ -418,10 +415,7 @@ def predict(model: nn.Module, dataset: SeriesDataset, accelerator: Accelerator) 
             rows = []
             if output.maps is not None:
                 maps = output.maps[i].float().sigmoid().cpu().numpy()
-                spacing_mm = batch["spacing_mm"][i].cpu().numpy()
-                affine = batch["affine"][i].cpu().numpy()
-                peaks = common.propose(maps, spacing_mm, dataset.cfg)
-                peaks[:, :3] = to_lps(peaks[:, :3], affine)
+                peaks = common.propose(maps, batch["affine"][i].cpu().numpy(), dataset.cfg)
                 rows = [[dataset.uids[index], *peak] for peak in peaks.tolist()]
             answers.append((index, logits[i], rows))
     _, logits, rows = zip(*sorted(gather_object(answers)), strict=True)
@@ -510,7 +504,7 @@ def finish(folder: Path, accelerator: Accelerator, progress: Progress) -> None:
         "versions": {name: version(name) for name in modules},
     }
     log(
-        f"{folder}: best epoch {metrics['best_epoch']}, wAUC {common.describe_wauc(metrics)}, "
+        f"{folder}: kept epoch {metrics['best_epoch']}, wAUC {common.describe_wauc(metrics)}, "
         f"{metrics['num_patients']} patients; {len(metrics['undefined'])} labels of one class without an AUC"
     )
     if metrics["is_nearly_constant"]:
@@ -664,7 +658,7 @@ def find_best(history: list, cfg: Config) -> int:
 
 
 @contextmanager
-def fail_together(accelerator: Accelerator) -> Iterator[None]:
+def fail_together(accelerator: Accelerator) -> Iterator:
     """What fails in this block on one rank ends all of them, with one line and exit code 1."""
     error = ""
     try:
@@ -730,8 +724,9 @@ def make_accelerator(cfg: Config) -> Accelerator:
         mixed_precision=precision, log_with=cfg.tracker or None, project_dir=Path(cfg.outputs) / cfg.run_name
     )
     accelerator.gradient_accumulation_steps = 1  # whatever the environment sets
-    if accelerator.num_processes == 1 and "ACCELERATE_DYNAMO_BACKEND" in os.environ:
-        torch.set_num_threads(common.usable_cores())  # accelerate launch has set OMP_NUM_THREADS=1
+    is_alone = accelerator.num_processes == torch.get_num_threads() == 1  # more threads: the user's choice
+    if is_alone and "ACCELERATE_DYNAMO_BACKEND" in os.environ:  # accelerate launch has set OMP_NUM_THREADS=1
+        torch.set_num_threads(common.usable_cores())
     return accelerator
 
 

@@ -35,7 +35,7 @@ from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless, generate_
 
 import common
 import infer
-from common import Config, run_isolated
+from common import Config
 from dicom import VolumeSettings, make_volume, read_series
 
 SLICES, SIZE = 400, 512  # of the series to preprocess
@@ -107,12 +107,6 @@ def run_notebook(folder: Path) -> np.ndarray:
     return (volume[below] * (1 - share) + volume[below + 1] * share).astype(np.uint8)
 
 
-def measure_peak(folder: Path) -> int:
-    """Peak memory in MiB of this process with one series; ru_maxrss would be the parent's at the fork."""
-    make_voxels(folder)
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024
-
-
 def decode(datasets: list[pydicom.Dataset]) -> list[tuple]:
     return [get_decoder(ds.file_meta.TransferSyntaxUID).as_array(ds) for ds in datasets]
 
@@ -127,11 +121,7 @@ def bench_preprocess(args: argparse.Namespace, root: Path) -> None:
             "this project": partial(make_voxels, folder),
             "reading all bytes": lambda folder=folder: [path.read_bytes() for path in folder.iterdir()],
         }
-        title = f"{SLICES} x {SIZE} x {SIZE} int16, {share} of the slices inside the region"
-        compare(title, args.repeats, candidates)
-    ((_, peak_mib, reason),) = run_isolated(measure_peak, [folder], workers=1, timeout_s=600, memory_gb=100)
-    assert not reason, reason
-    print(f"\nPeak memory of a worker, imports included: {peak_mib} MiB")
+        compare(f"{SLICES} x {SIZE} x {SIZE}, {share} of the slices in the box", args.repeats, candidates)
     for syntax in (JPEG2000Lossless, JPEGLSLossless, RLELossless):
         folder = root / syntax
         write_ct(folder, args.packed, 160, syntax)
@@ -177,8 +167,7 @@ def bench_infer(args: argparse.Namespace, root: Path) -> None:
 
 
 def bench_train(args: argparse.Namespace, root: Path) -> None:
-    """Updates of train.py, without the start of its loaders, and of a bare loop on a batch that stays on the
-    device: models, batches and precision alike, weights random."""
+    """Updates of train.py and of a bare loop: models, batches and precision alike, weights random."""
     import train
 
     settings = [] if args.config else [f"model_name={args.model}", f"img_size={args.img_size}"]

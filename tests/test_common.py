@@ -118,14 +118,12 @@ def test_auc_agrees_with_scikit_learn_and_wauc_is_half_presence_and_half_the_mea
     ours = common.column_aucs(truth, scores, weights)
     theirs = [roc_auc_score(truth, scores, average=None, sample_weight=w) for w in weights]
     assert ours == approx(np.array(theirs), abs=1e-12)
-
     labels, probs = np.zeros((4, 14)), np.full((4, 14), 0.5)
     labels[:2, 13], probs[:, 13] = 1, [0.9, 0.2, 0.3, 0.1]  # 3 of 4 pairs right
     labels[0, 0], probs[:, 0] = 1, [0.9, 0.1, 0.1, 0.1]  # perfect
     labels[1, 6], probs[:, 6] = 1, [0.5, 0.5, 0.5, 0.5]  # ties: one half
     result = weighted_auc(labels, probs)
-    assert result["wauc"] == approx((0.75 + (1 + 0.5) / 2) / 2)
-    assert len(result["undefined"]) == 11
+    assert result["wauc"] == approx((0.75 + (1 + 0.5) / 2) / 2) and len(result["undefined"]) == 11
     result = weighted_auc(np.zeros((4, 14)), probs)
     assert np.isnan(result["wauc"]) and result["undefined"] == list(LABELS)
     probs[3, 5] = np.nan
@@ -271,9 +269,10 @@ if __name__ == "__main__":
 def test_peaks_come_highest_first_and_far_enough_apart():
     maps = np.zeros((13, 8, 4, 4), np.float32)
     maps[3, 2, 1, 1], maps[3, 2, 1, 2], maps[9, 7, 3, 0] = 0.9, 0.8, 0.5
-    peaks = common.propose(maps, np.array([4.0, 1.0, 1.0]), TINY)  # min_peak_mm 10, stride 8
+    affine = np.array([[0, 0, 1, 5], [0, 1, 0, 6], [4, 0, 0, 7], [0, 0, 0, 1]])  # (z, y, x) -> LPS mm
+    peaks = common.propose(maps, affine, TINY)  # min_peak_mm 10, stride 8
     assert peaks[:, 3:].tolist() == approx(np.array([[0.9, 3], [0.5, 9]]))  # 0.8 lies 8 mm from 0.9
-    assert peaks[0, :3].tolist() == [2, 8 + 3.5, 8 + 3.5]
+    assert peaks[0, :3].tolist() == [5 + 8 + 3.5, 6 + 8 + 3.5, 7 + 4 * 2]
 
 
 def test_locator_maps_add_up_to_its_finding_peak_at_its_logits_and_are_the_same_from_some_of_the_slabs():

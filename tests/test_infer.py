@@ -141,8 +141,8 @@ def test_rows_are_the_weighted_mean_of_what_validation_computes(work, reference)
         cfg, proposals = replace(run_.cfg, cache=str(work / "cache")), None
         if name := run_.meta["locator"]:
             maps = runs[name].model(torch.from_numpy(tensors["volume"])[None].float() / 255).maps[0].detach()
-            peaks = common.propose(torch.sigmoid(maps).numpy(), np.array(meta["spacing_mm"]), runs[name].cfg)
-            proposals = {uid: to_lps(peaks[:, :3], np.array(meta["affine"]))}
+            peaks = common.propose(torch.sigmoid(maps).numpy(), np.array(meta["affine"]), runs[name].cfg)
+            proposals = {uid: peaks[:, :3]}
             assert len(peaks) == 3
         dataset = SeriesDataset(cfg, rows, "deploy", np.array(run_.meta["decoys"]), proposals)
         image = dataset[0]["image"][None].float() / 255
@@ -217,8 +217,8 @@ def test_a_signal_ends_with_one_line_and_its_code(work, name, code):
     ("--serve", "--serve: No module named 'kaggle_evaluation'"),
     ("--src nothing", "--src nothing: no such folder; expected a folder"),
     ("--src longer.csv", "--src longer.csv: a file; expected a folder"),
-    ("--out longer.csv --limit 1", "--out longer.csv: has 2 series that this run lacks"),
-    ("--out cache/train.csv", "--out cache/train.csv: this file is not a submission; name another"),
+    ("--out longer.csv --limit 1", "--out longer.csv: no submission, or 2 other series; name"),
+    ("--out cache/train.csv", "--out cache/train.csv: no submission, or 0 other series; name"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_that_names_the_place(work, words, text):
     command = f"{sys.executable} {ROOT / 'infer.py'} {words}"
@@ -275,6 +275,19 @@ def test_what_speaks_against_a_run_is_said_and_a_bad_one_never_spoils_the_good_o
     assert "test_efficientnet_seed1_fold0: the cache does not fit: base_slices 8 (expected 6)" in text
     assert "test_efficientnet_seed0_fold2: this run of train.py is not finished" in text
     assert all(f"left out: {outputs}/bad{i}" in text for i in range(4))
+
+
+def test_an_artery_on_the_other_side_is_doubtful_and_a_score_says_what_it_leaves_out(work, tmp_path):
+    ensemble, maps = load(work), np.zeros((13, 8, 8, 8), np.float32)
+    maps[4, 3, 4, 0], maps[5, 6, 4, 0] = 0.9, 0.8  # left and right MCA, far on the right
+    answer, other = (infer.Answer(uid, PRIOR) for uid in ("1.2", "1.3"))
+    outputs = {ensemble.members[-1]: Output(np.zeros((1, 14)), maps)}  # a locator's
+    infer.explain_series(answer, ensemble, blank_scan(), outputs, tmp_path)
+    doubts = [row["doubts"][1:] for row in json.loads((tmp_path / "1.2.findings.json").read_text())]
+    assert doubts == [[f"{LABELS[4]}, but 84 mm on the other side of the middle"], []]
+    labels = pd.DataFrame(1, ["1.2", "8", "9"], ["Modality", *LABELS]).rename_axis(UID).reset_index()
+    text = infer.describe_score([answer, other], labels, ensemble.members)
+    assert "1 series of 1 patients; left out: 1 without labels, 2 without a prediction" in text
 
 
 def test_proposals_reach_a_classifier_of_another_volume_in_millimetres(work, monkeypatch):
@@ -423,7 +436,7 @@ def test_one_scan_is_answered_in_words_with_a_picture_that_glows_where_heat_is_h
     assert "no locator among the members" in run(work, *options)[1]
     assert [path.read_text() for path in (work / "none").iterdir()] == ["[]"]
     (volume,) = blank_scan(90).volumes.values()
-    findings = [{UID: "1.2", LABELS[AP]: 0.5, "voxel": [5, 20, 30], "artery": "", "score": 0}]
+    findings = [{UID: "1.2", LABELS[AP]: 0.5, "voxel": [5, 20, 30], "artery": "", "score": 0, "doubts": []}]
     for heat, low, high in ((0.02, 0, 0), (0.9, 0.2, 1)):
         png = infer.draw_findings(volume, np.full((8, 64, 64), heat, np.float32), findings)
         blue, _, red = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR).astype(int).T

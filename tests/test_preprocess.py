@@ -345,7 +345,6 @@ MISTAKES = {  # options -> exit code and last line
     "--src {tmp} --dst {tmp}/c --shard 4/4": (2, "'4/4': expected I/N"),
     "--src {tmp} --dst {tmp}/c --limit 0": (2, "expected a whole number above 0, found '0'"),
     "--src {tmp} --dst {tmp}/c --workers ²": (2, "expected a whole number above 0, found '²'"),
-    "--src {tmp} --dst {tmp}/c --timeout 1.5": (2, "expected a whole number above 0, found '1.5'"),
     "--src {tmp}/absent --dst {tmp}/c": (1, "preprocess.py: --src {tmp}/absent: no such folder"),
     "--src {tmp} --dst {tmp}/c --set bas_slices=3": (1, "--set bas_slices=3: unknown setting 'bas_slices'"),
     "--src {tmp} --dst {tmp}/file": (1, "{tmp}/file: a file; expected a folder"),
