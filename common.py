@@ -236,7 +236,7 @@ def config_from_dict(values: dict, source: str = "checkpoint") -> Config:
     if not cfg.fold < cfg.num_folds:
         raise ValueError(f"{source}: fold is {cfg.fold}, expected 0 to {cfg.num_folds - 1} (num_folds - 1)")
     if cfg.proposals if cfg.task == "locate" else cfg.train_slabs:
-        raise ValueError(f"{source}: proposals are for task classify, train_slabs for task locate")
+        raise ValueError(f"{source}: proposals are for task classify, train_slabs (0: none) for task locate")
     return cfg
 
 
@@ -639,9 +639,9 @@ def describe_wauc(result: dict) -> str:
     """`0.7738 (95 % interval 0.7070 to 0.8368, 1385 draws)` of a score, or why it has no interval."""
     draws = f"{result['draws_used']} draws)"
     if np.isnan(result["low"]):
-        positives = result["per_label"][LABELS[AP]]["positives"]
-        counts = f"{positives} series with an aneurysm of {result['num_series']}"
-        return f"{result['wauc']:.4f} (no interval: {counts}, {result['num_patients']} patients, {draws}"
+        positives = f"{result['per_label'][LABELS[AP]]['positives']} series with an aneurysm"
+        counts = f"{positives} of {result['num_series']}, {result['num_patients']} patients, {draws}"
+        return f"{result['wauc']:.4f} (no interval: {counts}"
     return f"{result['wauc']:.4f} (95 % interval {result['low']:.4f} to {result['high']:.4f}, {draws}"
 
 

@@ -48,7 +48,6 @@ PLANES = ("sagittal", "coronal", "axial")  # slices lie along x, y, z
 X, Y, Z = np.eye(3)
 USUAL_DIRECTIONS = ((Y, -Z), (X, -Z), (X, Y))  # of rows and columns in these planes
 BLANK = "blank"
-Masks = dict  # slice k -> (h, w) uint8
 VOLUME_VERSION = 2  # to be raised with each change of the code that changes a volume's voxels
 
 
@@ -249,7 +248,7 @@ def read_frames(paths: list, where: str) -> tuple:
             skipped.append((path, str(error)))
             cause = error.__cause__
             if getattr(cause, "errno", None) not in (None, errno.EINVAL):
-                raise ValueError(f"{path}: {error}; the disk is at fault, not the file: try again") from error
+                raise ValueError(f"{path}: {error}; its path or disk is at fault, not the file") from error
     reasons = [f"{path.name}: {reason}" for path, reason in skipped]
     if not frames:
         raise ValueError(f"{where}: no CT or MR slice in {len(paths)} files. {'; '.join(reasons[:3])}")
@@ -1039,7 +1038,7 @@ def doubt_voxels(grid: Grid, box: Box, voxels: ndarray, covered: ndarray, notes:
             notes.append(f"{is_poor.mean():.0%} of the slabs ({is_poor.sum()}) are {why}")
     shares = cv2.calcHist([slabs], [0], None, [256], [0, 256]) / slabs.size
     for share, limit, what in (
-        ((is_empty | ~is_covered).mean(), 0.25, "is interpolated over missing slices, or empty"),
+        ((is_empty | ~is_covered).mean(), 0.25, "is of one value, or interpolated over missing slices"),
         (shares[230:].sum(), 0.5, "is nearly white"),
         (shares.max(), 0.95, f"has the grey value {shares.argmax()}"),
     ):
@@ -1082,7 +1081,7 @@ def find_head(grid: Grid) -> tuple | None:
     return top, *find_centre(grid, head, pixel_mm, top)
 
 
-def find_axial_top(grid: Grid, head: Masks, mask_slice: Callable, least_pixels: float) -> float | None:
+def find_axial_top(grid: Grid, head: dict, mask_slice: Callable, least_pixels: float) -> float | None:
     """mm of the top by bisection between the highest sample with a head and the next; `head` gets more."""
     large = [k for k, mask in head.items() if mask.sum() > least_pixels]
     if not large:
@@ -1100,7 +1099,7 @@ def find_axial_top(grid: Grid, head: Masks, mask_slice: Callable, least_pixels: 
     return grid.spans[inside, 1]
 
 
-def find_sliced_top(grid: Grid, head: Masks, pixel_mm: ndarray, least_mm2: float) -> float | None:
+def find_sliced_top(grid: Grid, head: dict, pixel_mm: ndarray, least_mm2: float) -> float | None:
     """mm of the top: the highest row (of z) whose pixels in all samples make up the cross-section."""
     centres = grid.centres[list(head)]
     # mm through the stack that a sample stands for
@@ -1114,7 +1113,7 @@ def find_sliced_top(grid: Grid, head: Masks, pixel_mm: ndarray, least_mm2: float
     return min(bottom + pixel_mm[0] * (rows[-1] + 1), covered)
 
 
-def find_centre(grid: Grid, head: Masks, pixel_mm: ndarray, top: float) -> ndarray:
+def find_centre(grid: Grid, head: dict, pixel_mm: ndarray, top: float) -> ndarray:
     """(2,) mm (y, x) of the middle of the head's bounding box over 100 mm below the top."""
     numbers, *pixels = np.nonzero(np.stack(list(head.values())))
     slices = np.array(list(head))[numbers]
@@ -1174,7 +1173,7 @@ def largest_component(mask: ndarray, near: ndarray) -> ndarray:
     return mask * (labels == sizes.argmax())
 
 
-def follow_head(masks: Masks, head: Masks) -> None:
+def follow_head(masks: dict, head: dict) -> None:
     """Reduce the head to components that lie on each other: up and down from the largest of all."""
     seed = max(head, key=lambda k: head[k].sum())
     upwards = [k for k in head if k > seed]

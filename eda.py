@@ -212,7 +212,7 @@ def show_example(row: dict, scan: Scan, src: Path) -> str:
         fault = f"The volume alone is shown: {hide_folders(error)}"
     spacing = f"slices {row['num_slices']:.0f}, {row['slice_mm']:.2f} mm apart"
     return f"""<h3>{escape(row["modality"])}, {escape(row["plane"])}</h3>
-        {absent(f"{row[UID]}: {spacing}. {row['notes']} {fault}")}
+        {absent(f"{row[UID]}, {row['status']}: {spacing}. {row['notes']} {fault}")}
         <div class="grid panes">
         {show_plane("Coronal projection", head, 1, scan.place, REACH_MM)}
         {show_plane("Sagittal projection", head, 2, scan.place, REACH_MM)}
@@ -244,7 +244,7 @@ def find_troubles(table: DataFrame, cache: Path) -> dict:
         "Series that failed": table.query("status == 'failed'")[[UID, "reason"]],
         "Doubtful volumes": table.query("status == 'doubtful'")[[UID, "reason", "notes"]],
         "Unreadable volumes": table[[UID, "unreadable"]].dropna(),
-        "Points outside the box": outside[[UID, "num_points", "points_inside"]],
+        "Annotated points left out or outside the box": outside[[UID, "num_points", "points_inside"]],
         "Age or sex unlike train.csv": table.loc[is_other, [UID, "age", "PatientAge", "sex", "PatientSex"]],
         "Faults of labels, points and files": faults,
         "Kinds of repairs and assumptions": examples.value_counts().reset_index(name="series"),
@@ -397,7 +397,7 @@ def absent(text: str) -> str:
 
 def hide_folders(error: Exception) -> str:
     """The message without the folders of its paths."""
-    return re.sub(r"\S*/", "", str(error))
+    return re.sub(r"[^\s']*/", "", str(error))
 
 
 STYLE = """
@@ -421,7 +421,7 @@ th, td { border: 1px solid var(--line); padding: 2px 7px; min-width: 4em; vertic
 """
 HEAD = f"""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Intracranial aneurysms</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style>
-<body><h1>Intracranial aneurysms</h1>"""
+<body><h1>Intracranial aneurysms</h1><p>Research software, not a medical device.</p>"""
 
 
 def make_page(cache: Path, src: Path, outputs: Path, limit: int | None = None) -> str:
@@ -444,27 +444,23 @@ def make_page(cache: Path, src: Path, outputs: Path, limit: int | None = None) -
             if len(rows):
                 first = f"{rows.iat[0, 0]}: {rows.columns[1]} {rows.iat[0, 1]}"
                 warnings.append(f"{title}: {len(rows)}; first {first}")
-        sections += [data_section(table), images_section(table, cache, src), points_section(points)]
-        sections.append(trouble_section(troubles))
+        sections = [data_section(table), images_section(table, cache, src)]
+        sections += [points_section(points), trouble_section(troubles)]
     if runs:
         pooled = pool_oof(runs["oof"])
         result = score(pooled, pooled[PROBS].to_numpy())
-        facts.append(
-            f"wAUC {common.describe_wauc(result)}: predictions out of fold, pooled; runs: "
-            f"{runs['oof']['run'].nunique()}, series: {len(pooled)}, patients: {result['num_patients']}. The "
-            f"draws are of patients. Labels of one class, not in the wAUC: {len(result['undefined'])}."
-        )
         is_here = pooled[UID].isin([path.stem for path in cache.glob("*.safetensors")])
-        if not is_here.all():
-            warnings.insert(0, f"--cache {cache} lacks {sum(~is_here)} of {len(pooled)} predicted series.")
+        facts.append(
+            f"wAUC {common.describe_wauc(result)}: out of fold, pooled; runs: {runs['oof']['run'].nunique()}"
+            f", series: {len(pooled)}, patients: {result['num_patients']}. Not in --cache: {sum(~is_here)}."
+        )
         sections += [results_section(runs, result), cases_section(runs, pooled[is_here], cache)]
     names = re.findall(r'<section id="(\w+)"><h2>(.*?)</h2>', "".join(sections))
     return f"""{HEAD}
         <nav>{"".join(f'<a href="#{name}">{title}</a>' for name, title in names)}</nav><main>
         <p>python eda.py --cache {escape(str(cache))} --src {escape(str(src))}
         --outputs {escape(str(outputs))}{f" --limit {limit}" if limit else ""};
-        {time.strftime("%Y-%m-%d %H:%M %Z")}; Python {sys.version.split()[0]}, torch {torch.__version__}.
-        Research software, not a medical device.</p>
+        {time.strftime("%Y-%m-%d %H:%M %Z")}; Python {sys.version.split()[0]}, torch {torch.__version__}.</p>
         {"".join(f"<p><b>{escape(text)}</b></p>" for text in facts)}<h3>Look at this first</h3>
         <ul>{"".join(f"<li>{escape(text)}</li>" for text in warnings or ["Nothing stands out."])}</ul>
         {"".join(sections)}</main></body></html>"""

@@ -9,8 +9,10 @@ out  stdout              CSV: SeriesInstanceUID and the 14 labels, a row per ser
      --out FILE          the same into FILE, unless that holds series that this run leaves out; started again,
                          it goes on with the rows in .FILE.*.rows (not with --explain, --labels)
      --explain DIR       of each series UID.png and UID.findings.json, of all findings.json: presence, the
-                         strictest operating point passed, and of the likeliest places artery, score, LPS mm
-                         and, from DICOM, image, frame (from 0), column and row; needs a locator
+                         strictest operating point passed (null: none), doubts (an artery over 10 mm on the
+                         other side of the box's middle among them), and of the likeliest places artery,
+                         score, LPS mm and, from DICOM, where an image lies there, image, frame (from 0),
+                         column and row; needs a locator. A series that fails has no findings
 how  --tta               average with the mirrored view (default: off)
      --precision P       fp16 (default on a GPU), bf16 or no (default on a CPU)
      --budget-hours H    answer all series within this time (default: no limit)
@@ -23,8 +25,8 @@ run  python infer.py --src TEST_DICOMS > submission.csv
      python infer.py --src FOLDER_OF_ONE_SERIES --explain pictures
      accelerate launch infer.py --src TEST_DICOMS --out submission.csv     several processes share the series
 
-A series that cannot be read, or not in time, gets the prior, which is not a finding: how often each label was
-positive in training. With --budget-hours the mirrored view goes first, then the lightest members.
+A series that cannot be read, or not in time, gets the prior, which is no finding and no rank: how often each
+label was positive in training. With --budget-hours the mirrored view goes first, then the lightest members.
 exit 0 all well, 3 some rows are the prior (named on stderr), 1 nothing done, 2 wrong usage, 130/143 stopped.
 """
 
@@ -62,6 +64,8 @@ from dicom import Series, Volume, safe_uid, to_voxel
 
 SHARED = Path(os.environ.get("KAGGLE_SHARED", "/kaggle/shared"))  # emptied after each call of --serve
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": None}  # of autocast; None: float32
+POINT = "{threshold:.3f}, threshold of specificity {specificity:.2f}, sensitivity {sensitivity:.2f}"
+POINT += " of {positives:.0f} positives"
 log_once = cache(log)
 log_any = partial(log, everywhere=True)  # from any process
 
@@ -215,7 +219,7 @@ def load_ensemble(args: Namespace, devices: list, cache_settings: dict | None = 
     members = [load(folder.resolve()) for folder in folders]
     members = [member for member in members if member and member.run.cfg.ensemble_weight > 0]
     if not members:
-        raise ValueError(f"--outputs {args.outputs}: no run of train.py to use; expected {CHECKPOINT} there")
+        raise ValueError(f"--outputs {args.outputs}: no run of train.py to use; each has a {CHECKPOINT}")
     members.sort(key=lambda member: -member.run.cfg.ensemble_weight)
     models = list(dict.fromkeys(members + [member.locator for member in members if member.locator]))
     prior = np.mean([member.run.meta["prior"] for member in members], axis=0)
@@ -394,17 +398,13 @@ def explain_series(answer: Answer, ensemble: Ensemble, scan: Scan, outputs: dict
     maps = [outputs[model].maps for model in alike if model.run.cfg.locator_stride == cfg.locator_stride]
     volume, maps = scan.volumes[cfg.volume], np.mean(maps, axis=0)
     present = answer.probs[AP]
-    lines = [f"{answer.uid}: {LABELS[AP]} {present:.3f}"]
+    lines = [f"{answer.uid}: {LABELS[AP]} {present:.3f}{'' if ensemble.points else ', no operating points'}"]
     facts = {UID: answer.uid, LABELS[AP]: round(present, 4), "operating_point": None, "doubts": volume.doubts}
     for point in ensemble.points:
         is_passed = present >= point["threshold"]
         if is_passed:
             facts["operating_point"] = point
-        lines.append(
-            f"  {'above' if is_passed else 'below'} {point['threshold']:.3f}, threshold of specificity "
-            f"{point['specificity']:.2f}, sensitivity {point['sensitivity']:.2f} of "
-            f"{point['positives']:.0f} positives"
-        )
+        lines.append(f"  {'above' if is_passed else 'below'} {POINT.format(**point)}")
     for k in np.argsort(-answer.probs[:AP])[:3]:
         lines.append(f"  probability of {LABELS[k]} {answer.probs[k]:.3f}")
     path, findings = folder / f"{safe_uid(answer.uid)}.findings.json", []
@@ -423,7 +423,8 @@ def explain_series(answer: Answer, ensemble: Ensemble, scan: Scan, outputs: dict
     common.write_json(path, findings)
     png = draw_findings(volume, maps.sum(0), findings)
     common.write_atomic(folder / f"{safe_uid(answer.uid)}.png", png)
-    log_any("\n".join([*lines, f"  {path}: {len(findings)} places"]))
+    num_beside = sum("row" not in finding for finding in findings) if scan.series else 0
+    log_any("\n".join([*lines, f"  {path}: {len(findings)} places, {num_beside} beside the images"]))
 
 
 def find_image(point_mm: ndarray, series: Series) -> dict:
@@ -462,12 +463,12 @@ def draw_findings(volume: Volume, heat: ndarray, findings: list) -> bytes:
         options = {"extent": grey.get_extent(), "interpolation": "bilinear", "vmin": 0, "vmax": 1}
         image = overlay.imshow(heat[slab], "inferno", alpha=0.7 * heat[slab] ** 0.5, **options)
         overlay.plot(x, y, "c+", markersize=14)
-        title = "\n".join([f"{finding['artery']} {finding['score']:.3f}", *finding["doubts"]])
-        overlay.set_title(title, fontsize=8, wrap=True)
+        title = f"{finding['artery']} {finding['score']:.3f}{' doubtful' * bool(finding['doubts'])}"
+        overlay.set_title(title, fontsize=8)
         plain.set_title(f"slab {slab} (0 to {len(heat) - 1})")
         bottom = len(volume.voxels[slab]) - 3
-        plain.hlines(bottom, 3, 3 + 20 / volume.spacing_mm[2], color="gray")
-        plain.text(3, bottom, "20 mm", color="gray", va="bottom")
+        plain.hlines(bottom, 3, 3 + 20 / volume.spacing_mm[2], color="c")
+        plain.text(3, bottom, "20 mm", color="c", va="bottom")
     figure.colorbar(image, ax=panels, shrink=0.5, label="probability of an aneurysm at this place")
     figure.suptitle(f"{finding[UID]}\n{LABELS[AP]} {finding[LABELS[AP]]:.3f}. Not for diagnosis.")
     png = io.BytesIO()
@@ -497,8 +498,8 @@ def describe_score(answers: list, labels: DataFrame, members: list) -> str:
     num_trained = len(set(table[UID]) - in_all)
     if num_trained:
         text += (
-            f"\n{num_trained} of {len(table)} scored series were not held out by all members: the score is "
-            f"too high, unless these are new patients"
+            f"\n{num_trained} of {len(table)} scored series were not held out by all members: new patients, "
+            f"or the score is too high"
         )
     return text
 

@@ -94,7 +94,8 @@ def read_points(path: Path) -> dict:
 def find_faults(labels: dict, points: dict, series: dict, strays: list) -> DataFrame:
     """A row per series that a table lacks, or whose row contradicts itself or its points; and per stray."""
     faults = [(f"Series not in {LABEL_TABLE}", uid) for uid in series.keys() - labels.keys() if labels]
-    faults += [(f"Series of {POINT_TABLE} not in --src", uid) for uid in points.keys() - series.keys()]
+    for name, table in ((LABEL_TABLE, labels), (POINT_TABLE, points)):
+        faults += [(f"Series of {name} not in --src", uid) for uid in table.keys() - series.keys()]
     for uid, row in labels.items():
         if any(row[name] for name in LOCATIONS) != row[LABELS[AP]]:
             faults.append((f"{LABELS[AP]} and arteries disagree in {LABEL_TABLE}", uid))
@@ -453,7 +454,7 @@ def summarise(index: DataFrame) -> None:
     }
     for kind, texts in kinds.items():
         if len(texts):
-            log_shard(f"{len(texts)} {kind} in {INDEX}; first {texts.index[0]}: {texts.iloc[0]}")
+            log_shard(f"{len(texts)} {kind}, see {INDEX}; first {texts.index[0]}: {texts.iloc[0]}")
 
 
 def main() -> int:

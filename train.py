@@ -114,7 +114,7 @@ def read_points(cfg: Config, uids: pd.Series) -> DataFrame:
         points = tensors["points"]
         rows.append({"points": points, "points_mm": to_lps(points, np.array(meta["affine"]))})
     if faults:
-        raise ValueError(f"{cfg.cache}: cannot train, {len(faults)} faults: {'; '.join(faults[:10])}")
+        raise ValueError(f"{cfg.cache}: cannot train, {len(faults)} faults: {'; '.join(faults[:5])}")
     return DataFrame(rows)
 
 
@@ -389,7 +389,7 @@ def load_batches(dataset: SeriesDataset, batches: Iterable, device: torch.device
         except (OSError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[-1]
             uids = ", ".join(dataset.uids[i] for i in indices)
-            raise ValueError(f"series {uids}: {reason}") from error
+            raise ValueError(f"{reason} (while series {uids} were loaded)") from error
         yield {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 

@@ -370,11 +370,11 @@ def find_backgrounds(root: Path) -> list[tuple]:
     for files in map(tuple, dicom.find_series(root)[0].values()):
         try:
             backgrounds.append((files, *read_background(files)[3:]))
+            print(f"phantom.py: draws into {files[0].parent}", file=sys.stderr)
         except ValueError as error:
-            print(f"phantom.py: {error}", file=sys.stderr)
+            print(f"phantom.py: {files[0].parent}: {error}", file=sys.stderr)
     if not backgrounds:
         sys.exit(f"phantom.py: {root}: no series of a head; expected CT or MR, 120 mm in each direction")
-    print(f"phantom.py: {root}: {len(backgrounds)} heads to draw into", file=sys.stderr)
     return backgrounds
 
 

@@ -138,7 +138,7 @@ def test_the_top_says_what_was_run_what_came_out_and_what_to_look_at(everything)
     assert "python eda.py --cache cache --src dicoms --outputs outputs; 20" in top and "torch" in top
     assert "series: 19, patients: 19, ok: 17, doubtful: 1, failed: 1" in top
     assert "pooled; runs: 4, series: 16, patients: 16" in top
-    assert "Labels of one class, not in the wAUC: 12." in top
+    assert "Not in --cache: 0." in top and "–: fewer than 5 patients" in everything
     assert first.count("NEARLY THE SAME FOR ALL SERIES") == 2 and "test_efficientnet_seed0_fold1" in first
     assert "Series that failed: 1; first 1.7: reason no slice could be decoded" in first
     assert "Doubtful volumes: 1; first 1.4: reason air is the brightest value" in first
@@ -147,7 +147,7 @@ def test_the_top_says_what_was_run_what_came_out_and_what_to_look_at(everything)
     text, cases = Page(everything).text.split("The hardest cases")[-2:]
     assert cases.count("Slab, plane 4 of 0 to 7") == cases.count("Heat map") == 12  # a place at z = 3.5
     assert "safetensors" not in cases and "secret" not in everything  # no patient
-    assert "1.2: slices 160, 1.00 mm apart" in text and text.count("All annotated points") == 3
+    assert "1.2, ok: slices 160, 1.00 mm apart" in text and text.count("All annotated points") == 3
 
 
 def test_what_is_absent_or_broken_is_said_and_the_rest_goes_on(tmp_path):
@@ -222,7 +222,7 @@ def test_points_outside_other_ages_and_kinds_of_notes_are_listed(tmp_path):
     rows.append({"uid": "3.4", "sex": "M", "points": [(6, 9, 31, 31)], "points_inside": 0})
     write_set(tmp_path, rows, PatientAge=50, PatientSex="Female")
     troubles = eda.find_troubles(eda.read_cache(tmp_path)[0], tmp_path)
-    assert troubles["Points outside the box"].to_numpy().tolist() == [["3.4", 1, 0]]
+    assert troubles["Annotated points left out or outside the box"].to_numpy().tolist() == [["3.4", 1, 0]]
     assert troubles["Age or sex unlike train.csv"][UID].tolist() == ["3.1", "3.2", "3.4"]
     counts = troubles["Kinds of repairs and assumptions"].to_numpy().tolist()
     assert counts == [["gap of 3.5 mm (2 images)", 2], ["a", 1], ["no (0020,0032) in 3 files", 1]]

@@ -172,7 +172,7 @@ def test_many_blank_images_are_doubted_unless_above_the_vertex(tmp_path, healthy
     voxels = HU.copy()
     voxels[is_blank] = value
     volume = volume_of(tmp_path / "a", voxels, plane)
-    assert "interpolated over missing slices, or empty" in volume.doubts[0]
+    assert "is of one value, or interpolated over missing slices" in volume.doubts[0]
     assert noted(volume, "slices left out, they are blank")
     assert volume.affine[2, 3] == pytest.approx(healthy[plane].affine[2, 3], abs=1)
 

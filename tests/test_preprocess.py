@@ -170,7 +170,7 @@ def test_doubts_make_a_series_doubtful_in_index_and_summary(tmp_path, monkeypatc
     preprocess.summarise(preprocess.write_index(tmp_path / "cache"))
     row = index(tmp_path / "cache")["1.2.3.4"]
     assert (row["status"], row["reason"], row["notes"]) == ("doubtful", "67 % white; no air", "a note")
-    assert "1 doubtful series in index.csv; first 1.2.3.4: 67 % white; no air" in capsys.readouterr().err
+    assert "1 doubtful series, see index.csv; first 1.2.3.4: 67 % white; no air" in capsys.readouterr().err
 
 
 def test_names_that_are_not_utf8_and_foreign_files_do_no_harm(src, tmp_path):
@@ -402,7 +402,7 @@ def test_points_outside_of_their_image_or_without_one_are_counted_and_the_first_
     assert "Series of train_localizers.csv not in --src: 1; first 1.2.9\n" in err
     uid, sop_uid = table.iloc[0][[UID, "SOPInstanceUID"]]
     reason = f"{uid}: point left out: (1, 48.5) lies outside of image {sop_uid}"
-    assert f"3 annotated points left out in index.csv; first {reason}\n" in err
+    assert f"3 annotated points left out, see index.csv; first {reason}\n" in err
     assert f"{len(table)} of {len(table) + 3} annotated points lie inside the volumes" in err
     assert "no image 1.2.3.4.5" in index(tmp_path / "cache")[uid]["notes"]
 

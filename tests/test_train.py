@@ -229,12 +229,12 @@ def test_a_loader_that_dies_or_a_volume_cut_short_is_named(tmp_path):
             return super().__getitem__(index) if index != 3 else os.kill(os.getpid(), SIGKILL)
 
     path = volume_path(tmp_path, "1.2.3")
-    cases = [(Killed, 2, "DataLoader worker .* exited unexpectedly")]
-    cases += [(SeriesDataset, workers, f".*{path}: not a readable volume") for workers in (0, 1)]
+    cases = [(Killed, 2, "^DataLoader worker .* exited unexpectedly")]
+    cases += [(SeriesDataset, workers, f"{path}: not a readable volume") for workers in (0, 1)]
     for kind, workers, complaint in cases:
         dataset = kind(change(cfg, workers=workers), random_table(6), "train", NO_DECOYS)
         batches = train.load_batches(dataset, [[0, 1], [2, 3], [4]], torch.device("cpu"))
-        assert "\n" not in expect_refusal(f"^series 1.2.2, 1.2.3: {complaint}", list, batches)
+        assert "\n" not in expect_refusal(f"{complaint}.* series 1.2.2, 1.2.3 were", list, batches)
         path.write_bytes(path.read_bytes()[:-100])
 
 
