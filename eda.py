@@ -181,7 +181,9 @@ def read_whole_head(scan: Scan, uid: str, src: Path) -> Scan:
     """The same series read again from DICOM: a volume over a larger box."""
     files = src / "series" / uid
     if not files.is_dir():
-        files = list_series(src)[0].get(uid, files)
+        files = list_series(src)[0].get(uid)
+    if not files:
+        raise ValueError(f"no such series in --src {src}")
     volume = make_volume(read_series(files, uid), WHOLE_HEAD)
     return replace(scan, voxels=volume.voxels, affine=volume.affine)
 

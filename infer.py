@@ -153,12 +153,9 @@ def read_dicom(item: tuple, settings: set) -> Scan:
     series = dicom.read_series(files, uid)
     if len(settings) > 1:
         series.forget = lambda *_: None  # decoded slices stay for the next volume
-    for path, reason in series.skipped[:1]:
-        series.doubts.append(f"{len(series.skipped)} files left out, the first {path.name}: {reason}")
     volumes = {each: dicom.make_volume(series, each) for each in settings}
     frames = [replace(frame, header={}) for frame in series.frames]  # headers are large to send
-    series = replace(series, frames=frames, geometry={}, skipped=[])
-    return Scan(volumes, series.patient, series)
+    return Scan(volumes, series.patient, replace(series, frames=frames, geometry={}))
 
 
 @dataclass(eq=False)
@@ -366,6 +363,9 @@ def answer_series(ensemble: Ensemble, item: tuple, num_views: int, args: Namespa
         return answer_prior(ensemble, uid, reason)
     for doubt in next(iter(scan.volumes.values())).doubts:
         log_any(f"{uid}: doubtful, but used: {doubt}")
+    skipped = scan.series.skipped if scan.series else []
+    for path, why in skipped[:1]:
+        log_any(f"{uid}: {len(skipped)} files left out, the first {path.name}: {why}")
     started = monotonic()
     try:
         probs, outputs = predict_series(ensemble, uid, scan, num_views)
