@@ -248,7 +248,7 @@ def read_frames(paths: list, where: str) -> tuple:
             skipped.append((path, str(error)))
             cause = error.__cause__
             if getattr(cause, "errno", None) not in (None, errno.EINVAL):
-                raise ValueError(f"{path}: {error}; its path or disk is at fault, not the file") from error
+                raise ValueError(f"{path}: {error}; not the file's fault: check its path and disk") from error
     reasons = [f"{path.name}: {reason}" for path, reason in skipped]
     if not frames:
         raise ValueError(f"{where}: no CT or MR slice in {len(paths)} files. {'; '.join(reasons[:3])}")

@@ -154,7 +154,7 @@ def test_a_file_that_the_disk_does_not_give_fails_the_series(tmp_path, monkeypat
     stack(tmp_path, list(range(20)))
     stale = OSError(errno.ESTALE, "Stale file handle")
     monkeypatch.setattr("frames.fast_header", Mock(side_effect=stale))
-    with pytest.raises(ValueError, match="Stale file handle; its path or disk is at fault"):
+    with pytest.raises(ValueError, match="Stale file handle; not the file's fault: check its path and disk"):
         read_series(tmp_path)
 
 

@@ -164,7 +164,7 @@ def test_what_is_absent_or_broken_is_said_and_the_rest_goes_on(tmp_path):
     for name, content in (("train.csv", '"'), ("index.csv", "a,b\n1,2\n"), ("index.csv", "")):
         (tmp_path / "cache" / name).write_text(content)
         text = report(tmp_path).text
-        assert f"no data: {tmp_path}/cache/{name}: " in text and "The results" in text
+        assert f"no data: {tmp_path}/cache/{name}: " in text and "Not in --cache: 5." in text
     (tmp_path / "cache" / "index.csv").unlink()
     done = run_script(tmp_path, "--cache", "wrong")
     assert done.returncode == 0 and "no data: wrong/index.csv: no such file; expected" in done.stderr
