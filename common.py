@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dicom import VOLUME_VERSION, VolumeSettings, safe_uid, to_lps, to_voxel
+from dicom import VOLUME_VERSION, Volume, VolumeSettings, safe_uid, to_lps, to_voxel
 
 # --- labels -------------------------------------------------------------------------------------------------
 LABELS = (
@@ -76,7 +76,8 @@ def read_csv(path: Path, columns: Sequence, **options) -> DataFrame:
         raise ValueError(f"{path}: not a readable CSV: {' '.join(str(error).split())}") from None
     missing = [name for name in columns if name not in table]
     if missing:
-        raise ValueError(f"{path}: columns missing: {str(missing)[1:-1]}; found {', '.join(table):.200}")
+        others = ", ".join(table.columns.difference(columns, sort=False))
+        raise ValueError(f"{path}: columns missing: {str(missing)[1:-1]}; others: {others or 'none':.300}")
     return table
 
 
@@ -430,8 +431,7 @@ def save_volume(
     under one key, since several would be written in random order. Atomic; equal input gives equal bytes."""
     from safetensors.numpy import save
 
-    digests = [sha256(uid.encode()).digest() for uid in set(sop_uids)]
-    hashes = [int.from_bytes(digest[:8], "big", signed=True) for digest in digests]
+    hashes = {int.from_bytes(sha256(uid.encode()).digest()[:8], "big", signed=True) for uid in sop_uids}
     tensors = {
         "volume": np.ascontiguousarray(volume, np.uint8),
         "points": np.ascontiguousarray(points, np.float32).reshape(-1, 3),
@@ -449,7 +449,7 @@ def load_volume(path: Path, names: Sequence | None = None) -> tuple:
     damaged = dict(content_sums(tensors, meta).items() - record.get("sums", {}).items())
     if damaged:
         raise ValueError(f"{path}: {', '.join(damaged)} differs from its sum; run preprocess.py again")
-    return tensors, meta
+    return tensors, meta | {"volume_sum": record["sums"]["volume"]}
 
 
 def read_safetensors(path: Path, kind: str, form: str = "pt", key: str = "run", names: Any = None) -> tuple:
@@ -470,6 +470,16 @@ def read_safetensors(path: Path, kind: str, form: str = "pt", key: str = "run", 
 def is_inside(points: ndarray, shape: Sequence) -> ndarray:
     """(P,) bool: which points (P, 3), in voxels, lie in a volume of that shape."""
     return ((points >= -0.5) & (points <= np.array(shape) - 0.5)).all(axis=1)
+
+
+def doubt_side(place: Sequence, label: int, volume: Volume) -> str:
+    """Why the artery of a place (z, y, x; voxels) is doubtful: over 10 mm from the middle of the box, on the
+    other side than its name says; else ""."""
+    _, _, width = volume.voxels.shape
+    right_mm = ((width - 1) / 2 - place[2]) * volume.spacing_mm[2]
+    across_mm = {"L": right_mm, "R": -right_mm}.get(LABELS[label][0], 0)
+    doubt = f"{LABELS[label]}, but {across_mm:.0f} mm on the other side of the middle"
+    return doubt if across_mm > 10 else ""
 
 
 # --- pool ---------------------------------------------------------------------------------------------------
@@ -617,32 +627,22 @@ def patient_weights(patients: Sequence, draws: int) -> ndarray:
     return counts[:, rows].astype(float)
 
 
-def bootstrap_aucs(labels: ndarray, probs: ndarray, patients: Sequence, draws: int) -> ndarray:
-    """(draws, 14) AUCs of samples of the patients with replacement, the same in every call."""
-    return column_aucs(labels, probs, patient_weights(patients, draws))
-
-
-def percentile_interval(values: ndarray) -> list:
-    """The 95 % percentile interval [low, high] of the values that are defined."""
-    return pd.Series(values).quantile([0.025, 0.975]).tolist()
-
-
 def summarise_draws(values: ndarray, counts: Iterable) -> dict:
     """The 95 % interval of drawn values, and how many are defined: NaN if a tenth or less. None counts where
     one of the numbers of patients that they were drawn from, with and without, is below MIN_PATIENTS."""
     used = values[np.isfinite(values) & (min(counts) >= MIN_PATIENTS)]
-    low, high = percentile_interval(used) if len(used) > 0.1 * len(values) else (np.nan, np.nan)
-    return {"low": low, "high": high, "draws_used": len(used)}
+    is_enough = len(used) > 0.1 * len(values)
+    low, high = np.quantile(used, [0.025, 0.975]) if is_enough else (np.nan, np.nan)
+    return {"low": float(low), "high": float(high), "draws_used": len(used)}
 
 
 def describe_wauc(result: dict) -> str:
     """`0.7738 (95 % interval 0.7070 to 0.8368, 1385 draws)` of a score, or why it has no interval."""
-    draws = f"{result['draws_used']} draws)"
+    interval = f"95 % interval {result['low']:.4f} to {result['high']:.4f}"
     if np.isnan(result["low"]):
-        positives = f"{result['per_label'][LABELS[AP]]['positives']} series with an aneurysm"
-        counts = f"{positives} of {result['num_series']}, {result['num_patients']} patients, {draws}"
-        return f"{result['wauc']:.4f} (no interval: {counts}"
-    return f"{result['wauc']:.4f} (95 % interval {result['low']:.4f} to {result['high']:.4f}, {draws}"
+        positives = result["per_label"][LABELS[AP]]["positives"]
+        interval = f"no interval: {positives} series with an aneurysm of {result['num_series']}"
+    return f"{result['wauc']:.4f} ({interval}, {result['draws_used']} draws)"
 
 
 def score(table: DataFrame, probs: ndarray, draws: int = 2000) -> dict:
@@ -652,7 +652,7 @@ def score(table: DataFrame, probs: ndarray, draws: int = 2000) -> dict:
     labels = table[list(LABELS)].to_numpy(float)
     overall = weighted_auc(labels, probs)
     patients = table["patient"]
-    aucs = bootstrap_aucs(labels, probs, patients, draws)
+    aucs = column_aucs(labels, probs, patient_weights(patients, draws))
     counts = [patients.groupby(truth).nunique() for truth in labels.T]
     result = {
         "wauc": overall["wauc"],
@@ -821,11 +821,6 @@ class Output(NamedTuple):
 
     logits: Tensor  # (B, 14)
     maps: Tensor | None  # (B, 13, Z, h, w) logits of a place and its artery; None: it finds no places
-
-
-def mirror(images: Tensor) -> Tensor:
-    """The other side: (..., W) flipped left to right; its labels are labels[:, SWAP]."""
-    return images.flip(-1)
 
 
 class Classifier(nn.Module):

@@ -277,11 +277,11 @@ def results_section(runs: dict, result: dict) -> str:
     figures.append(show_chart("ROC of Aneurysm Present. Chance is the diagonal.", axes))
     for name in ("label", "modality", "plane"):
         rows = DataFrame(result[f"per_{name}"]).T.reset_index(names=name)
-        parts.append(show_table(rows, f"The pooled predictions by {name}. {UNDEFINED}"))
+        parts.append(show_table(rows, f"The pooled predictions by {name}."))
     return f"""<section id="results"><h2>The results</h2>
         {show_table(DataFrame(scores), "Runs compared, on patients held back.")}
         {show_table(runs["operating_points"], f"Operating points, 95 % intervals over patients. {UNDEFINED}")}
-        {show_table(runs["froc"], f"FROC, 95 % intervals over patients. {UNDEFINED}")}
+        {show_table(runs["froc"], "FROC, 95 % intervals over patients.")}
         <div class="grid">{"".join(figures)}</div>{"".join(parts)}</section>"""
 
 
@@ -326,8 +326,8 @@ def show_case(row: dict, places: DataFrame, scan: Scan) -> str:
         {show_plane("Heat map", scan, 0, place, heat=heat) if len(places) else ""}</div>"""
 
 
-def new_chart(x_name: str, y_name: str, height: float = 3.2) -> Axes:
-    axes = Figure(figsize=(4.2, height), layout="constrained").subplots()
+def new_chart(x_name: str, y_name: str) -> Axes:
+    axes = Figure(figsize=(4.2, 3.4), layout="constrained").subplots()
     axes.set(xlabel=x_name, ylabel=y_name)
     return axes
 
@@ -358,7 +358,7 @@ def show_plane(
 ) -> str:
     """The plane through a place, or the maximum within reach of it, head up: with directions, a ring around
     each point near it, the box, and a heat map (Z, h, w) on a scale from 0 to 1."""
-    axes = new_chart("", "", 3.6)
+    axes = new_chart("", "")
     spacing_mm = np.linalg.norm(scan.affine[:3, :3], axis=0)
     planes = np.moveaxis(scan.voxels, axis, 0)
     centre, first, last, *points = to_voxel([place, *scan.box, *scan.points], scan.affine)
@@ -387,7 +387,7 @@ def show_table(table: DataFrame, caption: str = "") -> str:
     """A table, escaped."""
     if table.empty:
         return absent(f"{caption} None.")
-    table = table.rename_axis(columns=None)
+    table = table.rename_axis(columns=None).rename(columns=lambda name: str(name).replace("_", " "))
     with pd.option_context("display.max_colwidth", None):
         body = table.to_html(border=0, index=False, na_rep="–", float_format="{:.4g}".format)
     return f'<figure class="table"><figcaption>{escape(caption)}</figcaption>{body}</figure>'
@@ -437,15 +437,16 @@ def make_page(cache: Path, src: Path, outputs: Path, limit: int | None = None) -
         warnings.append(f"no data: {error}")
     if not (runs or troubles):
         raise ValueError(f"nothing to report on: {'; '.join(warnings)}")
+    warnings += [f"no such folder: --src {src}; heads are not shown, but volumes"] * (not src.is_dir())
     for text in warnings:
         log(text)
     if troubles:
-        counts = [f"{status}: {num}" for status, num in table["status"].value_counts().items()]
-        facts.append(f"series: {len(table)}, patients: {table['patient'].nunique()}, {', '.join(counts)}")
+        counts = str(table["status"].value_counts().to_dict())[1:-1].replace("'", "")
+        facts.append(f"series: {len(table)}, patients: {table['patient'].nunique()}, {counts}")
         for title, rows in troubles.items():
             if len(rows):
-                first = f"{rows.iat[0, 0]}: {rows.columns[1]} {rows.iat[0, 1]}"
-                warnings.append(f"{title}: {len(rows)}; first {first}")
+                first = ", ".join(f"{name} {value}" for name, value in rows.iloc[0, 1:].dropna().items())
+                warnings.append(f"{title}: {len(rows)}; first {rows.iat[0, 0]}: {first}")
         sections = [data_section(table), images_section(table, cache, src)]
         sections += [points_section(points), trouble_section(troubles)]
     if runs:

@@ -9,11 +9,12 @@ out  stdout              CSV: SeriesInstanceUID and the 14 labels, a row per ser
      --out FILE          the same into FILE, unless that holds series that this run leaves out; started again,
                          it goes on with the rows in .FILE.*.rows (not with --explain, --labels)
      --explain DIR       of each series UID.png and UID.findings.json, of all findings.json: presence, the
-                         strictest operating point passed (null: none), doubts (an artery over 10 mm on the
-                         other side of the box's middle among them), and of the likeliest places artery,
-                         score, LPS mm and, from DICOM, where an image lies there, image, frame (from 0),
-                         column and row; needs a locator. A series that fails has no findings
-how  --tta               average with the mirrored view (default: off)
+                         operating points and whether it passes them ([]: the runs have none), models, doubts
+                         (an artery over 10 mm on the other side of the box's middle among them), and of the
+                         likeliest places artery, score, LPS mm and, from DICOM, where an image lies there,
+                         image, frame (from 0), column and row; or why it failed. Needs a locator
+how  --tta [shift]       average with the mirrored view, and with `shift` what a locator answers on its volume
+                         half a slab lower, mirrored too; this needs DICOM files (default: off)
      --precision P       fp16 (default on a GPU), bf16 or no (default on a CPU)
      --budget-hours H    answer all series within this time (default: no limit)
      --workers N         processes that read DICOM (default: a core less than there are)
@@ -60,12 +61,10 @@ from pandas import DataFrame
 import common
 import dicom
 from common import AP, CHECKPOINT, LABELS, SWAP, UID, Output, Run, log, positive_int, propose, sigmoid
-from dicom import Series, Volume, safe_uid, to_voxel
+from dicom import Series, Volume, VolumeSettings, safe_uid, to_voxel
 
 SHARED = Path(os.environ.get("KAGGLE_SHARED", "/kaggle/shared"))  # emptied after each call of --serve
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": None}  # of autocast; None: float32
-POINT = "{threshold:.3f}, threshold of specificity {specificity:.2f}, sensitivity {sensitivity:.2f}"
-POINT += " of {positives:.0f} positives"
 log_once = cache(log)
 log_any = partial(log, everywhere=True)  # from any process
 
@@ -224,7 +223,9 @@ def load_ensemble(args: Namespace, devices: list, cache_settings: dict | None = 
     table = DataFrame(points, columns=["specificity", "threshold", "sensitivity", "positives"])
     points = table.groupby("specificity", as_index=False).mean().round(3).to_dict("records")
     num = len(members)
-    deadline = Deadline(args.started, 3600 * args.budget_hours, num, num * (1 + args.tta), monotonic())
+    num_lower = sum(member.run.cfg.task == "locate" for member in members) * (args.tta == "shift")
+    num_views = (num + num_lower) * (1 + bool(args.tta))
+    deadline = Deadline(args.started, 3600 * args.budget_hours, num, num_views, monotonic())
     return Ensemble(members, models, prior, points, deadline)
 
 
@@ -270,8 +271,20 @@ def run_member(member: Member, uid: str, scan: Scan, is_mirrored: bool, outputs:
         decoys = np.array(member.run.meta["decoys"])
         crops = common.deployed_crops(image, volume.spacing_mm, uid, decoys, proposals, cfg)
         image = np.concatenate([image, crops])
-    outputs[member] = predict_views(member, image, is_mirrored)
-    return outputs[member]
+    output = predict_views(member, image, is_mirrored)
+    lower = scan.volumes.get(lower_box(cfg.volume))
+    if is_mirrored and lower and cfg.task == "locate":
+        more = predict_views(member, lower.voxels, is_mirrored)
+        output = output._replace(logits=np.concatenate([output.logits, more.logits]))
+    outputs[member] = output
+    return output
+
+
+def lower_box(settings: VolumeSettings) -> VolumeSettings:
+    """The box half a slab lower, whose slabs show halves of two others."""
+    half_mm = (settings.roi_top_mm - settings.roi_skip_mm) / settings.base_slices / 2
+    top_mm, skip_mm = settings.roi_top_mm + half_mm, settings.roi_skip_mm + half_mm
+    return replace(settings, roi_top_mm=top_mm, roi_skip_mm=skip_mm)
 
 
 @torch.inference_mode()
@@ -280,7 +293,7 @@ def predict_views(member: Member, image: ndarray, is_mirrored: bool) -> Output:
     back; and the first view's maps (13, Z, h, w) as probabilities."""
     images = torch.from_numpy(image.copy())[None].to(member.device).float() / 255
     if is_mirrored:
-        images = torch.cat([images, common.mirror(images)])
+        images = torch.cat([images, images.flip(-1)])
     with torch.autocast(images.device.type, member.dtype, enabled=member.dtype is not None):
         logits, maps = member.run.model(images)
     logits = logits.float().cpu().numpy()
@@ -337,6 +350,9 @@ def answer_all(ensemble: Ensemble, source: Source, uids: list, args: Namespace, 
     """An answer for each of uids, saved as soon as it is known; later series come in other calls."""
     deadline, answers = ensemble.deadline, []
     settings = {model.run.cfg.volume for model in ensemble.models}
+    if args.tta == "shift":
+        configs = [model.run.cfg for model in ensemble.models]
+        settings |= {lower_box(cfg.volume) for cfg in configs if cfg.task == "locate"}
     bar = common.progress(len(uids), "series", show=args.is_main)
     with bar, closing(read_scans(source, uids, settings, args)) as scans:
         for item in scans:
@@ -397,16 +413,18 @@ def explain_series(answer: Answer, ensemble: Ensemble, scan: Scan, outputs: dict
     alike = [model for model in locators if model.run.cfg.volume == cfg.volume]
     maps = [outputs[model].maps for model in alike if model.run.cfg.locator_stride == cfg.locator_stride]
     volume, maps = scan.volumes[cfg.volume], np.mean(maps, axis=0)
-    present = answer.probs[AP]
+    present = float(answer.probs[AP])
     lines = [f"{answer.uid}: {LABELS[AP]} {present:.3f}{'' if ensemble.points else ', no operating points'}"]
-    facts = {UID: answer.uid, LABELS[AP]: round(present, 4), "operating_point": None, "doubts": volume.doubts}
-    for point in ensemble.points:
-        is_passed = present >= point["threshold"]
-        if is_passed:
-            facts["operating_point"] = point
-        lines.append(f"  {'above' if is_passed else 'below'} {POINT.format(**point)}")
-    for k in np.argsort(-answer.probs[:AP])[:3]:
-        lines.append(f"  probability of {LABELS[k]} {answer.probs[k]:.3f}")
+    points = [point | {"is_passed": present >= point["threshold"]} for point in ensemble.points]
+    facts = {UID: answer.uid, LABELS[AP]: round(present, 4), "operating_points": points}
+    facts |= {"doubts": volume.doubts, "models": [model.run.folder.name for model in outputs]}
+    for point in points:
+        side = "above" if point["is_passed"] else "below"
+        rates = f"specificity {point['specificity']:.2f}, sensitivity {point['sensitivity']:.2f}"
+        threshold = f"{point['threshold']:.3f}, threshold of {rates} of {point['positives']:.0f} positives"
+        lines.append(f"  {side} {threshold}")
+    best = [f"{LABELS[k]} {answer.probs[k]:.3f}" for k in np.argsort(-answer.probs[:AP])[:3]]
+    lines.append(f"  likeliest arteries, with the probability of an aneurysm there: {', '.join(best)}")
     path, findings = folder / f"{safe_uid(answer.uid)}.findings.json", []
     for *point_mm, score, label in propose(maps, volume.affine, cfg).tolist():
         (voxel,) = to_voxel(point_mm, volume.affine).round(1).tolist()
@@ -414,17 +432,15 @@ def explain_series(answer: Answer, ensemble: Ensemble, scan: Scan, outputs: dict
         place["lps_mm"] = np.round(point_mm, 2).tolist()
         image = find_image(point_mm, scan.series) if scan.series else {}
         findings.append(facts | place | image)
-        right_mm = ((cfg.volume.img_size - 1) / 2 - voxel[2]) * volume.spacing_mm[2]
-        across_mm = {"L": right_mm, "R": -right_mm}.get(place["artery"][0], 0)
-        if across_mm > 10:
-            doubt = f"{place['artery']}, but {across_mm:.0f} mm on the other side of the middle"
+        if doubt := common.doubt_side(voxel, int(label), volume):
             findings[-1]["doubts"] = [*volume.doubts, doubt]
             lines.append(f"  doubtful: {doubt}")
     common.write_json(path, findings)
     png = draw_findings(volume, maps.sum(0), findings)
     common.write_atomic(folder / f"{safe_uid(answer.uid)}.png", png)
     num_beside = sum("row" not in finding for finding in findings) if scan.series else 0
-    log_any("\n".join([*lines, f"  {path}: {len(findings)} places, {num_beside} beside the images"]))
+    lines.append(f"  {path}: {len(findings)} likeliest places, {num_beside} of them outside of the images")
+    log_any("\n".join(lines))
 
 
 def find_image(point_mm: ndarray, series: Series) -> dict:
@@ -470,7 +486,8 @@ def draw_findings(volume: Volume, heat: ndarray, findings: list) -> bytes:
         plain.hlines(bottom, 3, 3 + 20 / volume.spacing_mm[2], color="c")
         plain.text(3, bottom, "20 mm", color="c", va="bottom")
     figure.colorbar(image, ax=panels, shrink=0.5, label="probability of an aneurysm at this place")
-    figure.suptitle(f"{finding[UID]}\n{LABELS[AP]} {finding[LABELS[AP]]:.3f}. Not for diagnosis.")
+    title = f"{finding[UID]}\n{LABELS[AP]} {finding[LABELS[AP]]:.3f}. Not for diagnosis."
+    figure.suptitle("\n".join([title, *volume.doubts]), wrap=True)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=80)
     return png.getvalue()
@@ -489,11 +506,12 @@ def describe_score(answers: list, labels: DataFrame, members: list) -> str:
         DataFrame.from_dict(result[part], "index").to_string(float_format="%.3f", na_rep="–")
         for part in ("per_label", "per_modality")
     )
-    text += f"\n{common.UNDEFINED}\nwAUC {common.describe_wauc(result)}, "
-    num = len(table)
-    text += f"{num} series of {result['num_patients']} patients"
-    if not num == len(by_uid) == len(labels):
-        text += f"; left out: {len(by_uid) - num} without labels, {len(labels) - num} without a prediction"
+    num_prior = sum(bool(by_uid[uid].reason) for uid in table[UID])
+    text += (
+        f"\n{common.UNDEFINED}\nwAUC {common.describe_wauc(result)}, {len(table)} series of "
+        f"{result['num_patients']} patients, {num_prior} of them by the prior; left out: "
+        f"{len(by_uid) - len(table)} without labels, {len(labels) - len(table)} without a prediction"
+    )
     in_all = set.intersection(*(set(member.run.meta["val_uids"]) for member in members))
     num_trained = len(set(table[UID]) - in_all)
     if num_trained:
@@ -551,8 +569,8 @@ def parse_arguments(arguments: list | None = None) -> Namespace:
     add("--outputs", type=Path, default="outputs")
     add("--precision", choices=DTYPES)
     add("--budget-hours", type=float, default="inf")
-    for name in ("--tta", "--serve"):
-        add(name, action="store_true")
+    add("--tta", nargs="?", const="mirror", choices=["mirror", "shift"])
+    add("--serve", action="store_true")
     args = parser.parse_args(arguments)
     if not args.budget_hours > 0:
         parser.error("--budget-hours: expected more than 0")
@@ -571,6 +589,8 @@ def predict_table(args: Namespace, stdout: io.TextIOBase) -> list:
         args.src = Path("cache")
         log("no --src: predicting the training cache `cache`; for other scans add --src TEST_DICOMS")
     source = find_source(args.src)
+    if source.settings and args.tta == "shift":
+        raise ValueError(f"--tta shift: {args.src} is a cache; expected DICOM files, or --tta alone")
     labels = common.read_label_table(args.labels) if args.labels else None
     uids = choose_series(source, args.series_list)[: args.limit]
     if args.explain:
@@ -594,6 +614,7 @@ def predict_table(args: Namespace, stdout: io.TextIOBase) -> list:
         log(describe_score(answers, labels, ensemble.members))
     if args.explain:
         parts = [json.loads(path.read_text()) for path in sorted(args.explain.glob("*.findings.json"))]
+        parts.append([{UID: answer.uid, "failed": answer.reason} for answer in answers if answer.reason])
         common.write_json(args.explain / "findings.json", list(itertools.chain(*parts)))
     return answers
 

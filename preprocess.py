@@ -40,13 +40,12 @@ from pathlib import Path
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports needs no traceback
 
-from numpy import ndarray
 from pandas import DataFrame, isna
 
 import common
 import dicom
 from common import AP, LABELS, LOCATIONS, UID, Config, load_volume, log, progress, volume_path, write_atomic
-from dicom import Series, VolumeSettings, safe_uid
+from dicom import Series, Volume, VolumeSettings, safe_uid
 
 LABEL_TABLE = "train.csv"
 LABEL_SUM = "train.csv.sha256"
@@ -153,7 +152,7 @@ def cache_series(job: Job) -> list | OSError:
         for file, reason in series.skipped[:1]:
             notes.append(f"{len(series.skipped)} of {len(job.files)} files left out: {file.name}: {reason}")
         used = {frame.path for frame in series.frames}
-        points, point_labels, problems = place_points(series, volume.affine, job.points)
+        points, point_labels, problems = place_points(series, volume, job.points)
         meta = describe_series(series, job, key) | {
             **made_from,
             "affine": volume.affine.tolist(),
@@ -179,8 +178,9 @@ def hide_folders(text: str, files: list) -> str:
     return text
 
 
-def place_points(series: Series, affine: ndarray, points: list) -> tuple:
-    """Annotated points as voxels (P, 3), their labels (P,), and a note for each that lies in no image."""
+def place_points(series: Series, volume: Volume, points: list) -> tuple:
+    """Annotated points as voxels (P, 3), their labels (P,), and a note for each that lies in no image, or on
+    the other side than its artery."""
     places, labels, problems = [], [], []
     for sop_uid, x, y, frame, label in points:
         try:
@@ -192,7 +192,9 @@ def place_points(series: Series, affine: ndarray, points: list) -> tuple:
             labels.append(label)
         except ValueError as error:
             problems.append(f"{LEFT_OUT}: {error}")
-    return dicom.to_voxel(places, affine), labels, problems
+    places = dicom.to_voxel(places, volume.affine)
+    sides = [common.doubt_side(*point, volume) for point in zip(places, labels, strict=True)]
+    return places, labels, problems + [f"a point of {side}" for side in sides if side]
 
 
 def describe_series(series: Series, job: Job, key: bytes) -> dict:

@@ -110,6 +110,9 @@ def read_points(cfg: Config, uids: pd.Series) -> DataFrame:
         if difference := common.describe_difference(meta["settings"], expected):
             faults.append(f"{path}: made with {difference}; use preprocess.py --config, or other settings")
         others = {series_of_image.setdefault(image, uid) for image in tensors["sop_hashes"].tolist()}
+        twin = series_of_image.setdefault(meta["volume_sum"], uid)
+        if twin != uid:
+            log(f"{twin} and {uid} have equal volumes: if their patients differ, the score is too high")
         faults += [f"{other} and {uid} share a (0008,0018) SOPInstanceUID" for other in others - {uid}]
         points = tensors["points"]
         rows.append({"points": points, "points_mm": to_lps(points, np.array(meta["affine"]))})
@@ -206,7 +209,7 @@ def augment(batch: dict, cfg: Config) -> tuple:
     swap = points.new_tensor([*SWAP, -1])  # the last one for rows without a point
     points[..., 0] = torch.where(is_flipped[:, 0], swap[points[..., 0].long()], points[..., 0])
     crops = images[:, slabs:]
-    crops = torch.where(is_flipped[..., None], common.mirror(crops), crops)
+    crops = torch.where(is_flipped[..., None], crops.flip(-1), crops)
     moved = images[:, :slabs] * is_shown
     # out(p) = in(mirror(R p / scale + shift)) in [-1, 1] coordinates; a point moves by the inverse.
     angle = torch.deg2rad(degrees)
@@ -629,10 +632,10 @@ def begin(folder: Path, cfg: Config, accelerator: Accelerator, identity: dict, a
         )
     last = load_last(folder) if args.resume else None
     progress = Progress(**last["progress"]) if last else Progress(identity)
-    if difference := common.describe_difference(progress.identity, identity):
+    if difference := common.describe_difference(identity, progress.identity):
         raise ValueError(
-            f"{folder}: cannot resume, the run was begun with {difference}; resume with the same, or "
-            f"delete the folder to start again"
+            f"{folder}: cannot resume with {difference}; resume as the run was begun, or delete the folder "
+            f"to start again"
         )
     torch.manual_seed(cfg.seed)
     model = common.build_model(cfg, pretrained=last is None).to(accelerator.device)

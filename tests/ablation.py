@@ -100,12 +100,12 @@ def main() -> None:
             continue
         mean = np.mean(probs, axis=0)
         score = common.weighted_auc(truth, mean)
-        aucs = common.bootstrap_aucs(truth, mean, table["patient"], 2000)
+        aucs = common.column_aucs(truth, mean, common.patient_weights(table["patient"], 2000))
         above, above_draws, wauc, draws = wauc, draws, score["wauc"], common.combine_aucs(aucs, truth)
         waucs = [common.weighted_auc(truth, p)["wauc"] for p in probs]
         seeds = f"{len(waucs)} | {np.mean(waucs):.3f} ({min(waucs):.3f} to {max(waucs):.3f})"
-        interval = "{:.3f} to {:.3f}".format(*common.percentile_interval(draws))
-        gain = "{:+.3f} to {:+.3f}".format(*common.percentile_interval(draws - above_draws))
+        interval = "{:.3f} to {:.3f}".format(*pd.Series(draws).quantile([0.025, 0.975]))
+        gain = "{:+.3f} to {:+.3f}".format(*pd.Series(draws - above_draws).quantile([0.025, 0.975]))
         gain = f"{wauc - above:+.3f} ({gain})" if above == above and text.startswith("+") else ""
         print(f"| {text} | {seeds} | {wauc:.3f} ({interval}) | {score['auc'][AP]:.3f} | {gain} |")
 

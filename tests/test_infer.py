@@ -287,7 +287,7 @@ def test_an_artery_on_the_other_side_is_doubtful_and_a_score_says_what_it_leaves
     assert doubts == [[f"{LABELS[4]}, but 84 mm on the other side of the middle"], []]
     labels = pd.DataFrame(1, ["1.2", "8", "9"], ["Modality", *LABELS]).rename_axis(UID).reset_index()
     text = infer.describe_score([answer, other], labels, ensemble.members)
-    assert "1 series of 1 patients; left out: 1 without labels, 2 without a prediction" in text
+    assert "1 patients, 0 of them by the prior; left out: 1 without labels, 2 without a prediction" in text
 
 
 def test_proposals_reach_a_classifier_of_another_volume_in_millimetres(work, monkeypatch):
@@ -422,9 +422,10 @@ def test_one_scan_is_answered_in_words_with_a_picture_that_glows_where_heat_is_h
     findings = json.loads(path.read_text())
     assert 1 <= len(findings) <= 3 and findings[0]["score"] == max(row["score"] for row in findings)
     for row in findings:
-        assert 0.2 < row[LABELS[AP]] < 0.999 and row["operating_point"] == POINTS[1]
-        assert row["artery"] in LABELS[:AP]
-    known = {UID, LABELS[AP], "operating_point", "doubts", "artery", "score", "voxel", "lps_mm"}
+        assert 0.2 < row[LABELS[AP]] < 0.999 and row["artery"] in LABELS[:AP]
+        assert len(row["models"]) == 5
+        assert row["operating_points"] == [point | {"is_passed": point != POINTS[2]} for point in POINTS]
+    known = {UID, LABELS[AP], "operating_points", "models", "doubts", "artery", "score", "voxel", "lps_mm"}
     assert set(findings[0]) == known | {"SOPInstanceUID", "frame", "column", "row"}
     (work / "one.csv").write_text(other.name)
     run(work, "--explain", "pictures", "--series-list", "one.csv")
@@ -442,3 +443,18 @@ def test_one_scan_is_answered_in_words_with_a_picture_that_glows_where_heat_is_h
         blue, _, red = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR).astype(int).T
         width = int(0.85 * len(red))  # without the colour bar
         assert low <= (red[:width] - blue[:width] > 40).mean() <= high
+
+
+def test_a_shifted_view_is_the_locators_answer_on_a_box_half_a_slab_lower(work):
+    folder, name = next((work / "dicoms" / "series").iterdir()), "locator_test_efficientnet_seed0_fold0"
+    model = common.load_run(work / "outputs" / name).model
+    probs = []
+    for settings in (VOLUME, replace(VOLUME, roi_top_mm=170.0, roi_skip_mm=10.0)):  # slabs of 20 mm
+        voxels = make_volume(read_series(folder), settings).voxels
+        for view, columns in ((voxels, range(14)), (voxels[..., ::-1].copy(), SWAP)):
+            logits = model(torch.from_numpy(view)[None].float() / 255).logits[0, columns]
+            probs.append(logits.sigmoid().detach().numpy())
+    stdout, _ = run(work, "--src", str(folder), "--outputs", f"outputs/{name}", "--tta", "shift")
+    assert np.abs(probs[0] - probs[2]).max() > 1e-3
+    assert np.abs(read_table(io.StringIO(stdout)).loc[folder.name] - np.mean(probs, 0)).max() < 1e-5
+    assert "--tta shift: cache is a cache; expected DICOM files" in run(work, "--tta", "shift", code=1)[1]

@@ -362,8 +362,8 @@ def test_damaged_checkpoints_are_skipped_and_used_folders_refused(undisturbed, q
     assert outcome(folder) == outcome(undisturbed)
     assert "holds a run; --resume goes on with it, another tag, seed or fold" in run(tmp_path, quick, code=1)
     relabelled = write_cache(tmp_path / "relabelled", random_table(32, seed=1), quick)
-    assert "begun with series and labels" in run(tmp_path, relabelled, "--resume", code=1)
-    assert "batch_size 4 (expected 2)" in run(tmp_path, change(quick, batch_size=2), "--resume", code=1)
+    assert "cannot resume with series and labels" in run(tmp_path, relabelled, "--resume", code=1)
+    assert "batch_size 2 (expected 4)" in run(tmp_path, change(quick, batch_size=2), "--resume", code=1)
     assert outcome(folder) == outcome(undisturbed)
     run(tmp_path, quick, "--resume")  # of a finished run: the same again
     assert outcome(folder) == outcome(undisturbed)
