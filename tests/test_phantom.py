@@ -116,8 +116,7 @@ def test_a_longer_set_starts_like_a_shorter_one_and_has_the_prevalence_of_the_ch
     jobs = phantom.plan(1000, 0, 40)
     assert jobs[:40] == JOBS
     counts = np.array([len(job.locations) for job in jobs])
-    assert abs(np.mean(counts > 0) - 0.45) < 0.03
-    assert 0.1 < np.mean(counts[counts > 0] > 1) < 0.3
+    assert abs(np.mean(counts > 0) - 0.45) < 0.03 and 0.1 < np.mean(counts[counts > 0] > 1) < 0.3
 
 
 def test_the_command_writes_the_same_bytes_with_several_processes_and_refuses_another_set(dicoms, tmp_path):

@@ -255,8 +255,7 @@ def test_sensitivity_has_its_threshold_and_from_5_positives_an_interval():
     # 1 of 10 negatives may pass: the threshold is the second highest, 0.8; of 5 % none may
     assert 0 <= ninety.pop("low") < 3 / 5 < ninety.pop("high") <= 1
     expected = {"specificity": 0.9, "threshold": 0.8, "sensitivity": 3 / 5, "positives": 5, "draws_used": 200}
-    assert ninety == expected
-    assert ninety_five["threshold"] == 0.9 and ninety_five["sensitivity"] == 1 / 5
+    assert ninety == expected and ninety_five["threshold"] == 0.9 and ninety_five["sensitivity"] == 1 / 5
     expected |= {"sensitivity": 3 / 4, "positives": 4, "draws_used": 0, "low": math.nan, "high": math.nan}
     assert fewer == approx(expected, nan_ok=True)
     assert none["threshold"] == 0.8 and math.isnan(none["sensitivity"])
@@ -426,8 +425,7 @@ def test_two_processes_with_batchnorm_resume_to_the_same_bits_after_a_kill(pair,
     process.communicate()
     assert len(children) >= 2 and not (killed / "metrics.json").exists()
     _, errors = start(tmp_path, *TORCHRUN, *command).communicate(timeout=300)
-    assert "resumed after epoch" in errors
-    assert outcome(killed) == outcome(pair / killed.name)
+    assert "resumed after epoch" in errors and outcome(killed) == outcome(pair / killed.name)
 
 
 def test_a_locator_writes_proposals_and_a_classifier_of_other_volumes_uses_them(pair, tmp_path):
@@ -508,8 +506,7 @@ MISTAKES = {
 @mark.parametrize("setting", MISTAKES)
 def test_a_users_mistake_is_one_line_and_leaves_no_folder(quick, tmp_path, setting):
     (line,) = run(tmp_path, quick, "--set", setting, code=1).strip().splitlines()
-    assert MISTAKES[setting] in line
-    assert not (tmp_path / "outputs").exists()
+    assert MISTAKES[setting] in line and not (tmp_path / "outputs").exists()
 
 
 def test_a_locator_without_annotated_points_is_refused_with_the_step_that_makes_them(tmp_path):
