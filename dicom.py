@@ -725,7 +725,7 @@ class Grid:
     series: Series
     directions: ndarray  # (3, 3) a row per canonical axis: its unit vector in LPS
     through: int  # the axis across slices: 0 axial, 1 coronal, 2 sagittal
-    image_axes: list
+    image_axes: ndarray  # (2,)
     is_transposed: int  # 1: image[row, column] -> image[column, row]
     flips: ndarray  # (2,) after that: 1, or -1 where an image axis runs backwards
     steps: ndarray  # (2,) mm per pixel along the image axes
@@ -745,10 +745,7 @@ class Grid:
         except ValueError as error:
             self.faults[i] = str(error)
             return np.zeros(self.shape, np.int16)
-        rows, columns = stored.shape
-        # Two pixels that differ spare the look at all.
-        is_blank = stored[0, 0] == stored[rows // 2, columns // 2] and np.ptp(stored) == 0
-        self.faults[i] = BLANK if is_blank else ""
+        self.faults[i] = "" if np.ptp(stored) else BLANK
         image = stored.T if self.is_transposed else stored
         return image[:: self.flips[0], :: self.flips[1]]
 
@@ -769,7 +766,7 @@ def canonical_grid(series: Series, faults: dict | None = None) -> Grid:
     stored = np.stack([normal, np.cross(normal, first.row_dir), first.row_dir])
     cosines = stored[:, ::-1]  # of a growing slice, row and column number with z, y, x
     through = np.abs(cosines[0]).argmax()
-    image_axes = [axis for axis in range(3) if axis != through]
+    image_axes = np.delete(range(3), through)
     is_transposed = np.abs(cosines[1, image_axes]).argmax()
     image_numbers = [2, 1] if is_transposed else [1, 2]
     permutation = np.insert(image_numbers, through, 0)
@@ -810,7 +807,7 @@ def slice_spans(centres: ndarray, thickness_mm: float) -> ndarray:
     gaps = np.diff(centres)
     usual = np.median(gaps) if len(gaps) else thickness_mm
     gaps = np.minimum(gaps, 1.5 * usual)
-    half = np.pad(gaps / 2, 1, constant_values=usual / 2)
+    half = np.pad(gaps, 1, constant_values=usual) / 2
     return np.stack([centres - half[:-1], centres + half[1:]], axis=1)
 
 
@@ -831,8 +828,7 @@ def slab_weights(spans: ndarray, edges: ndarray) -> tuple:
 
 def line_weights(centres: ndarray, targets: ndarray) -> ndarray:
     """Weights (P, n) of linear interpolation between n growing centres at P targets; constant beyond ends."""
-    weights = [np.interp(targets, centres, row) for row in np.eye(len(centres))]
-    return np.stack(weights, axis=1)
+    return np.transpose([np.interp(targets, centres, row) for row in np.eye(len(centres))])
 
 
 def to_voxel(points_lps: ndarray, affine: ndarray) -> ndarray:
@@ -889,16 +885,16 @@ def place_box(grid: Grid, settings: VolumeSettings, notes: list) -> Box:
     if head is None:
         notes.append("head not found: the box starts at the top of the scan, centred on it")
         head = covered, *grid.extents_mm[1:].mean(axis=1)
-    side_mm, num_pixels = settings.roi_mm, settings.img_size
+    side_mm = settings.roi_mm
     low = np.array(head) - side_mm / 2
     low[0] = max(head[0] - settings.roi_top_mm, bottom)
     depth_mm = head[0] - low[0]
     if covered - head[0] > 2 and depth_mm > 2 * settings.roi_skip_mm:
         depth_mm -= settings.roi_skip_mm
     size_mm = np.array([depth_mm, side_mm, side_mm])
-    shape = np.array([settings.base_slices, num_pixels, num_pixels])
+    shape = np.array([settings.base_slices, settings.img_size, settings.img_size])
     axes = grid.image_axes
-    middle = grid.edges[len(grid.edges) // 2]
+    middle = grid.extents_mm[axes, 0]
     pixels = np.rint((low[axes] - middle) / grid.steps)
     low[axes] = middle + pixels * grid.steps
     window = np.ceil(size_mm[axes] / grid.steps - 1e-6).astype(int) + 1
@@ -953,10 +949,8 @@ def load_window(grid: Grid, box: Box, limits: tuple, k: int) -> tuple:
     image = crop_image(grid, k, box)
     rows, columns = image.shape
     top, left = box.starts[k]
-    window = np.empty(box.window, np.float32)
+    window = np.full(box.window, dark, np.float32)
     inside = window[max(-top, 0) :, max(-left, 0) :][:rows, :columns]
-    if inside.shape != window.shape:
-        window[:] = dark
     np.clip(image, low, high, out=inside)
     if frame.padding:
         inside[is_between(image, frame.padding)] = dark
@@ -978,8 +972,7 @@ def resize_exactly(image: ndarray, factors: ndarray, shape: ndarray) -> ndarray:
         (cv2.INTER_AREA, np.minimum(factors, 1)),
         (cv2.INTER_LINEAR, np.maximum(factors, 1)),
     ):
-        if y != 1 or x != 1:
-            image = cv2.resize(image, None, fx=x, fy=y, interpolation=method)
+        image = cv2.resize(image, None, fx=x, fy=y, interpolation=method)
     rows, columns = shape
     return image[:rows, :columns]
 
@@ -1017,26 +1010,23 @@ def pick_evenly(items: ndarray, count: int) -> list:
 def doubt_voxels(grid: Grid, box: Box, voxels: ndarray, covered: ndarray, notes: list) -> list:
     """What makes voxels implausible, of what was scanned in the box: every slab, every third pixel."""
     doubts = []
-    num_slices = len(grid.order)
     z, y, x = size_mm = np.ptp(grid.extents_mm, axis=1)
     least_mm = np.where(np.arange(3) == grid.through, 25, 60)
-    if num_slices < 5 or (size_mm < least_mm).any():
+    if len(grid.order) < 5 or (size_mm < least_mm).any():
         size = f"{z:.3g} x {y:.3g} x {x:.3g} mm; expected at least 5, 25 mm across them, 60 mm along"
-        doubts.append(f"too little of a head: slices: {num_slices}, {size}")
-    indices = [np.flatnonzero(is_scanned(grid, box, axis)) for axis in range(3)]
-    if not all(map(len, indices)):
+        doubts.append(f"too little of a head: slices: {len(grid.order)}, {size}")
+    masks = [is_scanned(grid, box, axis) for axis in range(3)]
+    slabs = np.moveaxis(voxels[np.ix_(*masks)], grid.through, 0)[:, ::3, ::3]
+    if slabs.size == 0:
         return doubts
-    region = tuple(slice(index[0], index[-1] + 1) for index in indices)
-    is_covered = covered[region[grid.through]] >= 0.5
-    slabs = np.moveaxis(voxels[region], grid.through, 0)[:, ::3, ::3]
-    slabs = slabs.reshape(len(slabs), -1)
-    is_empty = slabs.min(axis=1) == slabs.max(axis=1)
+    is_covered = covered[masks[grid.through]] >= 0.5
+    is_empty = np.ptp(slabs, axis=(1, 2)) == 0
     if grid.through != 0:  # beside the head there may be only dark air
-        is_empty &= slabs[:, 0] > 127
+        is_empty &= slabs[:, 0, 0] > 127
     for is_poor, why in ((~is_covered, "interpolated over missing slices"), (is_empty, "empty")):
         if is_poor.any():
             notes.append(f"{is_poor.mean():.0%} of the slabs ({is_poor.sum()}) are {why}")
-    shares = cv2.calcHist([slabs], [0], None, [256], [0, 256]) / slabs.size
+    shares = np.bincount(slabs.ravel(), minlength=256) / slabs.size
     for share, limit, what in (
         ((is_empty | ~is_covered).mean(), 0.25, "is of one value, or interpolated over missing slices"),
         (shares[230:].sum(), 0.5, "is nearly white"),
@@ -1132,7 +1122,7 @@ def shrink_slice(grid: Grid, factors: ndarray, k: int) -> ndarray:
     values = rescale_values(frame, grid.image(k))
     if frame.padding:
         air = -1024 if grid.series.modality == "CT" else 0
-        values[np.isnan(values)] = np.fmin.reduce(values, axis=None, initial=air)
+        values[np.isnan(values)] = np.nanmin(values, initial=air)
     blocks = np.maximum(1, grid.shape // factors)
     rows, columns = blocks * factors
     return cv2.resize(values[:rows, :columns], blocks[::-1].tolist(), interpolation=cv2.INTER_AREA)
@@ -1140,7 +1130,7 @@ def shrink_slice(grid: Grid, factors: ndarray, k: int) -> ndarray:
 
 def choose_threshold(images: list) -> float:
     """Threshold for MR: half of Otsu's, since dark tissue is head, but at least a tenth of the range."""
-    values = np.concatenate([image.ravel() for image in images])
+    values = np.ravel(images)
     low, high = np.percentile(values, (1, 99)).tolist()
     scaled = np.interp(values, (low, high), (0, 255)).astype(np.uint8)
     level, _ = cv2.threshold(scaled, 0, 255, cv2.THRESH_OTSU)
@@ -1150,11 +1140,11 @@ def choose_threshold(images: list) -> float:
 def mask_head(image: ndarray, threshold: float, is_ct: bool) -> ndarray:
     """Mask uint8 of what is brighter, less structures thinner than 3 pixels (table). MR: with dark insides,
     since the skull is a dark ring. CT: with all inside the skull, which may be hollow or have a defect."""
-    kernel = np.ones((3, 3), np.uint8)
+    kernel = None  # OpenCV's default, 3 x 3 pixels
     mask = (image > threshold).astype(np.uint8)
     if is_ct:
         bone = (image > 100).astype(np.uint8)
-        bone = cv2.morphologyEx(bone, cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))
+        bone = cv2.morphologyEx(bone, cv2.MORPH_CLOSE, kernel, iterations=2)
         skull = cv2.findNonZero(largest_component(bone, bone))
         if skull is not None:
             cv2.fillConvexPoly(mask, cv2.convexHull(skull), 1)
