@@ -24,6 +24,7 @@ import cv2
 import numpy as np
 import pydicom
 from numpy import ndarray
+from numpy.linalg import norm
 from pydicom import datadict
 from pydicom.encaps import encapsulate
 from pydicom.pixels import get_decoder
@@ -50,8 +51,9 @@ UNDEFINED = 0xFFFFFFFF  # length of an element that ends with a delimiter
 
 
 def tag_table(names: str) -> dict:
-    """tag -> (name, VR, whether it has one value) of attributes named as in PS3.6."""
-    tags = {datadict.tag_for_keyword(name): name for name in names.split()}
+    """tag -> (name, VR, whether it has one value) of attributes named as in PS3.6, `A=B` if A counts as B."""
+    pairs = [name.split("=") for name in names.split()]
+    tags = {datadict.tag_for_keyword(pair[0]): pair[-1] for pair in pairs}
     entries = datadict.DicomDictionary  # tag -> (VR, number of values, ...)
     return {tag: (name, entries[tag][0][:2], entries[tag][1] == "1") for tag, name in tags.items()}
 
@@ -63,15 +65,11 @@ ATTRIBUTES = tag_table(  # what reading uses
     "ImagePositionPatient ImageOrientationPatient TemporalPositionIdentifier StackID "
     "SamplesPerPixel PhotometricInterpretation PlanarConfiguration NumberOfFrames Rows Columns PixelSpacing "
     "BitsAllocated BitsStored HighBit PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit "
-    "RescaleIntercept RescaleSlope"
+    "RescaleIntercept RescaleSlope "
+    # in a functional group (PS3.3 C.7.6.16.2) some have another tag
+    "FrameType=ImageType EffectiveEchoTime=EchoTime FrameAcquisitionNumber=AcquisitionNumber "
+    "TemporalPositionIndex=TemporalPositionIdentifier NominalCardiacTriggerDelayTime=TriggerTime"
 )
-ATTRIBUTES |= {  # in a functional group (PS3.3 C.7.6.16.2) some have another tag
-    0x00089007: ("ImageType", "CS", False),  # FrameType
-    0x00189082: ("EchoTime", "FD", True),  # EffectiveEchoTime
-    0x00209128: ("TemporalPositionIdentifier", "UL", True),  # TemporalPositionIndex
-    0x00209153: ("TriggerTime", "FD", True),  # NominalCardiacTriggerDelayTime
-    0x00209156: ("AcquisitionNumber", "US", True),  # FrameAcquisitionNumber
-}
 SHARED_GROUPS, FRAME_GROUPS = 0x52009229, 0x52009230  # sequences of functional groups
 FUNCTIONAL_GROUPS = tag_table(
     "MREchoSequence MRDiffusionSequence CardiacSynchronizationSequence MRImageFrameTypeSequence "
@@ -85,7 +83,6 @@ NUMBER = rb" *[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)? *"
 NUMBERS = re.compile(NUMBER + rb"(\\" + NUMBER + rb")*")
 SHORT_VRS = set(b"AE AS AT CS DA DS DT FL FD IS LO LT PN SH SL SS ST TM UI UL US".split())
 LONG_VRS = set(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # two reserved bytes, then a 4-byte length
-IMPLICIT_ELEMENT, EXPLICIT_ELEMENT, LONG_LENGTH = map(struct.Struct, ("<HHI", "<HH2sH", "<I"))
 DELIMITER_GROUP, ITEM, ITEM_END, SEQUENCE_END = 0xFFFE, 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 # What a code stream begins with: JPEG, JPEG 2000, JP2, RLE (number of segments, first offset).
 STREAM_START = re.compile(rb"\xff\xd8\xff|\xff\x4f\xff\x51|\0\0\0\x0cjP|[\1-\x0f]\0\0\0\x40\0\0\0")
@@ -201,17 +198,16 @@ def parse_header(head: bytes) -> dict:
 
 def parse_element(head: bytes, position: int, explicit: bool) -> tuple:
     """(tag, VR, length, start of the value) of the little-endian element at `position`."""
-    if explicit:
-        group, element, vr, length = EXPLICIT_ELEMENT.unpack_from(head, position)
-        if vr in SHORT_VRS:
-            return group << 16 | element, vr, length, position + 8
+    group, element, length = struct.unpack_from("<HHI", head, position)
+    vr, start = b"", position + 8
+    if explicit and group != DELIMITER_GROUP:  # these have no VR
+        vr, length = struct.unpack_from("<2sH", head, position + 4)
         if vr in LONG_VRS and length == 0:
-            (length,) = LONG_LENGTH.unpack_from(head, position + 8)
-            return group << 16 | element, vr, length, position + 12
-        if group != DELIMITER_GROUP:  # these have no VR
+            (length,) = struct.unpack_from("<I", head, start)
+            start += 4
+        elif vr not in SHORT_VRS:
             raise ValueError("odd VR")
-    group, element, length = IMPLICIT_ELEMENT.unpack_from(head, position)
-    return group << 16 | element, b"", length, position + 8
+    return group << 16 | element, vr, length, start
 
 
 def skip_sequence(head: bytes, position: int, explicit: bool, depth: int = 0) -> int:
@@ -291,8 +287,8 @@ def slow_header(path: Path) -> dict:
         header["TransferSyntaxUID"] = syntax.replace(INFLATED.decode(), DEFLATED.decode())
         element = file.read(12).ljust(12, b"\0")
         explicit = not implicit and element[4:6] in LONG_VRS
-        *tag, length = struct.unpack(order + ("HH4xI" if explicit else "HHI4x"), element)
-        if tag != [PIXEL_DATA >> 16, PIXEL_DATA & 0xFFFF]:
+        group, number, length = struct.unpack(order + ("HH4xI" if explicit else "HHI4x"), element)
+        if group << 16 | number != PIXEL_DATA:
             sop_class = header.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID", "")
             modality = header.get("Modality", "no (0008,0060) Modality")
             what = "truncated" if modality == modality_of({"SOPClassUID": sop_class}) else "not an image"
@@ -461,7 +457,7 @@ class Frame:
     def normal(self) -> ndarray:
         """(3,) unit direction across the slice"""
         normal = np.cross(self.row_dir, self.col_dir)
-        return normal / np.linalg.norm(normal)
+        return normal / norm(normal)
 
 
 Frames = list  # of Frame
@@ -522,10 +518,21 @@ def make_frames(path: Path, header: dict) -> Frames:
             step, source = slice_step(tags, spacing[0])
             remarks.append(f"frames without position placed {step:.4g} mm apart along +normal ({source})")
             position = np.nan_to_num(position) + index * step * np.cross(*directions)
-        rescale, padding = rescale_of(tags, remarks), padding_range(tags)
-        uid, rows, cols = header.get("SOPInstanceUID", ""), tags["Rows"], tags["Columns"]
-        place = position, *directions, spacing
-        frames.append(Frame(path, index, tags, uid, *place, rows, cols, *rescale, padding, remarks))
+        frame = Frame(
+            path,
+            index,
+            tags,
+            header.get("SOPInstanceUID", ""),
+            position,
+            *directions,
+            spacing,
+            tags["Rows"],
+            tags["Columns"],
+            *rescale_of(tags, remarks),
+            padding_range(tags),
+            remarks,
+        )
+        frames.append(frame)
     return frames
 
 
@@ -534,7 +541,7 @@ def unit_directions(orientation: tuple) -> ndarray:
     """(2, 3) unit row and column directions; NaN if they are missing, zero or not orthogonal."""
     if len(orientation) == 6:
         directions = np.array(orientation).reshape(2, 3)
-        lengths = np.linalg.norm(directions, axis=1, keepdims=True)
+        lengths = norm(directions, axis=1, keepdims=True)
         if lengths.min() > 1e-3 and abs(directions[0] @ directions[1]) < 0.02 * lengths.prod():
             return directions / lengths
     return np.full((2, 3), np.nan)
@@ -633,10 +640,11 @@ def group_fragments(stated: int, offset: int, size: int, file: BinaryIO) -> list
     while offset + 8 <= size and num_fragments <= 2 * MAX_FRAMES:
         file.seek(offset)
         item = file.read(16)
-        start, length = offset + 8, int.from_bytes(item[4:8], "little")
-        if item[:4] == b"\xfe\xff\xdd\xe0":
+        tag, _, length, start = parse_element(item, 0, explicit=False)
+        start += offset
+        if tag == SEQUENCE_END:
             break
-        if item[:4] != b"\xfe\xff\x00\xe0":
+        if tag != ITEM:
             raise ValueError("damaged: no item where the next fragment of compressed pixel data should be")
         offset = start + length
         if offset > size:
@@ -704,13 +712,19 @@ def decode_with_pydicom(frame: Frame, data: bytes) -> ndarray:
     if not is_native and uid != RLE:
         check_code_stream(data, (frame.rows, frame.cols, samples))
     bits = header["BitsAllocated"]
-    options = {"rows": frame.rows, "columns": frame.cols, "number_of_frames": 1, "samples_per_pixel": samples}
-    options |= {"bits_allocated": bits, "bits_stored": header.get("BitsStored", bits)}
-    options["pixel_representation"] = header.get("PixelRepresentation", 0)
-    options["photometric_interpretation"] = header.get("PhotometricInterpretation", "MONOCHROME2")
-    options["planar_configuration"] = header.get("PlanarConfiguration", 0)
-    data = data if is_native else encapsulate([data])
-    array, _ = decoder.as_array(data, pixel_keyword="PixelData", **options)
+    array, _ = decoder.as_array(
+        data if is_native else encapsulate([data]),
+        pixel_keyword="PixelData",
+        rows=frame.rows,
+        columns=frame.cols,
+        number_of_frames=1,
+        samples_per_pixel=samples,
+        bits_allocated=bits,
+        bits_stored=header.get("BitsStored", bits),
+        pixel_representation=header.get("PixelRepresentation", 0),
+        photometric_interpretation=header.get("PhotometricInterpretation", "MONOCHROME2"),
+        planar_configuration=header.get("PlanarConfiguration", 0),
+    )
     if array.ndim == 3:
         array = (array @ np.array([0.299, 0.587, 0.114]) + 0.5).astype(array.dtype)  # ITU-R BT.601
     if array.shape != (frame.rows, frame.cols):
@@ -822,13 +836,11 @@ def repair_group(stack: Stack) -> None:
 
 
 def sample_pixels(frames: Frames) -> Samples:
-    rows = []
-    for frame in frames:
-        stride = 1 + math.isqrt(frame.rows * frame.cols // 16_000)
-        pixels = frame.stored[::stride, ::stride]
-        slopes = np.full(pixels.size, frame.slope)
-        rows.append((pixels.ravel(), slopes, pixels[[0, -1]][:, [0, -1]].ravel()))
-    return Samples(*map(np.concatenate, zip(*rows, strict=True)))
+    stride = 1 + math.isqrt(frames[0].stored.size // 16_000)
+    pixels = np.stack([frame.stored[::stride, ::stride] for frame in frames])
+    slopes = np.repeat([frame.slope for frame in frames], pixels[0].size)
+    corners = pixels[:, [0, -1]][..., [0, -1]]
+    return Samples(pixels.ravel(), slopes, corners.ravel())
 
 
 def invert_if_bright(stack: Stack, samples: Samples) -> None:
