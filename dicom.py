@@ -69,8 +69,8 @@ def safe_uid(uid: str) -> str:
     """`uid` if it is safe as a file name (a UID, or the like of ID_0a1b), else a UID made of its SHA-256."""
     if re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", uid):
         return uid
-    digest = hashlib.sha256(uid.encode(errors="surrogatepass")).digest()
-    return "2.25." + str(int.from_bytes(digest, "big"))[:38]
+    digest = hashlib.sha256(uid.encode(errors="surrogatepass")).hexdigest()
+    return "2.25." + str(int(digest, 16))[:38]
 
 
 def natural_key(path: Path) -> list:
@@ -318,6 +318,11 @@ def frame_points(frames: Frames) -> ndarray:
     return np.array([frame.position for frame in frames])
 
 
+def image_numbers(frames: Frames) -> ndarray:
+    """(n,) integers"""
+    return np.array([image_number(frame) for frame in frames])
+
+
 def positions_along_normal(frames: Frames) -> ndarray:
     """(n,) mm"""
     return frame_points(frames) @ frames[0].normal
@@ -393,8 +398,9 @@ def drop_slabs(stack: Stack) -> None:
     others, slabs = positions[~is_slab], positions[is_slab]
     is_among = (slabs > others.min()) & (slabs < others.max())
     if is_among.sum() > 0.5 * len(slabs):
-        what = f"images left out: thicker or thinner than the {usual:g} mm slices among them"
-        stack.leave_out(is_slab, what)
+        stack.leave_out(
+            is_slab, f"images left out: thicker or thinner than the {usual:g} mm slices among them"
+        )
 
 
 def place_slices(stack: Stack) -> Frames:
@@ -422,7 +428,7 @@ def place_slices(stack: Stack) -> Frames:
                 f"{stack.where}: {len(attempt.frames)} images share {num_positions} positions, and neither "
                 f"(0020,1041) SliceLocation, (0020,0013) InstanceNumber nor file names tell them apart"
             )
-        num_numbers = len(set(map(image_number, attempt.frames)))
+        num_numbers = len(set(image_numbers(attempt.frames)))
         if num_images >= 8 and (num_positions == 1 or source or num_numbers < len(attempt.frames)):
             stack.doubts.append(f"{num_images} images without plausible positions: the slices are a guess")
         select_labelled(attempt, count_visits(attempt.frames), "InstanceNumber")
@@ -448,12 +454,11 @@ def position_sources(frames: Frames) -> Iterator:
     if is_known.all() and len(frames) < 8:
         return
     step, tag = slice_step(frames[0].header, frames[0].spacing_mm[0])
-    numbers = [image_number(frame) for frame in frames]
     for name, values in (
-        ("(0020,0013) InstanceNumber", numbers),
-        ("the order of file names", range(len(frames))),
+        ("(0020,0013) InstanceNumber", image_numbers(frames)),
+        ("the order of file names", np.arange(len(frames))),
     ):
-        placed, line_step = place_on_line(frames, np.array(values), step)
+        placed, line_step = place_on_line(frames, values, step)
         is_certain = abs(line_step - step) < 0.1 * step
         yield f"{name} times {line_step or step:.4g} mm ({tag})", is_certain, placed
     if is_known.any():
@@ -466,7 +471,7 @@ def place_on_line(frames: Frames, values: ndarray, step_mm: float) -> tuple:
     points = frame_points(frames)
     is_known = np.isfinite(points[:, 0])
     known, known_values = points[is_known], values[is_known]
-    step, line_step, start = step_mm * frames[0].normal, 0.0, np.zeros(3)
+    step, line_step = step_mm * frames[0].normal, 0.0
     if len(np.unique(known_values)) > 1 and np.ptp(known, axis=0).max() > SAME_POSITION_MM:
         origin, slope = polyfit(known_values, known, 1)
         errors = origin + np.outer(known_values, slope) - known
@@ -474,8 +479,7 @@ def place_on_line(frames: Frames, values: ndarray, step_mm: float) -> tuple:
             step, line_step = slope, norm(slope)
         elif slope @ frames[0].normal < 0:
             step = -step
-    if len(known):
-        start = np.median(known - np.outer(known_values, step), axis=0)
+    start = np.median(known - np.outer(known_values, step), axis=0) if len(known) else np.zeros(3)
     positions = start + np.outer(values, step)
     placed = [replace(f, position=position) for f, position in zip(frames, positions, strict=True)]
     return placed, line_step
@@ -510,12 +514,12 @@ def drop_strays(stack: Stack) -> None:
     holes = places[1:][gaps > max(4 * gap, 30)]
     clusters = np.searchsorted(holes, positions_along_normal(stack.frames), side="right")
     is_stray = clusters != np.bincount(clusters).argmax()
-    by_number = np.argsort([image_number(frame) for frame in stack.frames], kind="stable")
-    points = frame_points(stack.frames)[by_number]
-    padded = np.pad(points, ((2, 2), (0, 0)), mode="reflect")
-    medians = np.median(sliding_window_view(padded, 5, axis=0), axis=-1)
-    jumps = norm(points - medians, axis=1)
-    steps = norm(np.diff(points, axis=0), axis=1)
+    by_number = np.argsort(image_numbers(stack.frames), kind="stable")
+    # around each the two before and the two after, mirrored at the ends
+    windows = sliding_window_view(np.pad(by_number, 2, mode="reflect"), 5)
+    points = frame_points(stack.frames)
+    jumps = norm(points[by_number] - np.median(points[windows], axis=1), axis=1)
+    steps = norm(np.diff(points[by_number], axis=0), axis=1)
     is_stray[by_number] |= jumps > 3 * max(gap, np.median(steps))
     if is_stray.sum() <= max(1, len(points) // 10):
         place = stack.frames[is_stray.argmax()].position.round(1).tolist()
@@ -557,7 +561,7 @@ def count_sweeps(frames: Frames, values: list) -> ndarray:
 def count_visits(frames: Frames) -> ndarray:
     """For each frame, how many of lower InstanceNumber share its position."""
     ranks = rank_positions(frames)
-    order = np.lexsort(([image_number(frame) for frame in frames], ranks))
+    order = np.lexsort((image_numbers(frames), ranks))
     visits = np.arange(len(frames)) - np.searchsorted(ranks[order], ranks[order])
     return visits[np.argsort(order)]
 
@@ -593,10 +597,9 @@ def select_labelled(stack: Stack, labels: list | ndarray, name: str) -> None:
     complete = [volume for volume in ordered if is_volume(volume, places, len(stack.frames))]
     if not complete:
         return
-    counts = [len(distinct_positions(volume)) for volume in complete]
-    most = max(counts)
-    best = complete[counts.index(most)]
-    full = [volume for volume, count in zip(complete, counts, strict=True) if count >= 0.9 * most]
+    counts = np.array([len(distinct_positions(volume)) for volume in complete])
+    most, best = counts.max(), complete[counts.argmax()]
+    full = list(compress(complete, counts >= 0.9 * most))
     if len(full) > 1 < most and name != "ImageType" and best[0].is_ct:
         low, high = np.median([distinct_positions(volume)[[0, -1]] for volume in full], axis=0)
         shared = low + (high - low) * np.linspace(0.2, 0.8, 6)
@@ -641,7 +644,7 @@ def take_one_per_position(frames: Frames) -> Frames:
     """Frames along +normal; where several share a position, the one whose InstanceNumber fits the others'."""
     frames = [frames[i] for i in np.argsort(positions_along_normal(frames), kind="stable")]
     ranks = rank_positions(frames)
-    numbers = np.array([image_number(frame) for frame in frames])
+    numbers = image_numbers(frames)
     is_single = np.bincount(ranks)[ranks] == 1
     expected = np.interp(ranks, ranks[is_single], numbers[is_single]) if is_single.any() else -1e12
     order = np.lexsort((numbers, np.abs(numbers - expected), ranks))
@@ -672,7 +675,7 @@ def measure_stack(stack: Stack) -> dict:
             stack.notes.append(f"tilted: the stack leaves the slice normal by {tilt:.4f} mm per mm")
     row_mm, col_mm = first.spacing_mm
     affine = np.eye(4)
-    affine[:3] = np.stack([step, row_mm * first.col_dir, col_mm * first.row_dir, start], axis=1)
+    affine[:3] = np.column_stack([step, row_mm * first.col_dir, col_mm * first.row_dir, start])
     return {
         "positions_mm": positions,
         "normal": normal,
@@ -752,11 +755,10 @@ class Grid:
     @property
     def extents_mm(self) -> ndarray:
         """(3, 2) outer edges of what was scanned along each axis, in the image those of the middle slice."""
-        extents = np.empty((3, 2))
-        extents[self.through] = self.spans.min(), self.spans.max()
         low = self.edges[len(self.edges) // 2]
-        extents[self.image_axes] = np.stack([low, low + self.shape * self.steps], axis=1)
-        return extents
+        along = np.column_stack([low, low + self.shape * self.steps])
+        across = self.spans.min(), self.spans.max()
+        return np.insert(along, self.through, across, axis=0)
 
 
 def canonical_grid(series: Series, faults: dict | None = None) -> Grid:
@@ -808,7 +810,7 @@ def slice_spans(centres: ndarray, thickness_mm: float) -> ndarray:
     usual = np.median(gaps) if len(gaps) else thickness_mm
     gaps = np.minimum(gaps, 1.5 * usual)
     half = np.pad(gaps, 1, constant_values=usual) / 2
-    return np.stack([centres - half[:-1], centres + half[1:]], axis=1)
+    return np.column_stack([centres - half[:-1], centres + half[1:]])
 
 
 def slab_weights(spans: ndarray, edges: ndarray) -> tuple:
@@ -828,7 +830,7 @@ def slab_weights(spans: ndarray, edges: ndarray) -> tuple:
 
 def line_weights(centres: ndarray, targets: ndarray) -> ndarray:
     """Weights (P, n) of linear interpolation between n growing centres at P targets; constant beyond ends."""
-    return np.transpose([np.interp(targets, centres, row) for row in np.eye(len(centres))])
+    return np.column_stack([np.interp(targets, centres, row) for row in np.eye(len(centres))])
 
 
 def to_voxel(points_lps: ndarray, affine: ndarray) -> ndarray:

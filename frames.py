@@ -504,7 +504,7 @@ def make_frames(path: Path, header: dict) -> Frames:
     """The images of a file, if they are CT or MR slices; without positions by `slice_step` along +normal."""
     check_is_slice(header)
     frames, count = [], len(header["spans"])
-    groups = header["groups"] or [{}]
+    groups = header["groups"]
     if len(groups) == 1:
         groups = groups * count
     has_positions = any("ImagePositionPatient" in group for group in groups)
