@@ -24,7 +24,6 @@ from numpy.linalg import inv, norm
 from numpy.polynomial.polynomial import polyfit
 
 from frames import (
-    VOLUME_KEYS,
     Frames,
     Stack,
     image_difference,
@@ -48,6 +47,11 @@ PLANES = ("sagittal", "coronal", "axial")  # slices lie along x, y, z
 X, Y, Z = np.eye(3)
 USUAL_DIRECTIONS = ((Y, -Z), (X, -Z), (X, Y))  # of rows and columns in these planes
 BLANK = "blank"
+# What tells the volumes of one series apart, in the order tried; then the order of images does.
+VOLUME_KEYS = (
+    "ImageType EchoNumbers EchoTime TemporalPositionIdentifier DiffusionBValue AcquisitionNumber "
+    "AcquisitionTime TriggerTime StackID"
+)
 VOLUME_VERSION = 2  # to be raised with each change of the code that changes a volume's voxels
 
 
@@ -1013,15 +1017,17 @@ def doubt_voxels(grid: Grid, box: Box, voxels: ndarray, covered: ndarray, notes:
     """What makes voxels implausible, of what was scanned in the box: every slab, every third pixel."""
     doubts = []
     z, y, x = size_mm = np.ptp(grid.extents_mm, axis=1)
-    least_mm = np.where(np.arange(3) == grid.through, 25, 60)
+    is_across = np.arange(3) == grid.through
+    least_mm = np.where(is_across, 25, 60)
     if len(grid.order) < 5 or (size_mm < least_mm).any():
         size = f"{z:.3g} x {y:.3g} x {x:.3g} mm; expected at least 5, 25 mm across them, 60 mm along"
         doubts.append(f"too little of a head: slices: {len(grid.order)}, {size}")
-    masks = [is_scanned(grid, box, axis) for axis in range(3)]
-    slabs = np.moveaxis(voxels[np.ix_(*masks)], grid.through, 0)[:, ::3, ::3]
+    strides = np.where(is_across, 1, 3)
+    indices = [np.flatnonzero(is_scanned(grid, box, axis))[:: strides[axis]] for axis in range(3)]
+    slabs = np.moveaxis(voxels[np.ix_(*indices)], grid.through, 0)
     if slabs.size == 0:
         return doubts
-    is_covered = covered[masks[grid.through]] >= 0.5
+    is_covered = covered[indices[grid.through]] >= 0.5
     is_empty = np.ptp(slabs, axis=(1, 2)) == 0
     if grid.through != 0:  # beside the head there may be only dark air
         is_empty &= slabs[:, 0, 0] > 127
@@ -1109,13 +1115,11 @@ def find_centre(grid: Grid, head: dict, pixel_mm: ndarray, top: float) -> ndarra
     """(2,) mm (y, x) of the middle of the head's bounding box over 100 mm below the top."""
     numbers, *pixels = np.nonzero(np.stack(list(head.values())))
     slices = np.array(list(head))[numbers]
-    points = np.empty((3, len(slices)))
-    points[grid.through] = grid.centres[slices]
-    edges = grid.edges[slices].T
-    points[grid.image_axes] = edges + (np.array(pixels) + 0.5) * pixel_mm[:, None]
-    points = points[:, points[0] < top]
-    box = points[1:, points[0] >= min(top - 100, points[0].max())]
-    return (box.min(axis=1) + box.max(axis=1)) / 2
+    in_image = grid.edges[slices] + (np.transpose(pixels) + 0.5) * pixel_mm
+    points = np.insert(in_image, grid.through, grid.centres[slices], axis=1)  # (n, 3)
+    points = points[points[:, 0] < top]
+    box = points[points[:, 0] >= min(top - 100, points[:, 0].max()), 1:]
+    return (box.min(axis=0) + box.max(axis=0)) / 2
 
 
 def shrink_slice(grid: Grid, factors: ndarray, k: int) -> ndarray:

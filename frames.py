@@ -92,11 +92,6 @@ JPEG_2000_SIZE = re.compile(rb"\xff\x4f\xff\x51.{4}(.{34})", re.DOTALL)
 MODALITIES = {"1.2.840.10008.5.1.4.1.1.2": "CT", "1.2.840.10008.5.1.4.1.1.4": "MR"}  # by SOP class
 PROJECTION = re.compile(r"\b(MIP|MINIP|MAXIP|MIN IP|MAX IP|PROJECTION|VOLUME RENDERED|VRT)\b")
 SCOUT = re.compile(r"\b(LOCALIZER|SCOUT|TOPOGRAM|SURVIEW)\b")
-# What tells the volumes of one series apart, in the order tried; then the order of images does.
-VOLUME_KEYS = (
-    "ImageType EchoNumbers EchoTime TemporalPositionIdentifier DiffusionBValue AcquisitionNumber "
-    "AcquisitionTime TriggerTime StackID"
-)
 PHASE_TYPES = {"P", "PHASE", "R", "REAL", "I", "IMAGINARY", "PHASE MAP", "B0", "B0 MAP"}
 AIR_HU = (-1100, -900)
 TISSUE_HU = (-20, 120)
@@ -282,9 +277,7 @@ def slow_header(path: Path) -> dict:
         order = "<" if little else ">"
         implied = IMPLICIT if implicit else EXPLICIT if little else BIG_ENDIAN
         header = parse_dataset(dataset, order, {})
-        header |= {"order": order, "packed": isinstance(file, io.BytesIO)}
         syntax = str(dataset.file_meta.get("TransferSyntaxUID") or implied)
-        header["TransferSyntaxUID"] = syntax.replace(INFLATED.decode(), DEFLATED.decode())
         element = file.read(12).ljust(12, b"\0")
         explicit = not implicit and element[4:6] in LONG_VRS
         group, number, length = struct.unpack(order + ("HH4xI" if explicit else "HHI4x"), element)
@@ -294,8 +287,13 @@ def slow_header(path: Path) -> dict:
             what = "truncated" if modality == modality_of({"SOPClassUID": sop_class}) else "not an image"
             raise ValueError(f"{what} ({modality}): no (7FE0,0010) PixelData")
         vr = element[4:6].decode() if explicit else "OW"
-        header["pixel_data"] = (vr, position + (12 if explicit else 8), length)
-        header["groups"] = parse_groups(dataset, order)
+        header |= {
+            "TransferSyntaxUID": syntax.replace(INFLATED.decode(), DEFLATED.decode()),
+            "order": order,
+            "packed": isinstance(file, io.BytesIO),
+            "pixel_data": (vr, position + (12 if explicit else 8), length),
+            "groups": parse_groups(dataset, order),
+        }
         header["spans"] = locate_frames(header, file)
         return header
 
