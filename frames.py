@@ -516,21 +516,9 @@ def make_frames(path: Path, header: dict) -> Frames:
             step, source = slice_step(tags, spacing[0])
             remarks.append(f"frames without position placed {step:.4g} mm apart along +normal ({source})")
             position = np.nan_to_num(position) + index * step * np.cross(*directions)
-        frame = Frame(
-            path,
-            index,
-            tags,
-            header.get("SOPInstanceUID", ""),
-            position,
-            *directions,
-            spacing,
-            tags["Rows"],
-            tags["Columns"],
-            *rescale_of(tags, remarks),
-            padding_range(tags),
-            remarks,
-        )
-        frames.append(frame)
+        uid, rows, cols = header.get("SOPInstanceUID", ""), tags["Rows"], tags["Columns"]
+        meaning = (*rescale_of(tags, remarks), padding_range(tags), remarks)
+        frames.append(Frame(path, index, tags, uid, position, *directions, spacing, rows, cols, *meaning))
     return frames
 
 

@@ -27,12 +27,9 @@ BACKBONES += [("locate", "tf_efficientnet_lite0"), ("locate", "resnet10t")]
 META = {"prior": [0.1] * 14, "decoys": [], "val_uids": ["1.2"], "locator": "", "epoch": 1}
 
 
-def test_swap_exchanges_left_and_right_names_and_nothing_else():
+def test_the_settings_users_know_have_their_known_values_and_swap_exchanges_left_and_right_alone():
     mirrored = [name.replace("Left", "?").replace("Right", "Left").replace("?", "Right") for name in LABELS]
     assert [LABELS[i] for i in SWAP] == mirrored
-
-
-def test_the_settings_users_know_have_their_known_values():
     known = dict(base_slices=32, max_localizer_crops=3, p_localizer_dropout=0.30, p_global_localizer_off=0.10)
     known |= dict(img_size=384, epochs=34, batch_size=2, label_smoothing=0.02, crop_mm=48.0, precision="fp16")
     assert known.items() <= common.config_to_dict(Config()).items() and Config().in_chans == 35

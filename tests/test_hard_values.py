@@ -125,13 +125,10 @@ def test_a_fill_takes_neither_the_percentiles_nor_the_box_of_an_mr(tmp_path, hea
     assert is_equal(volume, healthy["MR"]) and volume.doubts == []
 
 
-def test_a_bright_fill_takes_no_vessel_with_it(tmp_path):
+def test_a_bright_fill_takes_no_vessel_and_a_far_background_no_grey_levels_with_it(tmp_path):
     grey = np.where((RADIUS > 0.1) & (RADIUS < 0.3), 400, GREY)  # a small vessel of 900
     healthy = volume_of(tmp_path / "a", grey, **MR)
     assert is_equal(volume_of(tmp_path / "b", np.where(CORNERS, 1200, grey), **MR), healthy)
-
-
-def test_inversion_recovery_over_a_far_background_spans_the_grey_levels(tmp_path):
     volume = volume_of(tmp_path / "mr", np.where(AIR, 0, 1800 + GREY), **MR)
     inside = volume.voxels[np.abs(volume.voxels.astype(int) - 128) < 110]
     assert np.mean(volume.voxels > 230) < 0.2 and np.ptp(inside) > 100  # today 1800 would be 170 of 255

@@ -128,6 +128,7 @@ def test_series_in_doubt_are_counted_and_left_out_and_all_faults_reported_at_onc
     assert f"14 series; left out, with their number: {counts}" in capsys.readouterr().err
     assert len(load_table(change(cfg, use_doubtful=True))) == 16 and len(load_table(cfg, limit=8)) == 8
     paths = [volume_path(tmp_path, uid) for uid in table[UID]]
+    write_cached_series(tmp_path, "1.2.14", cfg, [], seed=13)  # the noise of 1.2.13
     paths[15].unlink()
     write_cached_series(tmp_path, "1.2.16", change(QUICK, roi_mm=150.0), [], seed=6)
     paths[17].write_bytes(paths[18].read_bytes())  # the same images twice
@@ -135,7 +136,7 @@ def test_series_in_doubt_are_counted_and_left_out_and_all_faults_reported_at_onc
     text = expect_refusal(f"4 faults: {paths[15]}: no such volume", load_table, cfg)
     assert f"{paths[16]}: made with roi_mm 150.0 (expected 160.0); use preprocess.py --config" in text
     assert "1.2.17 and 1.2.18 share a (0008,0018) SOPInstanceUID" in text
-    assert f"{paths[19]}: not a readable volume" in text
+    assert f"{paths[19]}: not a readable" in text and "1.2.14 have equal vol" in capsys.readouterr().err
     table.drop(columns="Modality").to_csv(tmp_path / "train.csv", index=False)
     expect_refusal(r"train\.csv: columns missing: 'Modality'", load_table, cfg)
 
@@ -417,8 +418,7 @@ def test_two_processes_with_batchnorm_resume_to_the_same_bits_after_a_kill(pair,
     cfg = change(quick, **NORM)
     command = [TRAIN, *arguments(tmp_path, cfg, "--resume")]
     process = start(tmp_path, *TORCHRUN, *command)
-    killed = wait_for_checkpoint(tmp_path, process)
-    children = list_children(process)
+    killed, children = wait_for_checkpoint(tmp_path, process), list_children(process)
     for pid in (process.pid, *children):  # ranks live on without their launcher
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, SIGKILL)
@@ -509,14 +509,13 @@ def test_a_users_mistake_is_one_line_and_leaves_no_folder(quick, tmp_path, setti
     assert MISTAKES[setting] in line and not (tmp_path / "outputs").exists()
 
 
-def test_a_locator_without_annotated_points_is_refused_with_the_step_that_makes_them(tmp_path):
+def test_a_locator_without_annotated_points_is_refused_and_print_config_prints_the_resolved_settings(
+    tmp_path, capsys
+):
     cfg = write_cache(tmp_path, random_table(32), change(QUICK, epochs=1), with_points=False)
     (line,) = run(tmp_path, change(cfg, task="locate"), code=1).splitlines()
     assert "no annotated point in 23 training series" in line and "put train_localizers.csv beside" in line
     assert "23 series with 0 annotated points train, 9 validate" in run(tmp_path, cfg)
-
-
-def test_print_config_prints_the_resolved_settings(tmp_path, capsys):
     run(tmp_path, QUICK, "--set", "lr=0.5", "--print-config")
     printed = common.config_from_dict(yaml.safe_load(capsys.readouterr().out))
     assert printed == change(QUICK, lr=0.5, outputs=str(tmp_path / "outputs"))
