@@ -22,7 +22,6 @@ from contextlib import chdir, suppress
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from multiprocessing import forkserver, resource_tracker
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TextIO, get_args, get_origin, get_type_hints
 
@@ -42,7 +41,7 @@ from tqdm import tqdm
 from dicom import VOLUME_VERSION, Volume, VolumeSettings, safe_uid, to_lps, to_voxel
 
 # --- labels -------------------------------------------------------------------------------------------------
-LABELS = (
+LABELS = [
     "Left Infraclinoid Internal Carotid Artery",
     "Right Infraclinoid Internal Carotid Artery",
     "Left Supraclinoid Internal Carotid Artery",
@@ -57,9 +56,10 @@ LABELS = (
     "Basilar Tip",
     "Other Posterior Circulation",
     "Aneurysm Present",
-)
+]
 LOCATIONS = LABELS[:13]
 AP = 13  # column of `Aneurysm Present`
+PRESENT = LABELS[AP]
 SWAP = [1, 0, 3, 2, 5, 4, 6, 8, 7, 10, 9, 11, 12, 13]  # labels of the mirrored image: labels[:, SWAP]
 MODALITIES = ("CTA", "MRA", "MRI T2", "MRI T1post")
 UID = "SeriesInstanceUID"
@@ -87,10 +87,10 @@ def read_label_table(path: Path) -> DataFrame:
     table[UID] = table[UID].astype(str).map(safe_uid)
     repeated = table[UID][table[UID].duplicated()].unique()
     faults = [f"series {uid} has several rows" for uid in repeated[:5]]
-    is_odd = {name: ~table[name].isin((0, 1, "0", "1")) for name in LABELS}
-    is_odd["Modality"] = ~table["Modality"].isin(MODALITIES)  # folds are balanced over it
-    for name, rows in is_odd.items():
-        for uid, value in table.loc[rows, [UID, name]].head(3).itertuples(index=False):
+    allowed = dict.fromkeys(LABELS, (0, 1, "0", "1")) | {"Modality": MODALITIES}  # folds balance both
+    for name, values in allowed.items():
+        is_odd = ~table[name].isin(values)
+        for uid, value in table.loc[is_odd, [UID, name]].head(3).itertuples(index=False):
             faults.append(f"{name} holds {value!r} in series {uid}")
     if faults:
         raise ValueError(f"{path}: {'; '.join(faults)}; expected 0 or 1, Modality one of {MODALITIES}")
@@ -100,7 +100,7 @@ def read_label_table(path: Path) -> DataFrame:
 def parse_age(text: str) -> float:
     """Years of (0010,1010) PatientAge (`086Y`, `018M`; PS3.5 6.2, AS) or of a plain number; nan otherwise."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([DWMY]?)", str(text).strip())
-    if match is None:
+    if not match:
         return math.nan
     return float(match[1]) / {"D": 365.25, "W": 52.18, "M": 12}.get(match[2], 1)
 
@@ -234,7 +234,7 @@ def config_from_dict(values: dict, source: str = "checkpoint") -> Config:
     checked = check_settings(values, source)
     volume = {key: checked.pop(key) for key in asdict(VolumeSettings()) if key in checked}
     cfg = Config(volume=VolumeSettings(**volume), **checked)
-    if not cfg.fold < cfg.num_folds:
+    if cfg.fold >= cfg.num_folds:
         raise ValueError(f"{source}: fold is {cfg.fold}, expected 0 to {cfg.num_folds - 1} (num_folds - 1)")
     if cfg.proposals if cfg.task == "locate" else cfg.train_slabs:
         raise ValueError(f"{source}: proposals are for task classify, train_slabs (0: none) for task locate")
@@ -275,9 +275,8 @@ def convert_setting(key: str, value: Any, kind: Any, source: str) -> Any:
             value = "no" if value is False else value
             is_valid = value in choices
         else:
-            types = choices or (kind,)
-            expected = " or ".join(t.__name__ for t in types)
-            is_valid = type(value) in types
+            expected = " or ".join(t.__name__ for t in choices or [kind])
+            is_valid = isinstance(value, kind)
     if not is_valid:
         raise ValueError(f"{source}: {key} is {value!r}, expected {expected}")
     return value
@@ -371,8 +370,8 @@ def write_atomic(path: Path, data: bytes) -> None:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.fsync(file)
+        temporary.replace(path)
     except OSError as error:  # a write to a full disk does not say which file
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
@@ -518,7 +517,7 @@ def run_isolated(
         pool.join()
 
 
-def start_forkserver() -> BaseContext:
+def start_forkserver() -> multiprocessing.context.BaseContext:
     """The context whose processes are forked from one that has imported this module, in our folder: in the
     working directory a file called common.py would stand in for it."""
     context = multiprocessing.get_context("forkserver")
@@ -640,7 +639,7 @@ def describe_wauc(result: dict) -> str:
     """`0.7738 (95 % interval 0.7070 to 0.8368, 1385 draws)` of a score, or why it has no interval."""
     interval = f"95 % interval {result['low']:.4f} to {result['high']:.4f}"
     if np.isnan(result["low"]):
-        positives = result["per_label"][LABELS[AP]]["positives"]
+        positives = result["per_label"][PRESENT]["positives"]
         interval = f"no interval: {positives} series with an aneurysm of {result['num_series']}"
     return f"{result['wauc']:.4f} ({interval}, {result['draws_used']} draws)"
 
@@ -648,8 +647,7 @@ def describe_wauc(result: dict) -> str:
 def score(table: DataFrame, probs: ndarray, draws: int = 2000) -> dict:
     """wAUC of probs (N, 14) with its interval over patients, AUC per label (no interval below MIN_PATIENTS),
     wAUC per modality and plane. table: rows aligned with probs; patient, Modality, plane, the labels."""
-    table = table.reset_index(drop=True)
-    labels = table[list(LABELS)].to_numpy(float)
+    labels = table[LABELS].to_numpy(float)
     overall = weighted_auc(labels, probs)
     patients = table["patient"]
     aucs = column_aucs(labels, probs, patient_weights(patients, draws))
@@ -668,8 +666,8 @@ def score(table: DataFrame, probs: ndarray, draws: int = 2000) -> dict:
         summary = {"auc": overall["auc"][k], **summarise_draws(aucs[:, k], counts[k])}
         result["per_label"][name] = summary | {"positives": int(labels[:, k].sum())}
     for column in ("Modality", "plane"):
-        for value, rows in table.groupby(column):
-            part = weighted_auc(labels[rows.index], probs[rows.index])
+        for value, rows in table.groupby(column).indices.items():
+            part = weighted_auc(labels[rows], probs[rows])
             group = {"wauc": part["wauc"], "auc_present": part["auc"][AP], "num_series": len(rows)}
             result[f"per_{column.lower()}"][str(value)] = group
     return result
@@ -701,8 +699,7 @@ def cut_crop(volume: ndarray, point: ndarray, spacing_mm: ndarray, cfg: Config) 
     step = cfg.crop_mm / float(spacing_mm[2]) / size  # volume pixels per crop pixel
     half = (size - 1) / 2
     matrix = np.array([[step, 0, x - step * half], [0, step, y - step * half]])
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    crop = cv2.warpAffine(slab, matrix, (size, size), flags=flags)
+    crop = cv2.warpAffine(slab, matrix, (size, size), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
     return (crop + 0.5).astype(np.uint8)
 
 
@@ -766,7 +763,7 @@ class SeriesDataset(torch.utils.data.Dataset):
 
     def __post_init__(self):
         self.uids = list(self.table[UID])
-        self.labels = self.table[list(LABELS)].to_numpy(np.float32)
+        self.labels = self.table[LABELS].to_numpy(np.float32)
 
     def __len__(self) -> int:
         return len(self.uids)
@@ -780,12 +777,12 @@ class SeriesDataset(torch.utils.data.Dataset):
         affine = np.array(meta["affine"])
         spacing_mm = np.array(meta["spacing_mm"])
         points = np.full((MAX_POINTS, 4), -1, np.float32)
+        labels, first = self.labels[index], 0
         if is_training:
             rows = np.column_stack([tensors["point_labels"], tensors["points"]])[:MAX_POINTS]
             points[: len(rows)] = rows
-        labels, first = self.labels[index], 0
-        if is_training and cfg.train_slabs:
-            image, labels, first = cut_slabs(image, labels, points, cfg.train_slabs, rng)
+            if cfg.train_slabs:
+                image, labels, first = cut_slabs(image, labels, points, cfg.train_slabs, rng)
         slabs = len(image)
         if cfg.num_crops:
             proposals = to_voxel(self.proposals[uid], affine) if self.proposals else None
@@ -831,8 +828,8 @@ class Classifier(nn.Module):
         head = {"num_classes": len(LABELS), "drop_rate": cfg.drop_rate}
         self.net = create_backbone(cfg, in_chans=cfg.in_chans, **head)
 
-    def forward(self, images: Tensor, first: Tensor | None = None) -> Output:
-        return Output(self.net((images - 0.5) / 0.5), None)
+    def forward(self, images: Tensor, first: Tensor | int = 0) -> Output:
+        return Output(self.net(images * 2 - 1), None)
 
 
 class Locator(nn.Module):
@@ -852,8 +849,7 @@ class Locator(nn.Module):
         reductions = create_backbone(cfg, **options).feature_info.reduction()
         levels = [i for i, reduction in enumerate(reductions) if reduction in (4, 8, 16)]
         self.net = create_backbone(cfg, out_indices=levels, **options)
-        channels = self.net.feature_info.channels()
-        self.merge = nn.ModuleList(nn.Conv2d(num, width, 1) for num in channels)
+        self.merge = nn.ModuleList(nn.Conv2d(num, width, 1) for num in self.net.feature_info.channels())
         self.place = nn.Conv3d(3, width, 1)
         mix = nn.Conv3d(width, width, 3, padding=1, bias=False)
         self.mix = nn.Sequential(nn.BatchNorm3d(width), nn.SiLU(), mix, nn.BatchNorm3d(width), nn.SiLU())
@@ -861,18 +857,15 @@ class Locator(nn.Module):
         self.name = nn.Conv3d(width, len(LOCATIONS), 1)
         nn.init.constant_(self.find.bias, -4.0)  # a positive cell is rare
 
-    def forward(self, images: Tensor, first: Tensor | None = None) -> Output:
+    def forward(self, images: Tensor, first: Tensor | int = 0) -> Output:
         batch, slabs, height, width = images.shape
         size = (height // self.stride, width // self.stride)
-        images = (images - 0.5) / 0.5
-        padded = torch.cat([images[:, :1], images, images[:, -1:]], dim=1)
-        triples = torch.stack([padded[:, i : i + slabs] for i in range(3)], dim=2)  # (B, Z, 3, H, W)
+        numbers = torch.arange(slabs, device=images.device)[:, None]  # (Z, 1)
+        around = torch.cat([numbers - 1, numbers, numbers + 1], dim=1).clamp(0, slabs - 1)
+        triples = (images * 2 - 1)[:, around]  # (B, Z, 3, H, W)
         merged = self.merge_features(triples.flatten(0, 1), size)  # (B Z, D, h, w)
         merged = merged.unflatten(0, (batch, slabs)).transpose(1, 2)  # (B, D, Z, h, w)
-        numbers = torch.arange(slabs, device=images.device)[None]  # (B, Z)
-        if first is not None:
-            numbers = numbers + first[:, None]
-        z = numbers * 2 / self.last_slab - 1
+        z = (numbers + first).T * 2 / self.last_slab - 1  # (B or 1, Z)
         y, x = (torch.linspace(-1, 1, n, device=images.device) for n in size)
         place = torch.stack(torch.broadcast_tensors(z[:, :, None, None], y[:, None], x), dim=1)
         mixed = self.mix(merged + self.place(place))
@@ -915,7 +908,7 @@ def create_backbone(cfg: Config, **options) -> nn.Module:
             break
         except TypeError as error:
             unknown = re.search("unexpected keyword argument '(img_size|drop_path_rate)'", str(error))
-            if unknown is None:
+            if not unknown:
                 raise
             del options[unknown[1]]
     if cfg.grad_checkpointing:
@@ -939,7 +932,8 @@ def read_pretrained(cfg: Config) -> dict:
     source = {}
     if isinstance(cfg.pretrained, str) and cfg.pretrained != "package":
         path = Path(cfg.pretrained)
-        path = path / CHECKPOINT if path.is_dir() else path
+        if path.is_dir():
+            path /= CHECKPOINT
         state, meta = read_safetensors(path, "file of weights, .safetensors of timm or of train.py")
         if meta:
             trained_name = meta["config"]["model_name"]
@@ -977,7 +971,7 @@ def load_fitting(model: nn.Module, state: dict, source: str) -> None:
     values = {name.replace("net.model.", "net."): value for name, value in state.items()}
     for name, expected in target.items():
         value = values.get(name.replace("net.model.", "net."), torch.empty(0))
-        if value.ndim == 4 and value.shape[1] == 3 != expected.shape[1]:
+        if value.ndim == 4 and value.shape[1] == 3:
             value = adapt_input_conv(expected.shape[1], value)
         if value.shape == expected.shape:
             fitting[name] = value
@@ -1032,9 +1026,9 @@ def load_run(folder: Path) -> Run:
         cfg = config_from_dict(meta["config"])
         decoys = np.reshape(meta["decoys"], (-1, 3))
         shares = np.array([*meta["prior"], *decoys.ravel()], float)
-        is_labelled = tuple(meta["labels"]) == LABELS and len(meta["prior"]) == len(LABELS)
+        is_labelled = meta["labels"] == LABELS and len(meta["prior"]) == len(LABELS)
         is_typed = isinstance(meta["val_uids"], list) and isinstance(meta["locator"], str)
-        if not is_labelled or not is_typed or not ((shares >= 0) & (shares <= 1)).all():
+        if not is_labelled or not is_typed or not 0 <= shares.min() <= shares.max() <= 1:
             raise ValueError("expected 14 labels, their prior, decoys from 0 to 1, val_uids, locator")
         columns = ["specificity", "threshold", "sensitivity"]
         DataFrame(meta.get("operating_points", []), columns=columns, dtype=float)  # raises if malformed

@@ -36,7 +36,7 @@ from pandas import DataFrame
 from sklearn.metrics import roc_curve
 
 import common
-from common import AP, LABELS, PLACE, UID, UNDEFINED, load_volume, log, read_csv, score, volume_path
+from common import AP, LABELS, PLACE, PRESENT, UID, UNDEFINED, load_volume, log, read_csv, score, volume_path
 from dicom import VolumeSettings, find_series, make_volume, read_series, to_lps, to_voxel
 
 MEASURES = {  # columns of index.csv, with their meaning
@@ -54,9 +54,8 @@ CURVES = {  # columns of log.csv, with their meaning
 }
 TEXT = dict.fromkeys((UID, "patient", "plane", "reason", "notes", "sex"), str)  # even if all are empty
 SIDES = ["mm from the right", "mm from the front", "mm below the top"]  # of the box; columns of points
-NAMES = list(LABELS)  # columns of the truth
 PROBS = [f"probability of {name}" for name in LABELS]  # columns of out-of-fold predictions
-PRESENT, PROB_PRESENT = NAMES[AP], PROBS[AP]
+PROB_PRESENT = PROBS[AP]
 WHOLE_HEAD = VolumeSettings(base_slices=256, img_size=256, roi_mm=280.0, roi_top_mm=600.0)
 REACH_MM, NEAR_MM = 20.0, 8.0  # half of a projection; points shown on a slab
 CHART_STYLE = {"font.size": 8, "text.parse_math": False, "image.cmap": "gray", "legend.frameon": False}
@@ -70,12 +69,12 @@ def read_cache(cache: Path, limit: int | None = None) -> tuple:
     table = read_csv(cache / "index.csv", columns, dtype=TEXT, nrows=limit)
     path = cache / "train.csv"
     labels = common.read_label_table(path) if path.is_file() else DataFrame(columns=[UID])
-    labels = labels.reindex(columns=[UID, "Modality", "PatientAge", "PatientSex", *NAMES])
+    labels = labels.reindex(columns=[UID, "Modality", "PatientAge", "PatientSex", *LABELS])
     table = table.merge(labels, on=UID, how="left")
     table["modality"] = table["Modality"].combine_first(table["modality"])  # CTA rather than CT
     table = table.fillna({"modality": "unknown", "plane": "unknown", "notes": ""})
     settings, faults, points = {}, {}, []
-    for uid in table.loc[table["status"] != "failed", UID]:
+    for uid in table.query("status != 'failed'")[UID]:
         try:
             tensors, meta = load_volume(volume_path(cache, uid), ["points", "point_labels"])
         except (OSError, ValueError) as error:
@@ -96,7 +95,7 @@ def read_runs(outputs: Path) -> tuple:
     """Tables of all runs ({} without one): oof (truth, PROBS, weight), log, proposals, lists of metrics.json;
     the runs of a `group` differ in seed and fold. And what speaks against some."""
     tables, faults = defaultdict(list), []
-    truth = [f"label {name}" for name in NAMES]
+    truth = [f"label {name}" for name in LABELS]
     for path in sorted(outputs.rglob("config.yaml")):
         folder = path.parent
         group = re.sub(r"_seed\d+_fold\d+$", "", folder.name)
@@ -104,8 +103,8 @@ def read_runs(outputs: Path) -> tuple:
             cfg = common.load_config(path)
             metrics = json.loads((folder / "metrics.json").read_text())
             oof = read_csv(folder / "oof.csv", [UID, "patient", "plane", "modality", *truth], dtype=TEXT)
-            oof[PROBS] = oof[NAMES]
-            oof[NAMES] = oof[truth]
+            oof[PROBS] = oof[LABELS]
+            oof[LABELS] = oof[truth]
             oof["Modality"] = oof["modality"]  # as common.score wants it
             oof["weight"] = max(cfg.ensemble_weight, 1e-9)  # 0: a locator that only proposes
             parts = {
@@ -132,11 +131,10 @@ def read_runs(outputs: Path) -> tuple:
 
 def pool_oof(rows: DataFrame) -> DataFrame:
     """A row per series: labels and the mean out-of-fold probabilities over runs, weighted as in infer.py."""
-    rows = rows.copy()
-    rows[PROBS] = rows[PROBS].mul(rows["weight"], axis=0)
     series = rows.groupby(UID)
     pooled = series.first()
-    pooled[PROBS] = series[PROBS].sum().div(series["weight"].sum(), axis=0)
+    sums = rows[PROBS].mul(rows["weight"], axis=0).groupby(rows[UID]).sum()
+    pooled[PROBS] = sums.div(series["weight"].sum(), axis=0)
     return pooled.reset_index()
 
 
@@ -144,7 +142,7 @@ def pool_oof(rows: DataFrame) -> DataFrame:
 def data_section(table: DataFrame) -> str:
     settings = table["settings"].value_counts().reset_index(name="series")
     planes = pd.crosstab(table["plane"], table["modality"], margins=True)
-    positives = table.groupby("modality")[NAMES].sum().T.reset_index(names="label")
+    positives = table.groupby("modality")[LABELS].sum().T.reset_index(names="label")
     return f"""<section id="data"><h2>The data</h2>
         {show_table(settings, "Settings of the volumes; the box reaches down from the top of the head.")}
         {show_table(planes.reset_index(), "Series by plane and modality.")}
@@ -171,8 +169,7 @@ def read_scan(uid: str, cache: Path) -> Scan:
     tensors, meta = load_volume(volume_path(cache, uid))
     voxels, affine = tensors["volume"], np.array(meta["affine"])
     points = to_lps(tensors["points"], affine)
-    last = np.array(voxels.shape) - 0.5
-    box = to_lps([[-0.5, -0.5, -0.5], last], affine)
+    box = to_lps(np.array([(0, 0, 0), voxels.shape]) - 0.5, affine)
     place = points[0] if len(points) else box.mean(0)
     return Scan(voxels, affine, points, box, place, meta["settings"])
 
@@ -295,8 +292,8 @@ def cases_section(runs: dict, pooled: DataFrame, cache: Path) -> str:
     for row in hardest.to_dict("records"):
         log(f"hard case: {row[UID]}")
         try:
-            scan = read_scan(row[UID], cache)
-            cases.append(show_case(row, proposals[proposals[UID] == row[UID]], scan))
+            places = proposals[proposals[UID] == row[UID]]
+            cases.append(show_case(row, places, read_scan(row[UID], cache)))
         except (OSError, ValueError) as error:
             cases.append(absent(f"{row[UID]}: {hide_folders(error)}"))
     return f"""<section id="cases"><h2>The hardest cases</h2>
@@ -318,7 +315,7 @@ def show_case(row: dict, places: DataFrame, scan: Scan) -> str:
             images = torch.from_numpy(scan.voxels)[None].float() / 255
             maps = run.model(images).maps[0]  # (13, Z, h, w) logits; the probabilities add up
         heat = maps.sigmoid().sum(0).numpy()
-    truth = [name for name in NAMES if row[name]]
+    truth = [name for name in LABELS if row[name]]
     return f"""<h3>{escape(row["Modality"])} …{escape(row[UID][-8:])}</h3>
         {absent(f"Predicted {row[PROB_PRESENT]:.2f}, truth: {', '.join(truth) or 'no aneurysm'}.")}
         <div class="grid panes">
@@ -347,9 +344,10 @@ def draw_histogram(caption: str, table: DataFrame, column: str, kind: str) -> st
     table = table.dropna(subset=column)
     if table.empty:
         return absent(f"{caption} No series states it.")
-    values = dict(iter(table[column].round(3).groupby(table[kind])))  # equal but for rounding: equal
+    rounded = table[column].round(3)  # equal but for rounding: equal
+    kinds, values = zip(*rounded.groupby(table[kind]), strict=True)
     axes = new_chart(column, "number")
-    axes.hist(list(values.values()), 25, stacked=True, label=list(values))
+    axes.hist(values, 25, stacked=True, label=kinds)
     return show_chart(caption, axes)
 
 
@@ -459,8 +457,7 @@ def make_page(cache: Path, src: Path, outputs: Path, limit: int | None = None) -
         )
         sections += [results_section(runs, result), cases_section(runs, pooled[is_here], cache)]
     names = re.findall(r'<section id="(\w+)"><h2>(.*?)</h2>', "".join(sections))
-    return f"""{HEAD}
-        <nav>{"".join(f'<a href="#{name}">{title}</a>' for name, title in names)}</nav><main>
+    return f"""{HEAD}<nav>{"".join(f'<a href="#{name}">{title}</a>' for name, title in names)}</nav><main>
         <p>python eda.py --cache {escape(str(cache))} --src {escape(str(src))}
         --outputs {escape(str(outputs))}{f" --limit {limit}" if limit else ""};
         {time.strftime("%Y-%m-%d %H:%M %Z")}; Python {sys.version.split()[0]}, torch {torch.__version__}.</p>

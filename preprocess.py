@@ -44,7 +44,7 @@ from pandas import DataFrame, isna
 
 import common
 import dicom
-from common import AP, LABELS, LOCATIONS, UID, Config, load_volume, log, progress, volume_path, write_atomic
+from common import LABELS, LOCATIONS, UID, Config, load_volume, log, progress, volume_path, write_atomic
 from dicom import Series, Volume, VolumeSettings, safe_uid
 
 LABEL_TABLE = "train.csv"
@@ -62,9 +62,9 @@ log_shard = functools.partial(log, everywhere=True)  # what concerns one shard a
 # --- labels and points --------------------------------------------------------------------------------------
 def find_table(src: Path, name: str) -> Path | None:
     """The CSV in src or in the folder above it (src may be the `series` folder itself); logs its absence."""
-    for folder in (src, src.absolute().parent):
-        if (folder / name).is_file():
-            return folder / name
+    for path in (src / name, src.absolute().parent / name):
+        if path.is_file():
+            return path
     log(f"no {name} in {src} or above it: the cache gets none")
     return None
 
@@ -96,8 +96,8 @@ def find_faults(labels: dict, points: dict, series: dict, strays: list) -> DataF
     for name, table in ((LABEL_TABLE, labels), (POINT_TABLE, points)):
         faults += [(f"Series of {name} not in --src", uid) for uid in table.keys() - series.keys()]
     for uid, row in labels.items():
-        if any(row[name] for name in LOCATIONS) != row[LABELS[AP]]:
-            faults.append((f"{LABELS[AP]} and arteries disagree in {LABEL_TABLE}", uid))
+        if any(row[name] for name in LOCATIONS) != row[common.PRESENT]:
+            faults.append((f"{common.PRESENT} and arteries disagree in {LABEL_TABLE}", uid))
         if not all(row[LABELS[label]] for *_, label in points.get(uid, ())):
             faults.append((f"A point whose label is 0 in {LABEL_TABLE}", uid))
     faults += [(f"Files left out: {reason}", path.name) for path, reason in strays]

@@ -54,7 +54,7 @@ from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader
 
 import common
-from common import AP, LABELS, PLACE, SWAP, UID, Config, Run, SeriesDataset, log, read_csv, write_atomic
+from common import LABELS, PLACE, PRESENT, SWAP, UID, Config, Run, SeriesDataset, log, read_csv, write_atomic
 from dicom import VolumeSettings, to_lps
 
 SPECIFICITIES = (0.90, 0.95)  # of `Aneurysm Present`
@@ -125,8 +125,8 @@ def make_folds(table: DataFrame, num_folds: int, seed: int) -> pd.Series:
     """Fold of every row, by patient, whatever the rows' order and the patients' names (each cache hides them
     by another key). Patients come rarest location first; each goes to the fold that it leaves most even, by
     the growth of sum((count / total)^2), where a rare location weighs more."""
-    columns = table[list(LABELS)].join(pd.get_dummies(table["Modality"]))
-    columns["absent"] = 1 - table[LABELS[AP]]
+    columns = table[LABELS].join(pd.get_dummies(table["Modality"]))
+    columns["absent"] = 1 - table[PRESENT]
     patients = table.groupby("patient")[UID].transform("min")  # the first of a patient's series names it
     per_patient = columns.groupby(patients).sum()
     counts = per_patient.to_numpy(float)  # (patients, columns)
@@ -204,12 +204,12 @@ def augment(batch: dict, cfg: Config) -> tuple:
     is_shown = values[:, common.NUM_AUGMENT :]  # (B, Z, 1, 1)
     slabs = is_shown.shape[1]
     # Labels and crops of mirrored samples; the grid below mirrors slabs and points on the way.
-    is_flipped = flip > 0.5
-    labels = torch.where(is_flipped[:, 0], batch["labels"][:, SWAP], batch["labels"])
+    is_flipped = flip[:, 0] > 0.5  # (B, 1)
+    labels = torch.where(is_flipped, batch["labels"][:, SWAP], batch["labels"])
     swap = points.new_tensor([*SWAP, -1])  # the last one for rows without a point
-    points[..., 0] = torch.where(is_flipped[:, 0], swap[points[..., 0].long()], points[..., 0])
+    points[..., 0] = torch.where(is_flipped, swap[points[..., 0].long()], points[..., 0])
     crops = images[:, slabs:]
-    crops = torch.where(is_flipped[..., None], crops.flip(-1), crops)
+    crops = torch.where(is_flipped[..., None, None], crops.flip(-1), crops)
     moved = images[:, :slabs] * is_shown
     # out(p) = in(mirror(R p / scale + shift)) in [-1, 1] coordinates; a point moves by the inverse.
     angle = torch.deg2rad(degrees)
@@ -344,8 +344,7 @@ def train_epoch(cfg: Config, accelerator: Accelerator, state: TrainState, datase
         bar.update()
     bar.close()
     # DDP agrees on weights alone, so rank 0 gives the others its BatchNorm statistics.
-    for buffer in (*state.raw.buffers(), *state.ema.module.buffers()):
-        broadcast(buffer)
+    broadcast([*state.raw.buffers(), *state.ema.module.buffers()])
     return loss_sum, waited
 
 
@@ -427,22 +426,21 @@ def predict(model: nn.Module, dataset: SeriesDataset, accelerator: Accelerator) 
 
 def write_best(run: Run, row: dict, val_table: DataFrame, logits: ndarray, proposals: DataFrame) -> dict:
     """Weights, oof.csv and a locator's proposals.csv, atomic -> what metrics.json says beside its scores."""
-    labels = list(LABELS)
     draws = run.cfg.bootstrap
     oof = val_table[[UID, "patient", "Modality", "plane"]].rename(columns={"Modality": "modality"})
-    oof[labels] = common.sigmoid(logits)
-    write_table(run.folder / "oof.csv", oof.join(val_table[labels].add_prefix("label ")))
-    presence = oof[LABELS[AP]]
+    oof[LABELS] = common.sigmoid(logits)
+    write_table(run.folder / "oof.csv", oof.join(val_table[LABELS].add_prefix("label ")))
+    presence = oof[PRESENT]
     low, high = presence.quantile([0.05, 0.95])
-    is_present = val_table[LABELS[AP]] == 1
+    is_present = val_table[PRESENT] == 1
     negatives = presence[~is_present]
     values = SPECIFICITIES if common.MIN_PATIENTS <= len(negatives) < len(presence) else ()
     allowed = {value: (1 - value) * len(negatives) for value in values}
     points = measure_sensitivity(
         "specificity", allowed, presence[is_present], oof["patient"][is_present], negatives, draws
     )
-    metrics = {"best_epoch": row["epoch"], "operating_points": points}
-    metrics["is_nearly_constant"] = bool(high - low < MIN_SPREAD)
+    is_constant = bool(high - low < MIN_SPREAD)
+    metrics = {"best_epoch": row["epoch"], "operating_points": points, "is_nearly_constant": is_constant}
     run.meta |= {"epoch": row["epoch"], "wauc": row["wauc"], "operating_points": points}
     if run.cfg.task == "locate":
         write_table(run.folder / "proposals.csv", proposals.astype({"label": int}))
@@ -487,7 +485,7 @@ def measure_sensitivity(
         drawn = np.empty(0)
         if len(scores):
             weights = common.patient_weights(patients, draws)
-            drawn = weights @ is_above.to_numpy() / weights.sum(1)
+            drawn = weights @ is_above / weights.sum(1)
         point = {"threshold": threshold, "sensitivity": float(is_above.mean()), "positives": len(scores)}
         points.append({name: value} | point | common.summarise_draws(drawn, [len(set(patients))]))
     return points
@@ -496,7 +494,6 @@ def measure_sensitivity(
 def finish(folder: Path, accelerator: Accelerator, progress: Progress) -> None:
     """metrics.json: the scores of the best epoch and how the run went."""
     is_gpu = accelerator.device.type == "cuda"
-    modules = ("torch", "timm", "accelerate", "numpy")
     metrics = progress.metrics | {
         "epochs": progress.epoch,
         "seconds": round(sum(row["seconds"] for row in progress.history), 1),
@@ -504,7 +501,7 @@ def finish(folder: Path, accelerator: Accelerator, progress: Progress) -> None:
         "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 3) if is_gpu else None,
         "precision": accelerator.mixed_precision,
         "num_processes": accelerator.num_processes,
-        "versions": {name: version(name) for name in modules},
+        "versions": {name: version(name) for name in ("torch", "timm", "accelerate", "numpy")},
     }
     log(
         f"{folder}: kept epoch {metrics['best_epoch']}, wAUC {common.describe_wauc(metrics)}, "
@@ -544,8 +541,8 @@ def load_last(folder: Path) -> dict | None:
     """The states of the newest checkpoint that verifies, and `progress`; None without one."""
     for path in sorted((folder / "last").glob("*.pt"), reverse=True):
         data = memoryview(path.read_bytes())
-        states, digest = data[:-32], data[-32:]
-        if sha256(states).digest() == digest:
+        states = data[:-32]
+        if sha256(states).digest() == data[-32:]:
             return torch.load(io.BytesIO(states), map_location="cpu", weights_only=True)
         log(f"{path}: differs from its sum; falling back to the one before")
     return None
@@ -569,7 +566,7 @@ def train(cfg: Config, accelerator: Accelerator, args: Namespace) -> None:
     train_set = SeriesDataset(cfg, train_table, "train", decoys, proposals)
     val_set = SeriesDataset(cfg, val_table, "deploy", decoys, proposals)
     meta = {
-        "prior": train_table[list(LABELS)].mean().round(6).tolist(),
+        "prior": train_table[LABELS].mean().round(6).tolist(),
         "decoys": decoys.tolist(),
         "val_uids": val_set.uids,
         "locator": locator,
@@ -584,8 +581,8 @@ def train(cfg: Config, accelerator: Accelerator, args: Namespace) -> None:
         f"update, lr {cfg.lr:g}; {accelerator.device.type}, precision {accelerator.mixed_precision}"
     )
     accelerator.init_trackers("aneurysm", {key: str(value) for key, value in progress.identity.items()})
-    best_epoch = find_best(progress.history, cfg)
-    while progress.epoch < min(cfg.epochs, best_epoch + (cfg.patience or cfg.epochs)):
+    patience = cfg.patience or cfg.epochs
+    while progress.epoch < min(cfg.epochs, find_best(progress.history, cfg) + patience):
         clock = perf_counter()
         loss_sum, waited = train_epoch(cfg, accelerator, state, train_set)
         logits, proposed = predict(run.model, val_set, accelerator)
@@ -609,9 +606,8 @@ def train(cfg: Config, accelerator: Accelerator, args: Namespace) -> None:
             f"{seconds:.0f} s; {seconds * (cfg.epochs - progress.epoch) / 60:.0f} min left"
         )
         accelerator.log(row, step=progress.epoch)
-        best_epoch = find_best(progress.history, cfg)
         if is_main:
-            if best_epoch == progress.epoch:
+            if find_best(progress.history, cfg) == progress.epoch:
                 progress.metrics = metrics | write_best(run, row, val_table, logits, proposed)
             write_table(folder / "log.csv", DataFrame(progress.history))
             save_last(folder, state)
@@ -638,7 +634,7 @@ def begin(folder: Path, cfg: Config, accelerator: Accelerator, identity: dict, a
             f"to start again"
         )
     torch.manual_seed(cfg.seed)
-    model = common.build_model(cfg, pretrained=last is None).to(accelerator.device)
+    model = common.build_model(cfg, pretrained=not last).to(accelerator.device)
     fused = accelerator.scaler is None  # a fused step that fp16's scaler skips is not reported as skipped
     optimizer = create_optimizer_v2(model, "adamw", weight_decay=cfg.weight_decay, fused=fused)
     ema = ModelEmaV3(model, decay=cfg.ema_decay, use_warmup=True)
