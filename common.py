@@ -472,8 +472,7 @@ def is_inside(points: ndarray, shape: Sequence) -> ndarray:
 
 
 def doubt_side(place: Sequence, label: int, volume: Volume) -> str:
-    """Why the artery of a place (z, y, x; voxels) is doubtful: over 10 mm from the middle of the box, on the
-    other side than its name says; else ""."""
+    """Why the artery of a place (z, y, x; voxels) is doubtful: over 10 mm on the other side; else ""."""
     _, _, width = volume.voxels.shape
     right_mm = ((width - 1) / 2 - place[2]) * volume.spacing_mm[2]
     across_mm = {"L": right_mm, "R": -right_mm}.get(LABELS[label][0], 0)
@@ -631,8 +630,8 @@ def summarise_draws(values: ndarray, counts: Iterable) -> dict:
     one of the numbers of patients that they were drawn from, with and without, is below MIN_PATIENTS."""
     used = values[np.isfinite(values) & (min(counts) >= MIN_PATIENTS)]
     is_enough = len(used) > 0.1 * len(values)
-    low, high = np.quantile(used, [0.025, 0.975]) if is_enough else (np.nan, np.nan)
-    return {"low": float(low), "high": float(high), "draws_used": len(used)}
+    low, high = np.quantile(used, [0.025, 0.975]).tolist() if is_enough else 2 * [np.nan]
+    return {"low": low, "high": high, "draws_used": len(used)}
 
 
 def describe_wauc(result: dict) -> str:
@@ -834,11 +833,10 @@ class Classifier(nn.Module):
 
 class Locator(nn.Module):
     """A 2-D network shared by all slabs that finds candidate places and names their arteries. Each slab goes
-    through the backbone with its two neighbours as colours. Its features at strides 4 to 16 meet at
-    locator_stride, get the place (z, y, x) as a further input and one 3 x 3 x 3 convolution across slabs.
-    One map finds (p), a softmax over 13 names each cell (q). (B, Z, H, W) in [0, 1], slabs `first` (B,) and
-    on of the volume -> Output with maps (B, 13, Z, H / stride, W / stride): logits of p q. A label's logit is
-    its map's peak, presence that of p."""
+    through the backbone with its neighbours as colours. Its features at strides 4 to 16 meet at
+    locator_stride, get the place (z, y, x) and one 3 x 3 x 3 convolution across slabs. One map finds (p), a
+    softmax over 13 names each (q). Slabs `first` (B,) and on of volumes (B, Z, H, W) in [0, 1] -> Output
+    with maps (B, 13, Z, H / stride, W / stride): logits of p q; a label's is its map's peak, presence p's."""
 
     def __init__(self, cfg: Config):
         super().__init__()

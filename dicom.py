@@ -752,8 +752,7 @@ class Grid:
         except ValueError as error:
             self.faults[i] = str(error)
             return np.zeros(self.shape, np.int16)
-        rows, columns = stored.shape
-        # Two pixels that differ spare the look at all.
+        rows, columns = stored.shape  # two pixels that differ spare the look at all
         is_blank = stored[0, 0] == stored[rows // 2, columns // 2] and np.ptp(stored) == 0
         self.faults[i] = BLANK if is_blank else ""
         image = stored.T if self.is_transposed else stored

@@ -9,10 +9,10 @@ out  stdout              CSV: SeriesInstanceUID and the 14 labels, a row per ser
      --out FILE          the same into FILE, unless that holds series that this run leaves out; started again,
                          it goes on with the rows in .FILE.*.rows (not with --explain, --labels)
      --explain DIR       of each series UID.png and UID.findings.json, of all findings.json: presence, the
-                         operating points and whether it passes them ([]: the runs have none), models, doubts
-                         (an artery over 10 mm on the other side of the box's middle among them), and of the
-                         likeliest places artery, score, LPS mm and, from DICOM, where an image lies there,
-                         image, frame (from 0), column and row; or why it failed. Needs a locator
+                         operating points and whether it passes them, models, doubts (an artery over 10 mm on
+                         the other side of the box's middle among them); of likely places artery, score,
+                         LPS mm and, from DICOM, where an image lies there, image, frame (from 0), column and
+                         row; or why the series failed. Needs a locator
 how  --tta [shift]       average with the mirrored view, and with `shift` what a locator answers on its volume
                          half a slab lower, mirrored too; this needs DICOM files (default: off)
      --precision P       fp16 (default on a GPU), bf16 or no (default on a CPU)
@@ -60,7 +60,7 @@ from pandas import DataFrame
 
 import common
 import dicom
-from common import AP, CHECKPOINT, LABELS, SWAP, UID, Output, Run, log, positive_int, propose, sigmoid
+from common import AP, CHECKPOINT, LABELS, PRESENT, SWAP, UID, Output, Run, log, propose, sigmoid
 from dicom import Series, Volume, VolumeSettings, safe_uid, to_voxel
 
 SHARED = Path(os.environ.get("KAGGLE_SHARED", "/kaggle/shared"))  # emptied after each call of --serve
@@ -222,10 +222,9 @@ def load_ensemble(args: Namespace, devices: list, cache_settings: dict | None = 
     points = [point for member in members for point in member.run.meta.get("operating_points", [])]
     table = DataFrame(points, columns=["specificity", "threshold", "sensitivity", "positives"])
     points = table.groupby("specificity", as_index=False).mean().round(3).to_dict("records")
-    num = len(members)
     num_lower = sum(member.run.cfg.task == "locate" for member in members) * (args.tta == "shift")
-    num_views = (num + num_lower) * (1 + bool(args.tta))
-    deadline = Deadline(args.started, 3600 * args.budget_hours, num, num_views, monotonic())
+    num_views = (len(members) + num_lower) * (1 + bool(args.tta))
+    deadline = Deadline(args.started, 3600 * args.budget_hours, len(members), num_views, monotonic())
     return Ensemble(members, models, prior, points, deadline)
 
 
@@ -414,15 +413,14 @@ def explain_series(answer: Answer, ensemble: Ensemble, scan: Scan, outputs: dict
     maps = [outputs[model].maps for model in alike if model.run.cfg.locator_stride == cfg.locator_stride]
     volume, maps = scan.volumes[cfg.volume], np.mean(maps, axis=0)
     present = float(answer.probs[AP])
-    lines = [f"{answer.uid}: {LABELS[AP]} {present:.3f}{'' if ensemble.points else ', no operating points'}"]
+    lines = [f"{answer.uid}: {PRESENT} {present:.3f}{'' if ensemble.points else ', no operating points'}"]
     points = [point | {"is_passed": present >= point["threshold"]} for point in ensemble.points]
-    facts = {UID: answer.uid, LABELS[AP]: round(present, 4), "operating_points": points}
+    facts = {UID: answer.uid, PRESENT: round(present, 4), "operating_points": points}
     facts |= {"doubts": volume.doubts, "models": [model.run.folder.name for model in outputs]}
     for point in points:
-        side = "above" if point["is_passed"] else "below"
+        side = f"{'above' if point['is_passed'] else 'below'} {point['threshold']:.3f}, threshold of"
         rates = f"specificity {point['specificity']:.2f}, sensitivity {point['sensitivity']:.2f}"
-        threshold = f"{point['threshold']:.3f}, threshold of {rates} of {point['positives']:.0f} positives"
-        lines.append(f"  {side} {threshold}")
+        lines.append(f"  {side} {rates} of {point['positives']:.0f} positives")
     best = [f"{LABELS[k]} {answer.probs[k]:.3f}" for k in np.argsort(-answer.probs[:AP])[:3]]
     lines.append(f"  likeliest arteries, with the probability of an aneurysm there: {', '.join(best)}")
     path, findings = folder / f"{safe_uid(answer.uid)}.findings.json", []
@@ -486,7 +484,7 @@ def draw_findings(volume: Volume, heat: ndarray, findings: list) -> bytes:
         plain.hlines(bottom, 3, 3 + 20 / volume.spacing_mm[2], color="c")
         plain.text(3, bottom, "20 mm", color="c", va="bottom")
     figure.colorbar(image, ax=panels, shrink=0.5, label="probability of an aneurysm at this place")
-    title = f"{finding[UID]}\n{LABELS[AP]} {finding[LABELS[AP]]:.3f}. Not for diagnosis."
+    title = f"{finding[UID]}\n{PRESENT} {finding[PRESENT]:.3f}. Not for diagnosis."
     figure.suptitle("\n".join([title, *volume.doubts]), wrap=True)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=80)
@@ -548,7 +546,7 @@ def serve(args: Namespace) -> list:
         shutil.rmtree(SHARED, ignore_errors=True)  # what stays in it fills the disk
         with suppress(OSError):
             os.makedirs(SHARED, exist_ok=True)
-        return DataFrame([answer.probs], columns=list(LABELS))
+        return DataFrame([answer.probs], columns=LABELS)
 
     server = RSNAInferenceServer(predict)
     (server.serve if os.environ.get("KAGGLE_IS_COMPETITION_RERUN") else server.run_local_gateway)()
@@ -565,7 +563,7 @@ def parse_arguments(arguments: list | None = None) -> Namespace:
         add(name, type=Path)
     counts = {"limit": None, "workers": readers, "series-timeout": 300, "memory-gb": 4, "num-series": 2500}
     for name, default in counts.items():
-        add(f"--{name}", type=positive_int, default=default)
+        add(f"--{name}", type=common.positive_int, default=default)
     add("--outputs", type=Path, default="outputs")
     add("--precision", choices=DTYPES)
     add("--budget-hours", type=float, default="inf")
@@ -596,10 +594,8 @@ def predict_table(args: Namespace, stdout: io.TextIOBase) -> list:
     if args.explain:
         args.explain.mkdir(parents=True, exist_ok=True)
     ensemble = load_ensemble(args, [state.device], source.settings)
-    log(
-        f"{len(uids)} series, {state.num_processes} processes, {len(ensemble.members)} members: "
-        f"{', '.join(member.run.folder.name for member in ensemble.members)}"
-    )
+    names = ", ".join(member.run.folder.name for member in ensemble.members)
+    log(f"{len(uids)} series, {state.num_processes} processes, {len(ensemble.members)} members: {names}")
     answers = gather_object(answer_share(ensemble, source, uids, args, state))
     if not state.is_main_process:
         return []

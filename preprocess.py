@@ -179,8 +179,7 @@ def hide_folders(text: str, files: list) -> str:
 
 
 def place_points(series: Series, volume: Volume, points: list) -> tuple:
-    """Annotated points as voxels (P, 3), their labels (P,), and a note for each that lies in no image, or on
-    the other side than its artery."""
+    """Annotated points as voxels (P, 3), their labels (P,), a note for each in no image or off its side."""
     places, labels, problems = [], [], []
     for sop_uid, x, y, frame, label in points:
         try:
