@@ -193,16 +193,17 @@ def parse_header(head: bytes) -> dict:
 
 def parse_element(head: bytes, position: int, explicit: bool) -> tuple:
     """(tag, VR, length, start of the value) of the little-endian element at `position`."""
-    group, element, length = struct.unpack_from("<HHI", head, position)
-    vr, start = b"", position + 8
-    if explicit and group != DELIMITER_GROUP:  # these have no VR
-        vr, length = struct.unpack_from("<2sH", head, position + 4)
+    if explicit:
+        group, element, vr, length = struct.unpack_from("<HH2sH", head, position)
+        if vr in SHORT_VRS:
+            return group << 16 | element, vr, length, position + 8
         if vr in LONG_VRS and length == 0:
-            (length,) = struct.unpack_from("<I", head, start)
-            start += 4
-        elif vr not in SHORT_VRS:
+            (length,) = struct.unpack_from("<I", head, position + 8)
+            return group << 16 | element, vr, length, position + 12
+        if group != DELIMITER_GROUP:  # these have no VR
             raise ValueError("odd VR")
-    return group << 16 | element, vr, length, start
+    group, element, length = struct.unpack_from("<HHI", head, position)
+    return group << 16 | element, b"", length, position + 8
 
 
 def skip_sequence(head: bytes, position: int, explicit: bool, depth: int = 0) -> int:
