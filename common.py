@@ -74,10 +74,8 @@ def read_csv(path: Path, columns: Sequence, **options) -> DataFrame:
         raise ValueError(f"{path}: no such file; expected a CSV (in a cache: preprocess first)") from None
     except (ValueError, OSError) as error:  # pandas' parser errors are ValueErrors
         raise ValueError(f"{path}: not a readable CSV: {' '.join(str(error).split())}") from None
-    missing = [name for name in columns if name not in table]
-    if missing:
-        others = ", ".join(table.columns.difference(columns, sort=False))
-        raise ValueError(f"{path}: columns missing: {str(missing)[1:-1]}; others: {others or 'none':.300}")
+    if missing := [name for name in columns if name not in table]:
+        raise ValueError(f"{path}: columns missing: {str(missing)[1:-1]}; found {', '.join(table):.700}")
     return table
 
 
@@ -566,7 +564,7 @@ def call_safely(function: Callable, memory_gb: float, item: Any) -> tuple:
 
 # --- metric -------------------------------------------------------------------------------------------------
 MIN_PATIENTS = 5  # with a label and without it, for an interval
-UNDEFINED = f"–: fewer than {MIN_PATIENTS} patients with or without, or a class is missing."
+UNDEFINED = f"–: fewer than {MIN_PATIENTS} patients with or without, a class is missing, or draws are alike."
 
 
 def sigmoid(logits: ndarray) -> ndarray:
@@ -606,8 +604,7 @@ def combine_aucs(aucs: ndarray, labels: ndarray) -> ndarray:
 def weighted_auc(labels: ndarray, probs: ndarray) -> dict:
     """The challenge's metric of labels and probs (N, 14): wauc and auc (14), nan where undefined, and the
     names of undefined columns. ValueError for probs that are not finite."""
-    num_odd = np.count_nonzero(~np.isfinite(probs))
-    if num_odd:
+    if num_odd := np.count_nonzero(~np.isfinite(probs)):
         raise ValueError(f"{num_odd} of {probs.size} predictions are NaN or infinite; expected none")
     aucs = column_aucs(labels, probs, np.ones((1, len(labels))))
     return {
@@ -627,9 +624,10 @@ def patient_weights(patients: Sequence, draws: int) -> ndarray:
 
 def summarise_draws(values: ndarray, counts: Iterable) -> dict:
     """The 95 % interval of drawn values, and how many are defined: NaN if a tenth or less. None counts where
-    one of the numbers of patients that they were drawn from, with and without, is below MIN_PATIENTS."""
+    one of the numbers of patients that they were drawn from, with and without, is below MIN_PATIENTS, or all
+    are alike (0 of 9 found is no certainty)."""
     used = values[np.isfinite(values) & (min(counts) >= MIN_PATIENTS)]
-    is_enough = len(used) > 0.1 * len(values)
+    is_enough = len(used) > 0.1 * len(values) and np.ptp(used) > 0
     low, high = np.quantile(used, [0.025, 0.975]).tolist() if is_enough else 2 * [np.nan]
     return {"low": low, "high": high, "draws_used": len(used)}
 

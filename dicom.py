@@ -89,7 +89,7 @@ def find_series(root: Path) -> tuple:
     none; its other files are not opened, so a million files take seconds. Elsewhere images are grouped by
     SeriesInstanceUID, or by their folder's name, and never across (0010,0020) PatientIDs: a name that several
     series claim gets a number (`2024.03.01-1of2`). Damaged images count to their folder's largest series.
-    Folders `segmentations` (vessel masks) are left out. Links are followed once."""
+    Folders `segmentations` (vessel masks) and tables (.csv) are left out. Links are followed once."""
     groups = defaultdict(lambda: defaultdict(list))
     rejected = []
 
@@ -104,7 +104,7 @@ def find_series(root: Path) -> tuple:
             continue
         walked.add(real)
         subfolders[:] = sorted(set(subfolders) - {"segmentations"})
-        files = [Path(folder, name) for name in sorted(names)]
+        files = [Path(folder, name) for name in sorted(names) if not name.endswith(".csv")]
         for (series, patient), members in group_files(folder, files, rejected).items():
             groups[series][patient] += members
     claims = defaultdict(list)
@@ -1024,7 +1024,7 @@ def doubt_voxels(grid: Grid, box: Box, voxels: ndarray, covered: ndarray, notes:
     is_across = np.arange(3) == grid.through
     least_mm = np.where(is_across, 25, 60)
     if len(grid.order) < 5 or (size_mm < least_mm).any():
-        size = f"{z:.3g} x {y:.3g} x {x:.3g} mm; expected at least 5, 25 mm across them, 60 mm along"
+        size = f"{z:.3g} x {y:.3g} x {x:.3g} mm (z, y, x); expected: 5, 25 mm across them, 60 mm along them"
         doubts.append(f"too little of a head: slices: {len(grid.order)}, {size}")
     strides = np.where(is_across, 1, 3)
     indices = [np.flatnonzero(is_scanned(grid, box, axis))[:: strides[axis]] for axis in range(3)]

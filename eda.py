@@ -40,7 +40,7 @@ from common import AP, LABELS, PLACE, PRESENT, UID, UNDEFINED, load_volume, log,
 from dicom import VolumeSettings, find_series, make_volume, read_series, to_lps, to_voxel
 
 MEASURES = {  # columns of index.csv, with their meaning
-    "age": "Age in years. Not an input of the models.",
+    "age": "Age in years, of train.csv where the files have none. Not an input of the models.",
     "num_slices": "Slices. A slab of the volume is the mean of the slices in it.",
     "slice_mm": "Distance between slices. Where large, a small aneurysm touches one slice or two.",
     "thickness_mm": "Slice thickness. Thick slices blur the smallest aneurysms, of 2 mm.",
@@ -53,7 +53,7 @@ CURVES = {  # columns of log.csv, with their meaning
     "wauc": "wAUC on patients held back, without annotated crops. Chance is 0.5.",
 }
 TEXT = dict.fromkeys((UID, "patient", "plane", "reason", "notes", "sex"), str)  # even if all are empty
-SIDES = ["mm from the right", "mm from the front", "mm below the top"]  # of the box; columns of points
+SIDES = ["mm from the box's right", "mm from the box's front", "mm below the box's top"]  # columns of points
 PROBS = [f"probability of {name}" for name in LABELS]  # columns of out-of-fold predictions
 PROB_PRESENT = PROBS[AP]
 WHOLE_HEAD = VolumeSettings(base_slices=256, img_size=256, roi_mm=280.0, roi_top_mm=600.0)
@@ -176,9 +176,7 @@ def read_scan(uid: str, cache: Path) -> Scan:
 
 def read_whole_head(scan: Scan, uid: str, src: Path) -> Scan:
     """The same series read again from DICOM: a volume over a larger box."""
-    files = src / "series" / uid
-    if not files.is_dir():
-        files = list_series(src)[0].get(uid)
+    files = list_series(src)[0].get(uid)
     if not files:
         raise ValueError(f"no such series in --src {src}")
     volume = make_volume(read_series(files, uid), WHOLE_HEAD)
@@ -220,11 +218,10 @@ def show_example(row: dict, scan: Scan, src: Path) -> str:
 
 def points_section(points: DataFrame) -> str:
     """All annotated points in the frame of the box, along its three sides."""
-    text = "All annotated points in the box."
+    charts = [draw_histogram(f"Points, {side}.", points, side, "artery") for side in SIDES if len(points)]
     return f"""<section id="points"><h2>Where the aneurysms are</h2>
         <div class="grid">{absent("No annotated points in the cache.") if points.empty else ""}
-        {"".join(draw_histogram(text, points, side, "artery") for side in SIDES if len(points))}
-        </div></section>"""
+        {"".join(charts)}</div></section>"""
 
 
 def find_troubles(table: DataFrame, cache: Path) -> dict:
@@ -261,8 +258,7 @@ def results_section(runs: dict, result: dict) -> str:
     scores, figures, parts = [], [], []
     for column, caption in CURVES.items():
         axes = new_chart("epoch", column)
-        means = runs["log"].pivot_table(column, "epoch", "group")  # over the runs of a group
-        means.plot(ax=axes, style=".-", legend=False)
+        runs["log"].pivot_table(column, "epoch", "run").plot(ax=axes, style=".-", legend=False)
         figures.append(show_chart(caption, axes))
     axes = new_chart("false alarms: share of negatives", "sensitivity: share of positives")
     for group, rows in [*runs["oof"].groupby("group"), ("all runs", runs["oof"])]:

@@ -518,7 +518,7 @@ def make_frames(path: Path, header: dict) -> Frames:
             remarks.append(f"frames without position placed {step:.4g} mm apart along +normal ({source})")
             position = np.nan_to_num(position) + index * step * np.cross(*directions)
         uid, rows, cols = header.get("SOPInstanceUID", ""), tags["Rows"], tags["Columns"]
-        meaning = (*rescale_of(tags, remarks), padding_range(tags), remarks)
+        meaning = *rescale_of(tags, remarks), padding_range(tags), remarks
         frames.append(Frame(path, index, tags, uid, position, *directions, spacing, rows, cols, *meaning))
     return frames
 

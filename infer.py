@@ -4,10 +4,11 @@ in   --src DIR           a cache of preprocess.py, or a tree of DICOM files of a
      --outputs DIR       a folder of runs of train.py, or a run (default: outputs)
      --series-list FILE  only these series: a UID per line, or a CSV with UIDs (default: all)
      --limit N           only the first N (default: all)
-     --labels FILE       print the score against these labels, a table like train.csv (default: none)
+     --labels FILE       print the score against these labels, a table like train.csv: wAUC, half the AUC of
+                         `Aneurysm Present` and half the mean AUC of the arteries (default: none)
 out  stdout              CSV: SeriesInstanceUID and the 14 labels, a row per series; messages go to stderr
      --out FILE          the same into FILE, unless that holds series that this run leaves out; started again,
-                         it goes on with the rows in .FILE.*.rows (not with --explain, --labels)
+                         it goes on with the rows in .FILE.*.rows (not with --explain, --labels); then rm them
      --explain DIR       of each series UID.png and UID.findings.json, of all findings.json: presence, the
                          operating points and whether it passes them, models, doubts (an artery over 10 mm on
                          the other side of the box's middle among them); of likely places artery, score,
@@ -95,7 +96,9 @@ def find_source(src: Path) -> Source:
             settings = common.load_volume(path, [])[1]["settings"]
             break
     else:
-        series, _ = dicom.find_series(src) if src.is_dir() else ({}, [])
+        series, strays = dicom.find_series(src) if src.is_dir() else ({}, [])
+        if strays:
+            log(f"{len(strays)} files of no series left out, the first {strays[0][0]}: {strays[0][1]}")
         if not series:
             kind = "a file" if src.is_file() else "no DICOM image" if src.is_dir() else "no such folder"
             raise ValueError(f"--src {src}: {kind}; expected a folder: a cache, or a tree of DICOM files")
@@ -379,8 +382,8 @@ def answer_series(ensemble: Ensemble, item: tuple, num_views: int, args: Namespa
     for doubt in next(iter(scan.volumes.values())).doubts:
         log_any(f"{uid}: doubtful, but used: {doubt}")
     skipped = scan.series.skipped if scan.series else []
-    for path, why in skipped[:1]:
-        log_any(f"{uid}: {len(skipped)} files left out, the first {path.name}: {why}")
+    if skipped:
+        log_any(f"{uid}: {len(skipped)} files left out, the first {skipped[0][0].name}: {skipped[0][1]}")
     started = monotonic()
     try:
         probs, outputs = predict_series(ensemble, uid, scan, num_views)
@@ -413,7 +416,7 @@ def explain_series(answer: Answer, ensemble: Ensemble, scan: Scan, outputs: dict
     maps = [outputs[model].maps for model in alike if model.run.cfg.locator_stride == cfg.locator_stride]
     volume, maps = scan.volumes[cfg.volume], np.mean(maps, axis=0)
     present = float(answer.probs[AP])
-    lines = [f"{answer.uid}: {PRESENT} {present:.3f}{'' if ensemble.points else ', no operating points'}"]
+    lines = [f"{answer.uid}: {PRESENT} {present:.4f}{'' if ensemble.points else ', no operating points'}"]
     points = [point | {"is_passed": present >= point["threshold"]} for point in ensemble.points]
     facts = {UID: answer.uid, PRESENT: round(present, 4), "operating_points": points}
     facts |= {"doubts": volume.doubts, "models": [model.run.folder.name for model in outputs]}
@@ -432,10 +435,10 @@ def explain_series(answer: Answer, ensemble: Ensemble, scan: Scan, outputs: dict
         findings.append(facts | place | image)
         if doubt := common.doubt_side(voxel, int(label), volume):
             findings[-1]["doubts"] = [*volume.doubts, doubt]
-            lines.append(f"  doubtful: {doubt}")
+            lines.append(f"  doubtful: place {len(findings)}, {doubt}")
     common.write_json(path, findings)
-    png = draw_findings(volume, maps.sum(0), findings)
-    common.write_atomic(folder / f"{safe_uid(answer.uid)}.png", png)
+    picture = folder / f"{safe_uid(answer.uid)}.png"
+    common.write_atomic(picture, draw_findings(volume, maps.sum(0), findings))
     num_beside = sum("row" not in finding for finding in findings) if scan.series else 0
     lines.append(f"  {path}: {len(findings)} likeliest places, {num_beside} of them outside of the images")
     log_any("\n".join(lines))
@@ -477,14 +480,14 @@ def draw_findings(volume: Volume, heat: ndarray, findings: list) -> bytes:
         options = {"extent": grey.get_extent(), "interpolation": "bilinear", "vmin": 0, "vmax": 1}
         image = overlay.imshow(heat[slab], "inferno", alpha=0.7 * heat[slab] ** 0.5, **options)
         overlay.plot(x, y, "c+", markersize=14)
-        title = f"{finding['artery']} {finding['score']:.3f}{' doubtful' * bool(finding['doubts'])}"
+        title = f"{finding['artery']} {finding['score']:.4f}{' doubtful' * bool(finding['doubts'])}"
         overlay.set_title(title, fontsize=8)
         plain.set_title(f"slab {slab} (0 to {len(heat) - 1})")
         bottom = len(volume.voxels[slab]) - 3
         plain.hlines(bottom, 3, 3 + 20 / volume.spacing_mm[2], color="c")
         plain.text(3, bottom, "20 mm", color="c", va="bottom")
     figure.colorbar(image, ax=panels, shrink=0.5, label="probability of an aneurysm at this place")
-    title = f"{finding[UID]}\n{PRESENT} {finding[PRESENT]:.3f}. Not for diagnosis."
+    title = f"{finding[UID]}\n{PRESENT} {finding[PRESENT]:.4f}. Not for diagnosis."
     figure.suptitle("\n".join([title, *volume.doubts]), wrap=True)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=80)
@@ -494,8 +497,7 @@ def draw_findings(volume: Volume, heat: ndarray, findings: list) -> bytes:
 def describe_score(answers: list, labels: DataFrame, members: list) -> str:
     """The score for people. Warns of series that may have trained a member."""
     by_uid = {safe_uid(answer.uid): answer for answer in answers}
-    table = labels[labels[UID].isin(by_uid)]
-    table = table.assign(plane="")
+    table = labels[labels[UID].isin(by_uid)].assign(plane="")
     if table.empty:
         raise ValueError(f"--labels: none of the {len(answers)} predicted series is among them")
     table["patient"] = [by_uid[uid].patient or uid for uid in table[UID]]
@@ -507,12 +509,11 @@ def describe_score(answers: list, labels: DataFrame, members: list) -> str:
     num_prior = sum(bool(by_uid[uid].reason) for uid in table[UID])
     text += (
         f"\n{common.UNDEFINED}\nwAUC {common.describe_wauc(result)}, {len(table)} series of "
-        f"{result['num_patients']} patients, {num_prior} of them by the prior; left out: "
+        f"{result['num_patients']} patients, {num_prior} by the prior, a patient each; left out: "
         f"{len(by_uid) - len(table)} without labels, {len(labels) - len(table)} without a prediction"
     )
     in_all = set.intersection(*(set(member.run.meta["val_uids"]) for member in members))
-    num_trained = len(set(table[UID]) - in_all)
-    if num_trained:
+    if num_trained := len(set(table[UID]) - in_all):
         text += (
             f"\n{num_trained} of {len(table)} scored series were not held out by all members: new patients, "
             f"or the score is too high"

@@ -4,6 +4,7 @@ in   --src DIR    any tree of DICOM files; train.csv and train_localizers.csv in
 out  --dst DIR    <SeriesInstanceUID>.safetensors: volume uint8 (Z, H, W), annotated points and their labels;
                   its metadata has under left_out the names of the series' files that are not in it;
                   index.csv: a row per series: ok, doubtful (a volume that looks wrong) or failed, and why;
+                  its age and sex are train.csv's where the files have none;
                   faults.csv: labels and points that contradict each other or are missing; stray files;
                   train.csv and its sum: the labels; <uid>.failed.txt: reasons, for the index; .patient_key:
                   with which the index hides each PatientID
@@ -100,7 +101,11 @@ def find_faults(labels: dict, points: dict, series: dict, strays: list) -> DataF
             faults.append((f"{common.PRESENT} and arteries disagree in {LABEL_TABLE}", uid))
         if not all(row[LABELS[label]] for *_, label in points.get(uid, ())):
             faults.append((f"A point whose label is 0 in {LABEL_TABLE}", uid))
-    faults += [(f"Files left out: {reason}", path.name) for path, reason in strays]
+    places = {path.parent: uid for uid, files in series.items() for path in files}
+    for path, reason in strays:
+        faults.append(
+            (f"Files left out: {reason}", f"{path.name} beside {places.get(path.parent, 'no series')}")
+        )
     return DataFrame(sorted(faults), columns=["fault", "case"]).set_index("fault")
 
 
@@ -360,11 +365,7 @@ def list_series(src: Path, folders: list) -> tuple:
     series, strays = dicom.find_series(src)
     if not series:
         raise ValueError(f"{src}: found no DICOM series; expected a folder with DICOM files at any depth")
-    return series, [
-        (path, reason)
-        for path, reason in strays
-        if path.suffix != ".csv" and path.parent.resolve() not in folders
-    ]
+    return series, [(path, reason) for path, reason in strays if path.parent.resolve() not in folders]
 
 
 def check_cache(dst: Path, cfg: Config, uids: list, points: dict) -> None:

@@ -734,15 +734,17 @@ def main() -> int:
     parser = common.make_parser(__doc__, VolumeSettings, Config)
     parser.add_argument("--config", metavar="YAML", help="settings; without it their defaults")
     parser.add_argument("--print-config", action="store_true", help="print the settings as YAML and end")
-    parser.add_argument("--limit", type=common.positive_int, metavar="N", help="a quick look: N series alone")
+    parser.add_argument(
+        "--limit", type=common.positive_int, metavar="N", help="a quick look: N series, into OUTPUTS_limitN"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder, if any")
     args = parser.parse_args()
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     try:
         cfg = fit_workers(common.load_config(args.config, args.set))
-        if args.limit:  # a quick look takes no folder of a run
-            cfg = replace(cfg, tag=f"{cfg.tag}limit{args.limit}")
+        if args.limit:  # a quick look is no member of an ensemble
+            cfg = replace(cfg, outputs=f"{cfg.outputs}_limit{args.limit}")
         if args.print_config:
             yaml.safe_dump(common.config_to_dict(cfg), sys.stdout, sort_keys=False)
             return 0

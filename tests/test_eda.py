@@ -147,7 +147,7 @@ def test_the_top_says_what_was_run_what_came_out_and_what_to_look_at(everything)
     text, cases = Page(everything).text.split("The hardest cases")[-2:]
     assert cases.count("Slab, plane 4 of 0 to 7") == cases.count("Heat map") == 12  # a place at z = 3.5
     assert "safetensors" not in cases and "secret" not in everything  # no patient
-    assert "1.2, ok: slices 160, 1.00 mm apart" in text and text.count("All annotated points") == 3
+    assert "1.2, ok: slices 160, 1.00 mm apart" in text and text.count("Points, mm ") == 3
 
 
 def test_what_is_absent_or_broken_is_said_and_the_rest_goes_on(tmp_path):
@@ -249,7 +249,7 @@ def test_results_are_those_of_the_metric_with_the_draws_they_stand_on(tmp_path):
     assert f"test_efficientnet_weak {common.describe_wauc(group)}" in text
     assert "test_efficientnet_seed0_fold0 0.9 0.61 0.5 – 0 " in text  # what metrics.json has as null
     assert "test_efficientnet_seed0_fold0 2 – " in text and "None" not in text
-    assert "–: fewer than 5 patients with or without, or a class is missing" in text
+    assert "–: fewer than 5 patients with or without, a class is missing" in text
 
 
 def test_phantoms_are_shown_from_their_files_where_the_volume_lies(tmp_path):

@@ -171,8 +171,8 @@ def test_images_keep_their_places_in_spite_of_a_fault(tmp_path, is_enhanced, pla
     (head(), {IPP: ([0, 0, 0], [0, 0, 4], [0, 0, 8]) * 8}, "3 slices of 24 images"),
     (head(40), {"step": 0.4, "SliceThickness": 4.0}, "too little of a head: slices: 40, 16 x 160"),  # in cm
     (head(5), {"step": 3.9}, "too little of a head: slices: 5, 19.5 x 160 x 160 mm"),
-    (head(4), MR, "too little of a head: slices: 4, 16 x 160 x 160 mm; expected at least 5, 25 mm"),
-    (head(1), {}, "too little of a head: slices: 1, 4 x 160 x 160 mm; expected at least 5, 25 mm"),
+    (head(4), MR, "too little of a head: slices: 4, 16 x 160 x 160 mm (z, y, x); expected: 5, 25 mm"),
+    (head(1), {}, "too little of a head: slices: 1, 4 x 160 x 160 mm (z, y, x); expected: 5, 25 mm"),
 ])  # fmt: skip
 def test_a_guess_a_tiny_scan_and_less_than_five_slices_are_doubted(tmp_path, pixels, tags, doubt):
     scan(tmp_path, pixels, **tags)

@@ -182,10 +182,10 @@ def test_names_that_are_not_utf8_and_foreign_files_do_no_harm(src, tmp_path):
     (folder / "mask.safetensors").write_bytes(b"not ours")
     for expected in ("7 series, 7 cached, 0 kept, 0 failed", "7 series, 0 cached, 7 kept, 0 failed"):
         err = run_on(src, tmp_path / "cache")
-        assert expected in err and "1; first B\udce4r.txt\n" in err
+        assert expected in err and "1; first B\udce4r.txt beside no series\n" in err
     rows = index(tmp_path / "cache")
     assert len(rows) == 7 and r"Bericht_Fran\udce7ois.txt" in rows[folder.name]["notes"]
-    assert r"not DICOM,B\udce4r.txt" in (tmp_path / "cache" / "faults.csv").read_text()
+    assert r"not DICOM,B\udce4r.txt beside no" in (tmp_path / "cache" / "faults.csv").read_text()
     meta = load_volume(tmp_path / "cache" / f"{folder.name}.safetensors")[1]
     assert meta["left_out"] == ["Bericht_Fran\udce7ois.txt", "mask.safetensors"]
 
