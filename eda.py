@@ -204,7 +204,7 @@ def show_example(row: dict, scan: Scan, src: Path) -> str:
     head, fault, before = scan, "", ""
     try:
         head = read_whole_head(scan, row[UID], src)
-        before = show_plane("Before: as acquired", head, axis, scan.place)
+        before = show_plane("Before: the whole head", head, axis, scan.place)
     except (ValueError, OSError) as error:
         fault = f"The volume alone is shown: {hide_folders(error)}"
     spacing = f"slices {row['num_slices']:.0f}, {row['slice_mm']:.2f} mm apart"
@@ -274,7 +274,7 @@ def results_section(runs: dict, result: dict) -> str:
     return f"""<section id="results"><h2>The results</h2>
         {show_table(DataFrame(scores), "Runs compared, on patients held back.")}
         {show_table(runs["operating_points"], f"Operating points, 95 % intervals over patients. {UNDEFINED}")}
-        {show_table(runs["froc"], "FROC, 95 % intervals over patients.")}
+        {show_table(runs["froc"], "FROC: the share of points (positives) with a proposal within 10 mm.")}
         <div class="grid">{"".join(figures)}</div>{"".join(parts)}</section>"""
 
 
@@ -439,7 +439,7 @@ def make_page(cache: Path, src: Path, outputs: Path, limit: int | None = None) -
         facts.append(f"series: {len(table)}, patients: {table['patient'].nunique()}, {counts}")
         for title, rows in troubles.items():
             if len(rows):
-                first = ", ".join(f"{name} {value}" for name, value in rows.iloc[0, 1:].dropna().items())
+                first = str(rows.iloc[0, 1:].dropna().to_dict())[1:-1]
                 warnings.append(f"{title}: {len(rows)}; first {rows.iat[0, 0]}: {first}")
         sections = [data_section(table), images_section(table, cache, src)]
         sections += [points_section(points), trouble_section(troubles)]

@@ -10,8 +10,8 @@ out  stdout              CSV: SeriesInstanceUID and the 14 labels, a row per ser
      --out FILE          the same into FILE, unless that holds series that this run leaves out; started again,
                          it goes on with the rows in .FILE.*.rows (not with --explain, --labels); then rm them
      --explain DIR       of each series UID.png and UID.findings.json, of all findings.json: presence, the
-                         operating points and whether it passes them, models, doubts (an artery over 10 mm on
-                         the other side of the box's middle among them); of likely places artery, score,
+                         operating points and whether it passes them, notes, doubts (an artery over 10
+                         mm on the other side of the box's middle among them); of likely places artery, score,
                          LPS mm and, from DICOM, where an image lies there, image, frame (from 0), column and
                          row; or why the series failed. Needs a locator
 how  --tta [shift]       average with the mirrored view, and with `shift` what a locator answers on its volume
@@ -41,6 +41,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import zlib
 from argparse import SUPPRESS, Namespace
 from collections.abc import Iterator
@@ -98,7 +99,7 @@ def find_source(src: Path) -> Source:
     else:
         series, strays = dicom.find_series(src) if src.is_dir() else ({}, [])
         if strays:
-            log(f"{len(strays)} files of no series left out, the first {strays[0][0]}: {strays[0][1]}")
+            log(f"files of no series left out, by reason: {DataFrame(strays)[1].value_counts().to_dict()}")
         if not series:
             kind = "a file" if src.is_file() else "no DICOM image" if src.is_dir() else "no such folder"
             raise ValueError(f"--src {src}: {kind}; expected a folder: a cache, or a tree of DICOM files")
@@ -419,7 +420,7 @@ def explain_series(answer: Answer, ensemble: Ensemble, scan: Scan, outputs: dict
     lines = [f"{answer.uid}: {PRESENT} {present:.4f}{'' if ensemble.points else ', no operating points'}"]
     points = [point | {"is_passed": present >= point["threshold"]} for point in ensemble.points]
     facts = {UID: answer.uid, PRESENT: round(present, 4), "operating_points": points}
-    facts |= {"doubts": volume.doubts, "models": [model.run.folder.name for model in outputs]}
+    facts |= {"doubts": volume.doubts, "notes": volume.notes}
     for point in points:
         side = f"{'above' if point['is_passed'] else 'below'} {point['threshold']:.3f}, threshold of"
         rates = f"specificity {point['specificity']:.2f}, sensitivity {point['sensitivity']:.2f}"
@@ -440,16 +441,16 @@ def explain_series(answer: Answer, ensemble: Ensemble, scan: Scan, outputs: dict
     picture = folder / f"{safe_uid(answer.uid)}.png"
     common.write_atomic(picture, draw_findings(volume, maps.sum(0), findings))
     num_beside = sum("row" not in finding for finding in findings) if scan.series else 0
-    lines.append(f"  {path}: {len(findings)} likeliest places, {num_beside} of them outside of the images")
+    lines.append(f"  {path}: {len(findings)} likeliest places, {num_beside} of them where no image lies")
     log_any("\n".join(lines))
 
 
 def find_image(point_mm: ndarray, series: Series) -> dict:
-    """The nearest image to a point (LPS mm), its column and row there; {} over half a gap outside."""
-    away_mm = series.normal @ point_mm - series.positions_mm
-    if max(away_mm.min(), -away_mm.max()) > series.spacing_mm[0] / 2:
+    """The nearest image to a point (LPS mm), its column and row there; {} where it is over 0.55 gaps away."""
+    away_mm = np.abs(series.normal @ point_mm - series.positions_mm)
+    if away_mm.min() > 0.55 * series.spacing_mm[0]:
         return {}
-    frame = series.frames[np.abs(away_mm).argmin()]
+    frame = series.frames[away_mm.argmin()]
     offset_mm = point_mm - frame.position
     row_mm, col_mm = frame.spacing_mm
     return {
@@ -515,8 +516,8 @@ def describe_score(answers: list, labels: DataFrame, members: list) -> str:
     in_all = set.intersection(*(set(member.run.meta["val_uids"]) for member in members))
     if num_trained := len(set(table[UID]) - in_all):
         text += (
-            f"\n{num_trained} of {len(table)} scored series were not held out by all members: new patients, "
-            f"or the score is too high"
+            f"\n{num_trained} of {len(table)} scored series were not held out by all members: if one of them "
+            f"was trained on such a series, the score is too high"
         )
     return text
 
@@ -651,23 +652,19 @@ def answer_share(
         return [*done.values(), *answer_all(ensemble, source, left, args, save)]
 
 
-def interrupt(number: int, _: object) -> None:
-    raise KeyboardInterrupt(number)
-
-
 def main() -> int:
     args = parse_arguments()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         stdout = common.reserve_stdout()
         answers = serve(args) if args.serve else predict_table(args, stdout)
         num_prior = sum(bool(answer.reason) for answer in answers)
         log(f"{len(answers)} rows, {num_prior} of them the prior; {monotonic() - args.started:.1f} s")
         return 3 if num_prior else 0
-    except KeyboardInterrupt as stop:
-        log(f"infer.py: stopped by {signal.Signals(stop.args[0]).name}; with --out a second start goes on")
-        return 128 + stop.args[0]
+    except SystemExit as stop:
+        log(f"infer.py: stopped by {signal.Signals(stop.code - 128).name}; with --out a second start goes on")
+        return stop.code
     except ValueError as error:
         log_any(f"infer.py: {error}")
     except OSError as error:  # a write to a full disk does not say where

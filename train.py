@@ -85,6 +85,7 @@ def load_table(cfg: Config, limit: int | None = None) -> DataFrame:
         log(f"{cfg.cache}: {is_usable.sum()} series; left out, with their number: {left_out}")
     table = table[is_usable].sort_values(UID, ignore_index=True)[:limit]
     table = table.join(read_points(cfg, table[UID]))
+    table["patient"] = table.groupby("twin")["patient"].transform("first")
     num_patients = table["patient"].nunique()
     if num_patients < cfg.num_folds:
         raise ValueError(
@@ -112,10 +113,11 @@ def read_points(cfg: Config, uids: pd.Series) -> DataFrame:
         others = {series_of_image.setdefault(image, uid) for image in tensors["sop_hashes"].tolist()}
         twin = series_of_image.setdefault(meta["volume_sum"], uid)
         if twin != uid:
-            log(f"{twin} and {uid} have equal volumes: if their patients differ, the score is too high")
+            log(f"{twin} and {uid} have equal volumes: taken as of one patient")
         faults += [f"{other} and {uid} share a (0008,0018) SOPInstanceUID" for other in others - {uid}]
         points = tensors["points"]
-        rows.append({"points": points, "points_mm": to_lps(points, np.array(meta["affine"]))})
+        points_mm = to_lps(points, np.array(meta["affine"]))
+        rows.append({"points": points, "points_mm": points_mm, "twin": twin})
     if faults:
         raise ValueError(f"{cfg.cache}: cannot train, {len(faults)} faults: {'; '.join(faults[:5])}")
     return DataFrame(rows)
@@ -520,8 +522,8 @@ def describe_run(cfg: Config, table: DataFrame, accelerator: Accelerator) -> dic
     """What a resumed run must share with the run that it goes on with."""
     settings = common.config_to_dict(replace(cfg, cache="", outputs="", workers=0, ensemble_weight=1.0))
     labels = common.text_sum(table[[UID, "fold", *LABELS]].to_csv())
-    settings |= {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
-    return settings | {"series and labels": labels[:8]}
+    num, precision = accelerator.num_processes, accelerator.mixed_precision
+    return settings | {"processes": num, "precision": precision, "series and labels": labels[:8]}
 
 
 def save_last(folder: Path, state: TrainState) -> None:

@@ -140,9 +140,9 @@ def test_the_top_says_what_was_run_what_came_out_and_what_to_look_at(everything)
     assert "pooled; runs: 4, series: 16, patients: 16" in top
     assert "Not in --cache: 0." in top and "–: fewer than 5 patients" in everything
     assert first.count("NEARLY THE SAME FOR ALL SERIES") == 2 and "test_efficientnet_seed0_fold1" in first
-    assert "Series that failed: 1; first 1.7: reason no slice could be decoded" in first
-    assert "Doubtful volumes: 1; first 1.4: reason air is the brightest value" in first
-    assert "Unreadable volumes: 2; first 3.1: unreadable " in first
+    assert "Series that failed: 1; first 1.7: 'reason': 'no slice could be decoded" in first
+    assert "Doubtful volumes: 1; first 1.4: 'reason': 'air is the brightest value" in first
+    assert "Unreadable volumes: 2; first 3.1: 'unreadable': " in first
     assert "first A point whose label is 0: " in first
     text, cases = Page(everything).text.split("The hardest cases")[-2:]
     assert cases.count("Slab, plane 4 of 0 to 7") == cases.count("Heat map") == 12  # a place at z = 3.5
@@ -155,7 +155,7 @@ def test_what_is_absent_or_broken_is_said_and_the_rest_goes_on(tmp_path):
     (tmp_path / "cache" / "train.csv").unlink()
     text = report(tmp_path).text
     for line in ("series: 1, patients: 1", "Positive series of 0 with labels", "No annotated points"):
-        assert line in text and "Before: as acquired" not in text
+        assert line in text and "Before: the whole head" not in text
     assert "no finished training runs in " in text and "The volume alone is shown" in text
     write_set(tmp_path / "cache", [{"uid": "1.1", "status": "failed", "reason": "empty folder"}])
     text = report(tmp_path).text
@@ -256,7 +256,7 @@ def test_phantoms_are_shown_from_their_files_where_the_volume_lies(tmp_path):
     phantom.make_set(tmp_path / "dicoms", series=4, seed=3, matrix=64)
     options = ("--src", "dicoms", "--dst", "cache", "--set", "img_size=64")
     assert run_script(tmp_path, *options, script="preprocess.py").returncode == 0
-    assert report(tmp_path).text.count("Before: as acquired") == 4
+    assert report(tmp_path).text.count("Before: the whole head") == 4
     for uid in find_series(tmp_path / "dicoms")[0]:
         scan = eda.read_scan(uid, tmp_path / "cache")
         corners = to_voxel(scan.box, eda.read_whole_head(scan, uid, tmp_path / "dicoms").affine)

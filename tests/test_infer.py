@@ -422,9 +422,9 @@ def test_one_scan_is_answered_in_words_with_a_picture_that_glows_where_heat_is_h
     findings = json.loads(path.read_text())
     assert 1 <= len(findings) <= 3 and findings[0]["score"] == max(row["score"] for row in findings)
     for row in findings:
-        assert 0.2 < row[LABELS[AP]] < 0.999 and row["artery"] in LABELS[:AP] and len(row["models"]) == 5
+        assert 0.2 < row[LABELS[AP]] < 0.999 and row["artery"] in LABELS[:AP]
         assert row["operating_points"] == [point | {"is_passed": point != POINTS[2]} for point in POINTS]
-    known = {UID, LABELS[AP], "operating_points", "models", "doubts", "artery", "score", "voxel", "lps_mm"}
+    known = {UID, LABELS[AP], "operating_points", "notes", "doubts", "artery", "score", "voxel", "lps_mm"}
     assert set(findings[0]) == known | {"SOPInstanceUID", "frame", "column", "row"}
     (work / "one.csv").write_text(other.name)
     run(work, "--explain", "pictures", "--series-list", "one.csv")
