@@ -27,8 +27,9 @@ run  python infer.py --src TEST_DICOMS > submission.csv
      python infer.py --src FOLDER_OF_ONE_SERIES --explain pictures
      accelerate launch infer.py --src TEST_DICOMS --out submission.csv     several processes share the series
 
-A series that cannot be read, or not in time, gets the prior, neither finding nor rank: how often each label
-was positive in training. With --budget-hours the mirrored view goes first, then the lightest members.
+A series that cannot be read, or not in time, gets the prior: how often each label was positive in training.
+That is no finding, though scores rank it. With --budget-hours mirrored and shifted views go first, then the
+lightest members.
 exit 0 all well, 3 some rows are the prior (named on stderr), 1 nothing done, 2 wrong usage, 130/143 stopped.
 """
 
