@@ -439,8 +439,7 @@ def make_page(cache: Path, src: Path, outputs: Path, limit: int | None = None) -
         facts.append(f"series: {len(table)}, patients: {table['patient'].nunique()}, {counts}")
         for title, rows in troubles.items():
             if len(rows):
-                first = str(rows.iloc[0, 1:].dropna().to_dict())[1:-1]
-                warnings.append(f"{title}: {len(rows)}; first {rows.iat[0, 0]}: {first}")
+                warnings.append(f"{title}: {len(rows)}; first {rows.iloc[0].dropna().to_dict()}")
         sections = [data_section(table), images_section(table, cache, src)]
         sections += [points_section(points), trouble_section(troubles)]
     if runs:

@@ -85,7 +85,9 @@ def load_table(cfg: Config, limit: int | None = None) -> DataFrame:
         log(f"{cfg.cache}: {is_usable.sum()} series; left out, with their number: {left_out}")
     table = table[is_usable].sort_values(UID, ignore_index=True)[:limit]
     table = table.join(read_points(cfg, table[UID]))
-    table["patient"] = table.groupby("twin")["patient"].transform("first")
+    for _ in range(9):  # patients with a series of equal volume are one, and so on from each to the next
+        merged = table.groupby("twin")["patient"].transform("min")
+        table["patient"] = merged.groupby(table["patient"]).transform("min")
     num_patients = table["patient"].nunique()
     if num_patients < cfg.num_folds:
         raise ValueError(
@@ -116,8 +118,7 @@ def read_points(cfg: Config, uids: pd.Series) -> DataFrame:
             log(f"{twin} and {uid} have equal volumes: taken as of one patient")
         faults += [f"{other} and {uid} share a (0008,0018) SOPInstanceUID" for other in others - {uid}]
         points = tensors["points"]
-        points_mm = to_lps(points, np.array(meta["affine"]))
-        rows.append({"points": points, "points_mm": points_mm, "twin": twin})
+        rows.append({"points": points, "points_mm": to_lps(points, np.array(meta["affine"])), "twin": twin})
     if faults:
         raise ValueError(f"{cfg.cache}: cannot train, {len(faults)} faults: {'; '.join(faults[:5])}")
     return DataFrame(rows)

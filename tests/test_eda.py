@@ -140,10 +140,10 @@ def test_the_top_says_what_was_run_what_came_out_and_what_to_look_at(everything)
     assert "pooled; runs: 4, series: 16, patients: 16" in top
     assert "Not in --cache: 0." in top and "–: fewer than 5 patients" in everything
     assert first.count("NEARLY THE SAME FOR ALL SERIES") == 2 and "test_efficientnet_seed0_fold1" in first
-    assert "Series that failed: 1; first 1.7: 'reason': 'no slice could be decoded" in first
-    assert "Doubtful volumes: 1; first 1.4: 'reason': 'air is the brightest value" in first
-    assert "Unreadable volumes: 2; first 3.1: 'unreadable': " in first
-    assert "first A point whose label is 0: " in first
+    assert "Series that failed: 1; first {'SeriesInstanceUID': '1.7', 'reason': 'no slice" in first
+    assert "Doubtful volumes: 1; first {'SeriesInstanceUID': '1.4', 'reason': 'air is" in first
+    assert "Unreadable volumes: 2; first {'SeriesInstanceUID': '3.1', 'unreadable': " in first
+    assert "first {'fault': 'A point whose label is 0" in first
     text, cases = Page(everything).text.split("The hardest cases")[-2:]
     assert cases.count("Slab, plane 4 of 0 to 7") == cases.count("Heat map") == 12  # a place at z = 3.5
     assert "safetensors" not in cases and "secret" not in everything  # no patient
