@@ -625,7 +625,7 @@ def patient_weights(patients: Sequence, draws: int) -> ndarray:
 def summarise_draws(values: ndarray, counts: Iterable) -> dict:
     """The 95 % interval of drawn values, and how many are defined: NaN if a tenth or less. None counts where
     one of the numbers of patients that they were drawn from, with and without, is below MIN_PATIENTS, or all
-    are alike (0 of 9 found is no certainty)."""
+    are alike (0 of 9 found is not a certainty)."""
     used = values[np.isfinite(values) & (min(counts) >= MIN_PATIENTS)]
     is_enough = len(used) > 0.1 * len(values) and np.ptp(used) > 0
     low, high = np.quantile(used, [0.025, 0.975]).tolist() if is_enough else 2 * [np.nan]

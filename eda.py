@@ -340,8 +340,8 @@ def draw_histogram(caption: str, table: DataFrame, column: str, kind: str) -> st
     table = table.dropna(subset=column)
     if table.empty:
         return absent(f"{caption} No series states it.")
-    rounded = table[column].round(3)  # equal but for rounding: equal
-    kinds, values = zip(*rounded.groupby(table[kind]), strict=True)
+    # values that are equal but for rounding are equal
+    kinds, values = zip(*table[column].round(3).groupby(table[kind]), strict=True)
     axes = new_chart(column, "number")
     axes.hist(values, 25, stacked=True, label=kinds)
     return show_chart(caption, axes)

@@ -28,8 +28,8 @@ run  python infer.py --src TEST_DICOMS > submission.csv
      accelerate launch infer.py --src TEST_DICOMS --out submission.csv     several processes share the series
 
 A series that cannot be read, or not in time, gets the prior: how often each label was positive in training.
-That is no finding, though scores rank it. With --budget-hours mirrored and shifted views go first, then the
-lightest members.
+That is not a finding, though scores rank it. With --budget-hours mirrored and shifted views go first, then
+the lightest members.
 exit 0 all well, 3 some rows are the prior (named on stderr), 1 nothing done, 2 wrong usage, 130/143 stopped.
 """
 
@@ -316,7 +316,7 @@ class Deadline:
     started: float  # in seconds of the clock, like `now`
     seconds: float
     num_members: int
-    full_views: int  # of all members, and of their mirror images
+    full_views: int  # of all members, their mirror images and shifted volumes
     last: float  # when the latest series was answered; at first when the first one begins
     totals: tuple = (0, 0, 0, 0)  # series, their seconds, the models' seconds, views
     slowest_s: float = 0.0
@@ -381,7 +381,7 @@ def answer_series(ensemble: Ensemble, item: tuple, num_views: int, args: Namespa
     (uid, _), scan, reason = item
     if reason:
         return answer_prior(ensemble, uid, reason)
-    for doubt in next(iter(scan.volumes.values())).doubts:
+    for doubt in scan.volumes[ensemble.models[0].run.cfg.volume].doubts:
         log_any(f"{uid}: doubtful, but used: {doubt}")
     skipped = scan.series.skipped if scan.series else []
     if skipped:

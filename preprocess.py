@@ -102,10 +102,10 @@ def find_faults(labels: dict, points: dict, series: dict, strays: list) -> DataF
         if not all(row[LABELS[label]] for *_, label in points.get(uid, ())):
             faults.append((f"A point whose label is 0 in {LABEL_TABLE}", uid))
     places = {path.parent: uid for uid, files in series.items() for path in files}
-    for path, reason in strays:
-        faults.append(
-            (f"Files left out: {reason}", f"{path.name} beside {places.get(path.parent, 'no series')}")
-        )
+    faults += [
+        (f"Files left out: {reason}", f"{path.name} beside {places.get(path.parent, 'no series')}")
+        for path, reason in strays
+    ]
     return DataFrame(sorted(faults), columns=["fault", "case"]).set_index("fault")
 
 

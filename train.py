@@ -85,9 +85,11 @@ def load_table(cfg: Config, limit: int | None = None) -> DataFrame:
         log(f"{cfg.cache}: {is_usable.sum()} series; left out, with their number: {left_out}")
     table = table[is_usable].sort_values(UID, ignore_index=True)[:limit]
     table = table.join(read_points(cfg, table[UID]))
-    for _ in range(9):  # patients with a series of equal volume are one, and so on from each to the next
-        merged = table.groupby("twin")["patient"].transform("min")
-        table["patient"] = merged.groupby(table["patient"]).transform("min")
+    patients, merged = None, table["patient"]
+    while not merged.equals(patients):  # patients with equal volumes are one, on through all of their series
+        patients = merged
+        merged = patients.groupby(table["twin"]).transform("min").groupby(patients).transform("min")
+    table["patient"] = merged
     num_patients = table["patient"].nunique()
     if num_patients < cfg.num_folds:
         raise ValueError(
@@ -584,8 +586,7 @@ def train(cfg: Config, accelerator: Accelerator, args: Namespace) -> None:
         f"update, lr {cfg.lr:g}; {accelerator.device.type}, precision {accelerator.mixed_precision}"
     )
     accelerator.init_trackers("aneurysm", {key: str(value) for key, value in progress.identity.items()})
-    patience = cfg.patience or cfg.epochs
-    while progress.epoch < min(cfg.epochs, find_best(progress.history, cfg) + patience):
+    while progress.epoch < min(cfg.epochs, find_best(progress.history, cfg) + (cfg.patience or cfg.epochs)):
         clock = perf_counter()
         loss_sum, waited = train_epoch(cfg, accelerator, state, train_set)
         logits, proposed = predict(run.model, val_set, accelerator)
@@ -746,7 +747,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, stop)
     try:
         cfg = fit_workers(common.load_config(args.config, args.set))
-        if args.limit:  # a quick look is no member of an ensemble
+        if args.limit:  # a quick look is not a member of an ensemble
             cfg = replace(cfg, outputs=f"{cfg.outputs}_limit{args.limit}")
         if args.print_config:
             yaml.safe_dump(common.config_to_dict(cfg), sys.stdout, sort_keys=False)
