@@ -20,11 +20,11 @@ import fcntl
 import glob
 import io
 import math
-import multiprocessing
 import os
 import shutil
 import signal
 import sys
+import threading
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -401,7 +401,9 @@ def load_batches(dataset: SeriesDataset, batches: Iterable, device: torch.device
 
 
 def start_worker(_: int) -> None:
-    """One thread per loader process. The training process answers signals, and ends its loaders."""
+    """One thread per loader process, beside the one that ends it with the training process, which answers
+    signals. PyTorch looks for that process every 5 s, in vain if it ends while a loader starts."""
+    threading.Thread(target=common.exit_with_parent, daemon=True).start()
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
@@ -710,10 +712,8 @@ def fit_workers(cfg: Config) -> Config:
 def stop(number: int, _frame: object) -> None:
     """End at once at a signal (an exception could be lost in a destructor); finished epochs are saved."""
     if os.environ.get("RANK", "0") == "0":
-        name = signal.Signals(number).name
-        os.write(2, f"\ntrain.py: stopped by {name}; --resume goes on after the last epoch\n".encode())
-    for loader in multiprocessing.active_children():
-        loader.kill()
+        msg = f"\ntrain.py: stopped by {signal.Signals(number).name}; --resume goes on after the last epoch\n"
+        os.write(2, msg.encode())
     os._exit(128 + number)
 
 

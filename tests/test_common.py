@@ -243,18 +243,20 @@ def test_workers_import_ours_in_a_folder_with_files_of_the_same_names_and_end_wi
         (tmp_path / name).write_text("raise SystemExit('shadowed')")
     (tmp_path / "code").mkdir()
     (tmp_path / "code/run.py").write_text(f"""
-import os, sys, time
-sys.path.insert(0, {str(ROOT)!r})
-import common
-def work(x):
-    os.write(1, b"%d\\n" % os.getpid())
-    time.sleep(600)
+import os, sys, time; sys.path.insert(0, {str(ROOT)!r})
+import common, torch, train
+def work(x, seconds=600):
+    os.write(1, b"%d\\n" % os.getpid()); time.sleep(seconds)
+def late(number):  # a loader that begins as its parent ends: PyTorch's own watch sees no change
+    work(number, seconds=0)
+    time.sleep(common.multiprocessing.parent_process().join() or 1)
+    train.start_worker(number)
 if __name__ == "__main__":
+    loader = iter(torch.utils.data.DataLoader([0], num_workers=1, worker_init_fn=late))
     print(list(common.run_isolated(work, [1, 2], workers=2, timeout_s=600, memory_gb=1)))
 """)
-    command = [sys.executable, "code/run.py"]
-    parent = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    workers = [int(parent.stdout.readline()) for _ in range(2)]
+    parent = subprocess.Popen([sys.executable, "code/run.py"], cwd=tmp_path, stdout=subprocess.PIPE)
+    workers = [int(parent.stdout.readline()) for _ in range(3)]
     assert all(common.is_running(pid) for pid in workers)
     parent.kill()
     parent.wait()
