@@ -317,20 +317,21 @@ def test_a_run_leaves_what_users_expect_and_predicts_without_annotated_points(un
 
 
 def test_a_killed_run_resumes_to_the_same_bits(undisturbed, quick, tmp_path, monkeypatch):
-    """Its loader lives on for a moment, and holds no lock."""
+    """Its loader, stopped with it and alive, holds no lock."""
     cfg = change(quick, workers=1)
     process = start(tmp_path, TRAIN, *arguments(tmp_path, cfg))
     folder, loaders = wait_for_checkpoint(tmp_path, process), []
     while not loaders and process.poll() is None:  # each epoch starts one
         os.kill(process.pid, SIGCONT)
         time.sleep(0.01)
-        os.kill(process.pid, SIGSTOP)
+        os.killpg(process.pid, SIGSTOP)
         loaders = list_children(process)
     assert "another run is writing here" in run(tmp_path, cfg, "--resume", code=1)
     os.kill(process.pid, SIGKILL)  # not its loader
     process.wait()
+    assert loaders and all(map(common.is_running, loaders)) and not (folder / "metrics.json").exists()
     train.claim_folder(folder, cfg)
-    assert loaders and not (folder / "metrics.json").exists()
+    os.killpg(process.pid, SIGKILL)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")  # it changes nothing
     assert "resumed after epoch" in run(tmp_path, change(cfg, workers=0), "--resume")
     assert outcome(folder) == outcome(undisturbed)
