@@ -48,8 +48,7 @@ def call(*command: str, **environment: str) -> None:
 def train_all(series: int, seeds: int, num_jobs: int) -> None:
     """Phantoms, caches, and every run that is not finished, num_jobs at a time."""
     if not (ROOT / "ablation/dicoms/train.csv").exists():
-        options = ["--series", str(series), "--matrix", "128", "--plain"]
-        call("tests/phantom.py", "--dst", "ablation/dicoms", *options)
+        call("tests/phantom.py", "--dst=ablation/dicoms", f"--series={series}", "--matrix=128", "--plain")
     configs = sorted({f"configs/ablation/{config}.yaml" for _, config, _ in ROWS.values()})
     caches = [common.load_config(ROOT / config).cache for config in configs]
     call("preprocess.py", "--src", "ablation/dicoms", "--dst", *caches, "--config", *configs)
@@ -57,10 +56,9 @@ def train_all(series: int, seeds: int, num_jobs: int) -> None:
 
     def train(row: str, seed: int, fold: int) -> None:  # refuses to go on with a run of other settings
         _, config, settings = ROWS[row]
-        options = ["--resume", "--config", f"configs/ablation/{config}.yaml"]
-        for pair in [f"seed={seed}", f"fold={fold}", f"outputs=ablation/{row}", *settings.split()]:
-            options += ["--set", pair]
-        call("train.py", *options, OMP_NUM_THREADS=threads)
+        pairs = [f"seed={seed}", f"fold={fold}", f"outputs=ablation/{row}", *settings.split()]
+        options = [f"--config=configs/ablation/{config}.yaml", *(f"--set={pair}" for pair in pairs)]
+        call("train.py", "--resume", *options, OMP_NUM_THREADS=threads)
 
     # seed 0 of the locator needs both folds: each proposes for the series that it did not train on
     runs = [("locator", 0, 1), *itertools.product(ROWS, range(seeds), [0])]
@@ -87,8 +85,9 @@ def main() -> None:
         train_all(args.series, args.seeds, args.jobs)
     oof = {row: tables for row in ROWS if (tables := read_oof(row))}
     table, *others = itertools.chain(*oof.values())
-    assert all(other[UID].equals(table[UID]) for other in others)
-    truth = table[[f"label {label}" for label in LABELS]].to_numpy(float)
+    same = [UID, *(f"label {label}" for label in LABELS)]
+    assert all(other[same].equals(table[same]) for other in others), "runs on other series in ablation/"
+    truth = table[same[1:]].to_numpy(float)
     print(f"{len(truth)} validation series of {table['patient'].nunique()} patients.\n")
     print("| row | seeds | wAUC, mean (range) | of their mean (95 %) | AUC presence | less the row above |")
     print("|---|---|---|---|---|---|")

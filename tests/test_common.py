@@ -248,7 +248,8 @@ import common, torch, train
 def work(x, seconds=600):
     os.write(1, b"%d\\n" % os.getpid()); time.sleep(seconds)
 def late(number):  # a loader that begins as its parent ends: PyTorch's own watch sees no change
-    work(number, seconds=0); time.sleep(common.multiprocessing.parent_process().join() or 1)
+    work(number, seconds=0)
+    time.sleep(common.multiprocessing.parent_process().join() or 1)
     train.start_worker(number)
 if __name__ == "__main__":
     loader = iter(torch.utils.data.DataLoader([0], num_workers=1, worker_init_fn=late))
